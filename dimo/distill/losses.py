@@ -1,0 +1,83 @@
+"""Divergences between teacher and auxiliary per token, and their exact gradients; all in float32, small, readable.
+
+Notation: p_T, p_A are the softmax of the teacher's and the auxiliary's logits (B, N, K) at the same x_t. The family is
+    D_beta = (1 - beta) KL(p_T || p_A) + beta KL(p_A || p_T):
+beta = 0 is the forward KL, 1 the reverse KL, 0.5 half of Jeffreys' divergence (Di[M]O, arXiv 2503.15457, eq. 8-10).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from dimo.errors import DimoError, require_ids, require_shape
+
+BETA = {"forward": 0.0, "jeffreys": 0.5, "reverse": 1.0}
+
+
+def beta_of(divergence: str | float) -> float:
+    """The beta of a divergence given by name or by number in [0, 1]."""
+    beta = BETA.get(divergence, divergence) if isinstance(divergence, str) else divergence
+    try:
+        beta = float(beta)
+    except ValueError:
+        raise DimoError(f"divergence must be one of {', '.join(BETA)} or a number, got {divergence!r}") from None
+    if not 0 <= beta <= 1:
+        raise DimoError(f"divergence as a number must lie in [0, 1], got {beta}")
+    return beta
+
+
+def kl(logits_p: torch.Tensor, logits_q: torch.Tensor) -> torch.Tensor:
+    """KL(softmax(p) || softmax(q)) per token: (B, N, K) twice -> (B, N), in nats."""
+    require_shape("logits_q", logits_q, tuple(logits_p.shape))
+    log_p, log_q = logits_p.float().log_softmax(-1), logits_q.float().log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def divergence(teacher: torch.Tensor, aux: torch.Tensor, beta: float) -> torch.Tensor:
+    """D_beta per token: logits (B, N, K) twice -> (B, N), in nats."""
+    return (1 - beta) * kl(teacher, aux) + beta * kl(aux, teacher)
+
+
+def jeffreys(teacher: torch.Tensor, aux: torch.Tensor) -> torch.Tensor:
+    """KL(p_T || p_A) + KL(p_A || p_T) per token, (B, N)."""
+    return 2 * divergence(teacher, aux, 0.5)
+
+
+def token_gradient(teacher: torch.Tensor, aux: torch.Tensor, beta: float) -> torch.Tensor:
+    """dD_beta / d(auxiliary's logits) per token: logits (B, N, K) twice -> (B, N, K).
+
+    (1-beta)(p_A - p_T) + beta p_A (log p_A - log p_T - KL(p_A || p_T)). Rows sum to zero.
+    """
+    require_shape("aux", aux, tuple(teacher.shape))
+    log_t, log_a = teacher.float().log_softmax(-1), aux.float().log_softmax(-1)
+    p_t, p_a = log_t.exp(), log_a.exp()
+    ratio = log_a - log_t
+    return (1 - beta) * (p_a - p_t) + beta * p_a * (ratio - (p_a * ratio).sum(-1, keepdim=True))
+
+
+def token_entropy(logits: torch.Tensor) -> torch.Tensor:
+    """Entropy of softmax(logits) per token: (B, N, K) -> (B, N), in nats."""
+    log_p = logits.float().log_softmax(-1)
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+def log_prob(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """log softmax(logits)[tokens]: (B, N, K) and (B, N) -> (B, N), in nats."""
+    require_shape("tokens", tokens, tuple(logits.shape[:-1]))
+    require_ids("tokens", tokens, logits.shape[-1])
+    return logits.float().log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+
+
+def denoising(logits: torch.Tensor, tokens: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
+    """Mean cross-entropy of the clean tokens (B, N) under logits (B, N, K), in nats per token."""
+    require_shape("tokens", tokens, tuple(logits.shape[:-1]))
+    require_ids("tokens", tokens, logits.shape[-1])
+    return F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten(), label_smoothing=label_smoothing)
+
+
+def leave_one_out(reward: torch.Tensor) -> torch.Tensor:
+    """Reward (B, ...) minus the mean over the other samples: an advantage with no baseline to keep."""
+    if len(reward) < 2:
+        raise DimoError("a leave-one-out baseline needs a batch of at least 2")
+    return (reward - reward.mean(0)) * (len(reward) / (len(reward) - 1))

@@ -1,0 +1,59 @@
+"""The one exception whose message is meant for a person, and the checks that raise it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+import torch
+
+
+class DimoError(ValueError):
+    """Bad input, said in a sentence. The command line prints it without a traceback."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint such as `; did you mean 'beta'?`, or the list of what exists when nothing is near."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else f"; there is {', '.join(known)}"
+
+
+def require_shape(name: str, tensor: torch.Tensor, shape: tuple) -> None:
+    """Raise unless `tensor` has `shape`, where None and letters match any size: ("B", "N", 16)."""
+    if not isinstance(tensor, torch.Tensor):
+        raise DimoError(f"{name} must be a tensor of shape {_spell(shape)}, got {type(tensor).__name__}")
+    fits = tensor.dim() == len(shape) and all(
+        not isinstance(want, int) or want == got for want, got in zip(shape, tensor.shape)
+    )
+    if not fits:
+        raise DimoError(f"{name} must have shape {_spell(shape)}, got {tuple(tensor.shape)}")
+
+
+def require_ids(name: str, ids: torch.Tensor, upper: int) -> None:
+    """Raise unless `ids` holds integers in [0, upper)."""
+    if ids.is_floating_point() or ids.dtype == torch.bool:
+        raise DimoError(f"{name} must hold integer ids, got {ids.dtype}")
+    if ids.numel():
+        low, high = torch.stack(ids.aminmax()).tolist()
+        if low < 0 or high >= upper:
+            raise DimoError(f"{name} must lie in [0, {upper}), got values from {low} to {high}")
+
+
+def require_time(name: str, t: torch.Tensor | float) -> None:
+    """Raise unless every time is a number in [0, 1): 0 is noise, 1 (excluded) is data."""
+    inside = (t >= 0) & (t < 1) if isinstance(t, torch.Tensor) else 0 <= t < 1
+    if not bool(inside.all() if isinstance(inside, torch.Tensor) else inside):
+        shown = t if not isinstance(t, torch.Tensor) else f"{t.min().item():.4g} to {t.max().item():.4g}"
+        raise DimoError(f"{name} must lie in [0, 1), got {shown}")
+
+
+def require_finite(name: str, tensor: torch.Tensor) -> None:
+    """Raise if `tensor` holds NaN or infinity."""
+    if not bool(torch.isfinite(tensor).all()):
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise DimoError(f"{name} must be finite, got {bad} of {tensor.numel()} entries NaN or infinite")
+
+
+def _spell(shape: tuple) -> str:
+    return "(" + ", ".join("*" if s is None else str(s) for s in shape) + ")"

@@ -1,0 +1,33 @@
+"""The model family: URSA's transformer, its inputs, probability paths and sampler."""
+
+from dimo.ursa.checkpoint import Ursa, load_ursa, save_student
+from dimo.ursa.inputs import (
+    UrsaInputs,
+    build_ursa_inputs,
+    extract_visual_logits,
+    latents_shape_for,
+    visual_logits,
+)
+from dimo.ursa.path import MetricPath, MixturePath, categorical
+from dimo.ursa.sampler import guide, jump, sample, timesteps
+from dimo.ursa.transformer import UrsaConfig, UrsaTransformer
+
+__all__ = [
+    "MetricPath",
+    "MixturePath",
+    "Ursa",
+    "UrsaConfig",
+    "UrsaInputs",
+    "UrsaTransformer",
+    "build_ursa_inputs",
+    "categorical",
+    "extract_visual_logits",
+    "guide",
+    "jump",
+    "latents_shape_for",
+    "load_ursa",
+    "sample",
+    "save_student",
+    "timesteps",
+    "visual_logits",
+]

@@ -1,0 +1,125 @@
+"""The token splice and the logits slice: how prompts and codes become URSA's input, and where its answer sits.
+
+input_ids = [text (L, left-padded)] [BOV] [visual codes + lm_vocab_size (N)]; text token i sits at (i, i, i), BOV at
+(L, L, L), visual token (f, y, x) at (L + 1 + f, y, x). The model predicts the *next* position, so the logits of the
+N visual tokens are those at BOV and all visual positions but the last: `logits[:, -(N+1):-1]`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+
+from dimo.errors import DimoError, require_ids, require_shape
+
+TEMPORAL_STRIDE, SPATIAL_STRIDE = 4, 8  # of URSA's VAE
+
+
+@dataclasses.dataclass(frozen=True)
+class UrsaInputs:
+    """input_ids (B, L+1+N), rope_pos (L+1+N, 3), num_visual_tokens N."""
+
+    input_ids: torch.Tensor
+    rope_pos: torch.Tensor
+    num_visual_tokens: int
+
+
+def latents_shape_for(num_frames: int, height: int, width: int) -> tuple[int, int, int]:
+    """(T, H, W) of the tokens of a video: T = (frames - 1) / 4 + 1, H = height / 8, W = width / 8.
+
+    Raises:
+        DimoError: a size that does not divide, with the nearest that does.
+    """
+    for name, value, stride, offset in (
+        ("num_frames", num_frames, TEMPORAL_STRIDE, 1),
+        ("height", height, SPATIAL_STRIDE, 0),
+        ("width", width, SPATIAL_STRIDE, 0),
+    ):
+        smallest = offset or stride
+        if value < smallest or (value - offset) % stride:
+            below = max(smallest, value - (value - offset) % stride)
+            rule = f"a multiple of {stride}" + (f" plus {offset}" if offset else "")
+            choices = " or ".join(str(v) for v in sorted({below, below + stride}))
+            raise DimoError(f"{name} must be {rule}, got {value}; the nearest are {choices}")
+    return (num_frames - 1) // TEMPORAL_STRIDE + 1, height // SPATIAL_STRIDE, width // SPATIAL_STRIDE
+
+
+def rope_positions(text_length: int, latents_shape: tuple[int, int, int], device=None) -> torch.Tensor:
+    """(L+1+N, 3) int64 positions of text, BOV and the visual grid in (t, y, x) order."""
+    head = torch.arange(text_length + 1, device=device).view(-1, 1).expand(-1, 3)
+    grid = torch.cartesian_prod(*(torch.arange(n, device=device) for n in latents_shape)).view(-1, 3)
+    return torch.cat([head, grid + torch.tensor([text_length + 1, 0, 0], device=device)])
+
+
+def build_ursa_inputs(
+    transformer,
+    txt_ids: torch.Tensor,
+    visual_tokens: torch.Tensor,
+    latents_shape: tuple[int, int, int],
+    device: torch.device | str | None = None,
+) -> UrsaInputs:
+    """Splice prompts and visual codes into one sequence.
+
+    Args:
+        transformer: anything with `.config` holding lm_vocab_size, vocab_size and bov_token_id (upstream's too).
+        txt_ids: (B, L) text ids, left-padded.
+        visual_tokens: (B, N) or (B, T, H, W) codes in [0, K).
+        latents_shape: (T, H, W), N = T*H*W.
+        device: where the result goes; default: the codes' device.
+
+    Raises:
+        DimoError: shapes that do not fit each other, ids out of range.
+    """
+    config = transformer.config
+    if len(latents_shape) != 3 or any(int(n) < 1 for n in latents_shape):
+        raise DimoError(f"latents_shape must be three positive numbers (T, H, W), got {tuple(latents_shape)}")
+    latents_shape = tuple(int(n) for n in latents_shape)
+    num_visual_tokens = math.prod(latents_shape)
+    require_shape("txt_ids", txt_ids, ("B", "L"))
+    batch = txt_ids.shape[0]
+    if isinstance(visual_tokens, torch.Tensor) and visual_tokens.dim() == 4:
+        require_shape("visual_tokens", visual_tokens, (batch, *latents_shape))
+        visual_tokens = visual_tokens.flatten(1)
+    require_shape("visual_tokens", visual_tokens, (batch, num_visual_tokens))
+    require_ids("txt_ids", txt_ids, config.lm_vocab_size)
+    require_ids("visual_tokens", visual_tokens, config.vocab_size - config.lm_vocab_size)
+
+    device = visual_tokens.device if device is None else torch.device(device)
+    bov = torch.full((batch, 1), config.bov_token_id, device=device, dtype=torch.long)
+    codes = visual_tokens.to(device, torch.long) + config.lm_vocab_size
+    return UrsaInputs(
+        input_ids=torch.cat([txt_ids.to(device, torch.long), bov, codes], 1),
+        rope_pos=rope_positions(txt_ids.shape[1], latents_shape, device),
+        num_visual_tokens=num_visual_tokens,
+    )
+
+
+def extract_visual_logits(logits: torch.Tensor, num_visual_tokens: int, codebook_size: int) -> torch.Tensor:
+    """The visual tokens' logits (B, N, K) out of the sequence's (B, S, V): a view, no copy.
+
+    V may be K, or larger when the head spans the text vocabulary too; then the last K columns are the visual ones.
+
+    Raises:
+        DimoError: fewer than N + 1 positions, or fewer than K columns.
+    """
+    require_shape("logits", logits, ("B", "S", "V"))
+    if num_visual_tokens < 1 or logits.shape[1] < num_visual_tokens + 1:
+        raise DimoError(
+            f"logits must span at least num_visual_tokens + 1 = {num_visual_tokens + 1} positions "
+            f"(BOV and the visual tokens), got {logits.shape[1]}"
+        )
+    if codebook_size < 1 or logits.shape[2] < codebook_size:
+        raise DimoError(f"logits must have at least codebook_size = {codebook_size} columns, got {logits.shape[2]}")
+    return logits[:, -(num_visual_tokens + 1) : -1, -codebook_size:]
+
+
+def visual_logits(
+    transformer, txt_ids: torch.Tensor, visual_tokens: torch.Tensor, latents_shape: tuple[int, int, int]
+) -> torch.Tensor:
+    """One pass of our transformer: codes (B, N) under prompts (B, L) -> logits (B, N, K) of the clean codes."""
+    inputs = build_ursa_inputs(transformer, txt_ids, visual_tokens, latents_shape)
+    logits = transformer(inputs.input_ids, inputs.rope_pos, last=inputs.num_visual_tokens + 1)
+    config = transformer.config
+    return extract_visual_logits(logits, inputs.num_visual_tokens, config.vocab_size - config.lm_vocab_size)

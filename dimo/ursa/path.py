@@ -1,0 +1,136 @@
+"""The two probability paths of URSA: from uniform noise at t = 0 to a data token at t = 1.
+
+Metric path (kinetic-optimal discrete flow matching, arXiv 2412.03487, used by URSA):
+    p_t(x | x_1) = softmax_x(-beta_t d(x, x_1)),   beta_t = c (t / (1 - t))^alpha,
+with d the squared distance of L2-normalised codebook vectors. Mixture path: keep x_1 with probability t, else uniform.
+
+Codebooks reach 131,072 codes and videos 33,280 tokens, so nothing here builds (B, N, K) for all tokens unless asked:
+`sample` and `jump` walk over tokens in chunks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from dimo.errors import DimoError, require_ids, require_shape, require_time
+
+CHUNK_ENTRIES = 2**27  # 512 MiB of float32 per temporary
+TABLE_CODES = 2048  # up to this many codes the K x K distances are kept
+
+
+def categorical(prob: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Draw one index per row of prob (..., K), which need not be normalised -> (...)."""
+    return prob.reshape(-1, prob.shape[-1]).multinomial(1, generator=generator).view(prob.shape[:-1])
+
+
+def _time_like(t: torch.Tensor | float, x: torch.Tensor) -> torch.Tensor:
+    """t as float32 of x's shape (B, ...): a number, one per sample (B,), or one per token."""
+    require_time("t", t)
+    t = torch.as_tensor(t, dtype=torch.float32, device=x.device)
+    if t.dim() == 1 and t.shape[0] == x.shape[0]:
+        t = t.view(-1, *[1] * (x.dim() - 1))
+    elif t.dim() != 0 and t.shape != x.shape:
+        raise DimoError(f"t must be a number or have shape ({x.shape[0]},) or {tuple(x.shape)}, got {tuple(t.shape)}")
+    return t.expand(x.shape)
+
+
+class _Path:
+    """What both paths share: checks, chunking, and the jump of a sampling step."""
+
+    def __init__(self, codebook: torch.Tensor):
+        require_shape("codebook", codebook, ("K", "D"))
+        self.codebook_size = codebook.shape[0]
+        self.device = codebook.device
+
+    def prob(self, x_1: torch.Tensor, t: torch.Tensor | float) -> torch.Tensor:
+        """p_t(. | x_1): x_1 (B, ...) in [0, K), t a number, (B,) or x_1's shape -> (B, ..., K), rows sum to 1."""
+        require_ids("x_1", x_1, self.codebook_size)
+        return self._prob(x_1, _time_like(t, x_1))
+
+    def sample(self, x_1: torch.Tensor, t: torch.Tensor | float, generator: torch.Generator | None = None):
+        """Draw x_t ~ p_t(. | x_1), of x_1's shape."""
+        require_ids("x_1", x_1, self.codebook_size)
+        t = _time_like(t, x_1)
+        chunk = max(1, CHUNK_ENTRIES // self.codebook_size)
+        parts = zip(x_1.flatten().split(chunk), t.flatten().split(chunk))
+        return torch.cat([categorical(self._prob(x, s), generator) for x, s in parts]).view(x_1.shape)
+
+    def velocity(self, x_1: torch.Tensor, x_t: torch.Tensor, t: float) -> torch.Tensor:
+        """Rates (B, ..., K) of jumping from x_t to each code, given the predicted clean token x_1 (both (B, ...))."""
+        require_shape("x_t", x_t, tuple(x_1.shape))
+        require_ids("x_1", x_1, self.codebook_size)
+        require_ids("x_t", x_t, self.codebook_size)
+        require_time("t", t)
+        return self._velocity(x_1, x_t, float(t))
+
+    def jump(self, x_1: torch.Tensor, x_t: torch.Tensor, t: float, dt: float, generator=None) -> torch.Tensor:
+        """Let every token jump with probability 1 - exp(-dt * its total rate), to a code drawn by rate."""
+        out = []
+        chunk = max(1, CHUNK_ENTRIES // self.codebook_size)
+        for one, now in zip(x_1.flatten().split(chunk), x_t.flatten().split(chunk)):
+            rate = self._velocity(one, now, t).scatter(-1, now[:, None], 0)
+            total = rate.sum(-1)
+            jumps = torch.rand(total.shape, device=total.device, generator=generator) < -torch.expm1(-dt * total)
+            # where no jump happens the row may be all zero, which multinomial refuses; its draw is not used
+            target = categorical(torch.where(jumps[:, None], rate, torch.ones_like(rate)), generator)
+            out.append(torch.where(jumps, target, now))
+        return torch.cat(out).view(x_t.shape)
+
+
+class MixturePath(_Path):
+    """x_t is x_1 with probability t, else uniform over the codebook (K, D), of which only K matters."""
+
+    def _prob(self, x_1: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        uniform = ((1 - t) / self.codebook_size).unsqueeze(-1)
+        return uniform + t.unsqueeze(-1) * F.one_hot(x_1, self.codebook_size)
+
+    def _velocity(self, x_1: torch.Tensor, x_t: torch.Tensor, t: float) -> torch.Tensor:
+        return F.one_hot(x_1, self.codebook_size) * torch.tensor(1 / (1 - t), device=x_1.device)
+
+    def to(self, device) -> MixturePath:
+        """The same path on another device."""
+        return MixturePath(torch.empty(self.codebook_size, 0, device=device))
+
+
+class MetricPath(_Path):
+    """p_t(x | x_1) = softmax_x(-c (t/(1-t))^alpha d(x, x_1)).
+
+    Args:
+        codebook: (K, D) code vectors; they are L2-normalised here.
+        alpha, c: the constants of beta_t; take them from the checkpoint's scheduler_config.json.
+        eps: floor of the norm.
+    """
+
+    def __init__(self, codebook: torch.Tensor, alpha: float, c: float, eps: float = 1e-5):
+        super().__init__(codebook)
+        if not (alpha > 0 and c > 0):
+            raise DimoError(f"alpha and c must be positive, got alpha={alpha}, c={c}")
+        self.alpha, self.c, self.eps = float(alpha), float(c), float(eps)
+        self.codebook = F.normalize(codebook.float(), dim=-1, eps=eps)
+        self._square = self.codebook.square().sum(-1)
+        self._table = None
+        if self.codebook_size <= TABLE_CODES:
+            self._table = self._distance(torch.arange(self.codebook_size, device=self.device))
+
+    def _distance(self, x_1: torch.Tensor) -> torch.Tensor:
+        """d(x_1, .): (...) -> (..., K)."""
+        if self._table is not None:
+            return self._table[x_1]
+        return self._square[x_1].unsqueeze(-1) + self._square - 2 * (self.codebook[x_1] @ self.codebook.T)
+
+    def _prob(self, x_1: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        beta = self.c * (t / (1 - t)) ** self.alpha
+        return (-beta.unsqueeze(-1) * self._distance(x_1)).softmax(-1)
+
+    def _velocity(self, x_1: torch.Tensor, x_t: torch.Tensor, t: float) -> torch.Tensor:
+        # d(beta_t)/dt; upstream takes 0 at t = 0, where the derivative is infinite for alpha < 1
+        slope = self.c * self.alpha * t ** (self.alpha - 1) / (1 - t) ** (self.alpha + 1) if t > 0 else 0.0
+        distance = self._distance(x_1)
+        here = (self.codebook[x_t] - self.codebook[x_1]).square().sum(-1, keepdim=True)
+        prob = self._prob(x_1, torch.full(x_1.shape, t, dtype=torch.float32, device=x_1.device))
+        return prob * slope * (here - distance).relu()
+
+    def to(self, device) -> MetricPath:
+        """The same path on another device."""
+        return MetricPath(self.codebook.to(device), self.alpha, self.c, self.eps)

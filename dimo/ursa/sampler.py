@@ -1,0 +1,105 @@
+"""Sampling: from noise to codes in 1..n passes, as URSA's KineticOptimalScheduler steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+
+from dimo.errors import DimoError, require_finite, require_shape
+from dimo.ursa.inputs import visual_logits
+from dimo.ursa.path import MetricPath, MixturePath, categorical
+
+
+@dataclasses.dataclass
+class Trajectory:
+    """Every step of one sampling run: times, x_t before each step and the clean codes predicted there, each (B, N)."""
+
+    t: list[float] = dataclasses.field(default_factory=list)
+    x_t: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    x_1: list[torch.Tensor] = dataclasses.field(default_factory=list)
+
+
+def timesteps(steps: int, shift: float = 1.0) -> list[float]:
+    """The t of every pass: t_i = 1 - shift s / (1 + (shift - 1) s) with s = 1 - i / steps; the first is 0."""
+    if steps < 1 or shift <= 0:
+        raise DimoError(f"steps must be at least 1 and shift positive, got steps={steps}, shift={shift}")
+    sigma = [1 - i / steps for i in range(steps)]
+    return [1 - shift * s / (1 + (shift - 1) * s) for s in sigma]
+
+
+def guide(cond: torch.Tensor, uncond: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
+    """Classifier-free guidance on logits: u + w (c - u), all (B, N, K); w a number or (B, 1 or N, 1)."""
+    require_shape("uncond", uncond, tuple(cond.shape))
+    return uncond + scale * (cond - uncond)
+
+
+def jump(
+    path: MetricPath | MixturePath,
+    logits: torch.Tensor,
+    x_t: torch.Tensor,
+    t: float,
+    t_next: float | None,
+    generator: torch.Generator | None = None,
+    argmax: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One sampling step: logits (B, N, K) at x_t (B, N) -> (x at t_next, the predicted clean codes x_1).
+
+    With t_next None this is the last step, and x_1 itself is the answer. `argmax` takes the most likely x_1.
+    """
+    require_shape("logits", logits, (*x_t.shape, path.codebook_size))
+    require_finite("logits", logits)
+    x_1 = logits.argmax(-1) if argmax else categorical(logits.float().softmax(-1), generator)
+    return (x_1 if t_next is None else path.jump(x_1, x_t, t, t_next - t, generator)), x_1
+
+
+@torch.no_grad()
+def sample(
+    transformer,
+    path: MetricPath | MixturePath,
+    txt_ids: torch.Tensor,
+    latents_shape: tuple[int, int, int],
+    steps: int = 25,
+    *,
+    x_init: torch.Tensor | None = None,
+    guidance_scale: float = 1.0,
+    guidance_trunc: float = 0.9,
+    uncond_ids: torch.Tensor | None = None,
+    shift: float = 1.0,
+    argmax: bool = False,
+    generator: torch.Generator | None = None,
+    trajectory: Trajectory | None = None,
+) -> torch.Tensor:
+    """Generate codes (B, N) for prompts txt_ids (B, L) in `steps` passes.
+
+    Args:
+        x_init: (B, N) starting codes; default: uniform noise from `generator`.
+        guidance_scale: 1 means one unguided pass per step; above, `uncond_ids` (B, L) (the empty or a negative prompt)
+            goes through in the same batch, and from t >= guidance_trunc on the scale is 1, as URSA's pipeline does.
+        argmax: decode greedily; with steps=1 the student becomes a deterministic map from noise to video.
+        trajectory: filled in place with every step, when given.
+    """
+    device, batch = txt_ids.device, txt_ids.shape[0]
+    size = (batch, math.prod(latents_shape))
+    if x_init is None:
+        x_init = torch.randint(path.codebook_size, size, device=device, generator=generator)
+    require_shape("x_init", x_init, size)
+    if guidance_scale > 1 and uncond_ids is None:
+        raise DimoError("uncond_ids is needed when guidance_scale > 1: the ids of the empty or the negative prompt")
+
+    x_t, times = x_init, timesteps(steps, shift)
+    for i, t in enumerate(times):
+        if guidance_scale > 1:
+            both = visual_logits(transformer, torch.cat([txt_ids, uncond_ids]), x_t.repeat(2, 1), latents_shape)
+            logits = guide(*both.chunk(2), guidance_scale if t < guidance_trunc else 1.0)
+        else:
+            logits = visual_logits(transformer, txt_ids, x_t, latents_shape)
+        t_next = times[i + 1] if i + 1 < steps else None
+        x_next, x_1 = jump(path, logits, x_t, t, t_next, generator, argmax)
+        if trajectory is not None:
+            trajectory.t.append(t)
+            trajectory.x_t.append(x_t)
+            trajectory.x_1.append(x_1)
+        x_t = x_next
+    return x_t

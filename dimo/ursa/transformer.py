@@ -1,0 +1,194 @@
+"""URSA's transformer in plain PyTorch, with the state-dict keys of diffnext's `URSATransformer3DModel`.
+
+A Qwen3 decoder (RMSNorm, grouped-query attention with per-head q/k norm, SwiGLU, no biases) with three changes:
+attention is bidirectional and unmasked, RoPE has three coordinates, and there is no timestep input at all.
+Source: baaivision/URSA at 29284bb, and arXiv 2510.24717.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from dimo.errors import DimoError, require_ids, require_shape
+
+HEAD_DIM = 128  # Qwen3's; URSA's config.json does not carry it and hidden_size / heads does not give it
+NORM_EPS = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class UrsaConfig:
+    """The sizes in `transformer/config.json`; defaults are URSA-1.7B's.
+
+    Input ids are text in [0, lm_vocab_size) and visual codes in [lm_vocab_size, vocab_size). `lm_head_size` is the
+    number of output columns: the codebook alone, or text and codebook together in some checkpoints.
+    """
+
+    hidden_size: int = 2048
+    intermediate_size: int = 6144
+    num_attention_heads: int = 16
+    num_key_value_heads: int = 8
+    num_hidden_layers: int = 28
+    rope_theta: float = 1_000_000
+    vocab_size: int = 215_669
+    lm_vocab_size: int = 151_669
+    lm_head_size: int = 64_000
+    bov_token_id: int = 151_652
+
+    @classmethod
+    def from_dict(cls, values: Mapping) -> UrsaConfig:
+        """Read a config.json's content; keys that this model does not use are ignored."""
+        config = cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
+        if config.num_attention_heads % config.num_key_value_heads:
+            raise DimoError(
+                f"num_attention_heads ({config.num_attention_heads}) must be a multiple of "
+                f"num_key_value_heads ({config.num_key_value_heads})"
+            )
+        return config
+
+    def to_dict(self) -> dict:
+        """The content of a config.json that upstream reads."""
+        return {**dataclasses.asdict(self), "max_window_layers": self.num_hidden_layers}
+
+    @property
+    def codebook_size(self) -> int:
+        """K, the number of visual codes."""
+        return self.vocab_size - self.lm_vocab_size
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, the mean square taken in float32 as upstream does."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype == torch.float32:
+            return F.rms_norm(x, (x.shape[-1],), self.weight, NORM_EPS)
+        scale = x.float().square().mean(-1, keepdim=True).add(NORM_EPS).rsqrt().to(x.dtype)
+        return x * scale * self.weight
+
+
+def rope_table(rope_pos: torch.Tensor, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(cos, sin), each (S, 64) float32, of positions (S, 3) = (t, y, x).
+
+    The 64 frequencies take their coordinate from [t, y, x] repeated 16 times, then [y, x] repeated 8 times.
+    """
+    coordinate = torch.cat([rope_pos.repeat(1, HEAD_DIM // 8), rope_pos[:, 1:].repeat(1, HEAD_DIM // 16)], -1)
+    exponent = torch.arange(0, HEAD_DIM, 2, device=rope_pos.device).float() / HEAD_DIM
+    angle = coordinate * torch.pow(theta, exponent).reciprocal()
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate the two halves of each head of x (B, heads, S, 128) by the table (S, 64)."""
+    x1, x2 = x.chunk(2, -1)
+    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1)
+
+
+class Attention(nn.Module):
+    """Bidirectional grouped-query attention with RMSNorm on every query and key head before RoPE."""
+
+    def __init__(self, config: UrsaConfig):
+        super().__init__()
+        q_size, kv_size = config.num_attention_heads * HEAD_DIM, config.num_key_value_heads * HEAD_DIM
+        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
+        self.q_norm = RMSNorm(HEAD_DIM)
+        self.k_norm = RMSNorm(HEAD_DIM)
+        self.grouped = config.num_attention_heads != config.num_key_value_heads
+
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        q, k, v = (p(x).unflatten(-1, (-1, HEAD_DIM)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        out = F.scaled_dot_product_attention(q, k, v, enable_gqa=self.grouped)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: UrsaConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, config: UrsaConfig):
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size)
+
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: UrsaConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size)
+
+
+class UrsaTransformer(nn.Module):
+    """Token ids and 3-D positions in, next-position logits out.
+
+    Weights start as normal(0, 0.02), Qwen3's initialisation, with RMSNorm weights at one.
+    """
+
+    def __init__(self, config: UrsaConfig):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.lm_head_size, bias=False)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+
+    def hidden(self, input_ids: torch.Tensor, rope_pos: torch.Tensor) -> torch.Tensor:
+        """Hidden states after the last norm.
+
+        Args:
+            input_ids: (B, S) in [0, vocab_size): text, BOV, visual codes + lm_vocab_size.
+            rope_pos: (S, 3) positions (t, y, x).
+
+        Returns:
+            (B, S, hidden_size).
+
+        Raises:
+            DimoError: a wrong shape, or an id out of range.
+        """
+        require_shape("input_ids", input_ids, ("B", "S"))
+        require_shape("rope_pos", rope_pos, (input_ids.shape[1], 3))
+        require_ids("input_ids", input_ids, self.config.vocab_size)
+        cos, sin = rope_table(rope_pos, self.config.rope_theta)
+        x = self.model.embed_tokens(input_ids)
+        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+        for layer in self.model.layers:
+            x = layer(x, cos, sin)
+        return self.model.norm(x)
+
+    def forward(self, input_ids: torch.Tensor, rope_pos: torch.Tensor, last: int | None = None) -> torch.Tensor:
+        """Logits (B, S, lm_head_size); position i predicts token i + 1.
+
+        `last` keeps only the last so many positions before the head: at 64,000 codes the text's logits are pure waste.
+        """
+        x = self.hidden(input_ids, rope_pos)
+        return self.lm_head(x if last is None else x[:, -last:])

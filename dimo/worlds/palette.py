@@ -1,0 +1,41 @@
+"""The built-in worlds' stand-in for a VAE: every code is one flat colour."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from dimo.errors import require_ids, require_shape
+from dimo.ursa.inputs import SPATIAL_STRIDE, TEMPORAL_STRIDE
+
+
+class PaletteDecoder:
+    """Codes (B, T, H, W) -> frames (B, 4 (T-1) + 1, 8 H, 8 W, 3), RGB in [0, 1], with the strides of URSA's VAE."""
+
+    def __init__(self, palette: torch.Tensor):
+        require_shape("palette", palette, ("K", 3))
+        self.palette = palette
+
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """The first latent frame becomes one frame, every later one four."""
+        require_shape("codes", codes, ("B", "T", "H", "W"))
+        require_ids("codes", codes, self.palette.shape[0])
+        frames = self.palette[codes]
+        frames = frames.repeat_interleave(SPATIAL_STRIDE, 2).repeat_interleave(SPATIAL_STRIDE, 3)
+        return torch.cat([frames[:, :1], frames[:, 1:].repeat_interleave(TEMPORAL_STRIDE, 1)], 1)
+
+    def to(self, device) -> PaletteDecoder:
+        return PaletteDecoder(self.palette.to(device))
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({"palette": self.palette.cpu()}, folder / f"{'diffusion_pytorch_model'}.safetensors")
+        config = {"_class_name": "PaletteDecoder", "temporal_stride": TEMPORAL_STRIDE, "spatial_stride": SPATIAL_STRIDE}
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> PaletteDecoder:
+        return cls(load_file(folder / "diffusion_pytorch_model.safetensors")["palette"])

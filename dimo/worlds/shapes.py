@@ -1,0 +1,154 @@
+"""The shapes world: a coloured shape moves one cell per latent frame in the prompted direction, on a torus.
+
+The prompt fixes colour, shape and direction ("red square moving right"). Free are the start cell and two shades, one
+of the object and one of the background, each shared by the whole video. So tokens depend on each other across the
+video, every token's marginal is broad, and sampling tokens independently (one pass of the teacher) almost never gives
+a valid video: exactly the gap that distillation has to close, with an answer that can be computed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+
+import torch
+
+from dimo.errors import DimoError, nearest
+
+# Cells (y, x) of each shape from its anchor, and the step (y, x) of each direction.
+SHAPES = {
+    "square": ((0, 0), (0, 1), (1, 0), (1, 1)),
+    "corner": ((0, 0), (1, 0), (1, 1)),
+    "bar": ((0, 0), (0, 1), (0, 2)),
+}
+DIRECTIONS = {"right": (0, 1), "left": (0, -1), "down": (1, 0), "up": (-1, 0)}
+# Okabe and Ito's colour-blind-safe hues, RGB
+COLOURS = {
+    "orange": (0.90, 0.62, 0.00),
+    "blue": (0.00, 0.45, 0.70),
+    "green": (0.00, 0.62, 0.45),
+    "pink": (0.80, 0.47, 0.65),
+}
+SHADE_SPREAD = 0.8  # of the codebook's shade axis: same colour, other shade is nearer than another colour
+
+
+@dataclasses.dataclass(frozen=True)
+class ShapesWorld:
+    """The size of the world; defaults are the shipped one's. Codes: background shades first, then colour by colour."""
+
+    frames: int = 3
+    height: int = 4
+    width: int = 4
+    object_shades: int = 3
+    background_shades: int = 4
+
+    def __post_init__(self):
+        if self.frames < 2 or self.height < 4 or self.width < 4:
+            raise DimoError(
+                "the shapes world needs at least 2 frames of 4x4 cells (a smaller torus makes shapes ambiguous), "
+                f"got {self.frames}x{self.height}x{self.width}"
+            )
+        if self.object_shades < 1 or self.background_shades < 1:
+            raise DimoError("object_shades and background_shades must be at least 1")
+
+    @property
+    def latents_shape(self) -> tuple[int, int, int]:
+        return self.frames, self.height, self.width
+
+    @property
+    def num_visual_tokens(self) -> int:
+        return self.frames * self.height * self.width
+
+    @property
+    def codebook_size(self) -> int:
+        return self.background_shades + len(COLOURS) * self.object_shades
+
+    @property
+    def num_positions(self) -> int:
+        return self.height * self.width
+
+    @functools.cached_property
+    def prompts(self) -> list[str]:
+        """Every prompt, in the order of `attributes`."""
+        triples = itertools.product(COLOURS, SHAPES, DIRECTIONS)
+        return [f"{colour} {shape} moving {direction}" for colour, shape, direction in triples]
+
+    def attributes(self, prompts: list[str]) -> torch.Tensor:
+        """(B, 3) indices of colour, shape and direction.
+
+        Raises:
+            DimoError: a prompt that this world does not know.
+        """
+        known = {p: i for i, p in enumerate(self.prompts)}
+        for prompt in prompts:
+            if prompt not in known:
+                raise DimoError(f"the shapes world does not know the prompt {prompt!r}{_nearest_prompt(prompt, known)}")
+        index = torch.tensor([known[p] for p in prompts], dtype=torch.long)
+        motions, shapes = len(DIRECTIONS), len(SHAPES)
+        return torch.stack([index // (motions * shapes), index // motions % shapes, index % motions], 1)
+
+    @functools.cached_property
+    def masks(self) -> torch.Tensor:
+        """(shapes, directions, positions, N) bool: where the object is."""
+        masks = torch.zeros(len(SHAPES), len(DIRECTIONS), self.num_positions, *self.latents_shape, dtype=torch.bool)
+        for (s, cells), (d, (dy, dx)) in itertools.product(enumerate(SHAPES.values()), enumerate(DIRECTIONS.values())):
+            for (y0, x0), f, (y, x) in itertools.product(
+                itertools.product(range(self.height), range(self.width)), range(self.frames), cells
+            ):
+                at = (y0 + y + f * dy) % self.height, (x0 + x + f * dx) % self.width
+                masks[s, d, y0 * self.width + x0, f, at[0], at[1]] = True
+        return masks.flatten(3)
+
+    def render(self, attributes, position, object_shade, background_shade) -> torch.Tensor:
+        """Valid videos: attributes (B, 3), the others (B,) -> codes (B, N)."""
+        mask = self.masks.to(attributes.device)[attributes[:, 1], attributes[:, 2], position]
+        code = self.background_shades + attributes[:, 0] * self.object_shades + object_shade
+        return torch.where(mask, code[:, None], background_shade[:, None])
+
+    def draw(self, size: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """A batch of the data distribution, all uniform, on the generator's device: prompt indices (B,), codes (B, N)."""
+
+        def pick(n):
+            return torch.randint(n, (size,), generator=generator, device=generator.device)
+
+        prompt = pick(len(self.prompts))
+        attributes = self.attributes(self.prompts).to(generator.device)[prompt]
+        shades = pick(self.object_shades), pick(self.background_shades)
+        return prompt, self.render(attributes, pick(self.num_positions), *shades)
+
+    def codebook(self) -> torch.Tensor:
+        """(K, 6) unit vectors: an axis for the background, one per colour, one for the shade.
+
+        Squared distance is small between neighbouring shades of one colour, larger between far shades, and about 2 or
+        more between colours: confusing two shades is the last thing that noise does to a token.
+        """
+
+        def family(axis, shades):
+            rows = torch.zeros(shades, len(COLOURS) + 2)
+            rows[:, axis] = 1
+            if shades > 1:
+                rows[:, -1] = torch.linspace(-SHADE_SPREAD, SHADE_SPREAD, shades)
+            return rows
+
+        families = [family(0, self.background_shades)]
+        families += [family(1 + c, self.object_shades) for c in range(len(COLOURS))]
+        return torch.nn.functional.normalize(torch.cat(families), dim=-1)
+
+    def palette(self) -> torch.Tensor:
+        """(K, 3) RGB in [0, 1]: grey backgrounds, colours from dark to light."""
+
+        def ramp(rgb, shades, low, high):
+            strength = torch.linspace(low, high, shades) if shades > 1 else torch.tensor([1.0])
+            rgb = torch.tensor(rgb)
+            # below 1 towards black, above 1 towards white
+            dark, light = strength.clamp(max=1)[:, None], (strength - 1).clamp(min=0)[:, None]
+            return rgb * dark * (1 - light) + light
+
+        greys = torch.linspace(0.08, 0.42, self.background_shades)[:, None].expand(-1, 3)
+        return torch.cat([greys] + [ramp(rgb, self.object_shades, 0.6, 1.55) for rgb in COLOURS.values()])
+
+
+def _nearest_prompt(prompt: str, known) -> str:
+    hint = nearest(prompt, known)
+    return hint if "did you mean" in hint else f"; prompts read like {next(iter(known))!r}"
