@@ -34,7 +34,7 @@ def require_ids(name: str, ids: torch.Tensor, upper: int) -> None:
     """Raise unless `ids` holds integers in [0, upper)."""
     if ids.is_floating_point() or ids.dtype == torch.bool:
         raise DimoError(f"{name} must hold integer ids, got {ids.dtype}")
-    if ids.numel():
+    if ids.numel() and not _capturing(ids):
         low, high = torch.stack(ids.aminmax()).tolist()
         if low < 0 or high >= upper:
             raise DimoError(f"{name} must lie in [0, {upper}), got values from {low} to {high}")
@@ -42,6 +42,8 @@ def require_ids(name: str, ids: torch.Tensor, upper: int) -> None:
 
 def require_time(name: str, t: torch.Tensor | float) -> None:
     """Raise unless every time is a number in [0, 1): 0 is noise, 1 (excluded) is data."""
+    if isinstance(t, torch.Tensor) and _capturing(t):
+        return
     inside = (t >= 0) & (t < 1) if isinstance(t, torch.Tensor) else 0 <= t < 1
     if not bool(inside.all() if isinstance(inside, torch.Tensor) else inside):
         shown = t if not isinstance(t, torch.Tensor) else f"{t.min().item():.4g} to {t.max().item():.4g}"
@@ -50,9 +52,14 @@ def require_time(name: str, t: torch.Tensor | float) -> None:
 
 def require_finite(name: str, tensor: torch.Tensor) -> None:
     """Raise if `tensor` holds NaN or infinity."""
-    if not bool(torch.isfinite(tensor).all()):
+    if not _capturing(tensor) and not bool(torch.isfinite(tensor).all()):
         bad = int((~torch.isfinite(tensor)).sum())
         raise DimoError(f"{name} must be finite, got {bad} of {tensor.numel()} entries NaN or infinite")
+
+
+def _capturing(tensor: torch.Tensor) -> bool:
+    """Values cannot be read back while a CUDA graph is captured; the warm-up steps before it have checked them."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _spell(shape: tuple) -> str:

@@ -16,7 +16,6 @@ from torch.nn import functional as F
 
 from dimo.errors import DimoError, require_ids, require_shape
 
-HEAD_DIM = 128  # Qwen3's; URSA's config.json does not carry it and hidden_size / heads does not give it
 NORM_EPS = 1e-6
 
 
@@ -25,7 +24,8 @@ class UrsaConfig:
     """The sizes in `transformer/config.json`; defaults are URSA-1.7B's.
 
     Input ids are text in [0, lm_vocab_size) and visual codes in [lm_vocab_size, vocab_size). `lm_head_size` is the
-    number of output columns: the codebook alone, or text and codebook together in some checkpoints.
+    number of output columns: the codebook alone, or text and codebook together in some checkpoints. `head_dim` is
+    always 128 upstream, whose config.json does not carry it; a built-in world's small model writes its own there.
     """
 
     hidden_size: int = 2048
@@ -38,6 +38,7 @@ class UrsaConfig:
     lm_vocab_size: int = 151_669
     lm_head_size: int = 64_000
     bov_token_id: int = 151_652
+    head_dim: int = 128
 
     @classmethod
     def from_dict(cls, values: Mapping) -> UrsaConfig:
@@ -48,6 +49,8 @@ class UrsaConfig:
                 f"num_attention_heads ({config.num_attention_heads}) must be a multiple of "
                 f"num_key_value_heads ({config.num_key_value_heads})"
             )
+        if config.head_dim % 16:
+            raise DimoError(f"head_dim must be a multiple of 16 (3-D RoPE), got {config.head_dim}")
         return config
 
     def to_dict(self) -> dict:
@@ -74,19 +77,19 @@ class RMSNorm(nn.Module):
         return x * scale * self.weight
 
 
-def rope_table(rope_pos: torch.Tensor, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """(cos, sin), each (S, 64) float32, of positions (S, 3) = (t, y, x).
+def rope_table(rope_pos: torch.Tensor, theta: float, head_dim: int = 128) -> tuple[torch.Tensor, torch.Tensor]:
+    """(cos, sin), each (S, head_dim / 2) float32, of positions (S, 3) = (t, y, x).
 
-    The 64 frequencies take their coordinate from [t, y, x] repeated 16 times, then [y, x] repeated 8 times.
+    With heads of 128 the 64 frequencies take their coordinate from [t, y, x] repeated 16 times, then [y, x] repeated 8 times.
     """
-    coordinate = torch.cat([rope_pos.repeat(1, HEAD_DIM // 8), rope_pos[:, 1:].repeat(1, HEAD_DIM // 16)], -1)
-    exponent = torch.arange(0, HEAD_DIM, 2, device=rope_pos.device).float() / HEAD_DIM
+    coordinate = torch.cat([rope_pos.repeat(1, head_dim // 8), rope_pos[:, 1:].repeat(1, head_dim // 16)], -1)
+    exponent = torch.arange(0, head_dim, 2, device=rope_pos.device).float() / head_dim
     angle = coordinate * torch.pow(theta, exponent).reciprocal()
     return angle.cos(), angle.sin()
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the two halves of each head of x (B, heads, S, 128) by the table (S, 64)."""
+    """Rotate the two halves of each head of x (B, heads, S, head_dim) by the table (S, head_dim / 2)."""
     x1, x2 = x.chunk(2, -1)
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1)
 
@@ -96,17 +99,18 @@ class Attention(nn.Module):
 
     def __init__(self, config: UrsaConfig):
         super().__init__()
-        q_size, kv_size = config.num_attention_heads * HEAD_DIM, config.num_key_value_heads * HEAD_DIM
+        q_size, kv_size = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, q_size, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
-        self.q_norm = RMSNorm(HEAD_DIM)
-        self.k_norm = RMSNorm(HEAD_DIM)
+        self.q_norm = RMSNorm(config.head_dim)
+        self.k_norm = RMSNorm(config.head_dim)
+        self.head_dim = config.head_dim
         self.grouped = config.num_attention_heads != config.num_key_value_heads
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        q, k, v = (p(x).unflatten(-1, (-1, HEAD_DIM)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         out = F.scaled_dot_product_attention(q, k, v, enable_gqa=self.grouped)
@@ -178,7 +182,7 @@ class UrsaTransformer(nn.Module):
         require_shape("input_ids", input_ids, ("B", "S"))
         require_shape("rope_pos", rope_pos, (input_ids.shape[1], 3))
         require_ids("input_ids", input_ids, self.config.vocab_size)
-        cos, sin = rope_table(rope_pos, self.config.rope_theta)
+        cos, sin = rope_table(rope_pos, self.config.rope_theta, self.config.head_dim)
         x = self.model.embed_tokens(input_ids)
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         for layer in self.model.layers:

@@ -1,1 +1,37 @@
 """Generators with known ground truth: a checkpoint folder in URSA's layout plus an exact oracle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dimo.errors import DimoError, nearest
+
+DATA = Path(__file__).parent / "data"
+
+
+def checkpoint_folder(teacher_ckpt: str | Path) -> Path:
+    """The folder behind `distill.teacher_ckpt`: a built-in world's name ("shapes"), or a path."""
+    built_in = sorted(p.name for p in DATA.iterdir() if p.is_dir()) if DATA.is_dir() else []
+    if str(teacher_ckpt) in built_in:
+        return DATA / str(teacher_ckpt)
+    if not Path(teacher_ckpt).is_dir():
+        hint = nearest(str(teacher_ckpt), built_in) if built_in else ""
+        raise DimoError(f"teacher_ckpt {teacher_ckpt} is neither a folder nor a built-in world{hint}")
+    return Path(teacher_ckpt)
+
+
+def load_world(folder: Path):
+    """The world that a checkpoint folder belongs to, from its world.json."""
+    from dimo.ursa.checkpoint import read_json
+    from dimo.worlds.shapes import ShapesWorld
+
+    file = Path(folder) / "world.json"
+    if not file.exists():
+        raise DimoError(f"{folder} is no built-in world (it has no world.json), so nothing here can score its videos")
+    values = read_json(file)
+    if values.pop("world", None) != "shapes":
+        raise DimoError(f"{file} does not describe the shapes world")
+    try:
+        return ShapesWorld(**values)
+    except TypeError as error:
+        raise DimoError(f"{file} is damaged: {error}") from error

@@ -107,7 +107,7 @@ class ShapesWorld:
         return torch.where(mask, code[:, None], background_shade[:, None])
 
     def draw(self, size: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """A batch of the data distribution, all uniform, on the generator's device: prompt indices (B,), codes (B, N)."""
+        """A batch of the data, all uniform, on the generator's device: prompt indices (B,) and codes (B, N)."""
 
         def pick(n):
             return torch.randint(n, (size,), generator=generator, device=generator.device)

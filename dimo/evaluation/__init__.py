@@ -1,0 +1,1 @@
+"""Scoring: students and teacher on the same prompts and seeds, against exact truth."""

@@ -1,0 +1,295 @@
+"""The training loop: nine stages, one step after another, into a run folder that can be killed at any moment."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from dimo.train.config import Config, to_yaml
+from dimo.train.runfolder import RunFolder
+from tqdm import tqdm
+
+from dimo.distill import stages
+from dimo.distill.losses import beta_of, kl
+from dimo.distill.schedules import Baseline, EntropyController, XInit
+from dimo.distill.stages import Step
+from dimo.errors import DimoError
+from dimo.ursa import Ursa, UrsaTransformer, latents_shape_for, load_ursa, sample, save_student, visual_logits
+from dimo.worlds import checkpoint_folder, load_world
+
+
+@dataclasses.dataclass
+class Networks:
+    """Teacher (frozen), student, auxiliary, and the student's moving average (frozen)."""
+
+    teacher: UrsaTransformer
+    student: UrsaTransformer
+    aux: UrsaTransformer
+    ema: UrsaTransformer
+
+
+def device_of(config: Config) -> torch.device:
+    if config.model.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if config.model.device == "cuda" and not torch.cuda.is_available():
+        raise DimoError("model.device is cuda, but PyTorch sees no GPU; use model.device=auto or cpu")
+    return torch.device(config.model.device)
+
+
+def load_prompts(config: Config) -> list[str]:
+    """The prompts that training draws from: the world's own, or the lines of a text file."""
+    if config.distill.prompt_source == "world":
+        return load_world(checkpoint_folder(config.distill.teacher_ckpt)).prompts
+    file = Path(config.distill.prompt_source)
+    if not file.is_file():
+        raise DimoError(f"distill.prompt_source must be 'world' or a text file, and {file} does not exist")
+    prompts = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    if not prompts:
+        raise DimoError(f"distill.prompt_source {file} holds no prompt")
+    return prompts
+
+
+class Trainer:
+    """Everything a run needs, ready to step. `Trainer(config).train()` is the whole run; a notebook calls `step`."""
+
+    def __init__(self, config: Config):
+        self.config, d = config, config.distill
+        self.accelerator = Accelerator(
+            mixed_precision=config.training.mixed_precision, cpu=device_of(config).type == "cpu"
+        )
+        self.device = self.accelerator.device
+        self.ursa: Ursa = load_ursa(checkpoint_folder(d.teacher_ckpt), self.device)
+        self.path = self.ursa.path
+        self.grid = latents_shape_for(d.num_frames, d.height, d.width)
+        self.num_visual_tokens = math.prod(self.grid)
+        self.prompt_ids = self.ursa.tokenize(load_prompts(config), d.max_prompt_length)
+        self.empty_ids = self.ursa.tokenize([""], d.max_prompt_length)
+
+        teacher = self.ursa.transformer.requires_grad_(False).eval()
+        student, aux = (copy.deepcopy(teacher).requires_grad_(True) for _ in range(2))
+        self.student_optimizer = self._optimizer(student, config.optim.lr)
+        self.aux_optimizer = self._optimizer(aux, config.optim.aux_lr)
+        student, aux, self.student_optimizer, self.aux_optimizer = self.accelerator.prepare(
+            student, aux, self.student_optimizer, self.aux_optimizer
+        )
+        self.networks = Networks(teacher, student, aux, copy.deepcopy(teacher))
+        self.x_init = XInit(self.path.codebook_size, d.p_corrupt, d.corrupt_ratio)
+        self.entropy_bonus = EntropyController(
+            d.lambda_ent, d.lambda_ent_high, d.entropy_floor, d.ent_anneal_from, d.ent_anneal_to
+        )
+        self.baseline = Baseline(d.baseline_decay) if d.baseline == "ema" else None
+        self.beta = beta_of(d.divergence)
+        self.generator = torch.Generator(self.device)
+        self.lambda_ent = d.lambda_ent
+
+    def _optimizer(self, model: torch.nn.Module, lr: float) -> torch.optim.Optimizer:
+        o = self.config.optim
+        return torch.optim.AdamW(model.parameters(), lr=lr, betas=(o.beta1, o.beta2), weight_decay=o.weight_decay)
+
+    def lr_factor(self, index: int) -> float:
+        """Linear warm-up, then constant or cosine decay to zero at the last step."""
+        o, last = self.config.optim, self.config.training.max_train_steps
+        warm = min(1.0, (index + 1) / max(1, o.warmup_steps))
+        return warm if o.decay == "constant" else warm * 0.5 * (1 + math.cos(math.pi * index / last))
+
+    def step(self, index: int) -> tuple[Step, dict[str, float]]:
+        """One training step, the nine stages in order; returns all they produced and the metrics that cost nothing."""
+        c, d, n, g, grid = self.config, self.config.distill, self.networks, self.generator, self.grid
+        # derived from (seed, rank, step), so that a resumed run draws what the run would have drawn
+        seed = (c.experiment.seed * 1_000_003 + index) * 4099 + self.accelerator.process_index
+        g.manual_seed(seed % 2**63)
+        factor = self.lr_factor(index)
+        for optimizer, lr in ((self.student_optimizer, c.optim.lr), (self.aux_optimizer, c.optim.aux_lr)):
+            for group in optimizer.param_groups:
+                group["lr"] = lr * factor
+
+        # 1 prompts, tokenised once at the start; a guided teacher's student must know the empty prompt too
+        rows = torch.randint(len(self.prompt_ids), (d.batch_size_per_gpu,), generator=g, device=self.device)
+        step = Step(txt_ids=self.prompt_ids[rows])
+        if d.guidance_scale != 1:
+            drop = torch.rand(len(rows), generator=g, device=self.device) < d.empty_prompt_share
+            step.txt_ids = torch.where(drop[:, None], self.empty_ids, step.txt_ids)
+        # 2 x_init
+        stages.draw_x_init(step, self.x_init, self.num_visual_tokens, g)
+        # 3 the student's one pass
+        with self.accelerator.autocast():
+            stages.student_pass(step, n.student, grid, d.temperature, g)
+        self.x_init.remember(step.x_hat, step.txt_ids)
+        # 4 x_t
+        t = stages.draw_t(len(rows), grid, index, d.t_curriculum_steps, d.t_per, g, self.device)
+        stages.renoise(step, self.path, t, g)
+        # 5 teacher
+        with self.accelerator.autocast():
+            stages.teacher_pass(step, n.teacher, grid, d.guidance_scale, d.guidance_trunc, self.empty_ids)
+        # 6 auxiliary: its updates, then its answer at x_t
+        with self.accelerator.autocast():
+            aux_losses = stages.auxiliary_losses(
+                step, n.aux, self.path, grid, d.aux_objective, d.aux_steps, d.label_smoothing,
+                d.empty_prompt_share, self.empty_ids, g,
+            )  # fmt: skip
+            for aux_loss in aux_losses:
+                aux_norm = self._update(n.aux, self.aux_optimizer, aux_loss)
+            stages.auxiliary_pass(step, n.aux, grid)
+            # 7 knowledge distillation, only where it counts
+            if d.w_kd > 0:
+                stages.distil_knowledge(step, n.student, grid)
+        # 8 the distillation gradient
+        stages.distillation_loss(step, d.estimator, self.beta, self.baseline, d.w_reinforce)
+        # 9 the student's update
+        if max(d.lambda_ent, d.lambda_ent_high if d.lambda_ent > 0 else 0) > 0:
+            self.lambda_ent = self.entropy_bonus(step.entropy.mean().item(), index)
+        stages.total_loss(step, d.w_distill, d.w_kd, self.lambda_ent)
+        student_norm = self._update(n.student, self.student_optimizer, step.loss)
+        self._update_ema(index)
+        return step, {"grad_norm/student": student_norm, "grad_norm/aux": aux_norm, "optim/lr": c.optim.lr * factor}
+
+    def _update(self, model, optimizer, loss: torch.Tensor) -> torch.Tensor:
+        self.accelerator.backward(loss)
+        norm = self.accelerator.clip_grad_norm_(model.parameters(), self.config.optim.max_grad_norm)
+        if not bool(torch.isfinite(norm)):
+            raise DimoError("a gradient is NaN or infinite; the step was not taken. Lower optim.lr or optim.aux_lr")
+        optimizer.step()
+        optimizer.zero_grad()
+        return norm
+
+    @torch.no_grad()
+    def _update_ema(self, index: int) -> None:
+        decay = min(self.config.optim.ema_decay, (1 + index) / (10 + index))
+        own = self.accelerator.unwrap_model(self.networks.student).parameters()
+        torch._foreach_lerp_(list(self.networks.ema.parameters()), list(own), 1 - decay)
+
+    @torch.no_grad()
+    def metrics(self, step: Step) -> dict[str, float]:
+        """The metrics of design: entropies and gaps at x_t, loss parts, reward. Costs one more pass of the student."""
+        from dimo.distill.losses import token_entropy
+
+        student_at_t = visual_logits(self.networks.student, step.txt_ids, step.x_t, self.grid)
+        p_t, p_a = step.teacher_logits.float().softmax(-1), step.aux_logits.float().softmax(-1)
+        values = {
+            "loss/total": step.loss,
+            "loss/distill": step.distill,
+            "loss/aux": torch.stack(step.aux_losses).mean(),
+            "loss/kd": kl(step.teacher_logits, student_at_t).mean(),
+            "entropy/student": step.entropy.mean(),
+            "entropy/aux": token_entropy(step.aux_logits).mean(),
+            "entropy/teacher": token_entropy(step.teacher_logits).mean(),
+            "reward/mean": step.reward.mean(),
+            "reward/std": step.reward.std(),
+            "reward/baseline": step.baseline if step.baseline is not None else step.reward.mean(),
+            "gap/aux_teacher_tv": 0.5 * (p_a - p_t).abs().sum(-1).mean(),
+            "gap/student_teacher_kl": kl(step.teacher_logits, student_at_t).mean(),
+            "t/mean": step.t.mean(),
+            "x_init/corrupt_share": step.corrupted.float().mean(),
+            "codes/used": torch.tensor(float(step.x_hat.unique().numel())),
+        }
+        return {name: value.item() for name, value in values.items()} | {"lambda_ent": self.lambda_ent}
+
+    def state(self) -> tuple[dict, dict]:
+        """(tensors by network, everything else) of a checkpoint."""
+        n = self.networks
+        unwrap = self.accelerator.unwrap_model
+        networks = {"student": unwrap(n.student), "aux": unwrap(n.aux), "ema": n.ema}
+        return {name: net.state_dict() for name, net in networks.items()}, {
+            "student_optimizer": self.student_optimizer.state_dict(),
+            "aux_optimizer": self.aux_optimizer.state_dict(),
+            "x_init": self.x_init.state_dict(),
+            "entropy_bonus": self.entropy_bonus.state_dict(),
+            "baseline": self.baseline.state_dict() if self.baseline else None,
+        }
+
+    def load_state(self, tensors: dict, state: dict) -> None:
+        n, unwrap = self.networks, self.accelerator.unwrap_model
+        for name, net in (("student", unwrap(n.student)), ("aux", unwrap(n.aux)), ("ema", n.ema)):
+            net.load_state_dict(tensors[name])
+        self.student_optimizer.load_state_dict(state["student_optimizer"])
+        self.aux_optimizer.load_state_dict(state["aux_optimizer"])
+        memory = {k: None if v is None else v.to(self.device) for k, v in state["x_init"].items()}
+        self.x_init.load_state_dict(memory)
+        self.entropy_bonus.load_state_dict(state["entropy_bonus"])
+        if self.baseline:
+            self.baseline.load_state_dict(state["baseline"])
+
+    def train(self, progress: bool = True) -> RunFolder:
+        """Run to max_train_steps, resuming from the folder's newest checkpoint, and write checkpoints/final."""
+        c = self.config.experiment
+        run = RunFolder.open(c.output_dir, to_yaml(self.config), c.resume, c.overwrite)
+        last = self.config.training.max_train_steps
+        try:
+            self._train(run, last, progress)
+        except BaseException as error:  # also Ctrl-C: the folder must say how the run ended
+            state = "preempted" if isinstance(error, KeyboardInterrupt) else "failed"
+            run.write_status(state=state, error=f"{type(error).__name__}: {error}")
+            raise
+        return run
+
+    def _train(self, run: RunFolder, last: int, progress: bool) -> None:
+        c, first = self.config.experiment, 0
+        checkpoint = run.latest_checkpoint()
+        if checkpoint is not None:
+            tensors, state = run.load_checkpoint(checkpoint)
+            self.load_state(tensors, state)
+            first = state["step"]
+        run.truncate_metrics(first)
+        run.write_environment()
+        run.write_status(state="running", step=first, max_steps=last)
+        bar = tqdm(range(first, last), initial=first, total=last, desc="distil", unit="step", disable=not progress)
+        clock, since = time.perf_counter(), first
+        for index in bar:
+            step, extra = self.step(index)
+            done = index + 1
+            if done % c.log_every == 0 or done == last:
+                values = self.metrics(step) | {k: float(v) for k, v in extra.items()}
+                seconds = (time.perf_counter() - clock) / (done - since)
+                values["time/step_s"] = seconds
+                values["tokens_per_s"] = self.config.distill.batch_size_per_gpu * self.num_visual_tokens / seconds
+                if self.device.type == "cuda":
+                    values["memory/peak_gb"] = torch.cuda.max_memory_allocated() / 2**30
+                run.log({"step": done, **values})
+                run.write_status(state="running", step=done, max_steps=last)
+                bar.set_postfix(
+                    reward=f"{values['reward/mean']:.3f}", H=f"{values['entropy/student']:.3f}", refresh=False
+                )
+                clock, since = time.perf_counter(), done
+            if done % c.sample_every == 0 or done == last:
+                self.write_samples(run, done)
+            if done % c.save_every == 0 or done == last:
+                tensors, state = self.state()
+                run.save_checkpoint(done, tensors, {**state, "step": done})
+        self.write_student(run)
+        run.write_status(state="finished", step=last, max_steps=last)
+
+    def write_samples(self, run: RunFolder, done: int) -> None:
+        """One-step videos of the EMA student for the first prompts, the same noise every time: tokens and a picture."""
+        if self.ursa.vae is None:
+            return
+        from dimo.views.sheets import save_samples  # matplotlib only when a picture is made
+
+        g = torch.Generator(self.device).manual_seed(self.config.experiment.seed)
+        count = min(8, len(self.prompt_ids))
+        rows = torch.linspace(0, len(self.prompt_ids) - 1, count).long().to(self.device)
+        codes = sample(self.networks.ema, self.path, self.prompt_ids[rows], self.grid, 1, generator=g)
+        prompts = load_prompts(self.config)
+        frames = self.ursa.vae.decode(codes.view(-1, *self.grid)).cpu()
+        save_samples(run.path / "samples" / f"step-{done:08d}.png", frames, [prompts[i] for i in rows.tolist()])
+
+    def write_student(self, run: RunFolder) -> None:
+        """checkpoints/final: student.pt (plain state dict) and student/ (config.json + safetensors), EMA weights."""
+        final = run.path / "checkpoints" / "final"
+        final.mkdir(parents=True, exist_ok=True)
+        save_student(final / "student", self.networks.ema)
+        partial = final / ".student.pt.partial"
+        torch.save({k: v.cpu() for k, v in self.networks.ema.state_dict().items()}, partial)
+        partial.replace(final / "student.pt")
+
+
+def step_through(trainer: Trainer, steps: int) -> Iterator[tuple[int, Step, dict[str, float]]]:
+    """For notebooks: train without a run folder, yielding every step."""
+    for index in range(steps):
+        step, extra = trainer.step(index)
+        yield index, step, trainer.metrics(step) | {k: float(v) for k, v in extra.items()}

@@ -1,0 +1,43 @@
+"""Sheets of videos: one row per prompt, frames side by side."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+
+from dimo.errors import DimoError, require_shape
+
+
+def video_sheet(columns: dict[str, torch.Tensor], prompts: list[str], shown: int = 3) -> Figure:
+    """prompts x columns; each column holds frames (B, F, height, width, 3) in [0, 1], of which `shown` are drawn."""
+    if not columns:
+        raise DimoError("columns must name at least one set of videos")
+    count = len(prompts)
+    figure = Figure(figsize=(2.2 + len(columns) * shown * 0.85, 0.5 + count * 0.9), layout="constrained")
+    axes = figure.subplots(count, len(columns) * shown, squeeze=False)
+    for c, (name, frames) in enumerate(columns.items()):
+        require_shape(f"columns[{name!r}]", frames, (count, "F", "height", "width", 3))
+        picks = torch.linspace(0, frames.shape[1] - 1, shown).round().long().tolist()
+        for r in range(count):
+            for f, pick in enumerate(picks):
+                axis = axes[r][c * shown + f]
+                axis.imshow(frames[r, pick].numpy(), interpolation="nearest")
+                axis.set_xticks([])
+                axis.set_yticks([])
+                if r == 0:
+                    axis.set_title(f"{name}\nframe {pick}" if f == 0 else f"\nframe {pick}", fontsize=8, loc="left")
+            if c == 0:
+                label = prompts[r].replace(" moving ", "\n")
+                axes[r][0].set_ylabel(label, fontsize=8, rotation=0, ha="right", va="center")
+    return figure
+
+
+def save_samples(file: Path, frames: torch.Tensor, prompts: list[str]) -> None:
+    """A one-column sheet written whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_name(f".{file.name}.partial")
+    video_sheet({"student, 1 step": frames}, prompts).savefig(beside, dpi=110, format="png")
+    os.replace(beside, file)
