@@ -65,9 +65,8 @@ def evaluate(
         g = torch.Generator(ursa.path.device).manual_seed(seed)
         parts, start = [], time.perf_counter()
         for ids in txt_ids.split(batch_size):
-            parts.append(
-                sample(network, ursa.path, ids, world.latents_shape, steps, shift=ursa.shift, argmax=argmax, generator=g)
-            )
+            options = {"shift": ursa.shift, "argmax": argmax, "generator": g}
+            parts.append(sample(network, ursa.path, ids, world.latents_shape, steps, **options))
         codes[name] = torch.cat(parts).cpu()  # waits for the GPU, so the clock is right
         seconds = time.perf_counter() - start
         rows[name] = summarise(world, score(world, codes[name], prompts))
@@ -79,7 +78,8 @@ def format_table(rows: dict) -> str:
     """The rows as text, for a terminal."""
     lines = [f"{'':18}" + "".join(f"{c:>18}" for c in COLUMNS)]
     for name, row in rows.items():
-        cells = ("undefined" if row[c] is None else f"{row[c]:.2e}" if c[0] == "s" else f"{row[c]:.4f}" for c in COLUMNS)
+        cells = [f"{row[c]:.4f}" if row[c] is not None else "undefined" for c in COLUMNS[:-1]]
+        cells.append(f"{row['seconds_per_video']:.2e}")
         lines.append(f"{name:18}" + "".join(f"{cell:>18}" for cell in cells))
     return "\n".join(lines)
 

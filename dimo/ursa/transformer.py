@@ -80,7 +80,8 @@ class RMSNorm(nn.Module):
 def rope_table(rope_pos: torch.Tensor, theta: float, head_dim: int = 128) -> tuple[torch.Tensor, torch.Tensor]:
     """(cos, sin), each (S, head_dim / 2) float32, of positions (S, 3) = (t, y, x).
 
-    With heads of 128 the 64 frequencies take their coordinate from [t, y, x] repeated 16 times, then [y, x] repeated 8 times.
+    With heads of 128 the 64 frequencies take their coordinate from [t, y, x] repeated 16 times, then [y, x] repeated 8
+    times.
     """
     coordinate = torch.cat([rope_pos.repeat(1, head_dim // 8), rope_pos[:, 1:].repeat(1, head_dim // 16)], -1)
     exponent = torch.arange(0, head_dim, 2, device=rope_pos.device).float() / head_dim
