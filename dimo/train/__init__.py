@@ -1,0 +1,1 @@
+"""The engine: configuration, the training loop, the run folder."""

@@ -1,0 +1,235 @@
+"""The configuration: dataclasses whose fields say what they mean, read by OmegaConf; unknown keys are errors.
+
+A preset by name or a YAML file, then `key=value` overrides; the same in the command line, in papermill parameters and
+in notebooks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dimo.distill.losses import beta_of
+from dimo.errors import DimoError, nearest
+from dimo.ursa.inputs import latents_shape_for
+
+PRESETS = Path(__file__).parent / "presets"
+
+
+def _key(default: Any, help: str) -> Any:
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata={"help": help})
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclasses.dataclass
+class Experiment:
+    name: str = _key("run", "name of the run")
+    output_dir: str = _key("runs/${experiment.name}", "the run folder")
+    seed: int = _key(0, "every random draw derives from (seed, rank, step)")
+    log_every: int = _key(10, "steps between lines of metrics.jsonl")
+    save_every: int = _key(500, "steps between checkpoints")
+    sample_every: int = _key(500, "steps between sample pictures")
+    keep_last: int = _key(2, "checkpoints kept")
+    resume: bool = _key(True, "continue from the folder's newest checkpoint")
+    overwrite: bool = _key(False, "start over in a used folder")
+
+
+@dataclasses.dataclass
+class Model:
+    device: str = _key("auto", "auto, cpu or cuda")
+
+
+@dataclasses.dataclass
+class Distill:
+    teacher_ckpt: str = _key("shapes", "a built-in world's name, or a checkpoint folder in URSA's layout")
+    prompt_source: str = _key("world", "world, or a text file with a prompt a line")
+    num_frames: int = _key(9, "frames of a video: 4 (T-1) + 1")
+    height: int = _key(32, "pixels, a multiple of 8")
+    width: int = _key(32, "pixels, a multiple of 8")
+    max_prompt_length: int = _key(4, "text tokens; prompts are padded on the left, cut on the right")
+    batch_size_per_gpu: int = _key(64, "samples a step")
+    guidance_scale: float = _key(1.0, "the teacher's guidance; 1 is none")
+    guidance_trunc: float = _key(0.9, "guidance is off where t >= this")
+    empty_prompt_share: float = _key(0.1, "share of empty prompts when the auxiliary is fitted")
+    estimator: str = _key("dimo", "dimo (token-level gradient) or reinforce (policy gradient)")
+    divergence: str = _key("jeffreys", "forward, jeffreys, reverse, or beta in [0, 1]")
+    aux_objective: str = _key("denoise", "denoise (fit the student) or match_teacher (preset literal)")
+    aux_steps: int = _key(2, "updates of the auxiliary per step of the student")
+    label_smoothing: float = _key(0.0, "of the auxiliary's cross-entropy")
+    w_distill: float = _key(1.0, "weight of stage 8")
+    w_kd: float = _key(0.0, "weight of stage 7")
+    w_reinforce: float = _key(0.0, "weight of the log-ratio policy gradient beside estimator dimo")
+    baseline: str = _key("ema", "of estimator reinforce: ema or leave_one_out")
+    baseline_decay: float = _key(0.99, "of the EMA baseline")
+    lambda_ent: float = _key(0.0, "entropy bonus")
+    lambda_ent_high: float = _key(0.05, "entropy bonus once the entropy has fallen below the floor")
+    entropy_floor: float = _key(0.3, "share of the first steps' entropy under which the bonus rises")
+    ent_anneal_from: int = _key(0, "step at which the bonus starts to fade")
+    ent_anneal_to: int = _key(0, "step at which the bonus is gone; 0: never")
+    t_curriculum_steps: int = _key(0, "steps with t = 1 - (1-u)^2; 0: t uniform from the start")
+    t_per: str = _key("sample", "one t per sample, or per latent frame")
+    p_corrupt: float = _key(0.0, "share of x_init that is an earlier sample, corrupted")
+    corrupt_ratio: float = _key(0.2, "share of its tokens that are replaced")
+    temperature: float = _key(1.0, "at which x_hat is sampled")
+
+
+@dataclasses.dataclass
+class Optim:
+    lr: float = _key(1e-3, "of the student")
+    aux_lr: float = _key(2e-3, "of the auxiliary")
+    warmup_steps: int = _key(50, "linear warm-up of both")
+    decay: str = _key("cosine", "cosine (to zero at the last step) or constant")
+    beta1: float = _key(0.0, "AdamW")
+    beta2: float = _key(0.99, "AdamW")
+    weight_decay: float = _key(0.0, "AdamW")
+    max_grad_norm: float = _key(1.0, "gradient clipping, each network by itself")
+    ema_decay: float = _key(0.999, "of the student's moving average, which is what ships")
+
+
+@dataclasses.dataclass
+class Training:
+    max_train_steps: int = _key(2000, "steps of the student")
+    mixed_precision: str = _key("no", "no or bf16")
+
+
+@dataclasses.dataclass
+class Evaluation:
+    videos_per_prompt: int = _key(64, "videos scored for every prompt of the world")
+    teacher_steps: list[int] = _key([1, 2, 4, 8, 25], "the teacher's numbers of passes")
+    seed: int = _key(1234, "of noise and sampling, the same for every row")
+    batch_size: int = _key(512, "videos a pass")
+
+
+@dataclasses.dataclass
+class Config:
+    experiment: Experiment = dataclasses.field(default_factory=Experiment)
+    model: Model = dataclasses.field(default_factory=Model)
+    distill: Distill = dataclasses.field(default_factory=Distill)
+    optim: Optim = dataclasses.field(default_factory=Optim)
+    training: Training = dataclasses.field(default_factory=Training)
+    evaluation: Evaluation = dataclasses.field(default_factory=Evaluation)
+
+
+def config_keys() -> dict[str, dataclasses.Field]:
+    """Every dotted key with its field, in order."""
+    groups = {f.name: f.default_factory for f in dataclasses.fields(Config)}
+    return {f"{g}.{f.name}": f for g, cls in groups.items() for f in dataclasses.fields(cls)}
+
+
+def describe() -> str:
+    """A table of every key, its default and what it means."""
+    rows = [(k, str(_default(f)), f.metadata["help"]) for k, f in config_keys().items()]
+    wide = [max(len(r[i]) for r in rows) for i in (0, 1)]
+    return "\n".join(f"{k:{wide[0]}}  {v:{wide[1]}}  {h}" for k, v, h in rows)
+
+
+def load_config(config: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """A preset's name or a YAML file, then overrides such as `optim.lr=3e-4`.
+
+    Raises:
+        DimoError: unknown preset or key (the nearest is named), a value of the wrong type or out of range.
+    """
+    layers = [_read(config)] if config else []
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise DimoError(f"an override reads key=value, got {override!r}")
+        _check_known(key)
+        layers.append(OmegaConf.from_dotlist([override]) if value else OmegaConf.from_dotlist([f"{key}=''"]))
+    merged = OmegaConf.structured(Config)
+    try:
+        for layer in layers:
+            merged = OmegaConf.merge(merged, layer)
+        result = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        key = f"{error.full_key}: " if error.full_key else ""
+        raise DimoError(f"{key}{str(error).splitlines()[0]}") from error
+    validate(result)
+    return result
+
+
+def to_yaml(config: Config) -> str:
+    """The configuration as YAML that `load_config` reads back to the same."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def to_flat(config: Config) -> dict[str, Any]:
+    """{dotted key: value}."""
+    return {key: getattr(getattr(config, key.split(".")[0]), key.split(".")[1]) for key in config_keys()}
+
+
+def validate(config: Config) -> None:
+    """Ranges and choices, each refusal a sentence that names the key."""
+    flat = to_flat(config)
+    choices = {
+        "model.device": ("auto", "cpu", "cuda"),
+        "distill.estimator": ("dimo", "reinforce"),
+        "distill.aux_objective": ("denoise", "match_teacher"),
+        "distill.baseline": ("ema", "leave_one_out"),
+        "distill.t_per": ("sample", "frame"),
+        "optim.decay": ("cosine", "constant"),
+        "training.mixed_precision": ("no", "bf16"),
+    }
+    for key, allowed in choices.items():
+        if flat[key] not in allowed:
+            raise DimoError(f"{key} must be one of {', '.join(allowed)}, got {flat[key]!r}")
+    shares = "empty_prompt_share label_smoothing p_corrupt corrupt_ratio baseline_decay guidance_trunc".split()
+    for key in [f"distill.{s}" for s in shares] + ["optim.ema_decay", "optim.beta1", "optim.beta2"]:
+        if not 0 <= flat[key] <= 1:
+            raise DimoError(f"{key} must lie in [0, 1], got {flat[key]}")
+    at_least_one = ["experiment.log_every", "experiment.save_every", "experiment.sample_every", "experiment.keep_last"]
+    at_least_one += ["distill.aux_steps", "distill.batch_size_per_gpu", "distill.max_prompt_length"]
+    at_least_one += ["training.max_train_steps", "evaluation.videos_per_prompt", "evaluation.batch_size"]
+    for key in at_least_one:
+        if flat[key] < 1:
+            raise DimoError(f"{key} must be at least 1, got {flat[key]}")
+    for key in ("optim.lr", "optim.aux_lr", "optim.max_grad_norm", "distill.temperature"):
+        if not flat[key] > 0:
+            raise DimoError(f"{key} must be positive, got {flat[key]}")
+    if not flat["evaluation.teacher_steps"] or min(flat["evaluation.teacher_steps"]) < 1:
+        raise DimoError(f"evaluation.teacher_steps must list numbers of passes, got {flat['evaluation.teacher_steps']}")
+    beta_of(config.distill.divergence)
+    latents_shape_for(config.distill.num_frames, config.distill.height, config.distill.width)
+
+
+def _default(field: dataclasses.Field) -> Any:
+    return field.default if field.default is not dataclasses.MISSING else field.default_factory()
+
+
+def _read(config: str | Path):
+    presets = {p.stem: p for p in PRESETS.glob("*.yaml")}
+    file = presets.get(str(config), Path(config))
+    if not file.is_file():
+        raise DimoError(f"{config!s} is neither a preset nor a YAML file{nearest(str(config), presets)}")
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise DimoError(f"{file} is not readable YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise DimoError(f"{file} must hold groups of keys, got {type(content).__name__}")
+    for group, keys in content.items():
+        if not isinstance(keys, dict):
+            raise DimoError(f"{group} in {file} must be a group of keys{nearest(str(group), _groups())}")
+        for key in keys:
+            _check_known(f"{group}.{key}")
+    return OmegaConf.create(content)
+
+
+def _groups() -> list[str]:
+    return [f.name for f in dataclasses.fields(Config)]
+
+
+def _check_known(key: str) -> None:
+    known = config_keys()
+    if key in known:
+        return
+    same = [k for k in known if k.split(".")[1] == key.split(".")[-1]]
+    hint = f"; did you mean {same[0]!r}?" if same else nearest(key, known)
+    raise DimoError(f"unknown key {key!r}{hint if 'did you mean' in hint else '; `dimo config` lists them all'}")
