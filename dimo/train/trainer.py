@@ -11,8 +11,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from dimo.train.config import Config, to_yaml
-from dimo.train.runfolder import RunFolder
 from tqdm import tqdm
 
 from dimo.distill import stages
@@ -20,6 +18,8 @@ from dimo.distill.losses import beta_of, kl
 from dimo.distill.schedules import Baseline, EntropyController, XInit
 from dimo.distill.stages import Step
 from dimo.errors import DimoError
+from dimo.train.config import Config, to_yaml
+from dimo.train.runfolder import RunFolder
 from dimo.ursa import Ursa, UrsaTransformer, latents_shape_for, load_ursa, sample, save_student, visual_logits
 from dimo.worlds import checkpoint_folder, load_world
 
