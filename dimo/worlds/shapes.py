@@ -40,8 +40,8 @@ class ShapesWorld:
     frames: int = 3
     height: int = 4
     width: int = 4
-    object_shades: int = 3
-    background_shades: int = 4
+    object_shades: int = 2
+    background_shades: int = 2
 
     def __post_init__(self):
         if self.frames < 2 or self.height < 4 or self.width < 4:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -13,15 +14,47 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from dimo.ursa import MetricPath, UrsaConfig, UrsaTransformer, save_student, visual_logits
+from dimo.errors import DimoError
+from dimo.ursa import MetricPath, UrsaConfig, UrsaTransformer, load_ursa, sample, save_student, visual_logits
+from dimo.worlds.oracle import score
 from dimo.worlds.palette import PaletteDecoder
 from dimo.worlds.shapes import ShapesWorld
 
 PAD, UNKNOWN, BOV = "<pad>", "<unk>", "<bov>"
 PROMPT_LENGTH = 4  # words of a prompt
-ALPHA, C = 0.9, 2.0  # of the metric path
+ROPE_THETA = 10.0  # positions stay below 10: URSA's own 1,000,000 leaves half of the frequencies constant here
 EMPTY_PROMPT_SHARE = 0.1
-SHIPPED = Path(__file__).parent / "data" / "shapes"
+EMA_DECAY = 0.999
+
+
+def _field(default, help: str):
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherRecipe:
+    """World, model, path and training of a teacher; the defaults are the shipped one's."""
+
+    frames: int = _field(3, "latent frames of a video")
+    height: int = _field(4, "cells")
+    width: int = _field(4, "cells")
+    object_shades: int = _field(2, "shades of every colour, one per video")
+    background_shades: int = _field(2, "shades of the background, one per video")
+    layers: int = _field(3, "depth")
+    hidden: int = _field(64, "width")
+    intermediate: int = _field(128, "width inside the MLP")
+    heads: int = _field(8, "attention heads")
+    head_dim: int = _field(16, "width of a head, a multiple of 16")
+    alpha: float = _field(0.9, "of the metric path, beta_t = c (t / (1-t))^alpha")
+    c: float = _field(2.0, "of the metric path")
+    steps: int = _field(25_000, "training steps")
+    batch_size: int = _field(256, "videos a step")
+    lr: float = _field(2e-3, "peak learning rate, cosine decay to zero")
+    seed: int = _field(0, "of initialisation and data")
+    device: str = _field("cpu", "cpu or cuda")
+
+    def world(self) -> ShapesWorld:
+        return ShapesWorld(self.frames, self.height, self.width, self.object_shades, self.background_shades)
 
 
 def words(world: ShapesWorld) -> list[str]:
@@ -29,73 +62,96 @@ def words(world: ShapesWorld) -> list[str]:
     return [PAD, UNKNOWN, BOV] + sorted({word for prompt in world.prompts for word in prompt.split()})
 
 
-def ursa_config(world: ShapesWorld, layers: int, hidden: int, intermediate: int, heads: int) -> UrsaConfig:
+def ursa_config(recipe: TeacherRecipe) -> UrsaConfig:
+    world = recipe.world()
     text = len(words(world))
-    return UrsaConfig(
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_attention_heads=heads,
-        num_key_value_heads=1,
-        num_hidden_layers=layers,
-        rope_theta=100,
-        vocab_size=text + world.codebook_size,
-        lm_vocab_size=text,
-        lm_head_size=world.codebook_size,
-        bov_token_id=words(world).index(BOV),
+    return UrsaConfig.from_dict(
+        {
+            "hidden_size": recipe.hidden,
+            "intermediate_size": recipe.intermediate,
+            "num_attention_heads": recipe.heads,
+            "num_key_value_heads": recipe.heads,
+            "num_hidden_layers": recipe.layers,
+            "rope_theta": ROPE_THETA,
+            "vocab_size": text + world.codebook_size,
+            "lm_vocab_size": text,
+            "lm_head_size": world.codebook_size,
+            "bov_token_id": words(world).index(BOV),
+            "head_dim": recipe.head_dim,
+        }
     )
 
 
-def train_teacher(
-    world: ShapesWorld,
-    *,
-    layers: int = 3,
-    hidden: int = 64,
-    intermediate: int = 96,
-    heads: int = 1,
-    steps: int = 20_000,
-    batch_size: int = 256,
-    lr: float = 2e-3,
-    seed: int = 0,
-    device: str = "cpu",
-    alpha: float = ALPHA,
-    c: float = C,
-    progress: bool = True,
-) -> UrsaTransformer:
+@torch.no_grad()
+def initialise(model: UrsaTransformer) -> None:
+    """Unit-variance embeddings, 1/sqrt(fan_in) matrices, residual branches damped by depth.
+
+    Qwen3's normal(0, 0.02) is made for widths of thousands; at width 64 it starts the network near zero and training
+    stalls (docs/experiments.md).
+    """
+    for name, weight in model.named_parameters():
+        if weight.dim() != 2:
+            continue
+        std = 1.0 if "embed_tokens" in name else weight.shape[1] ** -0.5
+        if "o_proj" in name or "down_proj" in name:
+            std /= (2 * model.config.num_hidden_layers) ** 0.5
+        torch.nn.init.normal_(weight, std=std)
+
+
+def train_teacher(recipe: TeacherRecipe, progress: bool = True) -> UrsaTransformer:
     """Denoising cross-entropy at t uniform in [0, 0.999), 10% empty prompts, cosine decay; returns the EMA weights."""
-    torch.manual_seed(seed)
-    generator = torch.Generator(device).manual_seed(seed)
-    path = MetricPath(world.codebook().to(device), alpha, c)
-    model = UrsaTransformer(ursa_config(world, layers, hidden, intermediate, heads)).to(device)
+    world, device = recipe.world(), recipe.device
+    torch.manual_seed(recipe.seed)
+    generator = torch.Generator(device).manual_seed(recipe.seed)
+    path = MetricPath(world.codebook().to(device), recipe.alpha, recipe.c)
+    model = UrsaTransformer(ursa_config(recipe))
+    initialise(model)
+    model = model.to(device)
     ema = copy.deepcopy(model).requires_grad_(False)
-    prompt_ids = encode(world, world.prompts).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
-    warmup = min(200, steps // 10 + 1)
-    schedule = torch.optim.lr_scheduler.SequentialLR(
-        optimizer,
-        [
-            torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, 1.0, warmup),
-            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps - warmup + 1),
-        ],
-        milestones=[warmup],
-    )
-    bar = tqdm(range(steps), desc="teacher", unit="step", disable=not progress, mininterval=1)
+    prompt_ids, pad = encode(world, world.prompts).to(device), words(world).index(PAD)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    warmup = min(300, recipe.steps // 10 + 1)
+    bar = tqdm(range(recipe.steps), desc="teacher", unit="step", disable=not progress, mininterval=1)
     for step in bar:
-        prompt, x_1 = world.draw(batch_size, generator)
-        t = torch.rand(batch_size, generator=generator, device=device) * 0.999
-        drop = torch.rand(batch_size, generator=generator, device=device) < EMPTY_PROMPT_SHARE
-        txt_ids = prompt_ids[prompt].masked_fill(drop[:, None], words(world).index(PAD))
+        decay = 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.lr * min(1.0, (step + 1) / warmup) * decay
+        prompt, x_1 = world.draw(recipe.batch_size, generator)
+        t = torch.rand(recipe.batch_size, generator=generator, device=device) * 0.999
+        drop = torch.rand(recipe.batch_size, generator=generator, device=device) < EMPTY_PROMPT_SHARE
+        txt_ids = prompt_ids[prompt].masked_fill(drop[:, None], pad)
         logits = visual_logits(model, txt_ids, path.sample(x_1, t, generator), world.latents_shape)
         loss = F.cross_entropy(logits.flatten(0, 1), x_1.flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        schedule.step()
         optimizer.zero_grad()
         with torch.no_grad():
-            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), max(1e-3, 1 / (step + 1)))
+            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), max(1 - EMA_DECAY, 1 / (step + 1)))
         if step % 100 == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
     return ema
+
+
+def make_teacher(recipe: TeacherRecipe, folder: Path, videos_per_prompt: int = 64) -> str:
+    """Train, write the checkpoint folder, score it; returns the scores as a table."""
+    if recipe.device == "cuda" and not torch.cuda.is_available():
+        raise DimoError("device is cuda, but PyTorch sees no GPU")
+    for name in ("steps", "batch_size", "layers"):
+        if getattr(recipe, name) < 1:
+            raise DimoError(f"{name} must be at least 1, got {getattr(recipe, name)}")
+    transformer = train_teacher(recipe)
+    write_checkpoint(folder, recipe.world(), transformer, recipe.alpha, recipe.c)
+    ursa, world = load_ursa(folder, recipe.device), recipe.world()
+    prompts = [p for p in world.prompts for _ in range(videos_per_prompt)]
+    txt_ids = ursa.tokenize(prompts, PROMPT_LENGTH)
+    lines = [f"{'passes':>6} {'validity':>9} {'adherence':>10}"]
+    for steps in (1, 4, 8, 25):
+        generator = torch.Generator(recipe.device).manual_seed(recipe.seed)
+        codes = sample(ursa.transformer, ursa.path, txt_ids, world.latents_shape, steps, generator=generator)
+        scores = score(world, codes, prompts)
+        lines.append(f"{steps:6} {scores.valid.float().mean():9.4f} {scores.adherent.float().mean():10.4f}")
+    return "\n".join(lines)
 
 
 def encode(world: ShapesWorld, prompts: list[str]) -> torch.Tensor:
@@ -105,9 +161,7 @@ def encode(world: ShapesWorld, prompts: list[str]) -> torch.Tensor:
     return torch.tensor([[index[word] for word in prompt.split()] for prompt in prompts])
 
 
-def write_checkpoint(
-    folder: Path, world: ShapesWorld, transformer: UrsaTransformer, alpha: float = ALPHA, c: float = C
-) -> Path:
+def write_checkpoint(folder: Path, world: ShapesWorld, transformer: UrsaTransformer, alpha: float, c: float) -> Path:
     """Write a whole checkpoint folder in URSA's layout, and `world.json` with the world's sizes; whole or absent."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -1,0 +1,161 @@
+"""The `dimo` command. Every subcommand takes a preset and `key=value` overrides, and says what it does with --help."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+from dimo.errors import DimoError
+from dimo.worlds.teacher import TeacherRecipe, make_teacher
+
+EPILOG = """\
+examples:
+  dimo run -c shapes                      the five notebooks, headless, into runs/shapes, with report.html
+  dimo train -c shapes optim.lr=5e-4 experiment.name=slow
+  dimo evaluate runs/shapes               score a run's student beside its teacher
+  dimo evaluate dimo/worlds/data/student  score the student that ships with dimo
+  dimo config                             every key, its default and what it means
+  dimo config -c literal                  a preset, resolved
+
+The same command again resumes a run. Run folders: runs/<name>/."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0; 2 for bad input, said in a sentence; 130 for Ctrl-C."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        args.function(args)
+    except DimoError as error:
+        print(f"dimo: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("dimo: interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dimo",
+        description="Distil a discrete video diffusion model into a one-step generator.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(metavar="command", required=True)
+
+    def command(name: str, function, help: str, description: str = "", configurable: bool = True):
+        sub = commands.add_parser(name, help=help, description=description or help)
+        sub.set_defaults(function=function)
+        if configurable:
+            sub.add_argument("-c", "--config", help="a preset (see `dimo config --presets`) or a YAML file")
+        return sub
+
+    def overrides(sub):
+        sub.add_argument("overrides", nargs="*", metavar="key=value", help="configuration, such as optim.lr=3e-4")
+
+    sub = command("train", _train, "distil a student into a run folder; the same command again resumes")
+    overrides(sub)
+
+    sub = command("run", _run, "execute the five notebooks headless, in order, and write report.html")
+    sub.add_argument("-p", "--parameter", action="append", default=[], metavar="NAME=VALUE", dest="parameters",
+                     help="a notebook's own parameter (or a configuration key); may be repeated")  # fmt: skip
+    sub.add_argument("--only", action="append", default=[], metavar="NOTEBOOK",
+                     help="only this notebook, such as 02_losses; may be repeated")  # fmt: skip
+    overrides(sub)
+
+    sub = command("evaluate", _evaluate, "score a student at one step beside its teacher, on the same noise",
+                  "Score a student at one step beside its teacher at 1..25, same prompts, noise and scorer; writes "
+                  "report.json and sheet.png.")  # fmt: skip
+    sub.add_argument("student", help="a run folder, student.pt, a .safetensors file, or a folder that holds one")
+    sub.add_argument("-o", "--out", help="folder for report.json and sheet.png (default: the run folder, if it is one)")
+    overrides(sub)
+
+    sub = command("ablate", _ablate, "the recipe against literal, reinforce and KD alone",
+                  "Train every method at every learning rate on the tuning seed, then the best one on the "
+                  "report seeds; writes ablation.json and prints the table. Finished runs are not run again.")  # fmt: skip
+    sub.add_argument("-o", "--out", default="runs/ablation", help="folder of all its runs (default: %(default)s)")
+    sub.add_argument("--seeds", type=int, default=3, help="seeds to report on (default: %(default)s)")
+    sub.add_argument("--lrs", default="3e-4,1e-3,2e-3", help="student lrs to tune over (default: %(default)s)")
+    overrides(sub)
+
+    sub = command("config", _config, "every configuration key, or a preset resolved")
+    sub.add_argument("--presets", action="store_true", help="list the presets")
+    overrides(sub)
+
+    world = commands.add_parser("world", help="make a built-in world's teacher", description="Built-in worlds.")
+    actions = world.add_subparsers(metavar="action", required=True)
+    sub = actions.add_parser("train", help="train the world's teacher and write a checkpoint folder in URSA's layout",
+                             description="Train the teacher of a world by denoising its own videos; the defaults made "
+                             "the shipped one.")  # fmt: skip
+    sub.set_defaults(function=_world_train)
+    sub.add_argument("world", choices=["shapes"])
+    sub.add_argument("-o", "--out", required=True, help="the checkpoint folder to write")
+    for field in dataclasses.fields(TeacherRecipe):
+        text = f"{field.metadata['help']} (default: {field.default})"
+        sub.add_argument(
+            f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default, help=text
+        )
+    return parser
+
+
+def _train(args) -> None:
+    from dimo.train.config import load_config
+    from dimo.train.trainer import Trainer
+
+    run = Trainer(load_config(args.config, args.overrides)).train()
+    print(f"finished: {run.path}/checkpoints/final; next: dimo evaluate {run.path}")
+
+
+def _run(args) -> None:
+    from dimo.notebooks import run_notebooks
+
+    run_notebooks(args.config, args.overrides, args.parameters, only=args.only)
+
+
+def _evaluate(args) -> None:
+    from dimo.evaluation.evaluate import evaluate_to_folder, format_table
+    from dimo.train.config import load_config
+
+    source = Path(args.student)
+    is_run = (source / "config.yaml").exists()
+    config = load_config(args.config or (source / "config.yaml" if is_run else None), args.overrides)
+    weights = source / "checkpoints" / "final" if is_run else source
+    out = Path(args.out) if args.out else (source if is_run else None)
+    if out is None:
+        raise DimoError(f"{source} is not a run folder, so say where the report goes: --out FOLDER")
+    print(format_table(evaluate_to_folder(config, weights, out)))
+    print(f"written: {out}/report.json, {out}/sheet.png")
+
+
+def _ablate(args) -> None:
+    from dimo.evaluation.ablate import ablate
+
+    try:
+        lrs = [float(lr) for lr in args.lrs.split(",")]
+    except ValueError:
+        raise DimoError(f"--lrs must be numbers with commas between them, got {args.lrs!r}") from None
+    print(ablate(Path(args.out), args.config, args.overrides, lrs, args.seeds))
+
+
+def _config(args) -> None:
+    from dimo.train.config import PRESETS, describe, load_config, to_yaml
+
+    if args.presets:
+        for file in sorted(PRESETS.glob("*.yaml")):
+            print(f"{file.stem:10} {file.read_text().splitlines()[0].removeprefix('# ')}")
+    elif args.config or args.overrides:
+        print(to_yaml(load_config(args.config, args.overrides)), end="")
+    else:
+        print(describe())
+
+
+def _world_train(args) -> None:
+    recipe = TeacherRecipe(**{f.name: getattr(args, f.name) for f in dataclasses.fields(TeacherRecipe)})
+    print(make_teacher(recipe, Path(args.out)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
