@@ -74,8 +74,8 @@ def _parser() -> argparse.ArgumentParser:
     overrides(sub)
 
     sub = command("ablate", _ablate, "the recipe against literal, reinforce and KD alone",
-                  "Train every method at every learning rate on the tuning seed, then the best one on the "
-                  "report seeds; writes ablation.json and prints the table. Finished runs are not run again.")  # fmt: skip
+                  "Train every method at every learning rate on the tuning seed, then the best one on the report "
+                  "seeds; writes ablation.json and prints the table. Finished runs are not run again.")  # fmt: skip
     sub.add_argument("-o", "--out", default="runs/ablation", help="folder of all its runs (default: %(default)s)")
     sub.add_argument("--seeds", type=int, default=3, help="seeds to report on (default: %(default)s)")
     sub.add_argument("--lrs", default="3e-4,1e-3,2e-3", help="student lrs to tune over (default: %(default)s)")

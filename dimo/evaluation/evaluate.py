@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import json
-import os
 import time
 from pathlib import Path
 
@@ -11,18 +11,20 @@ import torch
 from tqdm import tqdm
 
 from dimo.errors import DimoError
-from dimo.ursa import Ursa, UrsaTransformer, sample
+from dimo.train.config import Config, device_of
+from dimo.train.runfolder import write_text
+from dimo.ursa import Ursa, UrsaTransformer, load_ursa, sample
 from dimo.ursa.checkpoint import load_weights, read_weights
+from dimo.worlds import checkpoint_folder, load_world
 from dimo.worlds.oracle import score, summarise
 from dimo.worlds.shapes import ShapesWorld
 
 COLUMNS = ("validity", "adherence", "token_accuracy", "coverage", "seconds_per_video")
+SHEET_PROMPTS = 6
 
 
 def load_student(ursa: Ursa, weights: str | Path) -> UrsaTransformer:
     """The teacher's architecture with a student's weights: student.pt, a .safetensors file, or a folder of either."""
-    import copy
-
     source = Path(weights)
     if (source / "student.pt").exists():
         source = source / "student.pt"
@@ -47,7 +49,7 @@ def evaluate(
     """Score every sampler on every prompt of the world -> (rows by name, codes (B, N) by name).
 
     Every row starts from the same noise. Rows: student_1, student_1_argmax, untrained_1 (what the student started
-    from, decoded greedily), teacher_<steps>.
+    from), untrained_1_argmax, teacher_<steps>.
     """
     prompts = [p for p in world.prompts for _ in range(videos_per_prompt)]
     txt_ids = ursa.tokenize(prompts, max_prompt_length)
@@ -55,7 +57,8 @@ def evaluate(
     samplers = {
         "student_1": (student, 1, False),
         "student_1_argmax": (student, 1, True),
-        "untrained_1": (teacher, 1, True),
+        "untrained_1": (teacher, 1, False),
+        "untrained_1_argmax": (teacher, 1, True),
     }
     samplers |= {f"teacher_{n}": (teacher, n, False) for n in teacher_steps}
     rows, codes = {}, {}
@@ -84,11 +87,44 @@ def format_table(rows: dict) -> str:
     return "\n".join(lines)
 
 
+def evaluate_to_folder(config: Config, weights: str | Path, out: Path, progress: bool = True) -> dict:
+    """Score the student behind `weights` as `config.evaluation` says; write report.json and sheet.png into `out`.
+
+    The sheet shows prompts x {teacher at its most passes, teacher at 1, student at 1}, all from the same noise.
+    """
+    from dimo.views.sheets import save_sheet  # matplotlib only when a picture is made
+
+    e, folder = config.evaluation, checkpoint_folder(config.distill.teacher_ckpt)
+    world, ursa = load_world(folder), load_ursa(folder, device_of(config))
+    student = load_student(ursa, weights)
+    steps = tuple(sorted({1, *e.teacher_steps}))
+    rows, codes = evaluate(
+        world,
+        ursa,
+        student,
+        videos_per_prompt=e.videos_per_prompt,
+        teacher_steps=steps,
+        seed=e.seed,
+        batch_size=e.batch_size,
+        max_prompt_length=config.distill.max_prompt_length,
+        progress=progress,
+    )
+    shown = torch.linspace(0, len(world.prompts) - 1, SHEET_PROMPTS).long()
+    columns = {
+        f"{title}": ursa.vae.to("cpu").decode(codes[name][shown * e.videos_per_prompt].view(-1, *world.latents_shape))
+        for title, name in (
+            (f"teacher, {steps[-1]} passes", f"teacher_{steps[-1]}"),
+            ("teacher, 1 pass", "teacher_1"),
+            ("student, 1 pass", "student_1"),
+        )
+    }
+    save_sheet(out / "sheet.png", columns, [world.prompts[i] for i in shown.tolist()])
+    write_report(out / "report.json", rows)
+    return rows
+
+
 def write_report(file: Path, rows: dict) -> None:
     """report.json, whole or not at all."""
     if "student_1" not in rows:
         raise DimoError("rows must hold student_1")
-    beside = file.with_name(f".{file.name}.partial")
-    beside.parent.mkdir(parents=True, exist_ok=True)
-    beside.write_text(json.dumps(rows, indent=2) + "\n")
-    os.replace(beside, file)
+    write_text(file, json.dumps(rows, indent=2) + "\n")

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -197,6 +198,14 @@ def validate(config: Config) -> None:
         raise DimoError(f"evaluation.teacher_steps must list numbers of passes, got {flat['evaluation.teacher_steps']}")
     beta_of(config.distill.divergence)
     latents_shape_for(config.distill.num_frames, config.distill.height, config.distill.width)
+
+
+def device_of(config: Config) -> torch.device:
+    if config.model.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if config.model.device == "cuda" and not torch.cuda.is_available():
+        raise DimoError("model.device is cuda, but PyTorch sees no GPU; use model.device=auto or cpu")
+    return torch.device(config.model.device)
 
 
 def _default(field: dataclasses.Field) -> Any:

@@ -14,11 +14,11 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from dimo.distill import stages
-from dimo.distill.losses import beta_of, kl
+from dimo.distill.losses import beta_of, kl, token_entropy
 from dimo.distill.schedules import Baseline, EntropyController, XInit
 from dimo.distill.stages import Step
 from dimo.errors import DimoError
-from dimo.train.config import Config, to_yaml
+from dimo.train.config import Config, device_of, to_yaml
 from dimo.train.runfolder import RunFolder
 from dimo.ursa import Ursa, UrsaTransformer, latents_shape_for, load_ursa, sample, save_student, visual_logits
 from dimo.worlds import checkpoint_folder, load_world
@@ -32,14 +32,6 @@ class Networks:
     student: UrsaTransformer
     aux: UrsaTransformer
     ema: UrsaTransformer
-
-
-def device_of(config: Config) -> torch.device:
-    if config.model.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if config.model.device == "cuda" and not torch.cuda.is_available():
-        raise DimoError("model.device is cuda, but PyTorch sees no GPU; use model.device=auto or cpu")
-    return torch.device(config.model.device)
 
 
 def load_prompts(config: Config) -> list[str]:
@@ -167,8 +159,6 @@ class Trainer:
     @torch.no_grad()
     def metrics(self, step: Step) -> dict[str, float]:
         """The metrics of design: entropies and gaps at x_t, loss parts, reward. Costs one more pass of the student."""
-        from dimo.distill.losses import token_entropy
-
         student_at_t = visual_logits(self.networks.student, step.txt_ids, step.x_t, self.grid)
         p_t, p_a = step.teacher_logits.float().softmax(-1), step.aux_logits.float().softmax(-1)
         values = {
@@ -268,7 +258,7 @@ class Trainer:
         """One-step videos of the EMA student for the first prompts, the same noise every time: tokens and a picture."""
         if self.ursa.vae is None:
             return
-        from dimo.views.sheets import save_samples  # matplotlib only when a picture is made
+        from dimo.views.sheets import save_sheet  # matplotlib only when a picture is made
 
         g = torch.Generator(self.device).manual_seed(self.config.experiment.seed)
         count = min(8, len(self.prompt_ids))
@@ -276,7 +266,8 @@ class Trainer:
         codes = sample(self.networks.ema, self.path, self.prompt_ids[rows], self.grid, 1, generator=g)
         prompts = load_prompts(self.config)
         frames = self.ursa.vae.decode(codes.view(-1, *self.grid)).cpu()
-        save_samples(run.path / "samples" / f"step-{done:08d}.png", frames, [prompts[i] for i in rows.tolist()])
+        shown = [prompts[i] for i in rows.tolist()]
+        save_sheet(run.path / "samples" / f"step-{done:08d}.png", {"student, 1 pass": frames}, shown)
 
     def write_student(self, run: RunFolder) -> None:
         """checkpoints/final: student.pt (plain state dict) and student/ (config.json + safetensors), EMA weights."""

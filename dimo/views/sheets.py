@@ -35,9 +35,9 @@ def video_sheet(columns: dict[str, torch.Tensor], prompts: list[str], shown: int
     return figure
 
 
-def save_samples(file: Path, frames: torch.Tensor, prompts: list[str]) -> None:
-    """A one-column sheet written whole or not at all."""
+def save_sheet(file: Path, columns: dict[str, torch.Tensor], prompts: list[str]) -> None:
+    """`video_sheet` as a PNG, written whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
     beside = file.with_name(f".{file.name}.partial")
-    video_sheet({"student, 1 step": frames}, prompts).savefig(beside, dpi=110, format="png")
+    video_sheet(columns, prompts).savefig(beside, dpi=110, format="png")
     os.replace(beside, file)

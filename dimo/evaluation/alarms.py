@@ -1,0 +1,65 @@
+"""What in a run's metrics should make a person look: sentences, with the step."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+
+WINDOW = 10  # rows averaged before anything is compared
+MEMORY = 200  # rows whose median a spike is compared with
+AUX_LAG, SPIKE = 1.3, 10.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Alarm:
+    step: int
+    name: str
+    sentence: str
+
+
+def alarms(rows: list[dict]) -> list[Alarm]:
+    """Alarms of a run's metrics rows, in order of steps. An empty list is good news; it is not proof.
+
+    non_finite: a metric was NaN or infinite. entropy_floor: the entropy bonus was raised. aux_lags: the auxiliary's
+    loss rose by 30% over its least smoothed value, so it follows the student no more. codes_lost: a batch uses less
+    than half as many codes as the first did. gradient_spike: ten times the median of the last 200 rows.
+    """
+    found = []
+    least, raised, spiking, lagging, lost = float("inf"), False, False, False, False
+    for i, row in enumerate(rows):
+        step, window = row["step"], rows[max(0, i - WINDOW + 1) : i + 1]
+        if row.get("non_finite"):
+            found.append(Alarm(step, "non_finite", f"not finite: {', '.join(row['non_finite'])}"))
+        bonus, first_bonus = row.get("lambda_ent"), rows[0].get("lambda_ent")
+        if bonus is not None and first_bonus is not None:
+            if bonus > first_bonus and not raised:
+                found.append(Alarm(step, "entropy_floor", f"lambda_ent rose from {first_bonus:g} to {bonus:g}"))
+            raised = bonus > first_bonus
+        aux = _mean(window, "loss/aux")
+        if aux is not None and i + 1 >= WINDOW:
+            if aux > AUX_LAG * least and not lagging:
+                found.append(
+                    Alarm(step, "aux_lags", f"loss/aux is {aux:.3g}, its least was {least:.3g} nats per token")
+                )
+            lagging, least = aux > AUX_LAG * least, min(least, aux)
+        codes, first_codes = row.get("codes/used"), rows[0].get("codes/used")
+        if codes is not None and first_codes:
+            if codes < first_codes / 2 and not lost:
+                found.append(Alarm(step, "codes_lost", f"a batch uses {codes:g} codes, the first used {first_codes:g}"))
+            lost = codes < first_codes / 2
+        norms = [
+            r["grad_norm/student"] for r in rows[max(0, i - MEMORY) : i + 1] if r.get("grad_norm/student") is not None
+        ]
+        if len(norms) >= WINDOW:
+            median = statistics.median(norms)
+            if norms[-1] > SPIKE * median and not spiking:
+                found.append(
+                    Alarm(step, "gradient_spike", f"grad_norm/student is {norms[-1]:.3g}, median {median:.3g}")
+                )
+            spiking = norms[-1] > SPIKE * median
+    return found
+
+
+def _mean(rows: list[dict], name: str) -> float | None:
+    values = [row[name] for row in rows if row.get(name) is not None]
+    return sum(values) / len(values) if values else None

@@ -1,0 +1,194 @@
+"""The papermill runner: the same notebooks that people open, executed headless into a run folder."""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dimo.errors import DimoError, nearest
+from dimo.evaluation.evaluate import COLUMNS, format_table
+from dimo.train.config import config_keys, load_config, to_yaml
+from dimo.train.runfolder import RunFolder, write_text
+from dimo.worlds import checkpoint_folder
+
+SHARED = ("config", "overrides")  # every notebook's parameters cell has them
+
+
+def notebook_folder() -> Path:
+    """notebooks/ beside the package (a source checkout), or in the working directory."""
+    for folder in (Path(__file__).parents[1] / "notebooks", Path("notebooks")):
+        if any(folder.glob("0?_*.ipynb")):
+            return folder
+    raise DimoError("notebooks/ was found neither beside the package nor here; run from a clone of the repository")
+
+
+def run_notebooks(
+    config: str | None,
+    overrides: list[str],
+    parameters: list[str] = (),
+    only: list[str] = (),
+    force: bool = False,
+) -> RunFolder:
+    """Execute the notebooks in order into `<output_dir>/notebooks`, then write report.html.
+
+    Args:
+        config, overrides: as `load_config` takes them.
+        parameters: "name=value" for a notebook's parameters cell; a dotted configuration key is an override.
+        only: names of notebooks; empty: all.
+        force: execute again what this folder holds already, executed with the same parameters.
+
+    Raises:
+        DimoError: before anything starts, for an unknown parameter, key or notebook; later, when a notebook fails.
+    """
+    papermill, _ = _require_jupyter()
+    sources = {p.stem: p for p in sorted(notebook_folder().glob("0?_*.ipynb"))}
+    for name in only:
+        if name not in sources:
+            raise DimoError(f"there is no notebook {name!r}{nearest(name, sources)}")
+    chosen = {name: path for name, path in sources.items() if not only or name in only}
+    known = {name: set(papermill.inspect_notebook(str(path))) for name, path in chosen.items()}
+    overrides = list(overrides)
+    extra = _parse_parameters(parameters, overrides, set().union(*known.values()) - set(SHARED))
+    settings = load_config(config, overrides)
+    run = RunFolder.open(settings.experiment.output_dir, to_yaml(settings), resume=True, overwrite=False)
+    shared = {"config": config or "shapes", "overrides": overrides}
+    for name, path in chosen.items():
+        own = shared | {k: v for k, v in extra.items() if k in known[name]}
+        _execute(run, name, path, own, force)
+    write_report_page(run, list(chosen))
+    print_summary(run)
+    return run
+
+
+def _parse_parameters(parameters: list[str], overrides: list[str], known: set[str]) -> dict[str, Any]:
+    """Split "name=value" into notebook parameters, returned, and configuration keys, appended to `overrides`."""
+    keys, extra = config_keys(), {}
+    for parameter in parameters:
+        name, equals, value = parameter.partition("=")
+        if not equals:
+            raise DimoError(f"a parameter reads name=value, got {parameter!r}")
+        if name in keys:
+            overrides.append(parameter)
+        elif name in known:
+            extra[name] = yaml.safe_load(value)
+        else:
+            raise DimoError(
+                f"no notebook has a parameter {name!r}, and no configuration key is called so"
+                f"{nearest(name, known | set(keys))}"
+            )
+    return extra
+
+
+def _execute(run: RunFolder, name: str, source: Path, parameters: dict, force: bool) -> None:
+    papermill, _ = _require_jupyter()
+    done = run.path / "notebooks" / f"{name}.ipynb"
+    done.parent.mkdir(parents=True, exist_ok=True)
+    if not force and _is_done(done, source, parameters):
+        print(f"{name}: done before, not executed again")
+        return
+    working = done.with_name(f".{name}.partial.ipynb")
+    failed = done.with_name(f"{name}.failed.ipynb")
+    print(f"{name} ...", flush=True)
+    try:
+        papermill.execute_notebook(
+            str(source),
+            str(working),
+            parameters,
+            kernel_name="python3",
+            cwd=os.getcwd(),
+            progress_bar=False,
+            stderr_file=sys.stderr,  # the training's own progress bar
+        )
+    except papermill.exceptions.PapermillExecutionError as error:
+        os.replace(working, failed)
+        raise DimoError(f"notebook {name} failed: {error.ename}: {error.evalue} (see {failed})") from None
+    except RuntimeError as error:  # the kernel died, or never came up
+        raise DimoError(f"notebook {name} was not finished: {error}; the same command continues") from error
+    failed.unlink(missing_ok=True)
+    os.replace(working, done)
+    _write_html(done)
+
+
+def _is_done(done: Path, source: Path, parameters: dict) -> bool:
+    """Executed to the end, with these parameters, from the cells that the source has now."""
+    if not done.exists():
+        return False
+
+    def cells(file):
+        notebook = json.loads(file.read_text(encoding="utf-8"))
+        tagged = [(c["metadata"].get("tags", []), c["source"]) for c in notebook["cells"]]
+        return notebook, ["".join(text) for tags, text in tagged if "injected-parameters" not in tags]
+
+    old, old_cells = cells(done)
+    return old["metadata"].get("papermill", {}).get("parameters") == parameters and old_cells == cells(source)[1]
+
+
+def _write_html(notebook: Path) -> None:
+    _, nbconvert = _require_jupyter()
+    exporter = nbconvert.HTMLExporter(template_name="classic")
+    write_text(notebook.with_suffix(".html"), exporter.from_filename(str(notebook))[0])
+
+
+def write_report_page(run: RunFolder, names: list[str]) -> Path:
+    """report.html: the table, the pictures, and links to the executed notebooks."""
+    parts = [f"<h1>{html.escape(run.path.name)}</h1>"]
+    report = run.path / "report.json"
+    if report.exists():
+        rows = json.loads(report.read_text())
+        head = "".join(f"<th>{c}</th>" for c in ("", *COLUMNS))
+        parts.append(f"<table><tr>{head}</tr>{''.join(_table_row(n, r) for n, r in rows.items())}</table>")
+        parts.append("<p>validity, adherence, token_accuracy and coverage are shares; seconds_per_video in s.</p>")
+    for picture in [
+        run.path / "sheet.png",
+        run.path / "curves.png",
+        *sorted((run.path / "samples").glob("*.png"))[-1:],
+    ]:
+        if picture.exists():
+            relative = picture.relative_to(run.path).as_posix()
+            parts.append(f'<h2>{html.escape(relative)}</h2><img src="{relative}" alt="{html.escape(relative)}">')
+    links = "".join(f'<li><a href="notebooks/{n}.html">{n}</a></li>' for n in names)
+    parts.append(f"<h2>Notebooks</h2><ul>{links}</ul><p><a href='config.yaml'>config.yaml</a></p>")
+    style = (
+        "body{font-family:sans-serif;max-width:70em;margin:2em auto;padding:0 1em}img{max-width:100%}"
+        "td,th{text-align:right;padding:.2em .8em;border-bottom:1px solid #ccc}td:first-child{text-align:left}"
+    )
+    page = f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{html.escape(run.path.name)}</title>"
+    write_text(run.path / "report.html", f"{page}<style>{style}</style><body>{''.join(parts)}</body></html>\n")
+    return run.path / "report.html"
+
+
+def _table_row(name: str, row: dict) -> str:
+    cells = ["undefined" if row[c] is None else f"{row[c]:.4g}" for c in COLUMNS]
+    return f"<tr><td>{html.escape(name)}</td>{''.join(f'<td>{c}</td>' for c in cells)}</tr>"
+
+
+def print_summary(run: RunFolder) -> None:
+    """The table, where to look, and what the student that ships reached with a longer run."""
+    report = run.path / "report.json"
+    if report.exists():
+        print(format_table(json.loads(report.read_text())))
+    shipped = checkpoint_folder("shapes") / "student" / "report.json"
+    if shipped.exists():
+        best = json.loads(shipped.read_text())["student_1"]
+        print(
+            f"\nA longer run reaches validity {best['validity']:.3f} with coverage {best['coverage']:.3f}; that "
+            "student ships with dimo, and `dimo evaluate` scores it."
+        )
+    print(f"\nLook at {run.path}/report.html, {run.path}/sheet.png and {run.path}/notebooks/")
+
+
+def _require_jupyter():
+    try:
+        import nbconvert
+        import papermill
+    except ImportError as error:
+        raise DimoError(
+            f"{error.name} is missing; install dimo with its notebooks: pip install -e '.[notebooks]'"
+        ) from error
+    return papermill, nbconvert
