@@ -8,14 +8,16 @@ import sys
 from pathlib import Path
 
 from dimo.errors import DimoError
+from dimo.worlds import DATA
 from dimo.worlds.teacher import TeacherRecipe, make_teacher
 
+SHIPPED_STUDENT = DATA / "shapes" / "student"
 EPILOG = """\
 examples:
   dimo run -c shapes                      the five notebooks, headless, into runs/shapes, with report.html
   dimo train -c shapes optim.lr=5e-4 experiment.name=slow
   dimo evaluate runs/shapes               score a run's student beside its teacher
-  dimo evaluate dimo/worlds/data/student  score the student that ships with dimo
+  dimo evaluate                           score the student that ships with dimo
   dimo config                             every key, its default and what it means
   dimo config -c literal                  a preset, resolved
 
@@ -29,6 +31,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args.function(args)
     except DimoError as error:
+        print(f"dimo: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a read-only folder, a full disk: the message names the file
         print(f"dimo: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -69,9 +74,13 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("evaluate", _evaluate, "score a student at one step beside its teacher, on the same noise",
                   "Score a student at one step beside its teacher at 1..25, same prompts, noise and scorer; writes "
                   "report.json and sheet.png.")  # fmt: skip
-    sub.add_argument("student", help="a run folder, student.pt, a .safetensors file, or a folder that holds one")
-    sub.add_argument("-o", "--out", help="folder for report.json and sheet.png (default: the run folder, if it is one)")
-    overrides(sub)
+    sub.add_argument("student", nargs="?", default=str(SHIPPED_STUDENT),
+                     help="a run folder, student.pt, a .safetensors file, or a folder that holds one "
+                     "(default: the student that ships with dimo)")  # fmt: skip
+    sub.add_argument("-o", "--out", help="folder for report.json and sheet.png (default: the run folder, if it is one, "
+                     "else runs/evaluation)")  # fmt: skip
+    sub.add_argument("--set", action="append", default=[], dest="overrides", metavar="key=value",
+                     help="configuration, such as evaluation.videos_per_prompt=16; may be repeated")  # fmt: skip
 
     sub = command("ablate", _ablate, "the recipe against literal, reinforce and KD alone",
                   "Train every method at every learning rate on the tuning seed, then the best one on the report "
@@ -123,9 +132,7 @@ def _evaluate(args) -> None:
     is_run = (source / "config.yaml").exists()
     config = load_config(args.config or (source / "config.yaml" if is_run else None), args.overrides)
     weights = source / "checkpoints" / "final" if is_run else source
-    out = Path(args.out) if args.out else (source if is_run else None)
-    if out is None:
-        raise DimoError(f"{source} is not a run folder, so say where the report goes: --out FOLDER")
+    out = Path(args.out) if args.out else (source if is_run else Path("runs/evaluation"))
     print(format_table(evaluate_to_folder(config, weights, out)))
     print(f"written: {out}/report.json, {out}/sheet.png")
 

@@ -19,7 +19,7 @@ def sample_t_curriculum(
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
 ) -> torch.Tensor:
-    """Times in [0, 0.999): 1 - (1-u)^2 while step < curriculum_steps, else u, with u uniform.
+    """Times in [0, 0.999]: 1 - (1-u)^2 while step < curriculum_steps, else u, with u uniform.
 
     The curriculum's density is 2 (1-t) inverted: 1 / (2 sqrt(1-t)), so early training sees times close to data, where
     teacher and auxiliary differ in few tokens. `curriculum_steps=0` switches it off.

@@ -42,13 +42,12 @@ class Step:
     loss: torch.Tensor | None = None  # 9: scalar
 
 
-def tokenise(tokenize, prompts: list[str], max_prompt_length: int, empty_share: float = 0.0, generator=None):
-    """Stage 1: prompts -> txt_ids (B, L); a share becomes the empty prompt, which a guided teacher needs."""
+def tokenise(tokenize, prompts: list[str], max_prompt_length: int) -> torch.Tensor:
+    """Stage 1: prompts -> txt_ids (B, max_prompt_length), padded on the left; `tokenize` is `Ursa.tokenize`."""
     if not prompts:
         raise DimoError("prompts must not be empty")
-    if empty_share > 0:
-        drop = torch.rand(len(prompts), generator=generator) < empty_share
-        prompts = ["" if d else p for p, d in zip(prompts, drop.tolist())]
+    if max_prompt_length < 1:
+        raise DimoError(f"max_prompt_length must be at least 1, got {max_prompt_length}")
     return tokenize(prompts, max_prompt_length)
 
 

@@ -60,7 +60,9 @@ class Trainer:
         self.path = self.ursa.path
         self.grid = latents_shape_for(d.num_frames, d.height, d.width)
         self.num_visual_tokens = math.prod(self.grid)
-        self.prompt_ids = self.ursa.tokenize(load_prompts(config), d.max_prompt_length)
+        self.prompt_ids = stages.tokenise(
+            self.ursa.tokenize, load_prompts(config), d.max_prompt_length
+        )  # stage 1, once
         self.empty_ids = self.ursa.tokenize([""], d.max_prompt_length)
 
         teacher = self.ursa.transformer.requires_grad_(False).eval()
@@ -104,7 +106,7 @@ class Trainer:
         # 1 prompts, tokenised once at the start; a guided teacher's student must know the empty prompt too
         rows = torch.randint(len(self.prompt_ids), (d.batch_size_per_gpu,), generator=g, device=self.device)
         step = Step(txt_ids=self.prompt_ids[rows])
-        if d.guidance_scale != 1:
+        if d.guidance_scale != 1 and d.empty_prompt_share > 0:
             drop = torch.rand(len(rows), generator=g, device=self.device) < d.empty_prompt_share
             step.txt_ids = torch.where(drop[:, None], self.empty_ids, step.txt_ids)
         # 2 x_init
@@ -134,7 +136,7 @@ class Trainer:
         # 8 the distillation gradient
         stages.distillation_loss(step, d.estimator, self.beta, self.baseline, d.w_reinforce)
         # 9 the student's update
-        if max(d.lambda_ent, d.lambda_ent_high if d.lambda_ent > 0 else 0) > 0:
+        if d.lambda_ent > 0:
             self.lambda_ent = self.entropy_bonus(step.entropy.mean().item(), index)
         stages.total_loss(step, d.w_distill, d.w_kd, self.lambda_ent)
         student_norm = self._update(n.student, self.student_optimizer, step.loss)

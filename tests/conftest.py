@@ -1,0 +1,26 @@
+"""Small fixtures; torch on one thread, so that results do not depend on the machine's load."""
+
+import pytest
+import torch
+
+from dimo.ursa import load_ursa
+from dimo.worlds import checkpoint_folder, load_world
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def world():
+    return load_world(checkpoint_folder("shapes"))
+
+
+@pytest.fixture(scope="session")
+def ursa():
+    loaded = load_ursa(checkpoint_folder("shapes"))
+    loaded.transformer.requires_grad_(False)
+    return loaded
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(0)

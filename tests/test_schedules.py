@@ -1,0 +1,84 @@
+"""Schedules against their closed forms."""
+
+import pytest
+import torch
+
+from dimo.distill.schedules import Baseline, EntropyController, XInit, sample_t_curriculum
+from dimo.errors import DimoError
+
+
+@pytest.mark.parametrize(
+    ("step", "quantile"), [(0, lambda u: 1 - (1 - u) ** 2), (99, lambda u: 1 - (1 - u) ** 2), (100, lambda u: u)]
+)
+def test_t_has_the_quantiles_of_its_equation(step, quantile, generator):
+    t = sample_t_curriculum(100_000, step, 100, generator)
+    assert 0 <= t.min() and t.max() <= 0.999
+    for u in (0.1, 0.5, 0.9):
+        assert t.quantile(u).item() == pytest.approx(0.999 * quantile(u), abs=0.006)
+
+
+def test_x_init_is_uniform_without_memory(generator):
+    x, ids, corrupted = XInit(5)(torch.zeros(4000, 2, dtype=torch.long), 6, generator)
+    assert not corrupted.any() and not ids.any()
+    assert torch.allclose(torch.bincount(x.flatten(), minlength=5) / x.numel(), torch.full((5,), 0.2), atol=0.012)
+
+
+def test_x_init_mixes_old_samples_with_their_own_prompts(generator):
+    mix = XInit(5, p_corrupt=0.25, corrupt_ratio=0.4)
+    old = torch.randint(5, (8, 50), generator=generator)
+    mix.remember(old, torch.arange(8)[:, None].expand(-1, 2))
+    x, ids, corrupted = mix(torch.full((4000, 2), 77), 50, generator)
+    assert corrupted.float().mean().item() == pytest.approx(0.25, abs=0.03)
+    assert (ids[~corrupted] == 77).all() and (ids[corrupted] < 8).all()
+    same = (x[corrupted] == old[ids[corrupted, 0]]).float().mean().item()
+    assert same == pytest.approx(1 - 0.4 * 0.8, abs=0.01)
+    assert (x[~corrupted] == old[0]).float().mean().item() == pytest.approx(0.2, abs=0.01)
+
+
+def test_x_init_keeps_the_newest_and_survives_a_checkpoint(generator):
+    mix = XInit(9, p_corrupt=1.0, corrupt_ratio=0.0, capacity=3)
+    for code in range(4):
+        mix.remember(torch.full((2, 4), code), torch.full((2, 1), code))
+    assert mix.x_hat[:, 0].tolist() == [3, 3, 2]
+    again = XInit(9, p_corrupt=1.0, corrupt_ratio=0.0, capacity=3)
+    again.load_state_dict(mix.state_dict())
+    x, ids, _ = again(torch.zeros(50, 1, dtype=torch.long), 4, generator)
+    assert (x == ids).all() and set(ids.flatten().tolist()) == {2, 3}
+
+
+def test_entropy_bonus_rises_under_its_floor_and_falls_back_with_hysteresis():
+    bonus = EntropyController(0.01, 0.05, floor=0.5)
+    for step in range(EntropyController.WARMUP):
+        assert bonus(2.0, step) == 0.01
+    assert bonus(1.01, 30) == 0.01
+    assert bonus(0.99, 31) == 0.05
+    assert bonus(1.05, 32) == 0.05  # above the floor, but not by a tenth
+    again = EntropyController(0.01, 0.05, floor=0.5)
+    again.load_state_dict(bonus.state_dict())
+    assert again(1.05, 33) == 0.05
+    assert again(1.11, 34) == 0.01
+
+
+def test_entropy_bonus_fades_to_zero():
+    bonus = EntropyController(0.01, 0.05, floor=0.0, anneal_from=100, anneal_to=200)
+    assert [bonus(1.0, s) for s in (0, 100, 150, 200, 300)] == pytest.approx([0.01, 0.01, 0.005, 0.0, 0.0])
+
+
+def test_baseline_is_the_moving_average_of_earlier_rewards():
+    baseline, rewards, want = Baseline(0.9), [1.0, 3.0, -2.0], 1.0
+    for reward in rewards:
+        assert baseline(torch.tensor([reward])).item() == pytest.approx(want)
+        want = 0.9 * want + 0.1 * reward
+
+
+def test_bad_input_is_refused_in_a_sentence():
+    with pytest.raises(DimoError, match="must not be negative"):
+        sample_t_curriculum(3, -1)
+    with pytest.raises(DimoError, match=r"p_corrupt must lie in \[0, 1\]"):
+        XInit(5, p_corrupt=1.1)
+    with pytest.raises(DimoError, match=r"x_hat must lie in \[0, 5\)"):
+        XInit(5).remember(torch.full((1, 2), 5), torch.zeros(1, 1))
+    with pytest.raises(DimoError, match="entropy must be finite"):
+        EntropyController()(float("nan"), 0)
+    with pytest.raises(DimoError, match="baseline decay"):
+        Baseline(1.0)

@@ -1,0 +1,177 @@
+"""The nine stages: what each reads and writes, against computations written out here."""
+
+import copy
+
+import pytest
+import torch
+
+from dimo.distill import stages
+from dimo.distill.schedules import Baseline, XInit
+from dimo.distill.stages import Step
+from dimo.errors import DimoError
+from dimo.ursa import MetricPath, visual_logits
+
+GRID = (3, 4, 4)
+
+
+@pytest.fixture
+def step(ursa, generator):
+    ids = ursa.tokenize(["blue bar moving up", "pink square moving left", "green corner moving down"], 4)
+    made = Step(txt_ids=ids)
+    stages.draw_x_init(made, XInit(ursa.path.codebook_size, 0.0), 48, generator)
+    stages.student_pass(made, ursa.transformer, GRID, 1.0, generator)
+    stages.renoise(made, ursa.path, torch.tensor([0.2, 0.5, 0.95]), generator)
+    return made
+
+
+def test_student_pass_is_one_pass_at_x_init(step, ursa):
+    z = visual_logits(ursa.transformer, step.txt_ids, step.x_init, GRID)
+    p = z.softmax(-1)
+    assert torch.equal(step.student_logits, z)
+    assert torch.allclose(step.logp, p.gather(-1, step.x_hat[..., None])[..., 0].log(), atol=1e-5)
+    assert torch.allclose(step.entropy, -(p * p.log()).sum(-1), atol=1e-5)
+
+
+def test_a_low_temperature_is_nearly_greedy(step, ursa, generator):
+    sharp = Step(txt_ids=step.txt_ids, x_init=step.x_init)
+    stages.student_pass(sharp, ursa.transformer, GRID, 1e-4, generator)
+    assert torch.equal(sharp.x_hat, sharp.student_logits.argmax(-1))
+
+
+def test_x_hat_is_drawn_from_the_students_softmax(ursa, generator):
+    ids = ursa.tokenize(["blue bar moving up"], 4).repeat(4000, 1)
+    many = Step(txt_ids=ids, x_init=torch.zeros(4000, 48, dtype=torch.long))
+    stages.student_pass(many, ursa.transformer, GRID, 1.0, generator)
+    share = torch.nn.functional.one_hot(many.x_hat[:, 7], ursa.path.codebook_size).float().mean(0)
+    assert torch.allclose(share, many.student_logits[0, 7].softmax(-1), atol=0.03)
+
+
+def test_one_t_per_sample_or_per_latent_frame(generator):
+    assert stages.draw_t(5, GRID, 0, 0, "sample", generator).shape == (5,)
+    t = stages.draw_t(5, GRID, 0, 0, "frame", generator).view(5, 3, 16)
+    assert (t == t[..., :1]).all() and (t[:, 0, 0] != t[:, 1, 0]).all()
+    with pytest.raises(DimoError, match="t_per must be"):
+        stages.draw_t(5, GRID, 0, 0, "token", generator)
+
+
+def test_guidance_is_off_above_guidance_trunc(step, ursa):
+    empty = ursa.tokenize([""], 4)
+    stages.teacher_pass(step, ursa.transformer, GRID, 3.0, 0.9, empty)
+    c = visual_logits(ursa.transformer, step.txt_ids, step.x_t, GRID)
+    u = visual_logits(ursa.transformer, empty.expand(3, -1), step.x_t, GRID)
+    assert torch.allclose(step.teacher_logits[:2], (u + 3 * (c - u))[:2], atol=1e-4)
+    assert torch.allclose(step.teacher_logits[2], c[2], atol=1e-4)
+    with pytest.raises(DimoError, match="uncond_ids is needed"):
+        stages.teacher_pass(step, ursa.transformer, GRID, 3.0)
+
+
+def test_the_auxiliary_learns_the_students_samples(step, ursa, generator):
+    """Fitted to one batch of x_hat, its denoising loss falls below the teacher's, which has never seen them."""
+    aux = copy.deepcopy(ursa.transformer).requires_grad_(True)
+    optimizer = torch.optim.Adam(aux.parameters(), lr=2e-3)
+    for loss in stages.auxiliary_losses(step, aux, ursa.path, GRID, "denoise", 60, generator=generator):
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert len(step.aux_losses) == 60
+    assert sum(step.aux_losses[-10:]) < 0.6 * sum(step.aux_losses[:10])
+
+
+def test_what_the_student_feels_is_the_token_gradient(step, ursa, generator):
+    logits = step.student_logits.detach().requires_grad_(True)
+    teacher, aux = (2 * torch.randn(logits.shape, generator=generator) for _ in range(2))
+    made = Step(student_logits=logits, teacher_logits=teacher, aux_logits=aux)
+    stages.distillation_loss(made, "dimo", 0.5)
+    (felt,) = torch.autograd.grad(made.distill, logits)
+    leaf = aux.double().requires_grad_(True)
+    p, q = teacher.double().softmax(-1), leaf.softmax(-1)
+    both = 0.5 * (p * (p / q).log()).sum(-1).mean() + 0.5 * (q * (q / p).log()).sum(-1).mean()
+    (want,) = torch.autograd.grad(both, leaf)
+    assert torch.allclose(felt.double(), want, atol=1e-8)
+
+
+@pytest.mark.parametrize("baseline", ["leave_one_out", "ema"])
+def test_reinforce_is_the_exact_policy_gradient_on_average(baseline):
+    """One token, three codes, a known reward per code: the mean over draws is d/dz sum_x p(x) r(x)."""
+    torch.manual_seed(0)
+    draws, z = 200_000, torch.tensor([0.3, -0.2, 0.8])
+    x_hat = torch.multinomial(z.softmax(-1), draws, replacement=True)[:, None]
+    # a teacher-to-auxiliary gap of its own for each code makes the reward depend on x_hat
+    gap = torch.tensor([0.0, 1.0, 2.0])[x_hat]
+    teacher = torch.zeros(draws, 1, 3)
+    aux = torch.cat([gap[..., None], torch.zeros(draws, 1, 2)], -1)
+    logits = z.expand(draws, 1, 3).clone().requires_grad_(True)
+    made = Step(student_logits=logits, x_hat=x_hat, teacher_logits=teacher, aux_logits=aux)
+    made.logp = logits.log_softmax(-1).gather(-1, x_hat[..., None])[..., 0]
+    stages.distillation_loss(made, "reinforce", baseline=Baseline() if baseline == "ema" else None)
+    (got,) = torch.autograd.grad(made.distill, logits)
+
+    def jeffreys(g):
+        p, q = torch.full((3,), 1 / 3), torch.tensor([g, 0.0, 0.0]).softmax(-1)
+        return (p * (p / q).log()).sum() + (q * (q / p).log()).sum()
+
+    reward = -torch.stack([jeffreys(g) for g in (0.0, 1.0, 2.0)])
+    leaf = z.clone().requires_grad_(True)
+    (want,) = torch.autograd.grad(-(leaf.softmax(-1) * reward).sum(), leaf)
+    assert torch.allclose(got.sum((0, 1)), want, atol=4e-3)
+
+
+def test_literal_is_a_fixed_point_and_dimo_is_none(step, ursa, generator):
+    """All three networks equal: literal's terms vanish; after one fit of the auxiliary, Di[M]O's gradient does not."""
+    stages.teacher_pass(step, ursa.transformer, GRID)
+    (loss,) = stages.auxiliary_losses(step, ursa.transformer, ursa.path, GRID, "match_teacher")
+    stages.auxiliary_pass(step, ursa.transformer, GRID)
+    stages.distil_knowledge(step, ursa.transformer, GRID)
+    stages.distillation_loss(step, "reinforce")
+    assert max(loss.abs(), step.kd.abs(), step.reward.abs().max()) < 1e-6
+    aux = copy.deepcopy(ursa.transformer).requires_grad_(True)
+    next(stages.auxiliary_losses(step, aux, ursa.path, GRID, generator=generator)).backward()
+    with torch.no_grad():
+        for p in aux.parameters():
+            p -= 0.05 * p.grad
+    stages.auxiliary_pass(step, aux, GRID)
+    stages.distillation_loss(step, "dimo")
+    assert step.reward.abs().min() > 1e-4
+
+
+def test_total_loss_is_the_weighted_sum(step):
+    step.distill, step.kd = torch.tensor(2.0), torch.tensor(3.0)
+    stages.total_loss(step, 0.5, 0.1, 0.2)
+    assert step.loss.item() == pytest.approx(0.5 * 2 + 0.1 * 3 - 0.2 * step.entropy.mean().item(), abs=1e-6)
+
+
+def test_nan_is_named_where_it_appears(step, ursa, generator):
+    broken = copy.deepcopy(ursa.transformer)
+    with torch.no_grad():
+        broken.lm_head.weight[0, 0] = float("nan")
+    with pytest.raises(DimoError, match="the teacher's logits must be finite"):
+        stages.teacher_pass(step, broken, GRID)
+    with pytest.raises(DimoError, match="the student's logits must be finite"):
+        stages.student_pass(step, broken, GRID)
+    with pytest.raises(DimoError, match="the auxiliary's logits must be finite"):
+        stages.auxiliary_pass(step, broken, GRID)
+    step.distill = torch.tensor(float("nan"))
+    with pytest.raises(DimoError, match="the student's loss must be finite"):
+        stages.total_loss(step)
+
+
+def test_unknown_choices_are_refused(step, ursa):
+    with pytest.raises(DimoError, match="aux_objective must be"):
+        next(stages.auxiliary_losses(step, ursa.transformer, ursa.path, GRID, "copy"))
+    step.teacher_logits = step.aux_logits = step.student_logits.detach()
+    with pytest.raises(DimoError, match="estimator must be"):
+        stages.distillation_loss(step, "soft")
+    with pytest.raises(DimoError, match="prompts must not be empty"):
+        stages.tokenise(ursa.tokenize, [], 4)
+
+
+def test_prompts_become_left_padded_ids(ursa):
+    ids = stages.tokenise(ursa.tokenize, ["blue bar", ""], 4)
+    pad = ursa.tokenizer.pad_token_id
+    assert ids[0, :2].tolist() == [pad, pad] and pad not in ids[0, 2:].tolist() and ids[1].tolist() == [pad] * 4
+
+
+def test_a_path_without_metric_serves_too(step, ursa, generator):
+    path = MetricPath(torch.eye(ursa.path.codebook_size), 1.0, 1.0)
+    stages.renoise(step, path, torch.tensor([0.0, 0.5, 0.999]), generator)
+    assert (step.x_t[2] == step.x_hat[2]).float().mean() > 0.9 > (step.x_t[0] == step.x_hat[0]).float().mean()
