@@ -88,6 +88,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("-o", "--out", default="runs/ablation", help="folder of all its runs (default: %(default)s)")
     sub.add_argument("--seeds", type=int, default=3, help="seeds to report on (default: %(default)s)")
     sub.add_argument("--lrs", default="3e-4,1e-3,2e-3", help="student lrs to tune over (default: %(default)s)")
+    sub.add_argument("--method", action="append", dest="methods", metavar="NAME",
+                     help="only this method, such as reinforce; may be repeated")  # fmt: skip
     overrides(sub)
 
     sub = command("config", _config, "every configuration key, or a preset resolved")
@@ -144,7 +146,7 @@ def _ablate(args) -> None:
         lrs = [float(lr) for lr in args.lrs.split(",")]
     except ValueError:
         raise DimoError(f"--lrs must be numbers with commas between them, got {args.lrs!r}") from None
-    print(ablate(Path(args.out), args.config, args.overrides, lrs, args.seeds))
+    print(ablate(Path(args.out), args.config, args.overrides, lrs, args.seeds, args.methods))
 
 
 def _config(args) -> None:

@@ -1,5 +1,7 @@
 """Small fixtures; torch on one thread, so that results do not depend on the machine's load."""
 
+import os
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from dimo.ursa import load_ursa
 from dimo.worlds import checkpoint_folder, load_world
 
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # also in the kernels and processes that tests start
 
 
 @pytest.fixture(scope="session")

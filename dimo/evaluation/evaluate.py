@@ -13,9 +13,9 @@ from tqdm import tqdm
 from dimo.errors import DimoError
 from dimo.train.config import Config, device_of
 from dimo.train.runfolder import write_text
-from dimo.ursa import Ursa, UrsaTransformer, load_ursa, sample
+from dimo.ursa import Ursa, UrsaTransformer, latents_shape_for, load_ursa, sample
 from dimo.ursa.checkpoint import load_weights, read_weights
-from dimo.worlds import checkpoint_folder, load_world
+from dimo.worlds import checkpoint_folder, load_world, require_grid
 from dimo.worlds.oracle import score, summarise
 from dimo.worlds.shapes import ShapesWorld
 
@@ -96,6 +96,8 @@ def evaluate_to_folder(config: Config, weights: str | Path, out: Path, progress:
 
     e, folder = config.evaluation, checkpoint_folder(config.distill.teacher_ckpt)
     world, ursa = load_world(folder), load_ursa(folder, device_of(config))
+    d = config.distill
+    require_grid(world, latents_shape_for(d.num_frames, d.height, d.width))
     student = load_student(ursa, weights)
     steps = tuple(sorted({1, *e.teacher_steps}))
     rows, codes = evaluate(
@@ -106,7 +108,7 @@ def evaluate_to_folder(config: Config, weights: str | Path, out: Path, progress:
         teacher_steps=steps,
         seed=e.seed,
         batch_size=e.batch_size,
-        max_prompt_length=config.distill.max_prompt_length,
+        max_prompt_length=d.max_prompt_length,
         progress=progress,
     )
     shown = torch.linspace(0, len(world.prompts) - 1, SHEET_PROMPTS).long()

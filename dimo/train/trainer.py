@@ -21,7 +21,7 @@ from dimo.errors import DimoError
 from dimo.train.config import Config, device_of, to_yaml
 from dimo.train.runfolder import RunFolder
 from dimo.ursa import Ursa, UrsaTransformer, latents_shape_for, load_ursa, sample, save_student, visual_logits
-from dimo.worlds import checkpoint_folder, load_world
+from dimo.worlds import checkpoint_folder, load_world, require_grid
 
 
 @dataclasses.dataclass
@@ -60,6 +60,8 @@ class Trainer:
         self.path = self.ursa.path
         self.grid = latents_shape_for(d.num_frames, d.height, d.width)
         self.num_visual_tokens = math.prod(self.grid)
+        if (self.ursa.folder / "world.json").exists():
+            require_grid(load_world(self.ursa.folder), self.grid)
         self.prompt_ids = stages.tokenise(
             self.ursa.tokenize, load_prompts(config), d.max_prompt_length
         )  # stage 1, once

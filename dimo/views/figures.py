@@ -40,7 +40,8 @@ def curves(rows: list[dict], smooth: int = 1) -> Figure:
         axis.set_xlabel("step", fontsize=8)
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8, frameon=False)
+        if axis.lines:
+            axis.legend(fontsize=8, frameon=False)
     return figure
 
 

@@ -35,3 +35,13 @@ def load_world(folder: Path):
         return ShapesWorld(**values)
     except TypeError as error:
         raise DimoError(f"{file} is damaged: {error}") from error
+
+
+def require_grid(world, latents_shape: tuple[int, int, int]) -> None:
+    """Raise unless videos of `latents_shape` are this world's: it knows no other size."""
+    if tuple(latents_shape) != world.latents_shape:
+        t, h, w = world.latents_shape
+        raise DimoError(
+            f"this world's latents_shape is {world.latents_shape}, the configuration asks for {tuple(latents_shape)}; "
+            f"use distill.num_frames={4 * t - 3} distill.height={8 * h} distill.width={8 * w}"
+        )

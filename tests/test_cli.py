@@ -1,0 +1,81 @@
+"""The command as a person meets it: what it prints, its exit codes, never a traceback."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from dimo.cli import main
+from dimo.train.config import config_keys
+
+
+def run(capsys, *arguments):
+    code = main(list(arguments))
+    return code, *capsys.readouterr()
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["run"], ["evaluate"], ["ablate"], ["config"], ["world", "train"]])
+def test_help_teaches(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([*command, "--help"])
+    text = capsys.readouterr().out
+    assert end.value.code == 0 and "usage: dimo" in text and len(text) > 200
+
+
+def test_config_lists_keys_and_resolves_presets(capsys):
+    code, out, _ = run(capsys, "config")
+    assert code == 0 and all(key in out for key in config_keys())
+    code, out, _ = run(capsys, "config", "-c", "literal", "optim.lr=7e-4")
+    assert code == 0 and "estimator: reinforce" in out and "lr: 0.0007" in out
+    code, out, _ = run(capsys, "config", "--presets")
+    assert code == 0 and {line.split()[0] for line in out.splitlines()} >= {"shapes", "smoke", "literal"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["train", "-c", "shaps"], "neither a preset nor a YAML file; did you mean 'shapes'"),
+        (
+            ["train", "-c", "smoke", "distill.estimatr=dimo"],
+            "unknown key 'distill.estimatr'; did you mean 'distill.estimator'",
+        ),
+        (["train", "-c", "smoke", "distill.teacher_ckpt=/nowhere"], "neither a folder nor a built-in world"),
+        (["run", "-c", "smoke", "-p", "min_shar=1"], "no notebook has a parameter 'min_shar'"),
+        (["run", "-c", "smoke", "-p", "min_share"], "a parameter reads name=value"),
+        (["run", "-c", "smoke", "--only", "06_more"], "there is no notebook '06_more'"),
+        (["evaluate", "/nowhere/student.pt"], "weights file /nowhere/student.pt does not exist"),
+        (["ablate", "--lrs", "big"], "--lrs must be numbers"),
+        (["world", "train", "shapes", "-o", "x", "--frames", "1"], "at least 2 frames"),
+        (["train", "-c", "smoke", "experiment.output_dir=/proc/nowhere"], "/proc/nowhere"),
+    ],
+)
+def test_bad_input_is_a_sentence_and_exit_code_two(arguments, sentence, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(capsys, *arguments)
+    assert code == 2 and sentence in err and err.startswith("dimo: ") and "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_train_then_evaluate_then_train_again(tmp_path):
+    """As processes, as typed."""
+    small = [
+        "-c",
+        "smoke",
+        f"experiment.output_dir={tmp_path}/run",
+        "training.max_train_steps=3",
+        "distill.batch_size_per_gpu=2",
+    ]
+    small += ["evaluation.videos_per_prompt=1", "model.device=cpu"]
+
+    def dimo(*arguments):
+        return subprocess.run([sys.executable, "-m", "dimo.cli", *arguments], capture_output=True, text=True)
+
+    first = dimo("train", *small)
+    assert first.returncode == 0 and "dimo evaluate" in first.stdout, first.stderr
+    scored = dimo("evaluate", f"{tmp_path}/run")
+    assert scored.returncode == 0 and "student_1_argmax" in scored.stdout, scored.stderr
+    assert set(json.loads((tmp_path / "run" / "report.json").read_text())) >= {"student_1", "untrained_1", "teacher_4"}
+    other = dimo("train", *small, "optim.lr=1e-4")
+    assert other.returncode == 2 and "belongs to a run with another configuration" in other.stderr
+    assert "Traceback" not in other.stderr

@@ -1,0 +1,109 @@
+"""The evaluation run, the alarms and the ablation."""
+
+import json
+
+import pytest
+import torch
+
+from dimo.errors import DimoError
+from dimo.evaluation.ablate import ablate, format_ablation
+from dimo.evaluation.alarms import alarms
+from dimo.evaluation.evaluate import COLUMNS, evaluate, evaluate_to_folder, format_table, load_student
+from dimo.train.config import load_config
+from dimo.ursa import sample, save_student
+from dimo.worlds.oracle import score
+
+
+def test_rows_are_what_the_samplers_and_the_oracle_give(world, ursa):
+    rows, codes = evaluate(
+        world, ursa, ursa.transformer, videos_per_prompt=2, teacher_steps=(1, 3), seed=5, progress=False
+    )
+    assert list(rows) == [
+        "student_1",
+        "student_1_argmax",
+        "untrained_1",
+        "untrained_1_argmax",
+        "teacher_1",
+        "teacher_3",
+    ]
+    prompts = [p for p in world.prompts for _ in range(2)]
+    again = sample(
+        ursa.transformer, ursa.path, ursa.tokenize(prompts, 4), (3, 4, 4), 3, generator=torch.Generator().manual_seed(5)
+    )
+    assert torch.equal(codes["teacher_3"], again)
+    assert rows["teacher_3"]["validity"] == score(world, again, prompts).valid.float().mean().item()
+    # the teacher as its own student, from the same noise and with the same draws
+    assert torch.equal(codes["student_1"], codes["teacher_1"]) and torch.equal(codes["student_1"], codes["untrained_1"])
+    assert not torch.equal(codes["student_1"], codes["student_1_argmax"])
+    assert all(set(COLUMNS) <= set(row) for row in rows.values()) and "undefined" in format_table(rows)
+
+
+def test_a_report_and_a_sheet_are_written(ursa, tmp_path):
+    save_student(tmp_path / "student", ursa.transformer)
+    config = load_config(
+        "smoke", ["evaluation.videos_per_prompt=1", "evaluation.teacher_steps=[2]", "model.device=cpu"]
+    )
+    rows = evaluate_to_folder(config, tmp_path / "student", tmp_path / "out", progress=False)
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == rows
+    assert (tmp_path / "out" / "sheet.png").read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(DimoError, match="latents_shape"):
+        evaluate_to_folder(load_config("smoke", ["distill.width=40"]), tmp_path / "student", tmp_path, progress=False)
+
+
+def test_a_student_that_does_not_fit_is_refused(ursa, tmp_path):
+    with pytest.raises(DimoError, match="does not exist"):
+        load_student(ursa, tmp_path)
+    torch.save({"a": torch.zeros(1)}, tmp_path / "student.pt")
+    with pytest.raises(DimoError, match="do not fit this model: it lacks"):
+        load_student(ursa, tmp_path)
+
+
+def rows_with(count=40, **changes):
+    rows = []
+    for i in range(count):
+        row = {"step": 10 * (i + 1), "loss/aux": 0.5, "lambda_ent": 0.01, "codes/used": 10.0, "grad_norm/student": 1.0}
+        rows.append(row | {name.replace("__", "/"): change(i) for name, change in changes.items()})
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        (None, {}),
+        ("entropy_floor", {"lambda_ent": lambda i: 0.05 if i >= 20 else 0.01}),
+        ("aux_lags", {"loss__aux": lambda i: 0.5 if i < 15 else 0.9}),
+        ("codes_lost", {"codes__used": lambda i: 10 if i < 20 else 4}),
+        ("gradient_spike", {"grad_norm__student": lambda i: 30.0 if i == 25 else 1.0}),
+        ("non_finite", {"non_finite": lambda i: ["loss/total"] if i == 3 else []}),
+    ],
+)
+def test_each_alarm_rings_once_for_its_own_reason(name, changes):
+    found = alarms(rows_with(**changes))
+    assert [a.name for a in found] == ([name] if name else [])
+    if name:
+        assert any(ch.isdigit() or "/" in ch for ch in found[0].sentence) and found[0].step > 0
+
+
+def test_ablation_tunes_on_one_seed_reports_on_others_and_continues(tmp_path):
+    small = [
+        "training.max_train_steps=2",
+        "evaluation.videos_per_prompt=1",
+        "distill.batch_size_per_gpu=2",
+        "model.device=cpu",
+    ]
+    table = ablate(tmp_path, "smoke", small, [1e-4, 2e-4], 2, ["recipe", "literal"])
+    result = json.loads((tmp_path / "ablation.json").read_text())
+    assert list(result) == ["recipe", "literal"] and len(result["recipe"]["seeds"]) == 2
+    assert len(list(tmp_path.glob("*-seed100"))) == 4 and len(table.splitlines()) == 3
+    written = {f: f.stat().st_mtime_ns for f in tmp_path.glob("*/report.json")}
+    assert len(written) == 8
+    assert ablate(tmp_path, "smoke", small, [1e-4, 2e-4], 2, ["recipe", "literal"]) == table
+    assert written == {f: f.stat().st_mtime_ns for f in tmp_path.glob("*/report.json")}
+    with pytest.raises(DimoError, match="there is no method 'magic'"):
+        ablate(tmp_path, "smoke", small, [1e-4], 1, ["magic"])
+
+
+def test_the_ablation_table_by_hand():
+    seeds = [{"validity": v, "adherence": 1.0, "coverage": c} for v, c in ((0.5, 0.9), (0.7, None))]
+    text = format_ablation({"recipe": {"lr": 0.001, "seeds": seeds}})
+    assert "0.600 +- 0.141" in text and "0.450 +- 0.636" in text

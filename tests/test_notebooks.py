@@ -1,0 +1,80 @@
+"""The five notebooks, really executed at smoke size; and what the repository promises about them."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from dimo.errors import DimoError
+from dimo.notebooks import notebook_folder, run_notebooks
+
+NAMES = ["01_inputs", "02_losses", "03_train", "04_diagnostics", "05_evaluation"]
+
+
+def cells(name):
+    return json.loads((notebook_folder() / f"{name}.ipynb").read_text())["cells"]
+
+
+def test_there_are_five():
+    assert sorted(p.stem for p in notebook_folder().glob("*.ipynb")) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_notebooks_are_thin_and_carry_no_output(name):
+    code = [c for c in cells(name) if c["cell_type"] == "code"]
+    assert all(c["outputs"] == [] and c["execution_count"] is None for c in code)
+    assert [i for i, c in enumerate(code) if "parameters" in c["metadata"].get("tags", [])] == [0]
+    assert "".join(code[-1]["source"]) == "checks.finish()"
+    assert max(len(c["source"]) for c in code) <= 45
+
+
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "smoke"
+    settings = [f"experiment.output_dir={folder}", "model.device=cpu"]
+    run = run_notebooks("smoke", settings, ["min_share=0.0", "evaluation.seed=3"])
+    return run, settings
+
+
+def test_all_five_execute_and_leave_a_report(executed):
+    run, _ = executed
+    assert sorted(p.name for p in (run.path / "notebooks").iterdir()) == sorted(
+        f"{n}.{end}" for n in NAMES for end in ("ipynb", "html")
+    )
+    page = (run.path / "report.html").read_text()
+    assert "student_1_argmax" in page and "sheet.png" in page and "notebooks/03_train.html" in page
+    assert run.status()["state"] == "finished" and (run.path / "curves.png").exists()
+    last = json.loads((run.path / "notebooks" / "05_evaluation.ipynb").read_text())
+    printed = "".join(t for c in last["cells"] for o in c.get("outputs", []) for t in o.get("text", []))
+    assert "ok   the teacher needs its passes" in printed and "FAIL" not in printed
+    assert last["metadata"]["papermill"]["parameters"]["overrides"][-1] == "evaluation.seed=3"
+
+
+def test_a_second_time_nothing_is_executed_again(executed, capsys):
+    run, settings = executed
+    before = {p: p.stat().st_mtime_ns for p in (run.path / "notebooks").glob("*.ipynb")}
+    run_notebooks("smoke", settings, ["min_share=0.0", "evaluation.seed=3"])
+    assert capsys.readouterr().out.count("done before") == 5
+    assert before == {p: p.stat().st_mtime_ns for p in (run.path / "notebooks").glob("*.ipynb")}
+
+
+def test_a_failed_check_is_a_sentence_and_leaves_the_executed_copy(executed):
+    run, settings = executed
+    with pytest.raises(
+        DimoError, match="notebook 05_evaluation failed: DimoError: 1 of .* checks failed: the student reaches 500%"
+    ):
+        run_notebooks("smoke", settings, ["min_share=5", "evaluation.seed=3"], only=["05_evaluation"])
+    assert (run.path / "notebooks" / "05_evaluation.failed.ipynb").exists()
+
+
+def test_a_folder_of_another_configuration_is_refused_before_anything_starts(executed):
+    run, settings = executed
+    with pytest.raises(DimoError, match="belongs to a run with another configuration"):
+        run_notebooks("smoke", [*settings, "optim.lr=1e-5"])
+
+
+def test_importing_the_engine_does_not_import_jupyter_or_pictures():
+    code = "import sys, dimo, dimo.train.trainer, dimo.cli; print([m for m in sys.modules if m in " \
+           "('IPython', 'papermill', 'matplotlib', 'nbconvert', 'datasets', 'diffnext')])"  # fmt: skip
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

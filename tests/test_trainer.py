@@ -1,0 +1,195 @@
+"""The training loop: a resumed run is the run, whatever killed it, and every metric can move."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dimo.errors import DimoError
+from dimo.train.config import load_config
+from dimo.train.trainer import Trainer, step_through
+from dimo.ursa import load_ursa
+from dimo.ursa.checkpoint import load_transformer
+from dimo.worlds import checkpoint_folder
+
+# every stateful part takes part: mix, controller, curriculum, EMA baseline
+SMALL = [
+    "model.device=cpu", "distill.batch_size_per_gpu=4", "distill.p_corrupt=0.5", "distill.lambda_ent=0.01",
+    "distill.entropy_floor=1.0", "distill.t_curriculum_steps=10", "distill.w_kd=0.1", "distill.w_reinforce=0.1",
+    "training.max_train_steps=16", "experiment.save_every=4", "experiment.log_every=2", "experiment.sample_every=1000",
+]  # fmt: skip
+
+
+def config_for(folder, *more):
+    return load_config("smoke", [*SMALL, f"experiment.output_dir={folder}", *more])
+
+
+def final_state(folder):
+    last = sorted(Path(folder, "checkpoints").glob("step-*"))[-1]
+    tensors = {f.stem: load_file(f) for f in last.glob("*.safetensors")}
+    return tensors, torch.load(last / "state.pt", weights_only=True)
+
+
+def assert_same(a, b, where=""):
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for i, (x, y) in enumerate(zip(a, b)):
+            assert_same(x, y, f"{where}[{i}]")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    else:
+        assert a == b, where
+
+
+def metrics_of(folder):
+    """Rows without what depends on the clock."""
+    rows = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith(("time/", "tokens_per_s"))} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    Trainer(config_for(folder)).train(progress=False)
+    return folder
+
+
+COMMAND = "import sys, torch; torch.set_num_threads(1); from dimo.cli import main; sys.exit(main())"
+
+
+def start(folder):
+    arguments = ["train", "-c", "smoke", *SMALL, f"experiment.output_dir={folder}"]
+    return subprocess.Popen([sys.executable, "-c", COMMAND, *arguments], stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize(("sign", "code", "after"), [(signal.SIGKILL, -9, 8), (signal.SIGINT, 130, 4)])
+def test_a_killed_run_goes_on_to_the_same_bits(uninterrupted, tmp_path, sign, code, after):
+    process = start(tmp_path)
+    while not (tmp_path / "checkpoints" / f"step-{after:08d}").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    os.kill(process.pid, sign)
+    process.communicate()
+    assert process.returncode == code
+    assert not (tmp_path / "checkpoints" / "final").exists()
+    again = start(tmp_path)
+    _, errors = again.communicate()
+    assert again.returncode == 0, errors
+    assert_same(final_state(uninterrupted), final_state(tmp_path))
+    assert metrics_of(uninterrupted) == metrics_of(tmp_path)
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "finished"
+
+
+def test_the_student_out_is_the_ema_and_loads_strictly(uninterrupted):
+    tensors, _ = final_state(uninterrupted)
+    final = uninterrupted / "checkpoints" / "final"
+    student = load_transformer(final / "student")
+    assert_same(tensors["ema"], dict(student.state_dict()))
+    assert_same(tensors["ema"], torch.load(final / "student.pt", weights_only=True))
+    teacher = load_ursa(checkpoint_folder("shapes")).transformer
+    assert any(not torch.equal(a, b) for a, b in zip(teacher.state_dict().values(), student.state_dict().values()))
+
+
+def test_a_finished_run_is_not_trained_again(uninterrupted):
+    before = (uninterrupted / "checkpoints" / "final" / "student.pt").read_bytes()
+    Trainer(config_for(uninterrupted)).train(progress=False)
+    assert (uninterrupted / "checkpoints" / "final" / "student.pt").read_bytes() == before
+    assert [row["step"] for row in metrics_of(uninterrupted)] == list(range(2, 17, 2))
+
+
+def test_every_metric_can_move(uninterrupted):
+    rows = metrics_of(uninterrupted)
+    fixed = {name for name in rows[0] if len({row[name] for row in rows}) == 1}
+    # the bonus moves when the entropy falls under its floor; batch statistics of whole numbers may coincide
+    assert fixed <= {"lambda_ent", "codes/used"}
+    assert rows[-1]["loss/total"] != rows[0]["loss/total"] and rows[0]["x_init/corrupt_share"] <= 1
+
+
+def test_the_bonus_rises_when_the_entropy_falls(tmp_path):
+    trainer = Trainer(config_for(tmp_path, "optim.lr=3e-3", "optim.warmup_steps=1", "distill.entropy_floor=0.98"))
+    values = [m["lambda_ent"] for _, _, m in step_through(trainer, 30)]
+    assert values[0] == 0.01 and values[-1] == 0.05
+
+
+def test_warm_up_and_decay(tmp_path):
+    trainer = Trainer(config_for(tmp_path, "optim.warmup_steps=4", "training.max_train_steps=100"))
+    assert trainer.lr_factor(0) == pytest.approx(0.25) and trainer.lr_factor(50) == pytest.approx(0.5)
+    assert trainer.lr_factor(99) < 0.001
+    constant = Trainer(config_for(tmp_path, "optim.decay=constant"))
+    assert constant.lr_factor(15) == pytest.approx(16 / 50)
+
+
+def test_the_ema_follows_by_its_decay(tmp_path):
+    trainer = Trainer(config_for(tmp_path, "optim.ema_decay=0.9"))
+    before = [p.clone() for p in trainer.networks.ema.parameters()]
+    trainer.step(200)  # far enough for the decay to be the configured one
+    for old, new, student in zip(before, trainer.networks.ema.parameters(), trainer.networks.student.parameters()):
+        assert torch.allclose(new, 0.9 * old + 0.1 * student, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "more", [["distill.estimator=reinforce"], ["distill.guidance_scale=2"], ["distill.t_per=frame"]]
+)
+def test_every_switch_of_the_method_runs(tmp_path, more):
+    ((_, step, metrics),) = step_through(Trainer(config_for(tmp_path, *more)), 1)
+    assert step.loss.isfinite() and metrics["grad_norm/student"] > 0
+
+
+def test_the_teacher_is_never_changed(tmp_path):
+    trainer = Trainer(config_for(tmp_path))
+    before = {k: v.clone() for k, v in trainer.networks.teacher.state_dict().items()}
+    list(step_through(trainer, 2))
+    assert_same(before, dict(trainer.networks.teacher.state_dict()))
+
+
+def test_a_nan_stops_the_run_with_a_sentence_and_its_last_checkpoint(tmp_path):
+    trainer = Trainer(config_for(tmp_path))
+    inner = trainer.step
+
+    def broken(index):
+        if index == 6:
+            with torch.no_grad():
+                trainer.networks.student.lm_head.weight.fill_(float("nan"))
+        return inner(index)
+
+    trainer.step = broken
+    with pytest.raises(DimoError, match="the student's logits must be finite"):
+        trainer.train(progress=False)
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert status["state"] == "failed" and "finite" in status["error"]
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000004"]
+
+
+def test_prompts_come_from_a_text_file_too(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("\ufeffblue bar moving up\n\npink square moving left\n", encoding="utf-8")
+    trainer = Trainer(config_for(tmp_path / "run", f"distill.prompt_source={file}"))
+    assert len(trainer.prompt_ids) == 2 and trainer.prompt_ids.min() > 2
+    file.write_text("\n")
+    with pytest.raises(DimoError, match="holds no prompt"):
+        Trainer(config_for(tmp_path / "run", f"distill.prompt_source={file}"))
+    with pytest.raises(DimoError, match="must be 'world' or a text file"):
+        Trainer(config_for(tmp_path / "run", "distill.prompt_source=nowhere.txt"))
+
+
+def test_a_grid_that_the_world_does_not_have_is_refused(tmp_path):
+    with pytest.raises(DimoError, match="latents_shape"):
+        Trainer(config_for(tmp_path, "distill.width=64"))
+
+
+def test_a_teacher_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(
+        DimoError, match="teacher_ckpt shape is neither a folder nor a built-in world; did you mean 'shapes'"
+    ):
+        Trainer(config_for(tmp_path, "distill.teacher_ckpt=shape"))
