@@ -76,7 +76,7 @@ class Distill:
     ent_anneal_to: int = _key(0, "step at which the bonus is gone; 0: never")
     t_curriculum_steps: int = _key(0, "steps with t = 1 - (1-u)^2; 0: t uniform from the start")
     t_per: str = _key("sample", "one t per sample, or per latent frame")
-    p_corrupt: float = _key(0.0, "share of x_init that is an earlier sample, corrupted")
+    p_corrupt: float = _key(0.2, "share of x_init that is an earlier sample, corrupted")
     corrupt_ratio: float = _key(0.2, "share of its tokens that are replaced")
     temperature: float = _key(1.0, "at which x_hat is sampled")
 

@@ -86,7 +86,8 @@ class Trainer:
 
     def _optimizer(self, model: torch.nn.Module, lr: float) -> torch.optim.Optimizer:
         o = self.config.optim
-        return torch.optim.AdamW(model.parameters(), lr=lr, betas=(o.beta1, o.beta2), weight_decay=o.weight_decay)
+        betas = (o.beta1, o.beta2)
+        return torch.optim.AdamW(model.parameters(), lr=lr, betas=betas, weight_decay=o.weight_decay, fused=True)
 
     def lr_factor(self, index: int) -> float:
         """Linear warm-up, then constant or cosine decay to zero at the last step."""

@@ -78,7 +78,7 @@ class RMSNorm(nn.Module):
 
 
 def rope_table(rope_pos: torch.Tensor, theta: float, head_dim: int = 128) -> tuple[torch.Tensor, torch.Tensor]:
-    """(cos, sin), each (S, head_dim / 2) float32, of positions (S, 3) = (t, y, x).
+    """(cos, signed sin), each (S, head_dim) float32, of positions (S, 3) = (t, y, x), as `rotate` wants them.
 
     With heads of 128 the 64 frequencies take their coordinate from [t, y, x] repeated 16 times, then [y, x] repeated 8
     times.
@@ -86,13 +86,13 @@ def rope_table(rope_pos: torch.Tensor, theta: float, head_dim: int = 128) -> tup
     coordinate = torch.cat([rope_pos.repeat(1, head_dim // 8), rope_pos[:, 1:].repeat(1, head_dim // 16)], -1)
     exponent = torch.arange(0, head_dim, 2, device=rope_pos.device).float() / head_dim
     angle = coordinate * torch.pow(theta, exponent).reciprocal()
-    return angle.cos(), angle.sin()
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the two halves of each head of x (B, heads, S, head_dim) by the table (S, head_dim / 2)."""
-    x1, x2 = x.chunk(2, -1)
-    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1)
+    """Rotate the two halves of each head of x (B, heads, S, head_dim) against each other by the table (S, head_dim)."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 class Attention(nn.Module):
