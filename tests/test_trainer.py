@@ -126,6 +126,8 @@ def test_warm_up_and_decay(tmp_path):
     trainer = Trainer(config_for(tmp_path, "optim.warmup_steps=4", "training.max_train_steps=100"))
     assert trainer.lr_factor(0) == pytest.approx(0.25) and trainer.lr_factor(50) == pytest.approx(0.5)
     assert trainer.lr_factor(99) < 0.001
+    wsd = Trainer(config_for(tmp_path, "optim.warmup_steps=1", "optim.decay=wsd", "training.max_train_steps=100"))
+    assert [wsd.lr_factor(i) for i in (0, 80, 90, 99)] == pytest.approx([1.0, 1.0, 0.5, 0.05])
     constant = Trainer(config_for(tmp_path, "optim.decay=constant"))
     assert constant.lr_factor(15) == pytest.approx(16 / 50)
 

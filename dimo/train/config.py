@@ -86,7 +86,7 @@ class Optim:
     lr: float = _key(1e-3, "of the student")
     aux_lr: float = _key(2e-3, "of the auxiliary")
     warmup_steps: int = _key(50, "linear warm-up of both")
-    decay: str = _key("cosine", "cosine (to zero at the last step) or constant")
+    decay: str = _key("cosine", "cosine, wsd (constant, then linear to zero in the last fifth) or constant")
     beta1: float = _key(0.0, "AdamW")
     beta2: float = _key(0.99, "AdamW")
     weight_decay: float = _key(0.0, "AdamW")
@@ -175,7 +175,7 @@ def validate(config: Config) -> None:
         "distill.aux_objective": ("denoise", "match_teacher"),
         "distill.baseline": ("ema", "leave_one_out"),
         "distill.t_per": ("sample", "frame"),
-        "optim.decay": ("cosine", "constant"),
+        "optim.decay": ("cosine", "wsd", "constant"),
         "training.mixed_precision": ("no", "bf16"),
     }
     for key, allowed in choices.items():

@@ -90,10 +90,11 @@ class Trainer:
         return torch.optim.AdamW(model.parameters(), lr=lr, betas=betas, weight_decay=o.weight_decay, fused=True)
 
     def lr_factor(self, index: int) -> float:
-        """Linear warm-up, then constant or cosine decay to zero at the last step."""
-        o, last = self.config.optim, self.config.training.max_train_steps
+        """Linear warm-up, then constant, cosine to zero, or wsd: constant until the last fifth falls linearly to zero."""
+        o, share = self.config.optim, index / self.config.training.max_train_steps
         warm = min(1.0, (index + 1) / max(1, o.warmup_steps))
-        return warm if o.decay == "constant" else warm * 0.5 * (1 + math.cos(math.pi * index / last))
+        cosine, wsd = 0.5 * (1 + math.cos(math.pi * share)), min(1.0, (1 - share) / 0.2)
+        return warm * {"constant": 1.0, "cosine": cosine, "wsd": wsd}[o.decay]
 
     def step(self, index: int) -> tuple[Step, dict[str, float]]:
         """One training step, the nine stages in order; returns all they produced and the metrics that cost nothing."""
