@@ -90,7 +90,7 @@ class Trainer:
         return torch.optim.AdamW(model.parameters(), lr=lr, betas=betas, weight_decay=o.weight_decay, fused=True)
 
     def lr_factor(self, index: int) -> float:
-        """Linear warm-up, then constant, cosine to zero, or wsd: constant until the last fifth falls linearly to zero."""
+        """Linear warm-up, then constant, cosine to zero, or wsd: constant, then linear to zero in the last fifth."""
         o, share = self.config.optim, index / self.config.training.max_train_steps
         warm = min(1.0, (index + 1) / max(1, o.warmup_steps))
         cosine, wsd = 0.5 * (1 + math.cos(math.pi * share)), min(1.0, (1 - share) / 0.2)
