@@ -11,7 +11,7 @@ lint: .venv/installed
 	$(BIN)/ruff check
 
 demo: .venv/installed
-	$(BIN)/dimo run -c shapes -p min_share=0.5 -p min_coverage=0.9 experiment.output_dir=runs/demo
+	$(BIN)/dimo run -c shapes -p min_share=0.4 -p min_coverage=0.6 experiment.output_dir=runs/demo
 
 # torch first and pinned: a looser range pulls gigabytes of CUDA
 .venv/installed: pyproject.toml
