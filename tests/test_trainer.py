@@ -177,11 +177,12 @@ def test_prompts_come_from_a_text_file_too(tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text("\ufeffblue bar moving up\n\npink square moving left\n", encoding="utf-8")
     trainer = Trainer(config_for(tmp_path / "run", f"distill.prompt_source={file}"))
-    assert len(trainer.prompt_ids) == 2 and trainer.prompt_ids.min() > 2
+    assert sorted(trainer.prompts.examples) == ["blue bar moving up", "pink square moving left"]
+    assert trainer.prompts.example_ids.min() > 2
     file.write_text("\n")
     with pytest.raises(DimoError, match="holds no prompt"):
         Trainer(config_for(tmp_path / "run", f"distill.prompt_source={file}"))
-    with pytest.raises(DimoError, match="must be 'world' or a text file"):
+    with pytest.raises(DimoError, match="nowhere.txt does not exist"):
         Trainer(config_for(tmp_path / "run", "distill.prompt_source=nowhere.txt"))
 
 

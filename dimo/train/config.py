@@ -7,6 +7,7 @@ in notebooks.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,14 @@ class Model:
 @dataclasses.dataclass
 class Distill:
     teacher_ckpt: str = _key("shapes", "a built-in world's name, or a checkpoint folder in URSA's layout")
-    prompt_source: str = _key("world", "world, or a text file with a prompt a line")
+    prompt_source: str = _key("world", "world, or a txt, jsonl, csv or parquet file of captions, or a folder of them")
+    min_clarity: float | None = _key(None, "captions with a lower clarity_score are left out")
+    min_aesthetic: float | None = _key(None, "the same for aesthetic_score")
+    min_motion: float | None = _key(None, "the same for motion_score")
+    min_suitability: float | None = _key(None, "the same for video_training_suitability_score")
+    motion_prefix: str = _key("none", "'motion=x.x, ' before captions: a number, score (the row's own), or none")
+    motion_share: float = _key(0.6, "share of the captions that get the prefix")
+    shuffle_buffer: int = _key(10_000, "rows of the prompt source that are shuffled together")
     num_frames: int = _key(9, "frames of a video: 4 (T-1) + 1")
     height: int = _key(32, "pixels, a multiple of 8")
     width: int = _key(32, "pixels, a multiple of 8")
@@ -79,6 +87,28 @@ class Distill:
     p_corrupt: float = _key(0.2, "share of x_init that is an earlier sample, corrupted")
     corrupt_ratio: float = _key(0.2, "share of its tokens that are replaced")
     temperature: float = _key(1.0, "at which x_hat is sampled")
+
+    def score_minimums(self) -> dict[str, float]:
+        """{Koala-36M's score column: least value}, of those that are set."""
+        minimums = {
+            "clarity_score": self.min_clarity,
+            "aesthetic_score": self.min_aesthetic,
+            "motion_score": self.min_motion,
+            "video_training_suitability_score": self.min_suitability,
+        }
+        return {column: least for column, least in minimums.items() if least is not None}
+
+    def motion_value(self) -> float | str | None:
+        """`motion_prefix` as a number, "score" or None."""
+        if self.motion_prefix in ("none", "score"):
+            return None if self.motion_prefix == "none" else "score"
+        try:
+            value = float(self.motion_prefix)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value):
+            raise DimoError(f"distill.motion_prefix must be none, score or a number, got {self.motion_prefix!r}")
+        return value
 
 
 @dataclasses.dataclass
@@ -182,11 +212,12 @@ def validate(config: Config) -> None:
         if flat[key] not in allowed:
             raise DimoError(f"{key} must be one of {', '.join(allowed)}, got {flat[key]!r}")
     shares = "empty_prompt_share label_smoothing p_corrupt corrupt_ratio baseline_decay guidance_trunc".split()
-    for key in [f"distill.{s}" for s in shares] + ["optim.ema_decay", "optim.beta1", "optim.beta2"]:
+    for key in [f"distill.{s}" for s in [*shares, "motion_share"]] + ["optim.ema_decay", "optim.beta1", "optim.beta2"]:
         if not 0 <= flat[key] <= 1:
             raise DimoError(f"{key} must lie in [0, 1], got {flat[key]}")
     at_least_one = ["experiment.log_every", "experiment.save_every", "experiment.sample_every", "experiment.keep_last"]
     at_least_one += ["distill.aux_steps", "distill.batch_size_per_gpu", "distill.max_prompt_length"]
+    at_least_one += ["distill.shuffle_buffer"]
     at_least_one += ["training.max_train_steps", "evaluation.videos_per_prompt", "evaluation.batch_size"]
     for key in at_least_one:
         if flat[key] < 1:
@@ -196,6 +227,15 @@ def validate(config: Config) -> None:
             raise DimoError(f"{key} must be positive, got {flat[key]}")
     if not flat["evaluation.teacher_steps"] or min(flat["evaluation.teacher_steps"]) < 1:
         raise DimoError(f"evaluation.teacher_steps must list numbers of passes, got {flat['evaluation.teacher_steps']}")
+    for key in ("min_clarity", "min_aesthetic", "min_motion", "min_suitability"):
+        if flat[f"distill.{key}"] is not None and not math.isfinite(flat[f"distill.{key}"]):
+            raise DimoError(f"distill.{key} must be a number or null, got {flat[f'distill.{key}']}")
+    d = config.distill
+    asks_for_captions = d.motion_value() is not None or bool(d.score_minimums())
+    if d.prompt_source == "world" and asks_for_captions:
+        raise DimoError(
+            "distill.min_* and distill.motion_prefix are for a file of captions, and distill.prompt_source is world"
+        )
     beta_of(config.distill.divergence)
     latents_shape_for(config.distill.num_frames, config.distill.height, config.distill.width)
 

@@ -7,7 +7,6 @@ import dataclasses
 import math
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -19,6 +18,7 @@ from dimo.distill.schedules import Baseline, EntropyController, XInit
 from dimo.distill.stages import Step
 from dimo.errors import DimoError
 from dimo.train.config import Config, device_of, to_yaml
+from dimo.train.prompts import open_prompts
 from dimo.train.runfolder import RunFolder
 from dimo.ursa import Ursa, UrsaTransformer, latents_shape_for, load_ursa, sample, save_student, visual_logits
 from dimo.worlds import checkpoint_folder, load_world, require_grid
@@ -32,19 +32,6 @@ class Networks:
     student: UrsaTransformer
     aux: UrsaTransformer
     ema: UrsaTransformer
-
-
-def load_prompts(config: Config) -> list[str]:
-    """The prompts that training draws from: the world's own, or the lines of a text file."""
-    if config.distill.prompt_source == "world":
-        return load_world(checkpoint_folder(config.distill.teacher_ckpt)).prompts
-    file = Path(config.distill.prompt_source)
-    if not file.is_file():
-        raise DimoError(f"distill.prompt_source must be 'world' or a text file, and {file} does not exist")
-    prompts = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    if not prompts:
-        raise DimoError(f"distill.prompt_source {file} holds no prompt")
-    return prompts
 
 
 class Trainer:
@@ -62,9 +49,8 @@ class Trainer:
         self.num_visual_tokens = math.prod(self.grid)
         if (self.ursa.folder / "world.json").exists():
             require_grid(load_world(self.ursa.folder), self.grid)
-        self.prompt_ids = stages.tokenise(
-            self.ursa.tokenize, load_prompts(config), d.max_prompt_length
-        )  # stage 1, once
+        rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
+        self.prompts = open_prompts(config, self.ursa, rank, world_size)
         self.empty_ids = self.ursa.tokenize([""], d.max_prompt_length)
 
         teacher = self.ursa.transformer.requires_grad_(False).eval()
@@ -107,11 +93,10 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = lr * factor
 
-        # 1 prompts, tokenised once at the start; a guided teacher's student must know the empty prompt too
-        rows = torch.randint(len(self.prompt_ids), (d.batch_size_per_gpu,), generator=g, device=self.device)
-        step = Step(txt_ids=self.prompt_ids[rows])
+        # 1 prompts; a guided teacher's student must know the empty prompt too
+        step = Step(txt_ids=self.prompts.batch(d.batch_size_per_gpu, g))
         if d.guidance_scale != 1 and d.empty_prompt_share > 0:
-            drop = torch.rand(len(rows), generator=g, device=self.device) < d.empty_prompt_share
+            drop = torch.rand(d.batch_size_per_gpu, generator=g, device=self.device) < d.empty_prompt_share
             step.txt_ids = torch.where(drop[:, None], self.empty_ids, step.txt_ids)
         # 2 x_init
         stages.draw_x_init(step, self.x_init, self.num_visual_tokens, g)
@@ -120,7 +105,7 @@ class Trainer:
             stages.student_pass(step, n.student, grid, d.temperature, g)
         self.x_init.remember(step.x_hat, step.txt_ids)
         # 4 x_t
-        t = stages.draw_t(len(rows), grid, index, d.t_curriculum_steps, d.t_per, g, self.device)
+        t = stages.draw_t(d.batch_size_per_gpu, grid, index, d.t_curriculum_steps, d.t_per, g, self.device)
         stages.renoise(step, self.path, t, g)
         # 5 teacher
         with self.accelerator.autocast():
@@ -184,7 +169,8 @@ class Trainer:
             "x_init/corrupt_share": step.corrupted.float().mean(),
             "codes/used": torch.tensor(float(step.x_hat.unique().numel())),
         }
-        return {name: value.item() for name, value in values.items()} | {"lambda_ent": self.lambda_ent}
+        values = {name: value.item() for name, value in values.items()}
+        return values | {"lambda_ent": self.lambda_ent} | self.prompts.metrics()
 
     def state(self) -> tuple[dict, dict]:
         """(tensors by network, everything else) of a checkpoint."""
@@ -194,6 +180,7 @@ class Trainer:
         return {name: net.state_dict() for name, net in networks.items()}, {
             "student_optimizer": self.student_optimizer.state_dict(),
             "aux_optimizer": self.aux_optimizer.state_dict(),
+            "prompts": self.prompts.state_dict(),
             "x_init": self.x_init.state_dict(),
             "entropy_bonus": self.entropy_bonus.state_dict(),
             "baseline": self.baseline.state_dict() if self.baseline else None,
@@ -205,6 +192,7 @@ class Trainer:
             net.load_state_dict(tensors[name])
         self.student_optimizer.load_state_dict(state["student_optimizer"])
         self.aux_optimizer.load_state_dict(state["aux_optimizer"])
+        self.prompts.load_state_dict(state["prompts"])
         memory = {k: None if v is None else v.to(self.device) for k, v in state["x_init"].items()}
         self.x_init.load_state_dict(memory)
         self.entropy_bonus.load_state_dict(state["entropy_bonus"])
@@ -267,12 +255,11 @@ class Trainer:
         from dimo.views.sheets import save_sheet  # matplotlib only when a picture is made
 
         g = torch.Generator(self.device).manual_seed(self.config.experiment.seed)
-        count = min(8, len(self.prompt_ids))
-        rows = torch.linspace(0, len(self.prompt_ids) - 1, count).long().to(self.device)
-        codes = sample(self.networks.ema, self.path, self.prompt_ids[rows], self.grid, 1, generator=g)
-        prompts = load_prompts(self.config)
+        examples, ids = self.prompts.examples, self.prompts.example_ids
+        rows = torch.linspace(0, len(ids) - 1, min(8, len(ids))).long().to(self.device)
+        codes = sample(self.networks.ema, self.path, ids[rows], self.grid, 1, generator=g)
         frames = self.ursa.vae.decode(codes.view(-1, *self.grid)).cpu()
-        shown = [prompts[i] for i in rows.tolist()]
+        shown = [examples[i] for i in rows.tolist()]
         save_sheet(run.path / "samples" / f"step-{done:08d}.png", {"student, 1 pass": frames}, shown)
 
     def write_student(self, run: RunFolder) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
 
 from dimo.errors import DimoError, require_shape
+
+LABEL = 26  # characters beside a row
 
 
 def video_sheet(columns: dict[str, torch.Tensor], prompts: list[str], shown: int = 3) -> Figure:
@@ -31,7 +34,10 @@ def video_sheet(columns: dict[str, torch.Tensor], prompts: list[str], shown: int
                     axis.set_title(f"{name}\nframe {pick}" if f == 0 else f"\nframe {pick}", fontsize=8, loc="left")
             if c == 0:
                 label = prompts[r].replace(" moving ", "\n")
-                axes[r][0].set_ylabel(label, fontsize=8, rotation=0, ha="right", va="center")
+                if len(label) > LABEL:
+                    label = "\n".join(textwrap.wrap(prompts[r], LABEL, max_lines=6, placeholder=" ..."))
+                # a caption may hold dollar signs
+                axes[r][0].set_ylabel(label, fontsize=8, rotation=0, ha="right", va="center", parse_math=False)
     return figure
 
 

@@ -1,0 +1,187 @@
+"""Rows of one caption file, read in pieces by `datasets` and never as a whole: txt, jsonl, csv or parquet.
+
+Nothing is looked up, cached or copied: each file is handed straight to its builder in `datasets`, in streaming mode.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import itertools
+import json
+import logging
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from dimo.errors import DimoError
+
+KINDS = ("txt", "jsonl", "csv", "parquet")
+CAPTIONS = ("caption", "prompt", "text")  # the first of these that a file has
+ROWS_A_PIECE = 1000
+logger = logging.getLogger(__name__)
+
+
+def list_files(path: str | Path) -> tuple[str, list[Path]]:
+    """(kind, files in order) of a file, or of a folder's files of one kind.
+
+    Raises:
+        DimoError: nothing there, another kind, mixed kinds, or an empty file.
+    """
+    path = Path(path)
+    if path.is_dir():
+        files = [f for f in path.iterdir() if f.is_file() and f.suffix[1:] in KINDS and not f.name.startswith(".")]
+        # Koala_36M_2 before Koala_36M_10
+        files.sort(key=lambda f: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", f.name)])
+    else:
+        files = [path]
+    kinds = sorted({f.suffix[1:] for f in files})
+    if not path.exists() or not files or kinds[0] not in KINDS:
+        state = "is not one" if path.is_file() else "holds none" if path.exists() else "does not exist"
+        raise DimoError(f"prompts come from a {_either(KINDS)} file or a folder of them, and {path} {state}")
+    if len(kinds) > 1:
+        raise DimoError(f"{path} mixes kinds of files ({', '.join(kinds)}); name one file, or a folder of one kind")
+    for file in files:
+        if file.stat().st_size == 0:
+            raise DimoError(f"{file} is empty (0 bytes)")
+    return kinds[0], files
+
+
+def caption_column(file: Path, kind: str, scores: list[str]) -> str:
+    """The column that holds the captions of `file`; all of `scores` must be there too.
+
+    Raises:
+        DimoError: a column is missing (those that exist are named), or the head of the file is unreadable.
+    """
+    with _sentences(file, kind):
+        columns = _columns(file, kind)
+    caption = next((c for c in CAPTIONS if c in columns), None)
+    missing = ([] if caption else [_either(CAPTIONS)]) + [s for s in scores if s not in columns]
+    if missing:
+        raise DimoError(f"{file} has no column {missing[0]}; it has {', '.join(map(str, columns)) or 'none'}")
+    return caption
+
+
+def read_rows(file: Path, kind: str, columns: list[str], skip: int = 0) -> Iterator[list[dict]]:
+    """Lists of rows {column: value or None} from row `skip` on, a piece at a time; a row cut in two by the end of the
+    file is left out.
+
+    Raises:
+        DimoError: the file cannot be read, or a line of it is broken.
+    """
+    read = {"txt": _read_lines, "jsonl": _read_jsonl, "csv": _read_csv, "parquet": _read_parquet}[kind]
+    with _sentences(file, kind):
+        yield from read(file, columns, skip)
+
+
+def _columns(file: Path, kind: str) -> list[str]:
+    if kind == "txt":
+        return ["text"]
+    if kind == "parquet":
+        from pyarrow.parquet import read_schema
+
+        return read_schema(file).names
+    if kind == "csv":
+        with open(file, encoding="utf-8-sig", errors="replace", newline="") as opened:
+            return next(csv.reader(opened), [])
+    head = itertools.chain.from_iterable(_read_jsonl(file, None, 0))
+    return list(dict.fromkeys(key for row in itertools.islice(head, ROWS_A_PIECE) for key in row))
+
+
+def _stream(module: str, builder: str, file: Path, skip: int, **options) -> Iterator[list[dict]]:
+    import importlib
+
+    from datasets.data_files import DataFilesDict, DataFilesList
+
+    logging.getLogger(f"datasets.packaged_modules.{module}").setLevel(logging.CRITICAL)  # we say it ourselves
+    # the path as it is, where load_dataset would take [ ] * for a pattern; the builder wants a folder for a lock file
+    data_files = DataFilesDict({"train": DataFilesList([str(file.absolute())], [("",)])})
+    with tempfile.TemporaryDirectory() as scratch:
+        cls = getattr(importlib.import_module(f"datasets.packaged_modules.{module}.{module}"), builder)
+        dataset = cls(cache_dir=scratch, data_files=data_files, **options).as_streaming_dataset(split="train")
+    for table in dataset.with_format("arrow").iter(ROWS_A_PIECE):
+        if skip < len(table):
+            yield table.slice(skip).to_pylist()
+        skip = max(0, skip - len(table))
+
+
+def _read_lines(file: Path, columns: list[str], skip: int) -> Iterator[list[dict]]:
+    return _stream("text", "Text", file, skip, encoding="utf-8-sig", encoding_errors="replace", chunksize=1 << 20)
+
+
+def _read_jsonl(file: Path, columns: list[str] | None, skip: int) -> Iterator[list[dict]]:
+    # line by line: the builder for JSON takes its types from the first piece and fails where a later one differs
+    number, broken = skip, None
+    for lines in _read_lines(file, ["text"], skip):
+        rows = []
+        for line in lines:
+            number += 1
+            if broken and line["text"].strip():
+                raise ValueError(f"line {broken} is not a JSON object")
+            row = _json_object(line["text"])
+            if row is None:
+                broken = broken or number
+            else:
+                rows.append(row if columns is None else {c: row.get(c) for c in columns})
+        yield rows
+    if broken:
+        logger.warning("%s: the last line (%d) is cut off and left out", file, broken)
+
+
+def _json_object(line: str) -> dict | None:
+    """None for what is not an object; {} for a blank line, which is a row without caption."""
+    try:
+        row = json.loads(line) if line.strip() else {}
+    except (json.JSONDecodeError, RecursionError):
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def _read_csv(file: Path, columns: list[str], skip: int) -> Iterator[list[dict]]:
+    from datasets import Features, Value
+
+    options = {
+        # as text, so that a caption `NA` or `12` stays what it is
+        "features": Features({c: Value("string") for c in columns}),
+        "usecols": columns,
+        "index_col": False,
+        "keep_default_na": False,
+        "skip_blank_lines": False,
+        "encoding": "utf-8-sig",
+        "encoding_errors": "replace",
+        "chunksize": 10 * ROWS_A_PIECE,
+    }
+    done = skip
+    try:
+        for rows in _stream("csv", "Csv", file, skip, **options):
+            yield rows
+            done += len(rows)
+    except ValueError as error:
+        cut = re.search(r"EOF inside string starting at row (\d+)", str(error))
+        if cut is None:
+            raise
+        # pandas drops the whole last piece with the row that is cut; the rows before it are wanted
+        whole = int(cut[1]) - 1
+        logger.warning("%s: the file ends inside the quotes of row %d, which is left out", file, whole + 1)
+        if whole > done:
+            yield from _stream("csv", "Csv", file, done, nrows=whole, **options)
+
+
+def _read_parquet(file: Path, columns: list[str], skip: int) -> Iterator[list[dict]]:
+    return _stream("parquet", "Parquet", file, skip, columns=columns, batch_size=ROWS_A_PIECE)
+
+
+@contextlib.contextmanager
+def _sentences(file: Path, kind: str) -> Iterator[None]:
+    try:
+        yield
+    except DimoError:
+        raise
+    except (OSError, ValueError, NotImplementedError, csv.Error) as error:  # ValueErrors: pandas, pyarrow, Unicode
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise DimoError(f"{file} cannot be read as {kind}: {reason}") from error
+
+
+def _either(names: tuple[str, ...]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"
