@@ -37,7 +37,7 @@ def test_token_maps_share_one_scale():
 
 def test_sheet_shows_each_videos_own_pixels(tmp_path):
     frames = torch.rand(2, 9, 32, 32, 3)
-    figure = video_sheet({"teacher": frames, "student": 1 - frames}, ["blue bar moving up", "x"], shown=3)
+    figure = video_sheet({"teacher": frames, "student": 1 - frames}, ["blue bar moving up", "for $ or $$, " + "a long caption " * 50], shown=3)
     assert torch.allclose(torch.tensor(figure.axes[9 + 2].images[0].get_array().data), 1 - frames[1, 8])
     save_sheet(tmp_path / "a" / "sheet.png", {"teacher": frames}, ["p", "q"])
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["sheet.png"]

@@ -1,4 +1,4 @@
-"""Rows of one caption file, read in pieces by `datasets` and never as a whole: txt, jsonl, csv or parquet.
+"""Rows of one caption file, read in pieces and never as a whole: txt, jsonl and csv by `datasets`, parquet by pyarrow.
 
 Nothing is looked up, cached or copied: each file is handed straight to its builder in `datasets`, in streaming mode.
 """
@@ -169,7 +169,14 @@ def _read_csv(file: Path, columns: list[str], skip: int) -> Iterator[list[dict]]
 
 
 def _read_parquet(file: Path, columns: list[str], skip: int) -> Iterator[list[dict]]:
-    return _stream("parquet", "Parquet", file, skip, columns=columns, batch_size=ROWS_A_PIECE)
+    from pyarrow.parquet import ParquetFile
+
+    # not the builder of `datasets`: it decodes a row group at once, and pandas writes a million rows into one
+    with ParquetFile(file, buffer_size=1 << 20, pre_buffer=False) as opened:
+        for batch in opened.iter_batches(ROWS_A_PIECE, columns=columns):
+            if skip < len(batch):
+                yield batch.slice(skip).to_pylist()
+            skip = max(0, skip - len(batch))
 
 
 @contextlib.contextmanager
