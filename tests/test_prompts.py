@@ -237,6 +237,8 @@ def make(tmp_path, name, content):
         ({"a.csv": b""}, r"a.csv is empty \(0 bytes\)"),
         ({"a.csv": b"id,title\n1,x\n"}, "a.csv has no column caption, prompt or text; it has id, title"),
         ({"a.csv": b"caption\n"}, "holds no prompt: none of its 0 rows has a caption"),
+        ({"a.csv": b"caption\nA bird\nA dog, running\n"}, r"line 3 has 2 fields under 1 column.*must be in quotes"),
+        ({"a.csv": b'caption\n"' + b"x\n" * 99_999}, "cannot be read as csv: field larger than"),
         ({"a.csv": b"caption\nx\n", "b.csv": b"url\nx\n"}, "b.csv has no column caption"),
         ({"a.csv": b"caption\nx\n", "b.txt": b"x"}, r"mixes kinds of files \(csv, txt\)"),
         ({"a.md": b"x", "b.csv.gz": b"x"}, "holds none"),

@@ -37,9 +37,10 @@ def test_token_maps_share_one_scale():
 
 def test_sheet_shows_each_videos_own_pixels(tmp_path):
     frames = torch.rand(2, 9, 32, 32, 3)
-    figure = video_sheet({"teacher": frames, "student": 1 - frames}, ["blue bar moving up", "for $ or $$, " + "a long caption " * 50], shown=3)
+    prompts = ["blue bar moving up", "for $ or $$, " + "a long caption " * 50]
+    figure = video_sheet({"teacher": frames, "student": 1 - frames}, prompts, shown=3)
     assert torch.allclose(torch.tensor(figure.axes[9 + 2].images[0].get_array().data), 1 - frames[1, 8])
-    save_sheet(tmp_path / "a" / "sheet.png", {"teacher": frames}, ["p", "q"])
+    save_sheet(tmp_path / "a" / "sheet.png", {"teacher": frames}, prompts)
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["sheet.png"]
     with pytest.raises(DimoError, match=r"columns\['teacher'\] must have shape"):
         video_sheet({"teacher": frames[:1]}, ["p", "q"])

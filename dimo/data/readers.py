@@ -84,7 +84,13 @@ def _columns(file: Path, kind: str) -> list[str]:
         return read_schema(file).names
     if kind == "csv":
         with open(file, encoding="utf-8-sig", errors="replace", newline="") as opened:
-            return next(csv.reader(opened), [])
+            rows = csv.reader(opened)
+            columns = next(rows, [])
+            for row in itertools.islice(rows, ROWS_A_PIECE):
+                if any(row[len(columns) :]):  # pandas would cut such a caption at its comma and say nothing
+                    raise ValueError(f"line {rows.line_num} has {len(row)} fields under {len(columns)} column(s); "
+                                     "a caption with commas must be in quotes")  # fmt: skip
+            return columns
     head = itertools.chain.from_iterable(_read_jsonl(file, None, 0))
     return list(dict.fromkeys(key for row in itertools.islice(head, ROWS_A_PIECE) for key in row))
 
