@@ -33,12 +33,16 @@ def koala_row(number: int, text: str) -> list[str]:
     return [f"v{number // 4}", f"https://example.org/{number}", f"['0:0:{number % 60}', '0:1:0']", caption, *scores]
 
 
+def koala_texts(words: int) -> list[str]:
+    draw = random.Random(0)
+    pool = draw.choices(WORDS, k=20_000 + words)
+    return [" ".join(pool[i : i + words]) for i in range(0, 20_000, 10)]
+
+
 def write_koala(folder: Path, rows: int, shards: int = 10, words: int = 200) -> None:
     """`rows` whole rows over `shards` files, then one more, cut off inside its caption, in the last file."""
     folder.mkdir(parents=True, exist_ok=True)
-    draw = random.Random(0)
-    pool = " ".join(draw.choices(WORDS, k=20_000 + words)).split(" ")
-    texts = [" ".join(pool[i : i + words]) for i in range(0, 20_000, 10)]
+    texts = koala_texts(words)
     for shard in range(shards):
         with open(folder / f"Koala_36M_{shard + 1}.csv", "w", encoding="utf-8-sig", newline="") as file:
             writer = csv.writer(file)

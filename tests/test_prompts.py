@@ -2,7 +2,6 @@
 
 import csv
 import json
-import random
 import subprocess
 import sys
 
@@ -12,7 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from koala import koala_row, write_koala
+from koala import koala_row, koala_texts, write_koala
 
 from dimo.data.prompts import PromptStream
 from dimo.errors import DimoError
@@ -46,17 +45,13 @@ def koala(tmp_path, rows=600, shards=3):
 
 
 def captions_of(rows=600, keep=lambda row: True):
-    """What one epoch of the folder must give, from the rows as they were written."""
-    texts = read_back(rows)
-    return sorted(t.strip() for t, row in texts if t.strip() and keep(row))
+    """What one epoch of the folder must give."""
+    return sorted(t.strip() for t, row in rows_of(rows) if t.strip() and keep(row))
 
 
-def read_back(rows):
-    draw = random.Random(0)
-    from koala import WORDS
-
-    pool = " ".join(draw.choices(WORDS, k=20_008)).split(" ")
-    texts = [" ".join(pool[i : i + 8]) for i in range(0, 20_000, 10)]
+def rows_of(rows):
+    """(caption, row) as they were written."""
+    texts = koala_texts(words=8)
     made = [koala_row(n, texts[n % len(texts)]) for n in range(rows)]
     return [(row[3], row) for row in made]
 
@@ -171,7 +166,7 @@ def test_the_motion_prefix(folder, tmp_path):
     assert sorted(p.removeprefix("motion=9.0, ") for p in fixed) == captions_of()
     assert all(p.startswith("motion=9.0, ") for p in fixed)
     own = PromptStream(folder, motion="score").take(count)
-    assert sorted(own) == sorted(f"motion={float(row[6]):.1f}, {t.strip()}" for t, row in read_back(600) if t.strip())
+    assert sorted(own) == sorted(f"motion={float(row[6]):.1f}, {t.strip()}" for t, row in rows_of(600) if t.strip())
     some = PromptStream(folder, motion=5, motion_share=0.6).take(count)
     share = sum(p.startswith("motion=5.0, ") for p in some) / count
     assert 0.5 < share < 0.7 and some == PromptStream(folder, motion=5, motion_share=0.6).take(count)
@@ -194,6 +189,8 @@ def test_csv_as_it_is_found(tmp_path):
     stream = PromptStream(file)
     assert sorted(stream.take(3)) == ["a", 'b, "c"\r\nd', "e"]
     assert stream.counts()["no_caption"] == 2  # the blank line, and row 3
+    file.write_bytes(b"caption,n\na,1,\nb,2,\n")  # a comma too many everywhere, which pandas takes for an index
+    assert sorted(PromptStream(file).take(2)) == ["a", "b"]
 
 
 @pytest.mark.parametrize("rows", [0, 1, 9_999, 10_000, 10_001, 25_000])
@@ -298,17 +295,21 @@ def test_nothing_is_fetched_cached_or_copied(folder, tmp_path):
 
 def config_for(run, source, *more):
     small = ["model.device=cpu", "distill.batch_size_per_gpu=4", "distill.shuffle_buffer=64", "experiment.log_every=1"]
-    source = [f"distill.prompt_source={source}", "distill.motion_prefix=3.5", "distill.min_clarity=0.1"]
-    return load_config("smoke", [*small, *source, f"experiment.output_dir={run}", *more])
+    small += ["distill.p_corrupt=0"]  # which gives some samples an earlier prompt
+    return load_config("smoke", [*small, f"distill.prompt_source={source}", f"experiment.output_dir={run}", *more])
 
 
-def test_a_resumed_run_trains_on_the_next_prompts(folder, tmp_path):
-    straight = Trainer(config_for(tmp_path / "a", folder))
+def test_a_resumed_run_trains_on_the_next_prompts(world, tmp_path):
+    file = write(tmp_path / "a.csv", world.prompts)
+    straight = Trainer(config_for(tmp_path / "a", file))
     batches = [step.txt_ids for _, step, _ in step_through(straight, 6)]
-    first = Trainer(config_for(tmp_path / "b", folder))
+    # the world's tokenizer knows these words, so that other prompts are other ids: the batches are the stream's
+    texts = PromptStream(file, shuffle_buffer=64).take(24)
+    assert torch.equal(torch.cat(batches), straight.ursa.tokenize(texts, 4)) and len(set(texts)) == 24
+    first = Trainer(config_for(tmp_path / "b", file))
     assert all(torch.equal(step.txt_ids, batches[i]) for i, step, _ in step_through(first, 3))
     torch.save(first.state(), tmp_path / "state.pt")
-    resumed = Trainer(config_for(tmp_path / "b", folder))
+    resumed = Trainer(config_for(tmp_path / "b", file))
     resumed.load_state(*torch.load(tmp_path / "state.pt", weights_only=True))
     for index in range(3, 6):
         step, _ = resumed.step(index)
@@ -319,7 +320,10 @@ def test_a_resumed_run_trains_on_the_next_prompts(folder, tmp_path):
 
 
 def test_a_run_on_captions_to_its_end(folder, tmp_path):
-    run = Trainer(config_for(tmp_path, folder, "training.max_train_steps=2")).train(progress=False)
+    more = ["distill.motion_prefix=3.5", "distill.motion_share=1", "distill.min_clarity=0.1"]
+    trainer = Trainer(config_for(tmp_path, folder, "training.max_train_steps=2", *more))
+    assert all(p.startswith("motion=3.5, ") for p in trainer.prompts.examples)
+    run = trainer.train(progress=False)
     rows = run.metrics()
     assert rows[-1]["prompts/rows"] == 64 and rows[-1]["prompts/no_caption"] > 0 and rows[-1]["prompts/filtered"] > 0
     assert (tmp_path / "samples" / "step-00000002.png").stat().st_size > 0
