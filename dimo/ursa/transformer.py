@@ -44,6 +44,19 @@ class UrsaConfig:
     def from_dict(cls, values: Mapping) -> UrsaConfig:
         """Read a config.json's content; keys that this model does not use are ignored."""
         config = cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
+        for name, value in dataclasses.asdict(config).items():
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if not (whole or name == "rope_theta" and isinstance(value, float)) or value < (name != "bov_token_id"):
+                raise DimoError(f"{name} must be a positive whole number, got {value!r}")
+        if config.bov_token_id >= config.lm_vocab_size:
+            raise DimoError(
+                f"bov_token_id must lie in [0, lm_vocab_size = {config.lm_vocab_size}), got {config.bov_token_id}"
+            )
+        if config.lm_head_size not in (config.codebook_size, config.vocab_size) or config.codebook_size < 1:
+            raise DimoError(
+                f"lm_head_size must be the codebook's size, vocab_size - lm_vocab_size = {config.codebook_size}, or "
+                f"vocab_size = {config.vocab_size}, got {config.lm_head_size}"
+            )
         if config.num_attention_heads % config.num_key_value_heads:
             raise DimoError(
                 f"num_attention_heads ({config.num_attention_heads}) must be a multiple of "
@@ -54,8 +67,9 @@ class UrsaConfig:
         return config
 
     def to_dict(self) -> dict:
-        """The content of a config.json that upstream reads."""
-        return {**dataclasses.asdict(self), "max_window_layers": self.num_hidden_layers}
+        """The content of a config.json that upstream reads; a head of 128, its only size, is not written."""
+        values = {**dataclasses.asdict(self), "max_window_layers": self.num_hidden_layers}
+        return values if self.head_dim != 128 else {k: v for k, v in values.items() if k != "head_dim"}
 
     @property
     def codebook_size(self) -> int:

@@ -22,7 +22,7 @@ def checkpoint_folder(teacher_ckpt: str | Path) -> Path:
 
 def load_world(folder: Path):
     """The world that a checkpoint folder belongs to, from its world.json."""
-    from dimo.ursa.checkpoint import read_json
+    from dimo.ursa.weights import read_json
     from dimo.worlds.shapes import ShapesWorld
 
     file = Path(folder) / "world.json"
