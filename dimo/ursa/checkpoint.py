@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -20,7 +21,10 @@ from dimo.ursa.weights import WEIGHTS, load_weights, read_json, read_pickle, rea
 
 BACKENDS = ("native", "upstream")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-INSTALL = "pip install 'dimo[upstream]' git+https://github.com/baaivision/URSA.git@29284bb"
+INSTALL = (
+    "pip install 'transformers>=4.57.1,<5' 'diffusers>=0.36,<0.40' scipy einops "
+    "git+https://github.com/baaivision/URSA.git@29284bb"
+)
 
 
 @dataclasses.dataclass
@@ -211,6 +215,25 @@ def vae_strides(folder: Path) -> tuple[int, int]:
     return strides
 
 
+def load_student(ursa: Ursa, weights: str | Path) -> UrsaTransformer:
+    """The teacher's architecture with a student's weights.
+
+    Args:
+        weights: student.pt, a .safetensors file, a folder of either, or a run folder.
+
+    Raises:
+        DimoError: no weights there, or those of another model.
+    """
+    source = Path(weights)
+    if (source / "checkpoints" / "final").is_dir():
+        source = source / "checkpoints" / "final"
+    if (source / "student.pt").exists():
+        source = source / "student.pt"
+    student = copy.deepcopy(ursa.transformer)
+    load_weights(student, read_weights(source), where=str(source))
+    return student.to(ursa.path.device)
+
+
 def import_upstream():
     """`dimo.ursa.upstream`, the one module that imports diffnext.
 
@@ -220,10 +243,10 @@ def import_upstream():
     try:
         from dimo.ursa import upstream
     except ModuleNotFoundError as error:
-        raise DimoError(f"diffnext is needed, and {error.name} is not installed: {INSTALL}") from error
+        raise DimoError(f"diffnext cannot be used, {error.name} is not installed: {INSTALL}") from error
     except Exception as error:  # versions that do not go together fail in many ways
         reason = str(error).splitlines()[0]
-        raise DimoError(f"diffnext is installed but does not import ({reason}); versions that do: {INSTALL}") from error
+        raise DimoError(f"diffnext cannot be imported ({reason}); versions that go together: {INSTALL}") from error
     return upstream
 
 

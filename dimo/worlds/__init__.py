@@ -37,6 +37,14 @@ def load_world(folder: Path):
         raise DimoError(f"{file} is damaged: {error}") from error
 
 
+def video_size(folder: Path) -> tuple[int, int, int]:
+    """(num_frames, height, width) where nobody says: a world's only size, else 17x256x256, URSA's smaller one."""
+    if not (Path(folder) / "world.json").exists():
+        return 17, 256, 256
+    t, h, w = load_world(folder).latents_shape
+    return 4 * t - 3, 8 * h, 8 * w
+
+
 def require_grid(world, latents_shape: tuple[int, int, int]) -> None:
     """Raise unless videos of `latents_shape` are this world's: it knows no other size."""
     if tuple(latents_shape) != world.latents_shape:
