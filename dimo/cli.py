@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("sample", _sample, "make videos of prompts with a student or a teacher",
                   "Write 0000.mp4 (png for one frame) per prompt and 0000.json beside it: prompt, seed, settings. "
-                  "Without a decoder for the checkpoint's VAE, its codes as safetensors.", configurable=False)  # fmt: skip
+                  "Without a decoder for the VAE, its codes as safetensors.", configurable=False)  # fmt: skip
     sub.add_argument("--prompt", action="append", default=[], help="may be repeated")
     sub.add_argument("--prompt_file", help="a text file with a prompt a line")
     sub.add_argument("--out_dir", default="runs/samples", help="default: %(default)s")

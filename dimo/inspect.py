@@ -10,7 +10,7 @@ import torch
 
 from dimo.errors import DimoError
 from dimo.ursa import MixturePath, UrsaConfig, UrsaTransformer, latents_shape_for
-from dimo.ursa.checkpoint import import_upstream, load_path, load_tokenizer, vae_strides
+from dimo.ursa.checkpoint import import_upstream, load_path, load_tokenizer, read_config, vae_strides
 from dimo.ursa.weights import misfit, read_json, weight_files, weight_shapes
 from dimo.worlds import video_size
 
@@ -43,7 +43,7 @@ def inspect_folder(
         except DimoError as error:
             missing.append(str(error))
 
-    config = part(lambda: UrsaConfig.from_dict(read_json(folder / "transformer" / "config.json")))
+    config = part(read_config, folder / "transformer")
     strides = part(vae_strides, folder)
     if config:
         rows += part(_transformer, folder / "transformer", config) or []

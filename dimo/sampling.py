@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import time
 from pathlib import Path
@@ -18,6 +19,7 @@ from dimo.ursa import load_ursa, sample
 from dimo.ursa.checkpoint import DTYPES, load_student
 from dimo.worlds import checkpoint_folder, load_world, require_grid, video_size
 
+log = logging.getLogger(__name__)
 FPS = 12  # of URSA's videos
 
 
@@ -78,6 +80,8 @@ def sample_to_folder(request: Request, prompts: list[str], out: str | Path) -> l
     network.requires_grad_(False)
     uncond_ids = ursa.tokenize([r.negative_prompt], r.max_prompt_length)
 
+    if ursa.vae is None:
+        log.warning("codes will be written in place of frames: %s", ursa.no_vae)
     written = []
     for i, prompt in enumerate(prompts):
         start, generator = time.perf_counter(), torch.Generator(device).manual_seed(r.seed)

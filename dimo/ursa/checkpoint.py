@@ -104,7 +104,7 @@ def load_transformer(
         raise DimoError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}{nearest(backend, BACKENDS)}")
     if dtype not in DTYPES.values():
         raise DimoError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
-    config = UrsaConfig.from_dict(read_json(folder / "config.json"))
+    config = read_config(folder)
     if backend == "upstream":
         transformer = import_upstream().empty_transformer(config)
     else:
@@ -112,6 +112,15 @@ def load_transformer(
             transformer = UrsaTransformer(config)
     load_weights(transformer, read_weights(folder), where=str(folder), assign=True)
     return transformer.to(device, dtype)
+
+
+def read_config(folder: Path) -> UrsaConfig:
+    """The sizes in a transformer folder's config.json."""
+    values = read_json(folder / "config.json")
+    try:
+        return UrsaConfig.from_dict(values)
+    except DimoError as error:
+        raise DimoError(f"{folder / 'config.json'}: {error}") from error
 
 
 def load_path(folder: Path, codebook_size: int, device="cpu") -> tuple[MetricPath | MixturePath, float]:

@@ -38,7 +38,7 @@ def bridge_swiglu() -> None:
     """Let diffnext's transformer run without CUDA, where its SwiGLU kernel cannot; on CUDA the kernel stays."""
     if qwen3.swiglu is not _swiglu:
         qwen3.swiglu = _swiglu
-        log.info("diffnext's SwiGLU kernel is for CUDA only: on a CPU silu(gate) * up stands in for it")
+        log.warning("diffnext's SwiGLU kernel is for CUDA only: on a CPU silu(gate) * up stands in for it")
 
 
 class UpstreamTransformer(URSATransformer3DModel):
