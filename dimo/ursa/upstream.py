@@ -8,12 +8,15 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib
+import inspect
 import logging
 from pathlib import Path
 
 import torch
+import torch._dynamo
 import transformers
 from accelerate import init_empty_weights
+from diffnext.models.embeddings import FlexRotaryEmbedding
 from diffnext.models.text_encoders import qwen3
 from diffnext.models.transformers.transformer_ursa import URSATransformer3DModel
 from torch.nn import functional as F
@@ -27,18 +30,32 @@ log = logging.getLogger(__name__)
 HEAD_DIM = 128  # the only head size that its class builds
 VAES = {"AutoencoderVQCosmos3D": "autoencoder_vq_cosmos3d", "AutoencoderVQ": "autoencoder_vq"}
 
+RECOMPILE_LIMIT = 64  # of its compiled RoPE: batch, heads, dtype and grad mode vary in a run; torch stops at 8
+
 _cuda_swiglu = qwen3.swiglu
+_compiled_rotate = FlexRotaryEmbedding.PEFunc.partitioned_impl
+_eager_rotate = inspect.unwrap(_compiled_rotate)
 
 
 def _swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return _cuda_swiglu(gate, up) if gate.is_cuda else F.silu(gate) * up
 
 
-def bridge_swiglu() -> None:
-    """Let diffnext's transformer run without CUDA, where its SwiGLU kernel cannot; on CUDA the kernel stays."""
+def _rotate(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return (_compiled_rotate if x.is_cuda else _eager_rotate)(self, x, w)
+
+
+def bridge() -> None:
+    """Let diffnext's transformer run without CUDA and through a training run; on CUDA its kernels stay.
+
+    Its SwiGLU is a CUDA kernel, and its RoPE is compiled, which on a CPU needs a C++ compiler and seconds a shape.
+    """
     if qwen3.swiglu is not _swiglu:
-        qwen3.swiglu = _swiglu
-        log.warning("diffnext's SwiGLU kernel is for CUDA only: on a CPU silu(gate) * up stands in for it")
+        qwen3.swiglu, FlexRotaryEmbedding.PEFunc.partitioned_impl = _swiglu, _rotate
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+        log.warning(
+            "diffnext's SwiGLU kernel is for CUDA only: on a CPU silu(gate) * up stands in; its RoPE runs uncompiled"
+        )
 
 
 class UpstreamTransformer(URSATransformer3DModel):
@@ -75,7 +92,7 @@ def empty_transformer(config: UrsaConfig) -> UpstreamTransformer:
         )
     if int(transformers.__version__.split(".")[0]) > 4:
         raise DimoError(f"backend upstream needs transformers >=4.57.1,<5, got {transformers.__version__}")
-    bridge_swiglu()
+    bridge()
     with init_empty_weights(include_buffers=False):  # its RoPE tables are buffers, and in no file
         transformer = UpstreamTransformer(**config.to_dict())
     transformer.config = config
@@ -129,7 +146,7 @@ def load_pipeline(folder: str | Path, device="cpu", dtype: torch.dtype = torch.f
 
     read_json(Path(folder) / "model_index.json")
     read_pickle(Path(folder) / "scheduler" / "scheduler_model.pth")
-    bridge_swiglu()
+    bridge()
     pipeline = URSAPipeline.from_pretrained(str(folder), torch_dtype=dtype)
     if student:
         load_weights(pipeline.transformer, read_weights(student), where=str(student))
