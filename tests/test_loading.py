@@ -70,6 +70,15 @@ def test_the_dtype_is_that_of_the_transformer_and_not_of_the_path(dtype):
     assert ursa.path.codebook.dtype == torch.float32
 
 
+def test_bfloat16_is_close_to_float32_and_so_is_autocast(tiny, recorded):
+    ids, pos, want = (recorded[f"0.{name}"] for name in ("input_ids", "rope_pos", "logits"))
+    low = load_ursa(TINY, dtype=torch.bfloat16).transformer(ids, pos)
+    assert low.dtype == torch.bfloat16 and 1e-4 < (low - want).norm() / want.norm() < 0.03
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = tiny.transformer(ids, pos)
+    assert 1e-4 < (mixed - want).norm() / want.norm() < 0.03
+
+
 def test_a_dtype_or_backend_that_does_not_exist_is_refused():
     with pytest.raises(DimoError, match="dtype must be one of float32, bfloat16, float16, got torch.int64"):
         load_ursa(TINY, dtype=torch.int64)

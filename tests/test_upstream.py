@@ -19,7 +19,7 @@ from dimo.errors import DimoError
 from dimo.sampling import Request, sample_to_folder
 from dimo.train.config import load_config
 from dimo.train.trainer import Trainer
-from dimo.ursa import build_ursa_inputs, load_ursa, upstream
+from dimo.ursa import UrsaConfig, UrsaTransformer, build_ursa_inputs, load_ursa, upstream
 from dimo.ursa.checkpoint import load_student
 from dimo.ursa.weights import read_weights
 from dimo.worlds import checkpoint_folder
@@ -78,6 +78,24 @@ def test_hidden_and_the_last_positions_are_the_same_calls(native, other, generat
         assert torch.allclose(hidden @ transformer.lm_head.weight.T, logits, atol=1e-5)
         with pytest.raises(DimoError, match="rope_pos must have shape"):
             transformer(inputs.input_ids, inputs.rope_pos[1:])
+
+
+def test_in_bfloat16_we_are_nearer_to_float32_than_upstream():
+    config = UrsaConfig(
+        hidden_size=256, intermediate_size=512, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=6,
+        vocab_size=900, lm_vocab_size=500, lm_head_size=400, bov_token_id=7,
+    )  # fmt: skip
+    g = torch.Generator().manual_seed(0)
+    ours = UrsaTransformer(config).requires_grad_(False)
+    for name, p in ours.named_parameters():
+        p.normal_(1.0, 0.1, generator=g) if "norm" in name else p.normal_(0.0, 0.04, generator=g)
+    theirs = upstream.empty_transformer(config)
+    theirs.load_state_dict(ours.state_dict(), assign=True)
+    ids, pos = torch.randint(900, (1, 200), generator=g), torch.randint(40, (200, 3), generator=g)
+    want = theirs.requires_grad_(False)(ids, pos)
+    assert (ours(ids, pos) - want).norm() < 1e-5 * want.norm()
+    error = [(copy.deepcopy(m).bfloat16()(ids, pos) - want).norm() / want.norm() for m in (ours, theirs)]
+    assert 1e-3 < error[0] < 0.95 * error[1]
 
 
 def test_gradients_agree(native, other, generator):

