@@ -96,6 +96,8 @@ def _vae(folder: Path) -> list[tuple[str, str]]:
     name, (time, space) = config.get("_class_name"), vae_strides(folder)
     weight_shapes(folder / "vae")
     text = f"{name}, {time} frames and {space}x{space} pixels a token"
+    if "sample_frames" in config:
+        text += f"; decodes {config['sample_frames']} frames at a time"
     if name != "PaletteDecoder":
         try:
             import_upstream()

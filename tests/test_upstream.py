@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 pytest.importorskip("diffnext")
+if int(transformers.__version__.split(".")[0]) > 4:
+    pytest.skip("diffnext's transformer needs transformers 4", allow_module_level=True)
 
 from diffnext.models.text_encoders import qwen3
 from diffnext.models.transformers.transformer_ursa import URSATransformer3DModel
@@ -130,6 +133,12 @@ def test_frames_equal_the_recorded(native):
         native.decode(recorded["latents"] + 240)
 
 
+def test_a_vae_that_drops_frames_is_reported(video_folder, caplog):
+    ursa = load_ursa(video_folder)
+    assert ursa.decode(torch.zeros(1, 5, 2, 2, dtype=torch.long)).shape == (1, 17, 16, 16, 3) and not caplog.records
+    assert ursa.decode(torch.zeros(1, 13, 2, 2, dtype=torch.long)).shape[1] < 49 and "of 49 frames" in caplog.text
+
+
 def test_the_pipelines_calls_are_rebuilt(native):
     calls, latents = upstream.record_calls(
         upstream.load_pipeline(TINY), prompt=["a red ball"], num_frames=2, height=6, width=8, num_inference_steps=3,
@@ -228,5 +237,8 @@ def test_dimo_sample_writes_frames_of_the_student(run, video_folder, tmp_path):
 
 def test_transformers_5_is_refused_in_a_sentence(monkeypatch):
     monkeypatch.setattr("transformers.__version__", "5.1.0")
-    with pytest.raises(DimoError, match="backend upstream needs transformers >=4.57.1,<5, got 5.1.0"):
+    sentence = "diffnext's transformer needs transformers >=4.57.1,<5, got 5.1.0"
+    with pytest.raises(DimoError, match=sentence):
         load_ursa(TINY, backend="upstream")
+    with pytest.raises(DimoError, match=sentence):
+        upstream.load_pipeline(TINY)

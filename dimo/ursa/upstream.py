@@ -90,13 +90,19 @@ def empty_transformer(config: UrsaConfig) -> UpstreamTransformer:
             f"backend upstream needs heads of {HEAD_DIM}, this checkpoint's config.json says head_dim = "
             f"{config.head_dim}; use backend native"
         )
-    if int(transformers.__version__.split(".")[0]) > 4:
-        raise DimoError(f"backend upstream needs transformers >=4.57.1,<5, got {transformers.__version__}")
+    _require_transformers_4()
     bridge()
     with init_empty_weights(include_buffers=False):  # its RoPE tables are buffers, and in no file
         transformer = UpstreamTransformer(**config.to_dict())
     transformer.config = config
     return transformer
+
+
+def _require_transformers_4() -> None:
+    if int(transformers.__version__.split(".")[0]) > 4:
+        raise DimoError(
+            f"diffnext's transformer needs transformers >=4.57.1,<5, got {transformers.__version__}; use backend native"
+        )
 
 
 class UpstreamVae:
@@ -113,6 +119,9 @@ class UpstreamVae:
         codes = codes.to(next(self.module.parameters()).device)
         frames = torch.cat([self.module.decode(one).sample for one in codes.split(1)]).float()
         frames = frames.unsqueeze(2) if frames.dim() == 4 else frames  # an image autoencoder has no time axis
+        due = self.module.config.temporal_stride * (codes.shape[1] - 1) + 1
+        if frames.shape[2] != due:  # it decodes tiles of its sample_frames and joins them for videos encoded so
+            log.warning("this VAE gives %s of %s frames, here as in URSA's pipeline", frames.shape[2], due)
         return (frames.movedim(1, -1) / 2 + 0.5).clamp(0, 1)
 
     def to(self, device) -> UpstreamVae:
@@ -142,8 +151,11 @@ def load_pipeline(folder: str | Path, device="cpu", dtype: torch.dtype = torch.f
     Raises:
         DimoError: a pickle with code in it, weights that do not fit.
     """
-    from diffnext.pipelines import URSAPipeline
-
+    _require_transformers_4()
+    try:
+        from diffnext.pipelines import URSAPipeline
+    except ImportError as error:
+        raise DimoError(f"diffnext's pipeline cannot be imported: {error}") from error
     read_json(Path(folder) / "model_index.json")
     read_pickle(Path(folder) / "scheduler" / "scheduler_model.pth")
     bridge()
