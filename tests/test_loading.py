@@ -16,6 +16,7 @@ from dimo.train.trainer import Trainer
 from dimo.ursa import build_ursa_inputs, load_ursa, save_student, visual_logits
 from dimo.ursa.checkpoint import load_student, load_transformer
 from dimo.ursa.weights import read_weights, weight_shapes
+from dimo.worlds import checkpoint_folder
 
 DATA = Path(__file__).parent / "data"
 TINY = DATA / "tiny-ursa"
@@ -226,6 +227,20 @@ def test_a_tokenizer_without_the_bov_id_is_refused(folder):
         load_ursa(folder)
     change(folder / CONFIG, {"bov_token_id": 3})
     assert load_ursa(folder).transformer.config.bov_token_id == 3
+
+
+@pytest.mark.parametrize(
+    ("state", "sentence"),
+    [
+        ({"palette": torch.ones(9, 3)}, "palette .* 9 codes, not 10"),
+        ({"colours": torch.ones(10, 3)}, "no palette"),
+    ],
+)
+def test_a_palette_of_another_world_is_refused(tmp_path, state, sentence):
+    folder = shutil.copytree(checkpoint_folder("shapes"), tmp_path / "shapes")
+    save_file(state, folder / "vae" / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(DimoError, match=sentence):
+        load_ursa(folder)
 
 
 def test_a_tokenizer_that_cannot_pad_is_refused(folder):

@@ -171,13 +171,14 @@ def load_tokenizer(folder: Path, config: UrsaConfig):
         raise DimoError(f"the tokenizer in {where} could not be read: {str(error).splitlines()[0]}") from error
     if tokenizer.pad_token_id is None:
         raise DimoError(f"the tokenizer in {where} has no padding token, which prompts need on their left")
-    largest = max(tokenizer.get_vocab().values())
+    ids = set(tokenizer.get_vocab().values())
+    largest = max(ids)
     if largest >= config.lm_vocab_size:
         raise DimoError(
             f"the tokenizer in {where} has ids up to {largest}, but ids from lm_vocab_size = {config.lm_vocab_size} on "
             "are visual codes: it belongs to another checkpoint"
         )
-    if not 0 <= config.bov_token_id <= largest or tokenizer.convert_ids_to_tokens(config.bov_token_id) is None:
+    if config.bov_token_id not in ids:
         raise DimoError(
             f"the tokenizer in {where} has no token {config.bov_token_id}, which config.json gives as bov_token_id "
             f"(its ids go up to {largest})"
