@@ -1,5 +1,6 @@
 """A folder written by URSA's own classes (tests/data/tiny-ursa): read to the recorded values, refused when damaged."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -241,6 +242,16 @@ def test_a_palette_of_another_world_is_refused(tmp_path, state, sentence):
     save_file(state, folder / "vae" / "diffusion_pytorch_model.safetensors")
     with pytest.raises(DimoError, match=sentence):
         load_ursa(folder)
+
+
+def test_code_that_comes_with_a_tokenizer_is_not_executed(folder):
+    (folder / "tokenizer" / "own.py").write_text(
+        f"import os\nos.mkdir({str(folder / 'executed')!r})\nfrom transformers import PreTrainedTokenizerFast as Own\n"
+    )
+    change(folder / "tokenizer/tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}})
+    with contextlib.suppress(DimoError):
+        load_ursa(folder)
+    assert not (folder / "executed").exists()
 
 
 def test_a_tokenizer_that_cannot_pad_is_refused(folder):
