@@ -23,6 +23,7 @@ DATA = Path(__file__).parent / "data"
 TINY = DATA / "tiny-ursa"
 PROMPTS = ["a red ball", "Überraschung: 猫, 2 dogs & a cat that jump over the wall"]
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+OUTSIDE = "../vae/diffusion_pytorch_model.safetensors"  # exists
 CONFIG = "transformer/config.json"
 SHAPE, TEXT = (1, 6, 8), 24
 
@@ -174,7 +175,7 @@ DAMAGE = {
     "two missing shards": (lambda f: shard(f, 2), "2 of 3 shards .* the folder was copied by half"),
     "an index of nothing": (lambda f: shard(f).write_text('{"weight_map": {}}'), "index.json is damaged"),
     "an index that leads outside": (
-        lambda f: shard(f).write_text(json.dumps({"weight_map": {"lm_head.weight": f"../{WEIGHTS}"}})),
+        lambda f: shard(f).write_text(json.dumps({"weight_map": {"lm_head.weight": OUTSIDE}})),
         "1 of 1 shards .* are missing",
     ),
     "a cut shard": (lambda f: cut(shard(f).with_name("diffusion_pytorch_model-00002-of-00003.safetensors")), "damaged"),
