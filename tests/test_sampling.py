@@ -15,7 +15,7 @@ from dimo.cli import main
 from dimo.errors import DimoError
 from dimo.inspect import inspect_folder
 from dimo.sampling import Request, read_prompts, sample_to_folder, write_frames
-from dimo.ursa import sample
+from dimo.ursa import jump, sample
 from dimo.worlds import checkpoint_folder
 
 TINY = Path(__file__).parent / "data" / "tiny-ursa"
@@ -103,6 +103,22 @@ def test_without_a_decoder_the_codes_are_written_and_the_sentence_said(tmp_path,
                   uncond_ids=ursa.tokenize(["blurry"], 7), generator=g)  # fmt: skip
     assert torch.equal(load_file(file)["codes"].flatten(), want[0])
     assert json.loads((tmp_path / "0000.json").read_text())["no_frames"] == "diffnext cannot be used here"
+
+
+@pytest.mark.parametrize("chunk", [10, 70, 10_000])  # entries: one token, seven, all
+def test_codes_are_drawn_where_their_logits_are_whatever_the_chunk(ursa, generator, monkeypatch, chunk):
+    monkeypatch.setattr("dimo.ursa.sampler.CHUNK_ENTRIES", chunk)
+    want = torch.randint(10, (3, 48), generator=generator)
+    logits = 100.0 * torch.nn.functional.one_hot(want, 10)
+    drawn, x_1 = jump(ursa.path, logits, torch.zeros_like(want), 0.5, None, generator)
+    assert torch.equal(drawn, want) and torch.equal(x_1, want)
+
+
+def test_guidance_below_one_is_refused_by_the_sampler_too(ursa, world):
+    ids = ursa.tokenize(PROMPTS, 4)
+    for scale in (0.5, float("nan")):
+        with pytest.raises(DimoError, match="guidance_scale must be at least 1"):
+            sample(ursa.transformer, ursa.path, ids, world.latents_shape, 1, guidance_scale=scale, uncond_ids=ids)
 
 
 @pytest.mark.parametrize(
