@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import logging
 import os
@@ -82,6 +83,8 @@ def sample_to_folder(request: Request, prompts: list[str], out: str | Path) -> l
 
     if ursa.vae is None:
         log.warning("codes will be written in place of frames: %s", ursa.no_vae)
+    elif any(importlib.util.find_spec(name) is None for name in ("imageio", "imageio_ffmpeg")):
+        raise DimoError("videos are written by imageio, which is missing: pip install imageio imageio-ffmpeg")
     written = []
     for i, prompt in enumerate(prompts):
         start, generator = time.perf_counter(), torch.Generator(device).manual_seed(r.seed)

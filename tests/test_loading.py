@@ -188,7 +188,7 @@ DAMAGE = {
     "a .bin that is a list": (lambda f: as_bin(f, [1]), "must hold a plain state dict, got list"),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), "weights file .* does not exist, nor .bin, nor an index"),
     "a config that is a list": (lambda f: (f / CONFIG).write_text("[]"), "must hold an object, got list"),
-    "a size in words": (lambda f: change(f / CONFIG, {"hidden_size": "16"}), "hidden_size must be a .*, got '16'"),
+    "a size in words": (lambda f: change(f / CONFIG, {"hidden_size": "16"}), "hidden_size must be .*, got '16'"),
     "BOV among the codes": (lambda f: change(f / CONFIG, {"bov_token_id": 272}), r"bov_token_id must lie in \[0, lm_v"),
     "another head": (lambda f: change(f / CONFIG, {"lm_head_size": 300}), "lm_head_size must be .* = 240, or .* = 512"),
     "a wrong shape": (lambda f: change(f / CONFIG, {"intermediate_size": 64}), r"\(16, 32\) in place of \(16, 64\)"),

@@ -1,5 +1,6 @@
 """`dimo sample` and `dimo inspect`: what they write and print, checked against the pieces they are made of."""
 
+import importlib.util
 import json
 import re
 import shutil
@@ -82,6 +83,14 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         write_frames(tmp_path / "video", torch.zeros(5, 8, 8, 3))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_video_writer_is_said_before_anything_is_sampled(tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "imageio_ffmpeg" else find(name))
+    with pytest.raises(DimoError, match="pip install imageio imageio-ffmpeg"):
+        sample_to_folder(Request(), PROMPTS, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -45,9 +45,9 @@ class UrsaConfig:
         """Read a config.json's content; keys that this model does not use are ignored."""
         config = cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
         for name, value in dataclasses.asdict(config).items():
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            if not (whole or name == "rope_theta" and isinstance(value, float)) or value < (name != "bov_token_id"):
-                raise DimoError(f"{name} must be a positive whole number, got {value!r}")
+            kinds, least = (int, float) if name == "rope_theta" else int, 0 if name == "bov_token_id" else 1
+            if isinstance(value, bool) or not isinstance(value, kinds) or value < least:
+                raise DimoError(f"{name} must be a number of at least {least}, got {value!r}")
         if config.bov_token_id >= config.lm_vocab_size:
             raise DimoError(
                 f"bov_token_id must lie in [0, lm_vocab_size = {config.lm_vocab_size}), got {config.bov_token_id}"
