@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 from dimo.errors import DimoError
-from dimo.worlds import DATA
+from dimo.sampling import Request, read_prompts, sample_to_folder
+from dimo.worlds import DATA, checkpoint_folder
 from dimo.worlds.teacher import TeacherRecipe, make_teacher
 
 SHIPPED_STUDENT = DATA / "shapes" / "student"
@@ -18,6 +19,8 @@ examples:
   dimo train -c shapes optim.lr=5e-4 experiment.name=slow
   dimo evaluate runs/shapes               score a run's student beside its teacher
   dimo evaluate                           score the student that ships with dimo
+  dimo inspect FOLDER                     what a checkpoint folder holds, and what is missing
+  dimo sample --teacher_ckpt shapes --prompt "blue bar moving up" --steps 25
   dimo config                             every key, its default and what it means
   dimo config -c literal                  a preset, resolved
 
@@ -92,6 +95,24 @@ def _parser() -> argparse.ArgumentParser:
                      help="only this method, such as reinforce; may be repeated")  # fmt: skip
     overrides(sub)
 
+    sub = command("inspect", _inspect, "what a checkpoint folder in URSA's layout holds, and what is missing",
+                  "Print sizes, codebook, path, token counts and memory at a resolution; exit code 2 where something "
+                  "is missing or damaged.", configurable=False)  # fmt: skip
+    sub.add_argument("folder", help="a checkpoint folder, or a built-in world's name")
+    for name in ("num_frames", "height", "width"):
+        sub.add_argument(f"--{name}", type=int, help="of the video (default: the world's, else 17x256x256)")
+    sub.add_argument("--max_prompt_length", type=int, default=320, help="text tokens (default: %(default)s)")
+
+    sub = command("sample", _sample, "make videos of prompts with a student or a teacher",
+                  "Write 0000.mp4 (png for one frame) per prompt and 0000.json beside it: prompt, seed, settings. "
+                  "Without a decoder for the VAE, its codes as safetensors.", configurable=False)  # fmt: skip
+    sub.add_argument("--prompt", action="append", default=[], help="may be repeated")
+    sub.add_argument("--prompt_file", help="a text file with a prompt a line")
+    sub.add_argument("--out_dir", default="runs/samples", help="default: %(default)s")
+    for field in dataclasses.fields(Request):
+        kind = {"int": int, "float": float}.get(field.type.split(" ")[0], str)
+        sub.add_argument(f"--{field.name}", type=kind, default=field.default, help=field.metadata["help"])
+
     sub = command("config", _config, "every configuration key, or a preset resolved")
     sub.add_argument("--presets", action="store_true", help="list the presets")
     overrides(sub)
@@ -147,6 +168,23 @@ def _ablate(args) -> None:
     except ValueError:
         raise DimoError(f"--lrs must be numbers with commas between them, got {args.lrs!r}") from None
     print(ablate(Path(args.out), args.config, args.overrides, lrs, args.seeds, args.methods))
+
+
+def _inspect(args) -> None:
+    from dimo.inspect import format_rows, inspect_folder
+
+    folder = checkpoint_folder(args.folder)
+    rows, missing = inspect_folder(folder, args.num_frames, args.height, args.width, args.max_prompt_length)
+    print(format_rows(rows, missing))
+    if missing:
+        raise DimoError(f"{len(missing)} part(s) of {folder} missing or damaged")
+
+
+def _sample(args) -> None:
+    prompts = args.prompt + (read_prompts(args.prompt_file) if args.prompt_file else [])
+    request = Request(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Request)})
+    for file in sample_to_folder(request, prompts, args.out_dir):
+        print(f"written: {file}, {file.with_suffix('.json').name}")
 
 
 def _config(args) -> None:

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from dimo.errors import DimoError
 from dimo.ursa import load_ursa, sample
-from dimo.ursa.checkpoint import load_transformer, read_weights, save_student
+from dimo.ursa.checkpoint import load_transformer, save_student
+from dimo.ursa.weights import read_weights
 from dimo.worlds import checkpoint_folder, load_world
 from dimo.worlds.oracle import score
 from dimo.worlds.teacher import TeacherRecipe, encode, make_teacher
@@ -109,7 +110,7 @@ def damage(folder, file, how):
         ("transformer/config.json", {"num_hidden_layers": 4}, "do not fit this model: it lacks"),
         ("transformer/config.json", {"num_hidden_layers": 2}, "do not fit this model: it has unknown"),
         ("transformer/config.json", {"intermediate_size": 32}, "it has the wrong shape for"),
-        ("transformer/config.json", {"vocab_size": 33}, "do not fit|codes"),
+        ("transformer/config.json", {"vocab_size": 33}, "lm_head_size must be the codebook's size"),
         ("scheduler/scheduler_model.pth", "truncate", "could not be read as plain tensors"),
         ("scheduler/scheduler_config.json", "remove", "scheduler_config.json is missing"),
         ("tokenizer", "remove", "tokenizer is missing"),

@@ -74,6 +74,16 @@ def test_a_folder_of_another_configuration_is_refused_before_anything_starts(exe
         run_notebooks("smoke", [*settings, "optim.lr=1e-5"])
 
 
+def test_notebook_01_takes_a_folder_that_is_no_world(tmp_path):
+    tiny = notebook_folder().parent / "tests" / "data" / "tiny-ursa"
+    settings = [f"experiment.output_dir={tmp_path / 'run'}", "model.device=cpu", f"distill.teacher_ckpt={tiny}"]
+    sizes = ["distill.num_frames=5", "distill.height=8", "distill.width=16", "distill.max_prompt_length=9"]
+    run = run_notebooks("smoke", settings + sizes, only=["01_inputs"])
+    page = (run.path / "notebooks" / "01_inputs.ipynb").read_text()
+    assert "latents_shape (5, 4, 8), K = 240" in page and "skipped: no world" in page and "FAIL" not in page
+    assert "ok   BOV sits at (L, L, L)" in page
+
+
 def test_importing_the_engine_does_not_import_jupyter_or_pictures():
     code = "import sys, dimo, dimo.train.trainer, dimo.cli; print([m for m in sys.modules if m in " \
            "('IPython', 'papermill', 'matplotlib', 'nbconvert', 'datasets', 'diffnext')])"  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import time
 from pathlib import Path
@@ -14,23 +13,13 @@ from dimo.errors import DimoError
 from dimo.train.config import Config, device_of
 from dimo.train.runfolder import write_text
 from dimo.ursa import Ursa, UrsaTransformer, latents_shape_for, load_ursa, sample
-from dimo.ursa.checkpoint import load_weights, read_weights
+from dimo.ursa.checkpoint import load_student
 from dimo.worlds import checkpoint_folder, load_world, require_grid
 from dimo.worlds.oracle import score, summarise
 from dimo.worlds.shapes import ShapesWorld
 
 COLUMNS = ("validity", "adherence", "token_accuracy", "coverage", "seconds_per_video")
 SHEET_PROMPTS = 6
-
-
-def load_student(ursa: Ursa, weights: str | Path) -> UrsaTransformer:
-    """The teacher's architecture with a student's weights: student.pt, a .safetensors file, or a folder of either."""
-    source = Path(weights)
-    if (source / "student.pt").exists():
-        source = source / "student.pt"
-    student = copy.deepcopy(ursa.transformer)
-    load_weights(student, read_weights(source), where=str(source))
-    return student.to(ursa.path.device)
 
 
 @torch.no_grad()
@@ -95,7 +84,7 @@ def evaluate_to_folder(config: Config, weights: str | Path, out: Path, progress:
     from dimo.views.sheets import save_sheet  # matplotlib only when a picture is made
 
     e, folder = config.evaluation, checkpoint_folder(config.distill.teacher_ckpt)
-    world, ursa = load_world(folder), load_ursa(folder, device_of(config))
+    world, ursa = load_world(folder), load_ursa(folder, device_of(config), backend=config.model.backend)
     d = config.distill
     require_grid(world, latents_shape_for(d.num_frames, d.height, d.width))
     student = load_student(ursa, weights)

@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dimo.distill.losses import beta_of
 from dimo.errors import DimoError, nearest
+from dimo.ursa.checkpoint import BACKENDS, DTYPES
 from dimo.ursa.inputs import latents_shape_for
 
 PRESETS = Path(__file__).parent / "presets"
@@ -41,11 +42,13 @@ class Experiment:
     keep_last: int = _key(2, "checkpoints kept")
     resume: bool = _key(True, "continue from the folder's newest checkpoint")
     overwrite: bool = _key(False, "start over in a used folder")
+    student_dtype: str = _key("float32", "of checkpoints/final: float32, bfloat16 or float16")
 
 
 @dataclasses.dataclass
 class Model:
     device: str = _key("auto", "auto, cpu or cuda")
+    backend: str = _key("native", "native, or upstream: diffnext's class as teacher, student and auxiliary")
 
 
 @dataclasses.dataclass
@@ -201,6 +204,8 @@ def validate(config: Config) -> None:
     flat = to_flat(config)
     choices = {
         "model.device": ("auto", "cpu", "cuda"),
+        "model.backend": BACKENDS,
+        "experiment.student_dtype": tuple(DTYPES),
         "distill.estimator": ("dimo", "reinforce"),
         "distill.aux_objective": ("denoise", "match_teacher"),
         "distill.baseline": ("ema", "leave_one_out"),
@@ -225,6 +230,8 @@ def validate(config: Config) -> None:
     for key in ("optim.lr", "optim.aux_lr", "optim.max_grad_norm", "distill.temperature"):
         if not flat[key] > 0:
             raise DimoError(f"{key} must be positive, got {flat[key]}")
+    if not flat["distill.guidance_scale"] >= 1:
+        raise DimoError(f"distill.guidance_scale must be at least 1 (1 is none), got {flat['distill.guidance_scale']}")
     if not flat["evaluation.teacher_steps"] or min(flat["evaluation.teacher_steps"]) < 1:
         raise DimoError(f"evaluation.teacher_steps must list numbers of passes, got {flat['evaluation.teacher_steps']}")
     for key in ("min_clarity", "min_aesthetic", "min_motion", "min_suitability"):

@@ -20,7 +20,8 @@ from dimo.errors import DimoError
 from dimo.train.config import Config, device_of, to_yaml
 from dimo.train.prompts import open_prompts
 from dimo.train.runfolder import RunFolder
-from dimo.ursa import Ursa, UrsaTransformer, latents_shape_for, load_ursa, sample, save_student, visual_logits
+from dimo.ursa import Ursa, UrsaTransformer, load_ursa, sample, save_student, visual_logits
+from dimo.ursa.checkpoint import DTYPES, plain_state
 from dimo.worlds import checkpoint_folder, load_world, require_grid
 
 
@@ -43,9 +44,9 @@ class Trainer:
             mixed_precision=config.training.mixed_precision, cpu=device_of(config).type == "cpu"
         )
         self.device = self.accelerator.device
-        self.ursa: Ursa = load_ursa(checkpoint_folder(d.teacher_ckpt), self.device)
+        self.ursa: Ursa = load_ursa(checkpoint_folder(d.teacher_ckpt), self.device, backend=config.model.backend)
         self.path = self.ursa.path
-        self.grid = latents_shape_for(d.num_frames, d.height, d.width)
+        self.grid = self.ursa.latents_shape(d.num_frames, d.height, d.width)
         self.num_visual_tokens = math.prod(self.grid)
         if (self.ursa.folder / "world.json").exists():
             require_grid(load_world(self.ursa.folder), self.grid)
@@ -266,9 +267,10 @@ class Trainer:
         """checkpoints/final: student.pt (plain state dict) and student/ (config.json + safetensors), EMA weights."""
         final = run.path / "checkpoints" / "final"
         final.mkdir(parents=True, exist_ok=True)
-        save_student(final / "student", self.networks.ema)
+        dtype = DTYPES[self.config.experiment.student_dtype]
+        save_student(final / "student", self.networks.ema, dtype=dtype)
         partial = final / ".student.pt.partial"
-        torch.save({k: v.cpu() for k, v in self.networks.ema.state_dict().items()}, partial)
+        torch.save(plain_state(self.networks.ema.state_dict(), dtype), partial)
         partial.replace(final / "student.pt")
 
 

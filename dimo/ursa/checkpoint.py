@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -10,19 +11,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from dimo.errors import DimoError
+from dimo.errors import DimoError, nearest
+from dimo.ursa.inputs import SPATIAL_STRIDE, TEMPORAL_STRIDE, latents_shape_for
 from dimo.ursa.path import MetricPath, MixturePath
 from dimo.ursa.transformer import UrsaConfig, UrsaTransformer
+from dimo.ursa.weights import WEIGHTS, load_weights, read_json, read_pickle, read_weights
 
-WEIGHTS = "diffusion_pytorch_model"
+BACKENDS = ("native", "upstream")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+INSTALL = (
+    "pip install 'transformers>=4.57.1,<5' 'diffusers>=0.36,<0.40' scipy einops "
+    "git+https://github.com/baaivision/URSA.git@29284bb"
+)
 
 
 @dataclasses.dataclass
 class Ursa:
-    """What a checkpoint folder holds. `vae` decodes codes (B, T, H, W) to frames (B, F, height, width, 3) in [0, 1]."""
+    """What a checkpoint folder holds. `vae` decodes codes (B, T, H, W) to frames (B, F, height, width, 3) in [0, 1].
+
+    Without a decoder `vae` is None and `no_vae` says why. `strides` are the VAE's, (time, space).
+    """
 
     transformer: UrsaTransformer
     path: MetricPath | MixturePath
@@ -30,6 +40,8 @@ class Ursa:
     vae: Any
     shift: float
     folder: Path
+    no_vae: str = ""
+    strides: tuple[int, int] = (TEMPORAL_STRIDE, SPATIAL_STRIDE)
 
     def tokenize(self, prompts: list[str], max_prompt_length: int, device=None) -> torch.Tensor:
         """txt_ids (B, max_prompt_length), left-padded and truncated as URSA's pipeline does."""
@@ -38,13 +50,33 @@ class Ursa:
         ).input_ids
         return ids.to(device or self.path.device)
 
+    def latents_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """(T, H, W) of a video of this size under this folder's VAE."""
+        return latents_shape_for(num_frames, height, width, *self.strides)
 
-def load_ursa(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Ursa:
-    """Load transformer, probability path, tokenizer and (where we have it) decoder from a checkpoint folder.
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """Frames (B, F, height, width, 3) in [0, 1] of codes (B, T, H, W).
+
+        Raises:
+            DimoError: there is no decoder; the sentence says what to install.
+        """
+        if self.vae is None:
+            raise DimoError(f"these codes cannot be turned into frames: {self.no_vae}")
+        return self.vae.decode(codes)
+
+
+def load_ursa(
+    folder: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    backend: str = "native",
+) -> Ursa:
+    """Load transformer, probability path, tokenizer and (where it can be run) the VAE from a checkpoint folder.
 
     Args:
         folder: holds `transformer/`, `scheduler/`, `tokenizer/` and `vae/`, as URSA-1.7B does.
-        device, dtype: of the transformer; the path stays in float32.
+        device, dtype: of the transformer; path and VAE stay in float32.
+        backend: "native" (this package's transformer) or "upstream" (diffnext's class with the same weights).
 
     Raises:
         DimoError: something is missing or damaged, in a sentence that names it.
@@ -52,79 +84,195 @@ def load_ursa(folder: str | Path, device: str | torch.device = "cpu", dtype: tor
     folder = Path(folder)
     if not folder.is_dir():
         raise DimoError(f"checkpoint folder {folder} does not exist")
-    transformer = load_transformer(folder / "transformer", device, dtype)
-    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
-    codebook = _load_pickle_safely(folder / "scheduler" / "scheduler_model.pth").get("path.emb")
-    if codebook is None or codebook.dim() != 2:
-        raise DimoError(f"{folder / 'scheduler' / 'scheduler_model.pth'} must hold a matrix under 'path.emb'")
-    if codebook.shape[0] != transformer.config.codebook_size:
-        raise DimoError(
-            f"the scheduler's codebook in {folder} has {codebook.shape[0]} codes, "
-            f"the transformer's config.json says {transformer.config.codebook_size}"
-        )
-    codebook = codebook.to(device).float()
-    if scheduler.get("alpha") is None:
-        path = MixturePath(codebook)
-    else:
-        path = MetricPath(codebook, scheduler["alpha"], scheduler["c"], scheduler.get("eps", 1e-5))
-    shift = float(scheduler.get("shift", 1.0))
-    return Ursa(transformer, path, _load_tokenizer(folder), _load_vae(folder, device), shift, folder)
+    transformer = load_transformer(folder / "transformer", device, dtype, backend)
+    config = transformer.config
+    path, shift = load_path(folder, config.codebook_size, device)
+    tokenizer = load_tokenizer(folder, config)
+    vae, no_vae = load_vae(folder, config.codebook_size, device)
+    return Ursa(transformer, path, tokenizer, vae, shift, folder, no_vae, vae_strides(folder))
 
 
 def load_transformer(
-    folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    folder: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    backend: str = "native",
 ) -> UrsaTransformer:
     """The transformer in a folder with config.json and weights: safetensors, sharded safetensors, or .bin."""
     folder = Path(folder)
-    config = UrsaConfig.from_dict(read_json(folder / "config.json"))
-    with torch.device("meta"):
-        transformer = UrsaTransformer(config)
+    if backend not in BACKENDS:
+        raise DimoError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}{nearest(backend, BACKENDS)}")
+    if dtype not in DTYPES.values():
+        raise DimoError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
+    config = read_config(folder)
+    if backend == "upstream":
+        transformer = import_upstream().empty_transformer(config)
+    else:
+        with torch.device("meta"):
+            transformer = UrsaTransformer(config)
     load_weights(transformer, read_weights(folder), where=str(folder), assign=True)
     return transformer.to(device, dtype)
 
 
-def load_weights(transformer: torch.nn.Module, state: dict, where: str, assign: bool = False) -> None:
-    """load_state_dict(strict=True) whose refusal names the first keys or shapes that do not fit."""
-    own = transformer.state_dict()
-    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    wrong = [k for k in own.keys() & state.keys() if own[k].shape != state[k].shape]
-    for problem, keys in (("lacks", missing), ("has unknown", extra), ("has the wrong shape for", sorted(wrong))):
-        if keys:
-            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
-            raise DimoError(f"the weights of {where} do not fit this model: it {problem} {keys[0]}{more}")
-    transformer.load_state_dict(state, strict=True, assign=assign)
+def read_config(folder: Path) -> UrsaConfig:
+    """The sizes in a transformer folder's config.json."""
+    values = read_json(folder / "config.json")
+    try:
+        return UrsaConfig.from_dict(values)
+    except DimoError as error:
+        raise DimoError(f"{folder / 'config.json'}: {error}") from error
 
 
-def read_weights(source: str | Path) -> dict[str, torch.Tensor]:
-    """A state dict from a weights file (.safetensors, .bin, .pt) or from a folder that holds one, sharded or not."""
-    source = Path(source)
-    if source.is_dir():
-        index = source / f"{WEIGHTS}.safetensors.index.json"
-        if index.exists():
-            shards = sorted(set(read_json(index)["weight_map"].values()))
-            return {key: value for shard in shards for key, value in read_weights(source / shard).items()}
-        found = [source / f"{WEIGHTS}{end}" for end in (".safetensors", ".bin")]
-        source = next((f for f in found if f.exists()), found[0])
-    if not source.exists():
-        raise DimoError(f"weights file {source} does not exist")
-    if source.suffix == ".safetensors":
-        try:
-            return load_file(source)
-        except SafetensorError as error:
-            raise DimoError(f"weights file {source} is damaged: {error}") from error
-    return _load_pickle_safely(source)
+def load_path(folder: Path, codebook_size: int, device="cpu") -> tuple[MetricPath | MixturePath, float]:
+    """The probability path of `scheduler/` and its shift of the time steps; `alpha: null` is the mixture path.
+
+    Raises:
+        DimoError: values out of range, or a codebook that is not the transformer's.
+    """
+    file = folder / "scheduler" / "scheduler_config.json"
+    scheduler = read_json(file)
+    pickled = folder / "scheduler" / "scheduler_model.pth"
+    codebook = read_pickle(pickled).get("path.emb")
+    if codebook is None or codebook.dim() != 2:
+        raise DimoError(f"{pickled} must hold a matrix under 'path.emb'")
+    if codebook.shape[0] != codebook_size:
+        raise DimoError(
+            f"the scheduler's codebook in {folder} has {codebook.shape[0]} codes, "
+            f"the transformer's config.json says {codebook_size}"
+        )
+    codebook = codebook.to(device).float()
+    values = {"shift": 1.0, "eps": 1e-5} | {k: scheduler[k] for k in ("shift", "eps") if scheduler.get(k) is not None}
+    mixture = scheduler.get("alpha") is None
+    if not mixture:
+        values |= {key: scheduler.get(key) for key in ("alpha", "c")}
+    for key, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+            raise DimoError(f"{key} in {file} must be a positive number, got {value!r}")
+    path = MixturePath(codebook) if mixture else MetricPath(codebook, values["alpha"], values["c"], values["eps"])
+    return path, float(values["shift"])
 
 
-def save_student(folder: str | Path, transformer: UrsaTransformer, state: dict | None = None) -> Path:
+def load_tokenizer(folder: Path, config: UrsaConfig):
+    """The tokenizer, padding on the left.
+
+    Raises:
+        DimoError: it cannot be read, cannot pad, has ids that would be taken for visual codes, or lacks BOV.
+    """
+    from transformers import AutoTokenizer  # slow to import, and only needed here
+
+    where = folder / "tokenizer"
+    if not where.is_dir():
+        raise DimoError(f"{where} is missing")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            where, padding_side="left", local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # transformers and tokenizers raise what they like for a damaged file
+        raise DimoError(f"the tokenizer in {where} could not be read: {str(error).splitlines()[0]}") from error
+    if tokenizer.pad_token_id is None:
+        raise DimoError(f"the tokenizer in {where} has no padding token, which prompts need on their left")
+    ids = set(tokenizer.get_vocab().values())
+    largest = max(ids)
+    if largest >= config.lm_vocab_size:
+        raise DimoError(
+            f"the tokenizer in {where} has ids up to {largest}, but ids from lm_vocab_size = {config.lm_vocab_size} on "
+            "are visual codes: it belongs to another checkpoint"
+        )
+    if config.bov_token_id not in ids:
+        raise DimoError(
+            f"the tokenizer in {where} has no token {config.bov_token_id}, which config.json gives as bov_token_id "
+            f"(its ids go up to {largest})"
+        )
+    return tokenizer
+
+
+def load_vae(folder: Path, codebook_size: int, device="cpu") -> tuple[Any, str]:
+    """(decoder, ""), or (None, why there is none and what would change that).
+
+    Raises:
+        DimoError: its codebook is not the transformer's, or its files are damaged.
+    """
+    where = folder / "vae"
+    if not (where / "config.json").exists():
+        return None, f"{where} holds no VAE"
+    config = read_json(where / "config.json")
+    if config.get("num_vq_embeddings", codebook_size) != codebook_size:
+        raise DimoError(
+            f"the VAE in {where} has {config['num_vq_embeddings']} codes, the transformer's config.json says "
+            f"{codebook_size}"
+        )
+    if config.get("_class_name") == "PaletteDecoder":
+        from dimo.worlds.palette import PaletteDecoder
+
+        decoder = PaletteDecoder.load(where).to(device)
+        if decoder.palette.shape[0] != codebook_size:
+            raise DimoError(f"the palette in {where} has {decoder.palette.shape[0]} codes, not {codebook_size}")
+        return decoder, ""
+    try:
+        upstream = import_upstream()
+    except DimoError as error:
+        return None, str(error)
+    return upstream.load_vae(where, config, device), ""
+
+
+def vae_strides(folder: Path) -> tuple[int, int]:
+    """(time, space) strides of the folder's VAE; URSA's 4 and 8 where it does not say."""
+    file = folder / "vae" / "config.json"
+    config = read_json(file) if file.exists() else {}
+    strides = config.get("temporal_stride", TEMPORAL_STRIDE), config.get("spatial_stride", SPATIAL_STRIDE)
+    if not all(isinstance(s, int) and s > 0 for s in strides):
+        raise DimoError(f"temporal_stride and spatial_stride in {file} must be positive whole numbers, got {strides}")
+    return strides
+
+
+def load_student(ursa: Ursa, weights: str | Path) -> UrsaTransformer:
+    """The teacher's architecture with a student's weights.
+
+    Args:
+        weights: student.pt, a .safetensors file, a folder of either, or a run folder.
+
+    Raises:
+        DimoError: no weights there, or those of another model.
+    """
+    source = Path(weights)
+    if (source / "checkpoints" / "final").is_dir():
+        source = source / "checkpoints" / "final"
+    if (source / "student.pt").exists():
+        source = source / "student.pt"
+    student = copy.deepcopy(ursa.transformer)
+    load_weights(student, read_weights(source), where=str(source))
+    return student.to(ursa.path.device)
+
+
+def import_upstream():
+    """`dimo.ursa.upstream`, the one module that imports diffnext.
+
+    Raises:
+        DimoError: diffnext is not installed, or what is installed beside it does not let it import.
+    """
+    try:
+        from dimo.ursa import upstream
+    except ModuleNotFoundError as error:
+        raise DimoError(f"diffnext cannot be used, {error.name} is not installed: {INSTALL}") from error
+    except Exception as error:  # versions that do not go together fail in many ways
+        reason = str(error).splitlines()[0]
+        raise DimoError(f"diffnext cannot be imported ({reason}); versions that go together: {INSTALL}") from error
+    return upstream
+
+
+def save_student(
+    folder: str | Path, transformer: UrsaTransformer, state: dict | None = None, dtype: torch.dtype | None = None
+) -> Path:
     """Write config.json and safetensors that `load_transformer` and upstream's `from_pretrained` read.
 
-    The folder appears whole or not at all. `state` replaces the transformer's own weights (the EMA's, say).
+    The folder appears whole or not at all. `state` replaces the transformer's own weights (the EMA's, say); `dtype`
+    is what they are written in, by default their own.
     """
     folder = Path(folder)
     beside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
-    state = {k: v.detach().cpu().contiguous() for k, v in (state or transformer.state_dict()).items()}
+    state = plain_state(state or transformer.state_dict(), dtype)
     save_file(state, beside / f"{WEIGHTS}.safetensors", metadata={"format": "pt"})
     config = {"_class_name": "URSATransformer3DModel", **transformer.config.to_dict()}
     (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -134,37 +282,6 @@ def save_student(folder: str | Path, transformer: UrsaTransformer, state: dict |
     return folder
 
 
-def read_json(file: Path) -> dict:
-    if not file.exists():
-        raise DimoError(f"{file} is missing")
-    try:
-        return json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DimoError(f"{file} is damaged: {error}") from error
-
-
-def _load_pickle_safely(file: Path) -> dict:
-    if not file.exists():
-        raise DimoError(f"{file} is missing")
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises half a dozen types for a damaged or hostile file
-        raise DimoError(f"{file} could not be read as plain tensors: {str(error).splitlines()[0]}") from error
-
-
-def _load_tokenizer(folder: Path):
-    from transformers import AutoTokenizer  # slow to import, and only needed here
-
-    if not (folder / "tokenizer").is_dir():
-        raise DimoError(f"{folder / 'tokenizer'} is missing")
-    return AutoTokenizer.from_pretrained(folder / "tokenizer", padding_side="left", local_files_only=True)
-
-
-def _load_vae(folder: Path, device):
-    """The built-in worlds' palette decoder; None for a real VAE, which only diffnext can run."""
-    config = folder / "vae" / "config.json"
-    if not config.exists() or read_json(config).get("_class_name") != "PaletteDecoder":
-        return None
-    from dimo.worlds.palette import PaletteDecoder
-
-    return PaletteDecoder.load(folder / "vae").to(device)
+def plain_state(state: dict[str, torch.Tensor], dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    """The same state dict on the CPU, detached, contiguous, in `dtype`."""
+    return {key: value.detach().to("cpu", dtype).contiguous() for key, value in state.items()}

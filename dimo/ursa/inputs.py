@@ -26,16 +26,24 @@ class UrsaInputs:
     num_visual_tokens: int
 
 
-def latents_shape_for(num_frames: int, height: int, width: int) -> tuple[int, int, int]:
+def latents_shape_for(
+    num_frames: int,
+    height: int,
+    width: int,
+    temporal_stride: int = TEMPORAL_STRIDE,
+    spatial_stride: int = SPATIAL_STRIDE,
+) -> tuple[int, int, int]:
     """(T, H, W) of the tokens of a video: T = (frames - 1) / 4 + 1, H = height / 8, W = width / 8.
+
+    The strides are those of URSA's video VAE unless given; `Ursa.latents_shape` takes them from the folder.
 
     Raises:
         DimoError: a size that does not divide, with the nearest that does.
     """
     for name, value, stride, offset in (
-        ("num_frames", num_frames, TEMPORAL_STRIDE, 1),
-        ("height", height, SPATIAL_STRIDE, 0),
-        ("width", width, SPATIAL_STRIDE, 0),
+        ("num_frames", num_frames, temporal_stride, 1),
+        ("height", height, spatial_stride, 0),
+        ("width", width, spatial_stride, 0),
     ):
         smallest = offset or stride
         if value < smallest or (value - offset) % stride:
@@ -43,7 +51,7 @@ def latents_shape_for(num_frames: int, height: int, width: int) -> tuple[int, in
             rule = f"a multiple of {stride}" + (f" plus {offset}" if offset else "")
             choices = " or ".join(str(v) for v in sorted({below, below + stride}))
             raise DimoError(f"{name} must be {rule}, got {value}; the nearest are {choices}")
-    return (num_frames - 1) // TEMPORAL_STRIDE + 1, height // SPATIAL_STRIDE, width // SPATIAL_STRIDE
+    return (num_frames - 1) // temporal_stride + 1, height // spatial_stride, width // spatial_stride
 
 
 def rope_positions(text_length: int, latents_shape: tuple[int, int, int], device=None) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 
 from dimo.errors import DimoError, require_finite, require_shape
 from dimo.ursa.inputs import visual_logits
-from dimo.ursa.path import MetricPath, MixturePath, categorical
+from dimo.ursa.path import CHUNK_ENTRIES, MetricPath, MixturePath, categorical
 
 
 @dataclasses.dataclass
@@ -50,7 +50,12 @@ def jump(
     """
     require_shape("logits", logits, (*x_t.shape, path.codebook_size))
     require_finite("logits", logits)
-    x_1 = logits.argmax(-1) if argmax else categorical(logits.float().softmax(-1), generator)
+    if argmax:
+        x_1 = logits.argmax(-1)
+    else:  # in chunks: at 64,000 codes a float32 copy of all logits is larger than the model
+        chunk = max(1, CHUNK_ENTRIES // path.codebook_size)
+        parts = logits.flatten(0, 1).split(chunk)
+        x_1 = torch.cat([categorical(part.float().softmax(-1), generator) for part in parts]).view(x_t.shape)
     return (x_1 if t_next is None else path.jump(x_1, x_t, t, t_next - t, generator)), x_1
 
 
@@ -85,6 +90,8 @@ def sample(
     if x_init is None:
         x_init = torch.randint(path.codebook_size, size, device=device, generator=generator)
     require_shape("x_init", x_init, size)
+    if not guidance_scale >= 1:
+        raise DimoError(f"guidance_scale must be at least 1 (1 is none), got {guidance_scale}")
     if guidance_scale > 1 and uncond_ids is None:
         raise DimoError("uncond_ids is needed when guidance_scale > 1: the ids of the empty or the negative prompt")
 

@@ -44,6 +44,19 @@ class UrsaConfig:
     def from_dict(cls, values: Mapping) -> UrsaConfig:
         """Read a config.json's content; keys that this model does not use are ignored."""
         config = cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
+        for name, value in dataclasses.asdict(config).items():
+            kinds, least = (int, float) if name == "rope_theta" else int, 0 if name == "bov_token_id" else 1
+            if isinstance(value, bool) or not isinstance(value, kinds) or value < least:
+                raise DimoError(f"{name} must be a number of at least {least}, got {value!r}")
+        if config.bov_token_id >= config.lm_vocab_size:
+            raise DimoError(
+                f"bov_token_id must lie in [0, lm_vocab_size = {config.lm_vocab_size}), got {config.bov_token_id}"
+            )
+        if config.lm_head_size not in (config.codebook_size, config.vocab_size) or config.codebook_size < 1:
+            raise DimoError(
+                f"lm_head_size must be the codebook's size, vocab_size - lm_vocab_size = {config.codebook_size}, or "
+                f"vocab_size = {config.vocab_size}, got {config.lm_head_size}"
+            )
         if config.num_attention_heads % config.num_key_value_heads:
             raise DimoError(
                 f"num_attention_heads ({config.num_attention_heads}) must be a multiple of "
@@ -54,8 +67,9 @@ class UrsaConfig:
         return config
 
     def to_dict(self) -> dict:
-        """The content of a config.json that upstream reads."""
-        return {**dataclasses.asdict(self), "max_window_layers": self.num_hidden_layers}
+        """The content of a config.json that upstream reads; a head of 128, its only size, is not written."""
+        values = {**dataclasses.asdict(self), "max_window_layers": self.num_hidden_layers}
+        return values if self.head_dim != 128 else {k: v for k, v in values.items() if k != "head_dim"}
 
     @property
     def codebook_size(self) -> int:
@@ -64,17 +78,14 @@ class UrsaConfig:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, the mean square taken in float32 as upstream does."""
+    """x / rms(x) * weight, rounded once. Upstream rounds the scale too: in bfloat16 it is further off."""
 
     def __init__(self, size: int):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.dtype == torch.float32:
-            return F.rms_norm(x, (x.shape[-1],), self.weight, NORM_EPS)
-        scale = x.float().square().mean(-1, keepdim=True).add(NORM_EPS).rsqrt().to(x.dtype)
-        return x * scale * self.weight
+        return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), NORM_EPS)
 
 
 def rope_table(rope_pos: torch.Tensor, theta: float, head_dim: int = 128) -> tuple[torch.Tensor, torch.Tensor]:
@@ -91,8 +102,8 @@ def rope_table(rope_pos: torch.Tensor, theta: float, head_dim: int = 128) -> tup
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the two halves of each head of x (B, heads, S, head_dim) against each other by the table (S, head_dim)."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+    """Rotate the two halves of each head of x (B, heads, S, head_dim) by the float32 table (S, head_dim)."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -185,7 +196,6 @@ class UrsaTransformer(nn.Module):
         require_ids("input_ids", input_ids, self.config.vocab_size)
         cos, sin = rope_table(rope_pos, self.config.rope_theta, self.config.head_dim)
         x = self.model.embed_tokens(input_ids)
-        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         for layer in self.model.layers:
             x = layer(x, cos, sin)
         return self.model.norm(x)

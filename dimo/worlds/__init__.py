@@ -22,7 +22,7 @@ def checkpoint_folder(teacher_ckpt: str | Path) -> Path:
 
 def load_world(folder: Path):
     """The world that a checkpoint folder belongs to, from its world.json."""
-    from dimo.ursa.checkpoint import read_json
+    from dimo.ursa.weights import read_json
     from dimo.worlds.shapes import ShapesWorld
 
     file = Path(folder) / "world.json"
@@ -35,6 +35,14 @@ def load_world(folder: Path):
         return ShapesWorld(**values)
     except TypeError as error:
         raise DimoError(f"{file} is damaged: {error}") from error
+
+
+def video_size(folder: Path) -> tuple[int, int, int]:
+    """(num_frames, height, width) where nobody says: a world's only size, else 17x256x256, URSA's smaller one."""
+    if not (Path(folder) / "world.json").exists():
+        return 17, 256, 256
+    t, h, w = load_world(folder).latents_shape
+    return 4 * t - 3, 8 * h, 8 * w
 
 
 def require_grid(world, latents_shape: tuple[int, int, int]) -> None:

@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from dimo.errors import require_ids, require_shape
+from dimo.errors import DimoError, require_ids, require_shape
 from dimo.ursa.inputs import SPATIAL_STRIDE, TEMPORAL_STRIDE
+from dimo.ursa.weights import WEIGHTS, read_weights
 
 
 class PaletteDecoder:
@@ -32,10 +33,13 @@ class PaletteDecoder:
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({"palette": self.palette.cpu()}, folder / f"{'diffusion_pytorch_model'}.safetensors")
+        save_file({"palette": self.palette.cpu()}, folder / f"{WEIGHTS}.safetensors")
         config = {"_class_name": "PaletteDecoder", "temporal_stride": TEMPORAL_STRIDE, "spatial_stride": SPATIAL_STRIDE}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> PaletteDecoder:
-        return cls(load_file(folder / "diffusion_pytorch_model.safetensors")["palette"])
+        state = read_weights(folder)
+        if "palette" not in state:
+            raise DimoError(f"the weights in {folder} hold no palette")
+        return cls(state["palette"])

@@ -181,6 +181,9 @@ def write_checkpoint(folder: Path, world: ShapesWorld, transformer: UrsaTransfor
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=PAD, unk_token=UNKNOWN, eos_token=PAD, padding_side="left"
     ).save_pretrained(beside / "tokenizer")
+    written = beside / "tokenizer" / "tokenizer_config.json"
+    values = json.loads(written.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    written.write_text(json.dumps(values, indent=2) + "\n")  # transformers 5 writes a class that 4 does not know
     PaletteDecoder(world.palette()).save(beside / "vae")
     index = {
         "_class_name": "URSAPipeline",

@@ -1,0 +1,166 @@
+"""`dimo sample`: videos of prompts from a teacher or a student, each with a JSON that says how it was made."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import logging
+import os
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+import dimo
+from dimo.errors import DimoError, require_shape
+from dimo.train.runfolder import write_text
+from dimo.ursa import load_ursa, sample
+from dimo.ursa.checkpoint import DTYPES, load_student
+from dimo.worlds import checkpoint_folder, load_world, require_grid, video_size
+
+log = logging.getLogger(__name__)
+FPS = 12  # of URSA's videos
+
+
+def _flag(default, help: str):
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclasses.dataclass
+class Request:
+    """What `dimo sample` is asked for; every field is a flag and a line of the JSON beside each video."""
+
+    teacher_ckpt: str = _flag("shapes", "a checkpoint folder in URSA's layout, or a built-in world's name")
+    student_ckpt: str | None = _flag(None, "student.pt, its folder or a run folder; without it the teacher samples")
+    num_frames: int | None = _flag(None, "4 (T-1) + 1; default: the world's, else 17")
+    height: int | None = _flag(None, "pixels; default: the world's, else 256")
+    width: int | None = _flag(None, "pixels; default: the world's, else 256")
+    steps: int = _flag(1, "passes of the transformer")
+    guidance_scale: float = _flag(1.0, "1 is none, and needs half the work")
+    guidance_trunc: float = _flag(0.9, "guidance is off where t >= this")
+    negative_prompt: str = _flag("", "what guidance leads away from")
+    max_prompt_length: int | None = _flag(None, "text tokens; default: 4 for a world, else 320")
+    seed: int = _flag(0, "of the noise and of every draw, the same for each prompt")
+    device: str = _flag("auto", "auto, cpu or cuda")
+    dtype: str = _flag("auto", "float32, bfloat16 or float16; auto: bfloat16 on a GPU, float32 on a CPU")
+    backend: str = _flag("native", "native or upstream (diffnext's transformer)")
+
+
+def sample_to_folder(request: Request, prompts: list[str], out: str | Path) -> list[Path]:
+    """Write one video per prompt into `out`: 0000.mp4 (.png for one frame) and 0000.json; returns the videos.
+
+    Where the checkpoint's VAE cannot be run here, 0000.safetensors holds the codes (T, H, W) instead. Every prompt
+    starts from the same noise, that of `request.seed`, so each file can be made again by itself.
+
+    Raises:
+        DimoError: before anything is written, for no prompt, sizes that do not divide, guidance below 1, and so on.
+    """
+    r = dataclasses.replace(request)
+    if not prompts:
+        raise DimoError("prompts must not be empty; give --prompt or --prompt_file")
+    if not r.guidance_scale >= 1:
+        raise DimoError(f"guidance_scale must be at least 1 (1 is none), got {r.guidance_scale}")
+    if r.steps < 1:
+        raise DimoError(f"steps must be at least 1, got {r.steps}")
+    folder, device = checkpoint_folder(r.teacher_ckpt), _device(r.device)
+    is_world = (folder / "world.json").exists()
+    r.device, r.dtype = device.type, _dtype(r.dtype, device)
+    given = zip((r.num_frames, r.height, r.width), video_size(folder))
+    r.num_frames, r.height, r.width = (default if size is None else size for size, default in given)
+    r.max_prompt_length = r.max_prompt_length or (4 if is_world else 320)
+
+    ursa = load_ursa(folder, device, DTYPES[r.dtype], r.backend)
+    grid = ursa.latents_shape(r.num_frames, r.height, r.width)
+    if is_world:
+        world = load_world(folder)
+        require_grid(world, grid)
+        world.attributes(prompts)  # refuses a prompt of which the world knows nothing
+    network = load_student(ursa, r.student_ckpt) if r.student_ckpt else ursa.transformer
+    network.requires_grad_(False)
+    uncond_ids = ursa.tokenize([r.negative_prompt], r.max_prompt_length)
+
+    if ursa.vae is None:
+        log.warning("codes will be written in place of frames: %s", ursa.no_vae)
+    elif any(importlib.util.find_spec(name) is None for name in ("imageio", "imageio_ffmpeg")):
+        raise DimoError("videos are written by imageio, which is missing: pip install imageio imageio-ffmpeg")
+    written = []
+    for i, prompt in enumerate(prompts):
+        start, generator = time.perf_counter(), torch.Generator(device).manual_seed(r.seed)
+        codes = sample(
+            network, ursa.path, ursa.tokenize([prompt], r.max_prompt_length), grid, r.steps, shift=ursa.shift,
+            guidance_scale=r.guidance_scale, guidance_trunc=r.guidance_trunc, uncond_ids=uncond_ids,
+            generator=generator,
+        ).view(-1, *grid)  # fmt: skip
+        made = {"seconds_sampling": time.perf_counter() - start}
+        if ursa.vae is None:
+            file = Path(out) / f"{i:04d}.safetensors"
+            _whole(file, lambda beside, codes=codes: save_file({"codes": codes[0].cpu()}, beside))
+            made["no_frames"] = ursa.no_vae
+        else:
+            frames = ursa.decode(codes)[0].cpu()
+            file = write_frames(Path(out) / f"{i:04d}", frames)
+            made["frames"] = len(frames)
+        how = {"file": file.name, "prompt": prompt, **dataclasses.asdict(r), **made}
+        how |= {"dimo": dimo.__version__, "torch": torch.__version__}
+        write_text(file.with_suffix(".json"), json.dumps(how, indent=2, ensure_ascii=False) + "\n")
+        written.append(file)
+    return written
+
+
+def write_frames(stem: Path, frames: torch.Tensor, fps: int = FPS) -> Path:
+    """Frames (F, height, width, 3) in [0, 1] as stem.mp4, or stem.png when there is one; whole or not at all."""
+    import imageio.v3 as iio  # only when a video is written
+
+    require_shape("frames", frames, ("F", "height", "width", 3))
+    pixels = (frames * 255).round().clamp(0, 255).to(torch.uint8).numpy()
+    if len(pixels) == 1:
+        file = stem.with_name(f"{stem.name}.png")
+        _whole(file, lambda beside: iio.imwrite(beside, pixels[0], extension=".png"))
+        return file
+    file = stem.with_name(f"{stem.name}.mp4")
+    # macro_block_size: by default sizes are stretched to multiples of 16
+    options = {"fps": fps, "codec": "libx264", "quality": 9, "macro_block_size": 2}
+    _whole(file, lambda beside: iio.imwrite(beside, pixels, plugin="FFMPEG", extension=".mp4", **options))
+    return file
+
+
+def read_prompts(file: str | Path) -> list[str]:
+    """The lines of a text file that are not blank.
+
+    Raises:
+        DimoError: no such file, not UTF-8, or no prompt in it.
+    """
+    try:
+        lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DimoError(f"prompt_file {file} could not be read as text: {error}") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise DimoError(f"prompt_file {file} holds no prompt")
+    return prompts
+
+
+def _whole(file: Path, write) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_name(f".{file.stem}.partial{file.suffix}")
+    try:
+        write(beside)
+        os.replace(beside, file)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _device(name: str) -> torch.device:
+    if name not in ("auto", "cpu", "cuda"):
+        raise DimoError(f"device must be one of auto, cpu, cuda, got {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise DimoError("device is cuda, but PyTorch sees no GPU; use auto or cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _dtype(name: str, device: torch.device) -> str:
+    if name not in ("auto", *DTYPES):
+        raise DimoError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {name!r}")
+    return ("bfloat16" if device.type == "cuda" else "float32") if name == "auto" else name

@@ -1,0 +1,245 @@
+"""The bridge to diffnext, URSA's own code: its transformer class, its VAE, its pipeline. Nothing else imports it.
+
+Checked with diffnext 0.3.0a0 (baaivision/URSA at 29284bb), transformers 4.57.6, diffusers 0.39.0.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib
+import inspect
+import logging
+from pathlib import Path
+
+import torch
+import torch._dynamo
+import transformers
+from accelerate import init_empty_weights
+from diffnext.models.embeddings import FlexRotaryEmbedding
+from diffnext.models.text_encoders import qwen3
+from diffnext.models.transformers.transformer_ursa import URSATransformer3DModel
+from torch.nn import functional as F
+
+from dimo.errors import DimoError, nearest, require_ids, require_shape
+from dimo.ursa.inputs import build_ursa_inputs
+from dimo.ursa.transformer import UrsaConfig
+from dimo.ursa.weights import load_weights, read_json, read_pickle, read_weights
+
+log = logging.getLogger(__name__)
+HEAD_DIM = 128  # the only head size that its class builds
+VAES = {"AutoencoderVQCosmos3D": "autoencoder_vq_cosmos3d", "AutoencoderVQ": "autoencoder_vq"}
+
+RECOMPILE_LIMIT = 64  # of its compiled RoPE: batch, heads, dtype and grad mode vary in a run; torch stops at 8
+
+_cuda_swiglu = qwen3.swiglu
+_compiled_rotate = FlexRotaryEmbedding.PEFunc.partitioned_impl
+_eager_rotate = inspect.unwrap(_compiled_rotate)
+
+
+def _swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return _cuda_swiglu(gate, up) if gate.is_cuda else F.silu(gate) * up
+
+
+def _rotate(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return (_compiled_rotate if x.is_cuda else _eager_rotate)(self, x, w)
+
+
+def bridge() -> None:
+    """Let diffnext's transformer run without CUDA and through a training run; on CUDA its kernels stay.
+
+    Its SwiGLU is a CUDA kernel, and its RoPE is compiled, which on a CPU needs a C++ compiler and seconds a shape.
+    """
+    if qwen3.swiglu is not _swiglu:
+        qwen3.swiglu, FlexRotaryEmbedding.PEFunc.partitioned_impl = _swiglu, _rotate
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+        log.warning(
+            "diffnext's SwiGLU kernel is for CUDA only: on a CPU silu(gate) * up stands in; its RoPE runs uncompiled"
+        )
+
+
+class UpstreamTransformer(URSATransformer3DModel):
+    """diffnext's transformer, called as `UrsaTransformer` is; same keys, `config` with our names."""
+
+    config: UrsaConfig = None  # in place of diffusers' property
+
+    def hidden(self, input_ids: torch.Tensor, rope_pos: torch.Tensor) -> torch.Tensor:
+        """Hidden states (B, S, hidden_size) after the last norm, of ids (B, S) at positions (S, 3)."""
+        self._require(input_ids, rope_pos)
+        return self.model(input_ids, rope_pos=rope_pos)[0]
+
+    def forward(self, input_ids: torch.Tensor, rope_pos: torch.Tensor, last: int | None = None) -> torch.Tensor:
+        """Logits (B, S, lm_head_size), or those of the last so many positions."""
+        self._require(input_ids, rope_pos)
+        return super().forward(input_ids, rope_pos=rope_pos, logits_to_keep=last).sample
+
+    def _require(self, input_ids: torch.Tensor, rope_pos: torch.Tensor) -> None:
+        require_shape("input_ids", input_ids, ("B", "S"))
+        require_shape("rope_pos", rope_pos, (input_ids.shape[1], 3))
+        require_ids("input_ids", input_ids, self.config.vocab_size)
+
+
+def empty_transformer(config: UrsaConfig) -> UpstreamTransformer:
+    """diffnext's transformer without weights (they are on the meta device), for `load_weights(..., assign=True)`.
+
+    Raises:
+        DimoError: a head size that upstream has not, or transformers 5, with which its class cannot be built.
+    """
+    if config.head_dim != HEAD_DIM:
+        raise DimoError(
+            f"backend upstream needs heads of {HEAD_DIM}, this checkpoint's config.json says head_dim = "
+            f"{config.head_dim}; use backend native"
+        )
+    _require_transformers_4()
+    bridge()
+    with init_empty_weights(include_buffers=False):  # its RoPE tables are buffers, and in no file
+        transformer = UpstreamTransformer(**config.to_dict())
+    transformer.config = config
+    return transformer
+
+
+def _require_transformers_4() -> None:
+    if int(transformers.__version__.split(".")[0]) > 4:
+        raise DimoError(
+            f"diffnext's transformer needs transformers >=4.57.1,<5, got {transformers.__version__}; use backend native"
+        )
+
+
+class UpstreamVae:
+    """Codes (B, T, H, W) -> frames (B, F, height, width, 3), RGB in [0, 1], by diffnext's autoencoder."""
+
+    def __init__(self, module: torch.nn.Module, codebook_size: int):
+        self.module, self.codebook_size = module.eval().requires_grad_(False), codebook_size
+
+    @torch.no_grad()
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """One video at a time, as the pipeline does."""
+        require_shape("codes", codes, ("B", "T", "H", "W"))
+        require_ids("codes", codes, self.codebook_size)
+        codes = codes.to(next(self.module.parameters()).device)
+        frames = torch.cat([self.module.decode(one).sample for one in codes.split(1)]).float()
+        frames = frames.unsqueeze(2) if frames.dim() == 4 else frames  # an image autoencoder has no time axis
+        due = self.module.config.temporal_stride * (codes.shape[1] - 1) + 1
+        if frames.shape[2] != due:  # it decodes tiles of its sample_frames and joins them for videos encoded so
+            log.warning("this VAE gives %s of %s frames, here as in URSA's pipeline", frames.shape[2], due)
+        return (frames.movedim(1, -1) / 2 + 0.5).clamp(0, 1)
+
+    def to(self, device) -> UpstreamVae:
+        return UpstreamVae(copy.deepcopy(self.module).to(device), self.codebook_size)
+
+
+def load_vae(folder: Path, config: dict, device) -> UpstreamVae:
+    """The autoencoder in `folder`, in float32.
+
+    Raises:
+        DimoError: a class that is none of diffnext's discrete autoencoders, or weights that do not fit it.
+    """
+    name = config.get("_class_name", "")
+    if name not in VAES:
+        raise DimoError(f"the VAE in {folder} is of class {name!r}{nearest(name, VAES)}")
+    vae_class = getattr(importlib.import_module(f"diffnext.models.autoencoders.{VAES[name]}"), name)
+    module = vae_class.from_config(config)
+    load_weights(module, read_weights(folder), where=str(folder))
+    return UpstreamVae(module.to(device), config.get("num_vq_embeddings", module.config.num_vq_embeddings))
+
+
+def load_pipeline(folder: str | Path, device="cpu", dtype: torch.dtype = torch.float32, student: str | Path = ""):
+    """diffnext's `URSAPipeline` of a checkpoint folder, with a student's weights where given.
+
+    Its scheduler unpickles whatever `scheduler_model.pth` holds, so that file is read safely first.
+
+    Raises:
+        DimoError: a pickle with code in it, weights that do not fit.
+    """
+    _require_transformers_4()
+    try:
+        from diffnext.pipelines import URSAPipeline
+    except ImportError as error:
+        raise DimoError(f"diffnext's pipeline cannot be imported: {error}") from error
+    read_json(Path(folder) / "model_index.json")
+    read_pickle(Path(folder) / "scheduler" / "scheduler_model.pth")
+    bridge()
+    pipeline = URSAPipeline.from_pretrained(str(folder), torch_dtype=dtype)
+    if student:
+        load_weights(pipeline.transformer, read_weights(student), where=str(student))
+    return pipeline.to(torch.device(device))
+
+
+@dataclasses.dataclass
+class Call:
+    """One call of the pipeline's transformer: input_ids (B, S), rope_pos (S, 3), logits (B, S, V)."""
+
+    input_ids: torch.Tensor
+    rope_pos: torch.Tensor
+    logits: torch.Tensor
+
+
+@torch.no_grad()
+def record_calls(pipeline, seed: int = 0, **arguments) -> tuple[list[Call], torch.Tensor]:
+    """Run diffnext's pipeline and keep what it fed its transformer -> (calls, its codes (B, T, H, W)).
+
+    `arguments` are the pipeline's own: prompt, num_frames, height, width, num_inference_steps, guidance_scale, ...
+    """
+    calls = []
+
+    def keep(module, args, kwargs, output):
+        kept = args[0], kwargs["rope_pos"], output[0]  # cloned: the pipeline changes ids and logits in place
+        calls.append(Call(*(tensor.detach().clone() for tensor in kept)))
+
+    hook = pipeline.transformer.register_forward_hook(keep, with_kwargs=True)
+    try:
+        generator = torch.Generator(pipeline.device).manual_seed(seed)
+        latents = pipeline(output_type="latent", generator=generator, **arguments).frames
+    finally:
+        hook.remove()
+    return calls, latents
+
+
+@torch.no_grad()
+def compare_calls(transformer, calls: list[Call], latents_shape: tuple[int, int, int]) -> list[dict]:
+    """Rebuild every recorded call with `build_ursa_inputs` and our transformer.
+
+    Returns a row per call: do ids and positions agree, and the largest difference of the logits as a share of the
+    largest logit.
+    """
+    n, rows = torch.Size(latents_shape).numel(), []
+    for call in calls:
+        codes = call.input_ids[:, -n:] - transformer.config.lm_vocab_size
+        inputs = build_ursa_inputs(transformer, call.input_ids[:, : -(n + 1)], codes, latents_shape)
+        logits = transformer(inputs.input_ids, inputs.rope_pos)
+        same_ids = torch.equal(inputs.input_ids, call.input_ids)
+        same_pos = torch.equal(inputs.rope_pos, call.rope_pos.to(inputs.rope_pos))
+        rows.append({"ids": same_ids, "positions": same_pos, "logits": relative_error(logits, call.logits)})
+    return rows
+
+
+@torch.no_grad()
+def compare_layers(native, upstream, input_ids: torch.Tensor, rope_pos: torch.Tensor) -> dict[str, float]:
+    """The two transformers on the same input, layer by layer: largest difference as a share of the largest entry.
+
+    Keys in order: embed_tokens, layers.0 .. layers.n, norm, logits.
+    """
+    outputs = [_layer_outputs(model, input_ids, rope_pos) for model in (native, upstream)]
+    return {name: relative_error(outputs[0][name], outputs[1][name]) for name in outputs[1]}
+
+
+def _layer_outputs(transformer, input_ids: torch.Tensor, rope_pos: torch.Tensor) -> dict[str, torch.Tensor]:
+    decoder, outputs = transformer.model, {}
+    parts = {"embed_tokens": decoder.embed_tokens, "norm": decoder.norm}
+    parts |= {f"layers.{i}": layer for i, layer in enumerate(decoder.layers)}
+    hooks = [
+        module.register_forward_hook(lambda _, __, out, name=name: outputs.__setitem__(name, out.clone()))
+        for name, module in parts.items()
+    ]
+    try:
+        outputs["logits"] = transformer(input_ids, rope_pos)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return outputs
+
+
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """max |got - want| / max |want|, in float32."""
+    require_shape("got", got, tuple(want.shape))
+    return ((got.float() - want.float()).abs().max() / want.float().abs().max()).item()

@@ -1,0 +1,143 @@
+"""Files of a checkpoint folder: JSON, safetensors (sharded or not), pickles of plain tensors. Nothing is executed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+from dimo.errors import DimoError
+
+WEIGHTS = "diffusion_pytorch_model"
+LFS_POINTER = b"version https://git-lfs"
+
+
+def weight_files(source: str | Path) -> list[Path]:
+    """The weights file behind `source`, or all its shards: a file itself, or a folder of safetensors or .bin.
+
+    Raises:
+        DimoError: nothing there, or a shard that the index names is missing.
+    """
+    source = Path(source)
+    if not source.is_dir():
+        if not source.exists():
+            raise DimoError(f"weights file {source} does not exist")
+        return [source]
+    for end in (".safetensors", ".bin"):
+        index = source / f"{WEIGHTS}{end}.index.json"
+        if index.exists():
+            return _shards(index)
+        if (source / f"{WEIGHTS}{end}").exists():
+            return [source / f"{WEIGHTS}{end}"]
+    raise DimoError(f"weights file {source / WEIGHTS}.safetensors does not exist, nor .bin, nor an index of shards")
+
+
+def _shards(index: Path) -> list[Path]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise DimoError(f"{index} is damaged: it has no weight_map")
+    names = sorted({str(name) for name in weight_map.values()})
+    missing = [name for name in names if Path(name).name != name or not (index.parent / name).exists()]
+    if missing:
+        raise DimoError(
+            f"{len(missing)} of {len(names)} shards that {index} names are missing, the first is {missing[0]}; "
+            "the folder was copied by half"
+        )
+    return [index.parent / name for name in names]
+
+
+def read_weights(source: str | Path) -> dict[str, torch.Tensor]:
+    """A state dict from a weights file (.safetensors, .bin, .pt) or from a folder that holds one, sharded or not."""
+    state = {}
+    for file in weight_files(source):
+        state |= _read_safetensors(file) if file.suffix == ".safetensors" else read_pickle(file)
+    return state
+
+
+def weight_shapes(source: str | Path) -> dict[str, tuple[int, ...]]:
+    """{key: shape} of the same; of safetensors only the header is read."""
+    shapes = {}
+    for file in weight_files(source):
+        if file.suffix != ".safetensors":
+            shapes |= {key: tuple(value.shape) for key, value in read_pickle(file).items()}
+            continue
+        try:
+            with safe_open(file, "pt") as content:
+                shapes |= {key: tuple(content.get_slice(key).get_shape()) for key in content.keys()}
+        except SafetensorError as error:
+            raise _damaged(file, error) from error
+    return shapes
+
+
+def _read_safetensors(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise _damaged(file, error) from error
+
+
+def _damaged(file: Path, error: Exception) -> DimoError:
+    _refuse_pointer(file)
+    return DimoError(f"weights file {file} is damaged (a copy that broke off?): {error}")
+
+
+def read_pickle(file: Path) -> dict[str, torch.Tensor]:
+    """A pickle of {name: tensor} and nothing else; code in it is refused, not executed."""
+    if not file.exists():
+        raise DimoError(f"{file} is missing")
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises half a dozen types for a damaged or hostile file
+        _refuse_pointer(file)
+        raise DimoError(f"{file} could not be read as plain tensors: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict):
+        raise DimoError(f"{file} must hold a plain state dict, got {type(content).__name__}")
+    for key, value in content.items():
+        if not isinstance(value, torch.Tensor):
+            raise DimoError(f"{file} must hold names and tensors only, its {key!r} is {type(value).__name__}")
+    return content
+
+
+def _refuse_pointer(file: Path) -> None:
+    with open(file, "rb") as content:
+        if content.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise DimoError(f"{file} is a Git LFS pointer and not the file itself; run `git lfs pull` there")
+
+
+def load_weights(transformer: torch.nn.Module, state: dict, where: str, assign: bool = False) -> None:
+    """load_state_dict(strict=True) whose refusal names the first keys or shapes that do not fit."""
+    own = {key: tuple(value.shape) for key, value in transformer.state_dict().items()}
+    problem = misfit(own, {key: tuple(value.shape) for key, value in state.items()})
+    if problem:
+        raise DimoError(f"the weights of {where} do not fit this model: {problem}")
+    transformer.load_state_dict(state, strict=True, assign=assign)
+
+
+def misfit(needed: dict[str, tuple], found: dict[str, tuple]) -> str:
+    """What is wrong with weights of shapes `found` where `needed` are, in words; empty where they fit."""
+    wrong = sorted(k for k in needed.keys() & found.keys() if needed[k] != found[k])
+    for problem, keys in (
+        ("it lacks", sorted(needed.keys() - found.keys())),
+        ("it has unknown", sorted(found.keys() - needed.keys())),
+        ("it has the wrong shape for", wrong),
+    ):
+        if keys:
+            shapes = f": {found[wrong[0]]} in place of {needed[wrong[0]]}" if keys is wrong else ""
+            return f"{problem} {keys[0]}{shapes}" + (f" and {len(keys) - 1} more" if len(keys) > 1 else "")
+    return ""
+
+
+def read_json(file: Path) -> dict:
+    """The object in a JSON file."""
+    if not file.exists():
+        raise DimoError(f"{file} is missing")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DimoError(f"{file} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise DimoError(f"{file} must hold an object, got {type(content).__name__}")
+    return content

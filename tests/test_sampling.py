@@ -1,0 +1,212 @@
+"""`dimo sample` and `dimo inspect`: what they write and print, checked against the pieces they are made of."""
+
+import importlib.util
+import json
+import re
+import shutil
+from pathlib import Path
+
+import imageio.v3 as iio
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dimo import sampling
+from dimo.cli import main
+from dimo.errors import DimoError
+from dimo.inspect import inspect_folder
+from dimo.sampling import Request, read_prompts, sample_to_folder, write_frames
+from dimo.ursa import jump, sample
+from dimo.worlds import checkpoint_folder
+
+TINY = Path(__file__).parent / "data" / "tiny-ursa"
+STUDENT = checkpoint_folder("shapes") / "student"
+PROMPTS = ["blue bar moving up", "pink square moving left"]
+
+
+def noise_and_codes(ursa, prompt, seed, steps, grid):
+    g = torch.Generator().manual_seed(seed)
+    ids = ursa.tokenize([prompt], 4)
+    return sample(ursa.transformer, ursa.path, ids, grid, steps, generator=g).view(1, *grid)
+
+
+def test_videos_are_those_of_the_sampler_and_the_json_says_how(ursa, world, tmp_path):
+    files = sample_to_folder(Request(seed=5, steps=4), PROMPTS, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["0000.json", "0000.mp4", "0001.json", "0001.mp4"]
+    for file, prompt in zip(files, PROMPTS):
+        want = ursa.decode(noise_and_codes(ursa, prompt, 5, 4, world.latents_shape))[0]
+        got = torch.from_numpy(iio.imread(file)).float() / 255
+        assert got.shape == want.shape == (9, 32, 32, 3)
+        assert (got - want).abs().mean() < 0.06  # the codec is lossy, its colour at half resolution
+        told = json.loads(file.with_suffix(".json").read_text())
+        assert (told["prompt"], told["seed"], told["steps"], told["frames"]) == (prompt, 5, 4, 9)
+        assert told["teacher_ckpt"] == "shapes" and told["guidance_scale"] == 1.0 and told["dtype"] == "float32"
+
+
+def test_the_json_makes_the_video_again(tmp_path):
+    first = sample_to_folder(Request(seed=9, student_ckpt=str(STUDENT)), PROMPTS, tmp_path / "a")[1]
+    told = json.loads(first.with_suffix(".json").read_text())
+    fields = Request.__dataclass_fields__
+    again = sample_to_folder(Request(**{k: told[k] for k in fields}), [told["prompt"]], tmp_path / "b")[0]
+    assert first.read_bytes() == again.read_bytes()
+    other = sample_to_folder(Request(seed=10, student_ckpt=str(STUDENT)), PROMPTS, tmp_path / "c")[1]
+    assert first.read_bytes() != other.read_bytes()
+
+
+def test_the_students_weights_are_used(ursa, world, tmp_path):
+    """A run folder whose student knows nothing (all logits zero) paints something else than its teacher."""
+    state = {k: v.clone() for k, v in ursa.transformer.state_dict().items()}
+    state["model.norm.weight"].zero_()
+    torch.save(state, tmp_path / "student.pt")
+    run = tmp_path / "run" / "checkpoints" / "final"
+    run.mkdir(parents=True)
+    shutil.move(tmp_path / "student.pt", run)
+    blank = sample_to_folder(Request(student_ckpt=str(tmp_path / "run"), seed=1), PROMPTS[:1], tmp_path / "out")[0]
+    taught = sample_to_folder(Request(seed=1), PROMPTS[:1], tmp_path / "taught")[0]
+    assert blank.read_bytes() != taught.read_bytes()
+
+
+def test_one_frame_is_a_png_and_exact(tmp_path, generator):
+    frames = torch.randint(0, 256, (1, 8, 16, 3), generator=generator)
+    file = write_frames(tmp_path / "one", frames / 255)
+    assert file.name == "one.png" and torch.equal(torch.from_numpy(iio.imread(file)).long(), frames[0])
+
+
+@pytest.mark.parametrize("size", [(8, 8), (24, 40)])
+def test_a_video_keeps_its_size_and_its_order(tmp_path, size):
+    frames = torch.linspace(0, 1, 9).view(9, 1, 1, 1).expand(9, *size, 3)
+    got = torch.from_numpy(iio.imread(write_frames(tmp_path / "video", frames))).float() / 255
+    assert got.shape == frames.shape and (got - frames).abs().max() < 0.05
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        write_frames(tmp_path / "video", torch.zeros(5, 8, 8, 3))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_video_writer_is_said_before_anything_is_sampled(tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "imageio_ffmpeg" else find(name))
+    with pytest.raises(DimoError, match="pip install imageio imageio-ffmpeg"):
+        sample_to_folder(Request(), PROMPTS, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_decoder_the_codes_are_written_and_the_sentence_said(tmp_path, monkeypatch, caplog):
+    load = sampling.load_ursa
+
+    def without_vae(*arguments):
+        ursa = load(*arguments)
+        ursa.vae, ursa.no_vae = None, "diffnext cannot be used here"
+        return ursa
+
+    monkeypatch.setattr(sampling, "load_ursa", without_vae)
+    request = Request(teacher_ckpt=str(TINY), num_frames=2, height=4, width=6, steps=3, guidance_scale=2.0,
+                      negative_prompt="blurry", max_prompt_length=7)  # fmt: skip
+    file = sample_to_folder(request, ["a red ball"], tmp_path)[0]
+    assert file.name == "0000.safetensors" and "diffnext cannot be used here" in caplog.text
+    ursa, g = load(TINY), torch.Generator().manual_seed(0)
+    want = sample(ursa.transformer, ursa.path, ursa.tokenize(["a red ball"], 7), (2, 2, 3), 3, guidance_scale=2.0,
+                  uncond_ids=ursa.tokenize(["blurry"], 7), generator=g)  # fmt: skip
+    assert torch.equal(load_file(file)["codes"].flatten(), want[0])
+    assert json.loads((tmp_path / "0000.json").read_text())["no_frames"] == "diffnext cannot be used here"
+
+
+@pytest.mark.parametrize("chunk", [10, 70, 10_000])  # entries: one token, seven, all
+def test_codes_are_drawn_where_their_logits_are_whatever_the_chunk(ursa, generator, monkeypatch, chunk):
+    monkeypatch.setattr("dimo.ursa.sampler.CHUNK_ENTRIES", chunk)
+    want = torch.randint(10, (3, 48), generator=generator)
+    logits = 100.0 * torch.nn.functional.one_hot(want, 10)
+    drawn, x_1 = jump(ursa.path, logits, torch.zeros_like(want), 0.5, None, generator)
+    assert torch.equal(drawn, want) and torch.equal(x_1, want)
+
+
+def test_guidance_below_one_is_refused_by_the_sampler_too(ursa, world):
+    ids = ursa.tokenize(PROMPTS, 4)
+    for scale in (0.5, float("nan")):
+        with pytest.raises(DimoError, match="guidance_scale must be at least 1"):
+            sample(ursa.transformer, ursa.path, ids, world.latents_shape, 1, guidance_scale=scale, uncond_ids=ids)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], "prompts must not be empty; give --prompt or --prompt_file"),
+        (["--prompt", "x"], "the shapes world does not know the prompt 'x'"),
+        (["--prompt", PROMPTS[0], "--guidance_scale", "0.5"], "guidance_scale must be at least 1"),
+        (["--prompt", PROMPTS[0], "--guidance_scale", "nan"], "guidance_scale must be at least 1"),
+        (["--prompt", PROMPTS[0], "--steps", "0"], "steps must be at least 1"),
+        (
+            ["--prompt", PROMPTS[0], "--height", "250"],
+            "height must be a multiple of 8, got 250; the nearest are 248",
+        ),
+        (["--prompt", PROMPTS[0], "--width", "64"], "this world's latents_shape is"),
+        (["--prompt", PROMPTS[0], "--device", "tpu"], "device must be one of auto, cpu, cuda"),
+        (["--prompt", PROMPTS[0], "--dtype", "int8"], "dtype must be one of auto, float32"),
+        (["--prompt", PROMPTS[0], "--backend", "upstream"], "heads of 128|diffnext"),
+        (["--prompt", PROMPTS[0], "--student_ckpt", "nowhere.pt"], "weights file nowhere.pt does not exist"),
+        (["--prompt", PROMPTS[0], "--student_ckpt", str(TINY / "transformer")], "do not fit this model"),
+        (["--prompt_file", "nowhere.txt"], "prompt_file nowhere.txt could not be read"),
+        (["--teacher_ckpt", "shaps"], "did you mean 'shapes'|prompts must not"),
+    ],
+)
+def test_bad_input_is_a_sentence_and_leaves_no_folder(arguments, sentence, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["sample", *arguments, "--out_dir", "out"]) == 2
+    error = capsys.readouterr().err
+    assert re.search(sentence, error) and "Traceback" not in error and list(tmp_path.iterdir()) == []
+
+
+def test_a_prompt_file_gives_its_lines(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("\ufeffa dog\n\n  a café \n", encoding="utf-8")
+    assert read_prompts(file) == ["a dog", "a café"]
+    file.write_bytes(b"\xff\xfe\x00\xd8")
+    with pytest.raises(DimoError, match="could not be read as text"):
+        read_prompts(file)
+    file.write_text(" \n\n")
+    with pytest.raises(DimoError, match="holds no prompt"):
+        read_prompts(file)
+
+
+def test_inspect_counts_what_is_there(capsys):
+    assert main(["inspect", str(TINY), "--num_frames", "3", "--height", "12", "--width", "16"]) == 0
+    text = capsys.readouterr().out
+    parameters = sum(v.numel() for v in load_file(TINY / "transformer/diffusion_pytorch_model.safetensors").values())
+    for line in (f"parameters  {parameters:,};", "272 text ids (BOV 3), then 240 codes", "240 columns: the codebook",
+                 "metric; alpha 0.9, c 3, shift 1", "latents 3x6x8 = 144 visual tokens; 465 positions",
+                 "AutoencoderVQ, 1 frames and 2x2 pixels", "missing     nothing"):  # fmt: skip
+        assert line in text
+
+
+def test_inspect_of_ursa_1_7b_gives_its_published_sizes(tmp_path):
+    """From config.json alone: 49x320x512 is 33,280 tokens, whose bf16 logits are 4.0 GiB."""
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").write_text("{}")
+    rows, missing = inspect_folder(tmp_path, 49, 320, 512)
+    assert "13x40x64 = 33,280 visual tokens; 33,601 positions" in dict(rows)["video"]
+    assert dict(rows)["logits"].startswith("of one video: 3.97 GiB at bf16, 7.93")
+    assert len(missing) == 4 and all(str(tmp_path) in sentence for sentence in missing)
+
+
+def test_inspect_says_all_that_is_missing_and_exits_with_two(tmp_path, capsys):
+    folder = shutil.copytree(TINY, tmp_path / "broken")
+    shutil.rmtree(folder / "tokenizer")
+    (folder / "scheduler" / "scheduler_model.pth").unlink()
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    state = load_file(weights)
+    state.pop("lm_head.weight")
+    save_file(state, weights)
+    assert main(["inspect", str(folder)]) == 2
+    out, error = capsys.readouterr()
+    assert "3 part(s)" in error and out.count("missing     ") == 3
+    assert "lacks lm_head.weight" in out and "scheduler_model.pth is missing" in out and "tokenizer is missing" in out
+    assert "AutoencoderVQ" in out
+    assert main(["inspect", "/nowhere"]) == 2
+
+
+def test_inspect_of_a_world_uses_its_only_size(capsys):
+    assert main(["inspect", "shapes"]) == 0
+    assert "9x32x32 -> latents 3x4x4 = 48 visual tokens" in capsys.readouterr().out
