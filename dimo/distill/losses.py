@@ -15,13 +15,15 @@ from dimo.errors import DimoError, require_ids, require_shape
 BETA = {"forward": 0.0, "jeffreys": 0.5, "reverse": 1.0}
 
 
-def beta_of(divergence: str | float) -> float:
-    """The beta of a divergence given by name or by number in [0, 1]."""
+def beta_of(divergence: str | float) -> float | str:
+    """The beta of a divergence given by name or by number in [0, 1]; "time" stays "time": beta = t, token by token."""
+    if divergence == "time":
+        return divergence
     beta = BETA.get(divergence, divergence) if isinstance(divergence, str) else divergence
     try:
         beta = float(beta)
     except ValueError:
-        raise DimoError(f"divergence must be one of {', '.join(BETA)} or a number, got {divergence!r}") from None
+        raise DimoError(f"divergence must be one of time, {', '.join(BETA)} or a number, got {divergence!r}") from None
     if not 0 <= beta <= 1:
         raise DimoError(f"divergence as a number must lie in [0, 1], got {beta}")
     return beta
@@ -44,8 +46,8 @@ def jeffreys(teacher: torch.Tensor, aux: torch.Tensor) -> torch.Tensor:
     return 2 * divergence(teacher, aux, 0.5)
 
 
-def token_gradient(teacher: torch.Tensor, aux: torch.Tensor, beta: float) -> torch.Tensor:
-    """dD_beta / d(auxiliary's logits) per token: logits (B, N, K) twice -> (B, N, K).
+def token_gradient(teacher: torch.Tensor, aux: torch.Tensor, beta: float | torch.Tensor) -> torch.Tensor:
+    """dD_beta / d(auxiliary's logits) per token: logits (B, N, K) twice, beta a number or (B, 1 or N, 1) -> (B, N, K).
 
     (1-beta)(p_A - p_T) + beta p_A (log p_A - log p_T - KL(p_A || p_T)). Rows sum to zero.
     """

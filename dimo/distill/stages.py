@@ -156,14 +156,16 @@ def distil_knowledge(step: Step, student: UrsaTransformer, grid: Grid) -> None:
 def distillation_loss(
     step: Step,
     estimator: str = "dimo",
-    beta: float = 0.5,
+    beta: float | str = 0.5,
     baseline: Baseline | None = None,
     w_reinforce: float = 0.0,
 ) -> None:
     """Stage 8: a scalar whose gradient on z_S is the distillation gradient.
 
-    `dimo`: <stopgrad(g), z_S> with g the exact gradient of D_beta on the auxiliary's logits, per token. `w_reinforce`
-    adds a policy gradient whose reward per token is log p_T(x_hat) - log p_A(x_hat).
+    `dimo`: <stopgrad(g), z_S> with g the exact gradient of D_beta on the auxiliary's logits, per token; beta a number,
+    or "time": beta = t, forward KL near the noise, where all videos are open and coverage is decided, reverse KL near
+    the data, where tokens must agree. `w_reinforce` adds a policy gradient whose reward per token is
+    log p_T(x_hat) - log p_A(x_hat).
     `reinforce`: reward per sample -Jeffreys(p_T, p_A), with an EMA baseline or (baseline None) leave-one-out.
     """
     require_shape("aux_logits", step.aux_logits, tuple(step.student_logits.shape))
@@ -175,6 +177,8 @@ def distillation_loss(
         return
     if estimator != "dimo":
         raise DimoError(f"estimator must be 'dimo' or 'reinforce', got {estimator!r}")
+    if beta == "time":
+        beta = step.t.view(len(step.t), -1, 1)
     gradient = losses.token_gradient(step.teacher_logits, step.aux_logits, beta)
     step.distill = (gradient * step.student_logits).sum(-1).mean()
     if w_reinforce > 0:

@@ -71,7 +71,7 @@ class Distill:
     guidance_trunc: float = _key(0.9, "guidance is off where t >= this")
     empty_prompt_share: float = _key(0.1, "share of empty prompts when the auxiliary is fitted")
     estimator: str = _key("dimo", "dimo (token-level gradient) or reinforce (policy gradient)")
-    divergence: str = _key("jeffreys", "forward, jeffreys, reverse, or beta in [0, 1]")
+    divergence: str = _key("time", "time (beta = t), forward, jeffreys, reverse, or beta in [0, 1]")
     aux_objective: str = _key("denoise", "denoise (fit the student) or match_teacher (preset literal)")
     aux_steps: int = _key(2, "updates of the auxiliary per step of the student")
     label_smoothing: float = _key(0.0, "of the auxiliary's cross-entropy")
@@ -88,7 +88,7 @@ class Distill:
     t_curriculum_steps: int = _key(0, "steps with t = 1 - (1-u)^2; 0: t uniform from the start")
     t_per: str = _key("sample", "one t per sample, or per latent frame")
     p_corrupt: float = _key(0.2, "share of x_init that is an earlier sample, corrupted")
-    corrupt_ratio: float = _key(0.2, "share of its tokens that are replaced")
+    corrupt_ratio: float = _key(0.5, "share of its tokens that are replaced")
     temperature: float = _key(1.0, "at which x_hat is sampled")
 
     def score_minimums(self) -> dict[str, float]:
@@ -116,10 +116,14 @@ class Distill:
 
 @dataclasses.dataclass
 class Optim:
-    lr: float = _key(1e-3, "of the student")
-    aux_lr: float = _key(2e-3, "of the auxiliary")
+    optimizer: str = _key("muon", "muon (matrices of the layers; AdamW for the rest) or adamw")
+    lr: float = _key(2e-3, "of the student, AdamW")
+    aux_lr: float = _key(4e-3, "of the auxiliary, AdamW; its muon_lr keeps the same ratio to the student's")
+    muon_lr: float = _key(1e-2, "of the student's matrices, Muon")
+    muon_momentum: float = _key(0.9, "Muon")
     warmup_steps: int = _key(50, "linear warm-up of both")
-    decay: str = _key("cosine", "cosine, wsd (constant, then linear to zero in the last fifth) or constant")
+    decay: str = _key("linear", "linear, cosine, wsd (constant, then linear in the last fifth) or constant")
+    min_lr_share: float = _key(0.1, "share of the peak at which the decay ends")
     beta1: float = _key(0.0, "AdamW")
     beta2: float = _key(0.99, "AdamW")
     weight_decay: float = _key(0.0, "AdamW")
@@ -210,14 +214,16 @@ def validate(config: Config) -> None:
         "distill.aux_objective": ("denoise", "match_teacher"),
         "distill.baseline": ("ema", "leave_one_out"),
         "distill.t_per": ("sample", "frame"),
-        "optim.decay": ("cosine", "wsd", "constant"),
+        "optim.decay": ("linear", "cosine", "wsd", "constant"),
+        "optim.optimizer": ("muon", "adamw"),
         "training.mixed_precision": ("no", "bf16"),
     }
     for key, allowed in choices.items():
         if flat[key] not in allowed:
             raise DimoError(f"{key} must be one of {', '.join(allowed)}, got {flat[key]!r}")
     shares = "empty_prompt_share label_smoothing p_corrupt corrupt_ratio baseline_decay guidance_trunc".split()
-    for key in [f"distill.{s}" for s in [*shares, "motion_share"]] + ["optim.ema_decay", "optim.beta1", "optim.beta2"]:
+    optim_shares = ["optim.ema_decay", "optim.beta1", "optim.beta2", "optim.muon_momentum", "optim.min_lr_share"]
+    for key in [f"distill.{s}" for s in [*shares, "motion_share"]] + optim_shares:
         if not 0 <= flat[key] <= 1:
             raise DimoError(f"{key} must lie in [0, 1], got {flat[key]}")
     at_least_one = ["experiment.log_every", "experiment.save_every", "experiment.sample_every", "experiment.keep_last"]
@@ -227,7 +233,7 @@ def validate(config: Config) -> None:
     for key in at_least_one:
         if flat[key] < 1:
             raise DimoError(f"{key} must be at least 1, got {flat[key]}")
-    for key in ("optim.lr", "optim.aux_lr", "optim.max_grad_norm", "distill.temperature"):
+    for key in ("optim.lr", "optim.aux_lr", "optim.muon_lr", "optim.max_grad_norm", "distill.temperature"):
         if not flat[key] > 0:
             raise DimoError(f"{key} must be positive, got {flat[key]}")
     if not flat["distill.guidance_scale"] >= 1:

@@ -18,6 +18,7 @@ from dimo.distill.schedules import Baseline, EntropyController, XInit
 from dimo.distill.stages import Step
 from dimo.errors import DimoError
 from dimo.train.config import Config, device_of, to_yaml
+from dimo.train.optimizers import lr_factor, make_optimizers, set_lr_factor
 from dimo.train.prompts import open_prompts
 from dimo.train.runfolder import RunFolder
 from dimo.ursa import Ursa, UrsaTransformer, load_ursa, sample, save_student, visual_logits
@@ -56,11 +57,12 @@ class Trainer:
 
         teacher = self.ursa.transformer.requires_grad_(False).eval()
         student, aux = (copy.deepcopy(teacher).requires_grad_(True) for _ in range(2))
-        self.student_optimizer = self._optimizer(student, config.optim.lr)
-        self.aux_optimizer = self._optimizer(aux, config.optim.aux_lr)
-        student, aux, self.student_optimizer, self.aux_optimizer = self.accelerator.prepare(
-            student, aux, self.student_optimizer, self.aux_optimizer
-        )
+        o = config.optim
+        student_optimizers = make_optimizers(student, o.lr, o.muon_lr, o)
+        aux_optimizers = make_optimizers(aux, o.aux_lr, o.muon_lr * o.aux_lr / o.lr, o)
+        student, aux = self.accelerator.prepare(student, aux)
+        self.student_optimizers = [self.accelerator.prepare(optimizer) for optimizer in student_optimizers]
+        self.aux_optimizers = [self.accelerator.prepare(optimizer) for optimizer in aux_optimizers]
         self.networks = Networks(teacher, student, aux, copy.deepcopy(teacher))
         self.x_init = XInit(self.path.codebook_size, d.p_corrupt, d.corrupt_ratio)
         self.entropy_bonus = EntropyController(
@@ -71,28 +73,14 @@ class Trainer:
         self.generator = torch.Generator(self.device)
         self.lambda_ent = d.lambda_ent
 
-    def _optimizer(self, model: torch.nn.Module, lr: float) -> torch.optim.Optimizer:
-        o = self.config.optim
-        betas = (o.beta1, o.beta2)
-        return torch.optim.AdamW(model.parameters(), lr=lr, betas=betas, weight_decay=o.weight_decay, fused=True)
-
-    def lr_factor(self, index: int) -> float:
-        """Linear warm-up, then constant, cosine to zero, or wsd: constant, then linear to zero in the last fifth."""
-        o, share = self.config.optim, index / self.config.training.max_train_steps
-        warm = min(1.0, (index + 1) / max(1, o.warmup_steps))
-        cosine, wsd = 0.5 * (1 + math.cos(math.pi * share)), min(1.0, (1 - share) / 0.2)
-        return warm * {"constant": 1.0, "cosine": cosine, "wsd": wsd}[o.decay]
-
     def step(self, index: int) -> tuple[Step, dict[str, float]]:
         """One training step, the nine stages in order; returns all they produced and the metrics that cost nothing."""
         c, d, n, g, grid = self.config, self.config.distill, self.networks, self.generator, self.grid
         # derived from (seed, rank, step), so that a resumed run draws what the run would have drawn
         seed = (c.experiment.seed * 1_000_003 + index) * 4099 + self.accelerator.process_index
         g.manual_seed(seed % 2**63)
-        factor = self.lr_factor(index)
-        for optimizer, lr in ((self.student_optimizer, c.optim.lr), (self.aux_optimizer, c.optim.aux_lr)):
-            for group in optimizer.param_groups:
-                group["lr"] = lr * factor
+        factor = lr_factor(c.optim, index, c.training.max_train_steps)
+        set_lr_factor(self.student_optimizers + self.aux_optimizers, factor)
 
         # 1 prompts; a guided teacher's student must know the empty prompt too
         step = Step(txt_ids=self.prompts.batch(d.batch_size_per_gpu, g))
@@ -118,7 +106,7 @@ class Trainer:
                 d.empty_prompt_share, self.empty_ids, g,
             )  # fmt: skip
             for aux_loss in aux_losses:
-                aux_norm = self._update(n.aux, self.aux_optimizer, aux_loss)
+                aux_norm = self._update(n.aux, self.aux_optimizers, aux_loss)
             stages.auxiliary_pass(step, n.aux, grid)
             # 7 knowledge distillation, only where it counts
             if d.w_kd > 0:
@@ -129,17 +117,18 @@ class Trainer:
         if d.lambda_ent > 0:
             self.lambda_ent = self.entropy_bonus(step.entropy.mean().item(), index)
         stages.total_loss(step, d.w_distill, d.w_kd, self.lambda_ent)
-        student_norm = self._update(n.student, self.student_optimizer, step.loss)
+        student_norm = self._update(n.student, self.student_optimizers, step.loss)
         self._update_ema(index)
         return step, {"grad_norm/student": student_norm, "grad_norm/aux": aux_norm, "optim/lr": c.optim.lr * factor}
 
-    def _update(self, model, optimizer, loss: torch.Tensor) -> torch.Tensor:
+    def _update(self, model, optimizers: list, loss: torch.Tensor) -> torch.Tensor:
         self.accelerator.backward(loss)
         norm = self.accelerator.clip_grad_norm_(model.parameters(), self.config.optim.max_grad_norm)
         if not bool(torch.isfinite(norm)):
             raise DimoError("a gradient is NaN or infinite; the step was not taken. Lower optim.lr or optim.aux_lr")
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         return norm
 
     @torch.no_grad()
@@ -179,8 +168,8 @@ class Trainer:
         unwrap = self.accelerator.unwrap_model
         networks = {"student": unwrap(n.student), "aux": unwrap(n.aux), "ema": n.ema}
         return {name: net.state_dict() for name, net in networks.items()}, {
-            "student_optimizer": self.student_optimizer.state_dict(),
-            "aux_optimizer": self.aux_optimizer.state_dict(),
+            "student_optimizers": [optimizer.state_dict() for optimizer in self.student_optimizers],
+            "aux_optimizers": [optimizer.state_dict() for optimizer in self.aux_optimizers],
             "prompts": self.prompts.state_dict(),
             "x_init": self.x_init.state_dict(),
             "entropy_bonus": self.entropy_bonus.state_dict(),
@@ -191,8 +180,9 @@ class Trainer:
         n, unwrap = self.networks, self.accelerator.unwrap_model
         for name, net in (("student", unwrap(n.student)), ("aux", unwrap(n.aux)), ("ema", n.ema)):
             net.load_state_dict(tensors[name])
-        self.student_optimizer.load_state_dict(state["student_optimizer"])
-        self.aux_optimizer.load_state_dict(state["aux_optimizer"])
+        for name in ("student_optimizers", "aux_optimizers"):
+            for optimizer, saved in zip(getattr(self, name), state[name], strict=True):
+                optimizer.load_state_dict(saved)
         self.prompts.load_state_dict(state["prompts"])
         memory = {k: None if v is None else v.to(self.device) for k, v in state["x_init"].items()}
         self.x_init.load_state_dict(memory)
