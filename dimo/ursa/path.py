@@ -22,9 +22,13 @@ TABLE_CODES = 2048  # up to this many codes the K x K distances are kept
 def categorical(prob: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
     """Draw one index per row of prob (..., K), which need not be normalised -> (...).
 
-    An exponential race: argmin of Exp(1) / p is categorical in p. Unlike `multinomial` it never waits for the GPU.
+    The inverse of the distribution function at one uniform number per row, in float64: at 64,000 codes `multinomial`,
+    which draws a number per entry, takes half of a training step on a CPU.
     """
-    return (prob / torch.empty_like(prob).exponential_(generator=generator)).argmax(-1)
+    cumulative = prob.cumsum(-1, dtype=torch.float64)
+    u = torch.rand(prob.shape[:-1], generator=generator, device=prob.device, dtype=torch.float64)
+    at = u.unsqueeze(-1) * cumulative[..., -1:]
+    return torch.searchsorted(cumulative, at, right=True).squeeze(-1).clamp(max=prob.shape[-1] - 1)
 
 
 def _time_like(t: torch.Tensor | float, x: torch.Tensor) -> torch.Tensor:
