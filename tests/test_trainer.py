@@ -117,19 +117,11 @@ def test_every_metric_can_move(uninterrupted):
 
 
 def test_the_bonus_rises_when_the_entropy_falls(tmp_path):
-    trainer = Trainer(config_for(tmp_path, "optim.lr=3e-3", "optim.warmup_steps=1", "distill.entropy_floor=0.98"))
-    values = [m["lambda_ent"] for _, _, m in step_through(trainer, 30)]
-    assert values[0] == 0.01 and values[-1] == 0.05
-
-
-def test_warm_up_and_decay(tmp_path):
-    trainer = Trainer(config_for(tmp_path, "optim.warmup_steps=4", "training.max_train_steps=100"))
-    assert trainer.lr_factor(0) == pytest.approx(0.25) and trainer.lr_factor(50) == pytest.approx(0.5)
-    assert trainer.lr_factor(99) < 0.001
-    wsd = Trainer(config_for(tmp_path, "optim.warmup_steps=1", "optim.decay=wsd", "training.max_train_steps=100"))
-    assert [wsd.lr_factor(i) for i in (0, 80, 90, 99)] == pytest.approx([1.0, 1.0, 0.5, 0.05])
-    constant = Trainer(config_for(tmp_path, "optim.decay=constant"))
-    assert constant.lr_factor(15) == pytest.approx(16 / 50)
+    trainer = Trainer(config_for(tmp_path, "optim.warmup_steps=1", "distill.entropy_floor=0.98"))
+    seen = [(m["entropy/student"], m["lambda_ent"]) for _, _, m in step_through(trainer, 30)]
+    # the scale is the mean of the first 20; from then on the lowest entropy must be answered, the highest must not
+    low, high = min(seen[20:]), max(seen[20:])
+    assert seen[0][1] == 0.01 and low[1] == 0.05 and (high[0] < seen[0][0] or high[1] == 0.01)
 
 
 def test_the_ema_follows_by_its_decay(tmp_path):
