@@ -26,10 +26,13 @@ OWN_FOLDERS = ("checkpoints", "samples", "notebooks")
 
 
 class RunFolder:
-    """A folder `path` with config.yaml, status.json, metrics.jsonl and checkpoints/."""
+    """A folder `path` with config.yaml, status.json, metrics.jsonl and checkpoints/.
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+    Of several processes one `writes`; for the others every writing method does nothing.
+    """
+
+    def __init__(self, path: str | Path, writes: bool = True):
+        self.path, self.writes = Path(path), writes
         self.keep_last = 2
 
     @classmethod
@@ -66,6 +69,8 @@ class RunFolder:
 
     def write_status(self, **changes: Any) -> None:
         """Update status.json: state, step, max_steps, error."""
+        if not self.writes:
+            return
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         status = {"started": now, "error": None} | self.status() | changes | {"updated": now, "pid": os.getpid()}
         write_text(self.path / "status.json", json.dumps(status, indent=2) + "\n")
@@ -76,6 +81,8 @@ class RunFolder:
 
     def log(self, metrics: dict[str, float]) -> None:
         """Append one line; what is not finite becomes null and is named under `non_finite`."""
+        if not self.writes:
+            return
         bad = [k for k, v in metrics.items() if not math.isfinite(v)]
         row = {k: None if k in bad else v for k, v in metrics.items()} | ({"non_finite": bad} if bad else {})
         with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
@@ -94,20 +101,26 @@ class RunFolder:
 
     def truncate_metrics(self, step: int) -> None:
         """Drop what a killed run logged after the checkpoint it resumes from."""
+        if not self.writes:
+            return
         rows = [row for row in self.metrics() if row["step"] <= step]
         write_text(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
     def write_environment(self) -> None:
+        if not self.writes:
+            return
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
         values = {"dimo": dimo.__version__, "python": platform.python_version(), "torch": torch.__version__}
         write_text(self.path / "environment.json", json.dumps(values | {"device": device}, indent=2) + "\n")
 
-    def save_checkpoint(self, step: int, tensors: dict[str, dict[str, torch.Tensor]], state: dict) -> Path:
+    def save_checkpoint(self, step: int, tensors: dict[str, dict[str, torch.Tensor]], state: dict) -> Path | None:
         """checkpoints/step-<step>/ with <name>.safetensors per network and state.pt; a folder renamed into place last.
 
         Raises:
             DimoError: the disk refused; older checkpoints stay.
         """
+        if not self.writes:
+            return None
         folder = self.path / "checkpoints" / f"step-{step:08d}"
         partial = folder.with_name(f".{folder.name}.partial")
         try:

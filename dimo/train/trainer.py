@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from tqdm import tqdm
 
 from dimo.distill import stages
@@ -44,6 +44,11 @@ class Trainer:
         self.accelerator = Accelerator(
             mixed_precision=config.training.mixed_precision, cpu=device_of(config).type == "cpu"
         )
+        engine = self.accelerator.distributed_type
+        if engine not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+            raise DimoError(
+                f"dimo does not train under {engine.value} yet; start it with accelerate launch --multi_gpu"
+            )
         self.device = self.accelerator.device
         self.ursa: Ursa = load_ursa(checkpoint_folder(d.teacher_ckpt), self.device, backend=config.model.backend)
         self.path = self.ursa.path
@@ -61,7 +66,6 @@ class Trainer:
         o = config.optim
         student_optimizers = make_optimizers(student, o.lr, o.muon_lr, o)
         aux_optimizers = make_optimizers(aux, o.aux_lr, o.muon_lr * o.aux_lr / o.lr, o)
-        student, aux = self.accelerator.prepare(student, aux)
         self.student_optimizers = [self.accelerator.prepare(optimizer) for optimizer in student_optimizers]
         self.aux_optimizers = [self.accelerator.prepare(optimizer) for optimizer in aux_optimizers]
         self.networks = Networks(teacher, student, aux, copy.deepcopy(teacher))
@@ -116,7 +120,8 @@ class Trainer:
         stages.distillation_loss(step, d.estimator, self.beta, self.baseline, d.w_reinforce)
         # 9 the student's update
         if d.lambda_ent > 0:
-            self.lambda_ent = self.entropy_bonus(step.entropy.mean().item(), index)
+            everywhere = self.accelerator.reduce(step.entropy.detach().mean(), "mean")
+            self.lambda_ent = self.entropy_bonus(everywhere.item(), index)
         stages.total_loss(step, d.w_distill, d.w_kd, self.lambda_ent)
         student_norm = self._update(n.student, self.student_optimizers, step.loss)
         self._update_ema(index)
@@ -124,6 +129,9 @@ class Trainer:
 
     def _update(self, model, optimizers: list, loss: torch.Tensor) -> torch.Tensor:
         self.accelerator.backward(loss)
+        if self.accelerator.num_processes > 1:  # by hand: a stage may pass a network twice before its one backward
+            for parameter in model.parameters():
+                parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
         norm = self.accelerator.clip_grad_norm_(model.parameters(), self.config.optim.max_grad_norm)
         if not bool(torch.isfinite(norm)):
             raise DimoError("a gradient is NaN or infinite; the step was not taken. Lower optim.lr or optim.aux_lr")
@@ -135,8 +143,8 @@ class Trainer:
     @torch.no_grad()
     def _update_ema(self, index: int) -> None:
         decay = min(self.config.optim.ema_decay, (1 + index) / (10 + index))
-        own = self.accelerator.unwrap_model(self.networks.student).parameters()
-        torch._foreach_lerp_(list(self.networks.ema.parameters()), list(own), 1 - decay)
+        own = list(self.networks.student.parameters())
+        torch._foreach_lerp_(list(self.networks.ema.parameters()), own, 1 - decay)
 
     @torch.no_grad()
     def metrics(self, step: Step) -> dict[str, float]:
@@ -166,8 +174,7 @@ class Trainer:
     def state(self) -> tuple[dict, dict]:
         """(tensors by network, everything else) of a checkpoint."""
         n = self.networks
-        unwrap = self.accelerator.unwrap_model
-        networks = {"student": unwrap(n.student), "aux": unwrap(n.aux), "ema": n.ema}
+        networks = {"student": n.student, "aux": n.aux, "ema": n.ema}
         return {name: net.state_dict() for name, net in networks.items()}, {
             "student_optimizers": [optimizer.state_dict() for optimizer in self.student_optimizers],
             "aux_optimizers": [optimizer.state_dict() for optimizer in self.aux_optimizers],
@@ -178,8 +185,8 @@ class Trainer:
         }
 
     def load_state(self, tensors: dict, state: dict) -> None:
-        n, unwrap = self.networks, self.accelerator.unwrap_model
-        for name, net in (("student", unwrap(n.student)), ("aux", unwrap(n.aux)), ("ema", n.ema)):
+        n = self.networks
+        for name, net in (("student", n.student), ("aux", n.aux), ("ema", n.ema)):
             net.load_state_dict(tensors[name])
         for name in ("student_optimizers", "aux_optimizers"):
             for optimizer, saved in zip(getattr(self, name), state[name], strict=True):
@@ -194,7 +201,11 @@ class Trainer:
     def train(self, progress: bool = True) -> RunFolder:
         """Run to max_train_steps, resuming from the folder's newest checkpoint, and write checkpoints/final."""
         c = self.config.experiment
-        run = RunFolder.open(c.output_dir, to_yaml(self.config), c.resume, c.overwrite)
+        if self.accelerator.is_main_process:
+            run = RunFolder.open(c.output_dir, to_yaml(self.config), c.resume, c.overwrite)
+        self.accelerator.wait_for_everyone()
+        if not self.accelerator.is_main_process:
+            run = RunFolder(c.output_dir, writes=False)
         last = self.config.training.max_train_steps
         try:
             self._train(run, last, progress)
@@ -214,7 +225,14 @@ class Trainer:
         run.truncate_metrics(first)
         run.write_environment()
         run.write_status(state="running", step=first, max_steps=last)
-        bar = tqdm(range(first, last), initial=first, total=last, desc="distil", unit="step", disable=not progress)
+        bar = tqdm(
+            range(first, last),
+            initial=first,
+            total=last,
+            desc="distil",
+            unit="step",
+            disable=not (progress and run.writes),
+        )
         clock, since = time.perf_counter(), first
         for index in bar:
             step, extra = self.step(index)
@@ -242,7 +260,7 @@ class Trainer:
 
     def write_samples(self, run: RunFolder, done: int) -> None:
         """One-step videos of the EMA student for the first prompts, the same noise every time: tokens and a picture."""
-        if self.ursa.vae is None:
+        if self.ursa.vae is None or not run.writes:
             return
         from dimo.views.sheets import save_sheet  # matplotlib only when a picture is made
 
@@ -256,6 +274,8 @@ class Trainer:
 
     def write_student(self, run: RunFolder) -> None:
         """checkpoints/final: student.pt (plain state dict) and student/ (config.json + safetensors), EMA weights."""
+        if not run.writes:
+            return
         final = run.path / "checkpoints" / "final"
         final.mkdir(parents=True, exist_ok=True)
         dtype = DTYPES[self.config.experiment.student_dtype]
