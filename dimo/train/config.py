@@ -69,6 +69,7 @@ class Distill:
     batch_size_per_gpu: int = _key(64, "samples a step")
     guidance_scale: float = _key(1.0, "the teacher's guidance; 1 is none")
     guidance_trunc: float = _key(0.9, "guidance is off where t >= this")
+    negative_prompt: str = _key("", "the teacher's guidance leads away from this; empty: the empty prompt")
     empty_prompt_share: float = _key(0.1, "share of empty prompts when the auxiliary is fitted")
     estimator: str = _key("dimo", "dimo (token-level gradient) or reinforce (policy gradient)")
     divergence: str = _key("time", "time (beta = t), forward, jeffreys, reverse, or beta in [0, 1]")
@@ -139,7 +140,7 @@ class Training:
 
 @dataclasses.dataclass
 class Evaluation:
-    videos_per_prompt: int = _key(64, "videos scored for every prompt of the world")
+    videos_per_prompt: int | None = _key(None, "videos of every prompt; null: 64 where an oracle scores them, else 2")
     teacher_steps: list[int] = _key([1, 2, 4, 8, 25], "the teacher's numbers of passes")
     seed: int = _key(1234, "of noise and sampling, the same for every row")
     batch_size: int = _key(512, "videos a pass")
@@ -231,7 +232,7 @@ def validate(config: Config) -> None:
     at_least_one += ["distill.shuffle_buffer"]
     at_least_one += ["training.max_train_steps", "evaluation.videos_per_prompt", "evaluation.batch_size"]
     for key in at_least_one:
-        if flat[key] < 1:
+        if flat[key] is not None and flat[key] < 1:
             raise DimoError(f"{key} must be at least 1, got {flat[key]}")
     for key in ("optim.lr", "optim.aux_lr", "optim.muon_lr", "optim.max_grad_norm", "distill.temperature"):
         if not flat[key] > 0:

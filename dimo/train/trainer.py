@@ -151,7 +151,7 @@ class Trainer:
             "entropy/aux": token_entropy(step.aux_logits).mean(),
             "entropy/teacher": token_entropy(step.teacher_logits).mean(),
             "reward/mean": step.reward.mean(),
-            "reward/std": step.reward.std(),
+            "reward/std": step.reward.std(unbiased=False),
             "reward/baseline": step.baseline if step.baseline is not None else step.reward.mean(),
             "gap/aux_teacher_tv": 0.5 * (p_a - p_t).abs().sum(-1).mean(),
             "gap/student_teacher_kl": kl(step.teacher_logits, student_at_t).mean(),
