@@ -183,7 +183,8 @@ def print_summary(run: RunFolder) -> None:
             f"\nA longer run reaches validity {best['validity']:.3f} with coverage {best['coverage']:.3f}; that "
             "student ships with dimo, and `dimo evaluate` scores it."
         )
-    print(f"\nLook at {run.path}/report.html, {run.path}/sheet.png and {run.path}/notebooks/")
+    made = [name for name in ("report.html", "sheet.png") if (run.path / name).exists()]
+    print(f"\nLook at {', '.join(f'{run.path}/{name}' for name in made)} and {run.path}/notebooks/")
 
 
 def _require_jupyter():
