@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dimo.errors import DimoError
 from dimo.sampling import Request, read_prompts, sample_to_folder
+from dimo.train.flags import split_flags
 from dimo.worlds import DATA, checkpoint_folder
 from dimo.worlds.teacher import TeacherRecipe, make_teacher
 
@@ -26,12 +27,25 @@ examples:
 
 The same command again resumes a run. Run folders: runs/<name>/."""
 
+CONFIGURABLE = ("train", "run", "evaluate", "ablate", "config")
+FLAGS_HELP = """\
+flags: every configuration key is also a flag by its last part (`--lr 5e-4` is optim.lr=5e-4); besides,
+  --prompt_file  distill.prompt_source           --num_steps  training.max_train_steps
+  --batch_size   distill.batch_size_per_gpu      --out_dir    experiment.output_dir
+`dimo config` lists all keys with their meaning."""
+
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0; 2 for bad input, said in a sentence; 130 for Ctrl-C."""
-    parser = _parser()
-    args = parser.parse_args(argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
     try:
+        parser, commands = _parser()
+        flagged = []
+        if argv and argv[0] in CONFIGURABLE:
+            argv, flagged = split_flags(argv, own=set(commands[argv[0]]._option_string_actions))
+        args = parser.parse_args(argv)
+        if flagged:
+            args.overrides = [*args.overrides, *flagged]
         args.function(args)
     except DimoError as error:
         print(f"dimo: {error}", file=sys.stderr)
@@ -45,7 +59,8 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser, and its subcommands' by name."""
     parser = argparse.ArgumentParser(
         prog="dimo",
         description="Distil a discrete video diffusion model into a one-step generator.",
@@ -55,7 +70,11 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="command", required=True)
 
     def command(name: str, function, help: str, description: str = "", configurable: bool = True):
-        sub = commands.add_parser(name, help=help, description=description or help)
+        epilog = FLAGS_HELP if name in CONFIGURABLE else None
+        sub = commands.add_parser(
+            name, help=help, description=description or help, epilog=epilog, allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
         sub.set_defaults(function=function)
         if configurable:
             sub.add_argument("-c", "--config", help="a preset (see `dimo config --presets`) or a YAML file")
@@ -80,8 +99,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("student", nargs="?", default=str(SHIPPED_STUDENT),
                      help="a run folder, student.pt, a .safetensors file, or a folder that holds one "
                      "(default: the student that ships with dimo)")  # fmt: skip
-    sub.add_argument("-o", "--out", help="folder for report.json and sheet.png (default: the run folder, if it is one, "
-                     "else runs/evaluation)")  # fmt: skip
+    sub.add_argument("--student_ckpt", dest="student", default=argparse.SUPPRESS, help="the same, as a flag")
+    sub.add_argument("-o", "--out", "--out_dir", help="folder for report.json and sheet.png (default: the run folder, "
+                     "if it is one, else runs/evaluation)")  # fmt: skip
     sub.add_argument("--set", action="append", default=[], dest="overrides", metavar="key=value",
                      help="configuration, such as evaluation.videos_per_prompt=16; may be repeated")  # fmt: skip
 
@@ -130,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument(
             f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default, help=text
         )
-    return parser
+    return parser, commands.choices
 
 
 def _train(args) -> None:

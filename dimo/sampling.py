@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 import dimo
 from dimo.errors import DimoError, require_shape
+from dimo.train.config import default_prompt_length
 from dimo.train.runfolder import write_text
 from dimo.ursa import load_ursa, sample
 from dimo.ursa.checkpoint import DTYPES, load_student
@@ -69,7 +70,7 @@ def sample_to_folder(request: Request, prompts: list[str], out: str | Path) -> l
     r.device, r.dtype = device.type, _dtype(r.dtype, device)
     given = zip((r.num_frames, r.height, r.width), video_size(folder))
     r.num_frames, r.height, r.width = (default if size is None else size for size, default in given)
-    r.max_prompt_length = r.max_prompt_length or (4 if is_world else 320)
+    r.max_prompt_length = r.max_prompt_length or default_prompt_length(folder)
 
     ursa = load_ursa(folder, device, DTYPES[r.dtype], r.backend)
     grid = ursa.latents_shape(r.num_frames, r.height, r.width)

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from dimo.distill import losses
+from dimo.distill import losses, stages
 from dimo.errors import DimoError
+from dimo.ursa import chunks
 
 
 @pytest.fixture
@@ -88,3 +89,40 @@ def test_bad_input_is_refused_in_a_sentence(logits):
         losses.beta_of(1.5)
     with pytest.raises(DimoError, match="batch of at least 2"):
         losses.leave_one_out(torch.ones(1))
+
+
+@pytest.mark.parametrize("entries", [7, 3 * 7, 10**6])  # one token, three, all
+def test_losses_and_their_gradients_do_not_depend_on_the_chunk(monkeypatch, entries):
+    g = torch.Generator().manual_seed(0)
+    p, q = (torch.randn(2, 5, 7, generator=g, dtype=torch.float32) for _ in range(2))
+    x, t = torch.randint(7, (2, 5), generator=g), torch.rand(2, 5, 1, generator=g)
+
+    def everything():
+        leaf = q.clone().requires_grad_(True)
+        values = [losses.kl(p, leaf), losses.total_variation(p, leaf), losses.token_entropy(leaf)]
+        values += [losses.log_prob(leaf, x), losses.denoising(leaf, x, 0.1).expand(2, 5)]
+        torch.stack(values).sum().backward()
+        return torch.stack(values).detach(), leaf.grad, losses.token_gradient(p, q, t)
+
+    whole = everything()
+    monkeypatch.setitem(chunks.ENTRIES, "cpu", entries)
+    for got, want in zip(everything(), whole):
+        assert torch.allclose(got, want, atol=1e-6)
+    # and against formulas that know of no chunks
+    log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
+    assert torch.allclose(whole[0][1], (log_p.exp() - log_q.exp()).abs().sum(-1) / 2, atol=1e-6)
+    assert torch.allclose(
+        whole[0][0], torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1), atol=1e-6
+    )
+
+
+def test_beta_by_time_is_forward_kl_at_the_noise_and_reverse_at_the_data():
+    g = torch.Generator().manual_seed(0)
+    p, q = (torch.randn(3, 4, 6, generator=g) for _ in range(2))
+    t = torch.tensor([0.0, 0.25, 0.999])
+    step = stages.Step(teacher_logits=p, aux_logits=q, student_logits=torch.zeros(3, 4, 6, requires_grad=True), t=t)
+    stages.distillation_loss(step, "dimo", "time")
+    (felt,) = torch.autograd.grad(step.distill, step.student_logits)
+    for row, beta in enumerate(t.tolist()):
+        want = losses.token_gradient(p[row : row + 1], q[row : row + 1], beta) / 12
+        assert torch.allclose(felt[row], want[0], atol=1e-7)

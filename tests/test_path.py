@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dimo.errors import DimoError
-from dimo.ursa import MetricPath, MixturePath, categorical
+from dimo.ursa import MetricPath, MixturePath, categorical, chunks
 from dimo.ursa import path as path_module
 
 CODEBOOK = torch.tensor([[3.0, 0.0], [0.0, 1.0], [1.0, 1.0], [-1.0, 0.2]])
@@ -47,7 +47,7 @@ def test_mixture_prob_is_the_equation():
 
 @pytest.mark.parametrize("path", [MetricPath(CODEBOOK, ALPHA, C), MixturePath(CODEBOOK)], ids=["metric", "mixture"])
 def test_sample_draws_by_prob_with_a_time_per_token(path, generator, monkeypatch):
-    monkeypatch.setattr(path_module, "CHUNK_ENTRIES", 4 * 1000)  # several chunks
+    monkeypatch.setitem(chunks.ENTRIES, "cpu", 4 * 1000)  # several chunks
     x_1 = torch.tensor([1, 3]).repeat(40_000, 1)
     t = torch.tensor([0.2, 0.7]).repeat(40_000, 1)
     x_t = path.sample(x_1, t, generator)

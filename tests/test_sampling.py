@@ -16,7 +16,7 @@ from dimo.cli import main
 from dimo.errors import DimoError
 from dimo.inspect import inspect_folder
 from dimo.sampling import Request, read_prompts, sample_to_folder, write_frames
-from dimo.ursa import jump, sample
+from dimo.ursa import chunks, jump, sample
 from dimo.worlds import checkpoint_folder
 
 TINY = Path(__file__).parent / "data" / "tiny-ursa"
@@ -116,7 +116,7 @@ def test_without_a_decoder_the_codes_are_written_and_the_sentence_said(tmp_path,
 
 @pytest.mark.parametrize("chunk", [10, 70, 10_000])  # entries: one token, seven, all
 def test_codes_are_drawn_where_their_logits_are_whatever_the_chunk(ursa, generator, monkeypatch, chunk):
-    monkeypatch.setattr("dimo.ursa.sampler.CHUNK_ENTRIES", chunk)
+    monkeypatch.setitem(chunks.ENTRIES, "cpu", chunk)
     want = torch.randint(10, (3, 48), generator=generator)
     logits = 100.0 * torch.nn.functional.one_hot(want, 10)
     drawn, x_1 = jump(ursa.path, logits, torch.zeros_like(want), 0.5, None, generator)

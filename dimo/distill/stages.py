@@ -14,7 +14,7 @@ import torch
 from dimo.distill import losses
 from dimo.distill.schedules import Baseline, XInit, sample_t_curriculum
 from dimo.errors import DimoError, require_finite, require_shape
-from dimo.ursa import MetricPath, MixturePath, UrsaTransformer, categorical, guide, visual_logits
+from dimo.ursa import MetricPath, MixturePath, UrsaTransformer, draw_codes, guide, visual_logits
 
 Grid = tuple[int, int, int]
 
@@ -61,7 +61,7 @@ def student_pass(step: Step, student: UrsaTransformer, grid: Grid, temperature: 
     step.student_logits = visual_logits(student, step.txt_ids, step.x_init, grid)
     require_finite("the student's logits", step.student_logits)
     with torch.no_grad():
-        step.x_hat = categorical((step.student_logits.float() / temperature).softmax(-1), generator)
+        step.x_hat = draw_codes(step.student_logits, generator, temperature)
     step.logp = losses.log_prob(step.student_logits, step.x_hat)
     step.entropy = losses.token_entropy(step.student_logits)
 
@@ -178,7 +178,7 @@ def distillation_loss(
     if estimator != "dimo":
         raise DimoError(f"estimator must be 'dimo' or 'reinforce', got {estimator!r}")
     if beta == "time":
-        beta = step.t.view(len(step.t), -1, 1)
+        beta = step.t.view(len(step.t), -1, 1)  # (B, 1 or N, 1)
     gradient = losses.token_gradient(step.teacher_logits, step.aux_logits, beta)
     step.distill = (gradient * step.student_logits).sum(-1).mean()
     if w_reinforce > 0:

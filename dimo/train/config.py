@@ -21,6 +21,7 @@ from dimo.distill.losses import beta_of
 from dimo.errors import DimoError, nearest
 from dimo.ursa.checkpoint import BACKENDS, DTYPES
 from dimo.ursa.inputs import latents_shape_for
+from dimo.worlds import built_in_worlds
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -65,7 +66,7 @@ class Distill:
     num_frames: int = _key(9, "frames of a video: 4 (T-1) + 1")
     height: int = _key(32, "pixels, a multiple of 8")
     width: int = _key(32, "pixels, a multiple of 8")
-    max_prompt_length: int = _key(4, "text tokens; prompts are padded on the left, cut on the right")
+    max_prompt_length: int = _key(0, "text tokens, padded on the left, cut on the right; 0: 320, or a world's own 4")
     batch_size_per_gpu: int = _key(64, "samples a step")
     guidance_scale: float = _key(1.0, "the teacher's guidance; 1 is none")
     guidance_trunc: float = _key(0.9, "guidance is off where t >= this")
@@ -172,9 +173,13 @@ def describe() -> str:
 def load_config(config: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """A preset's name or a YAML file, then overrides such as `optim.lr=3e-4`.
 
+    Without a preset the defaults are the built-in world's recipe; where the overrides name another checkpoint, they are
+    preset `distill_dimo`'s: learning rates that suit a world of 175,000 parameters would destroy URSA.
+
     Raises:
         DimoError: unknown preset or key (the nearest is named), a value of the wrong type or out of range.
     """
+    config = config or _default_preset(overrides)
     layers = [_read(config)] if config else []
     for override in overrides:
         key, equals, value = override.partition("=")
@@ -191,7 +196,23 @@ def load_config(config: str | Path | None = None, overrides: Sequence[str] = ())
         key = f"{error.full_key}: " if error.full_key else ""
         raise DimoError(f"{key}{str(error).splitlines()[0]}") from error
     validate(result)
+    if result.distill.max_prompt_length == 0:
+        result.distill.max_prompt_length = default_prompt_length(result.distill.teacher_ckpt)
     return result
+
+
+def _default_preset(overrides: Sequence[str]) -> str | None:
+    named = [o.partition("=")[2] for o in overrides if o.startswith("distill.teacher_ckpt=")]
+    return "distill_dimo" if named and not _is_world(named[-1]) else None
+
+
+def _is_world(teacher_ckpt: str | Path) -> bool:
+    return str(teacher_ckpt) in built_in_worlds() or (Path(teacher_ckpt) / "world.json").exists()
+
+
+def default_prompt_length(teacher_ckpt: str | Path) -> int:
+    """Text tokens of a prompt: URSA's 320, or the 4 words of a built-in world's prompts."""
+    return 4 if _is_world(teacher_ckpt) else 320
 
 
 def to_yaml(config: Config) -> str:
@@ -228,9 +249,11 @@ def validate(config: Config) -> None:
         if not 0 <= flat[key] <= 1:
             raise DimoError(f"{key} must lie in [0, 1], got {flat[key]}")
     at_least_one = ["experiment.log_every", "experiment.save_every", "experiment.sample_every", "experiment.keep_last"]
-    at_least_one += ["distill.aux_steps", "distill.batch_size_per_gpu", "distill.max_prompt_length"]
+    at_least_one += ["distill.aux_steps", "distill.batch_size_per_gpu"]
     at_least_one += ["distill.shuffle_buffer"]
     at_least_one += ["training.max_train_steps", "evaluation.videos_per_prompt", "evaluation.batch_size"]
+    if flat["distill.max_prompt_length"] < 0:
+        raise DimoError(f"distill.max_prompt_length must not be negative, got {flat['distill.max_prompt_length']}")
     for key in at_least_one:
         if flat[key] is not None and flat[key] < 1:
             raise DimoError(f"{key} must be at least 1, got {flat[key]}")

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from dimo.distill import stages
-from dimo.distill.losses import beta_of, kl, token_entropy
+from dimo.distill.losses import beta_of, kl, token_entropy, total_variation
 from dimo.distill.schedules import Baseline, EntropyController, XInit
 from dimo.distill.stages import Step
 from dimo.errors import DimoError
@@ -54,6 +54,7 @@ class Trainer:
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.prompts = open_prompts(config, self.ursa, rank, world_size)
         self.empty_ids = self.ursa.tokenize([""], d.max_prompt_length)
+        self.uncond_ids = self.ursa.tokenize([d.negative_prompt], d.max_prompt_length)
 
         teacher = self.ursa.transformer.requires_grad_(False).eval()
         student, aux = (copy.deepcopy(teacher).requires_grad_(True) for _ in range(2))
@@ -98,7 +99,7 @@ class Trainer:
         stages.renoise(step, self.path, t, g)
         # 5 teacher
         with self.accelerator.autocast():
-            stages.teacher_pass(step, n.teacher, grid, d.guidance_scale, d.guidance_trunc, self.empty_ids)
+            stages.teacher_pass(step, n.teacher, grid, d.guidance_scale, d.guidance_trunc, self.uncond_ids)
         # 6 auxiliary: its updates, then its answer at x_t
         with self.accelerator.autocast():
             aux_losses = stages.auxiliary_losses(
@@ -141,20 +142,20 @@ class Trainer:
     def metrics(self, step: Step) -> dict[str, float]:
         """The metrics of design: entropies and gaps at x_t, loss parts, reward. Costs one more pass of the student."""
         student_at_t = visual_logits(self.networks.student, step.txt_ids, step.x_t, self.grid)
-        p_t, p_a = step.teacher_logits.float().softmax(-1), step.aux_logits.float().softmax(-1)
+        kd = kl(step.teacher_logits, student_at_t).mean()
         values = {
             "loss/total": step.loss,
             "loss/distill": step.distill,
             "loss/aux": torch.stack(step.aux_losses).mean(),
-            "loss/kd": kl(step.teacher_logits, student_at_t).mean(),
+            "loss/kd": kd,
             "entropy/student": step.entropy.mean(),
             "entropy/aux": token_entropy(step.aux_logits).mean(),
             "entropy/teacher": token_entropy(step.teacher_logits).mean(),
             "reward/mean": step.reward.mean(),
             "reward/std": step.reward.std(unbiased=False),
             "reward/baseline": step.baseline if step.baseline is not None else step.reward.mean(),
-            "gap/aux_teacher_tv": 0.5 * (p_a - p_t).abs().sum(-1).mean(),
-            "gap/student_teacher_kl": kl(step.teacher_logits, student_at_t).mean(),
+            "gap/aux_teacher_tv": total_variation(step.teacher_logits, step.aux_logits).mean(),
+            "gap/student_teacher_kl": kd,
             "t/mean": step.t.mean(),
             "x_init/corrupt_share": step.corrupted.float().mean(),
             "codes/used": torch.tensor(float(step.x_hat.unique().numel())),

@@ -9,7 +9,7 @@ from dimo.ursa.inputs import (
     visual_logits,
 )
 from dimo.ursa.path import MetricPath, MixturePath, categorical
-from dimo.ursa.sampler import guide, jump, sample, timesteps
+from dimo.ursa.sampler import draw_codes, guide, jump, sample, timesteps
 from dimo.ursa.transformer import UrsaConfig, UrsaTransformer
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "UrsaTransformer",
     "build_ursa_inputs",
     "categorical",
+    "draw_codes",
     "extract_visual_logits",
     "guide",
     "jump",

@@ -14,8 +14,8 @@ import torch
 from torch.nn import functional as F
 
 from dimo.errors import DimoError, require_ids, require_shape, require_time
+from dimo.ursa.chunks import tokens_at_once
 
-CHUNK_ENTRIES = 2**27  # 512 MiB of float32 per temporary
 TABLE_CODES = 2048  # up to this many codes the K x K distances are kept
 
 
@@ -55,7 +55,7 @@ class _Path:
         """Draw x_t ~ p_t(. | x_1), of x_1's shape."""
         require_ids("x_1", x_1, self.codebook_size)
         t = _time_like(t, x_1)
-        chunk = max(1, CHUNK_ENTRIES // self.codebook_size)
+        chunk = tokens_at_once(self.codebook_size, x_1.device)
         parts = zip(x_1.flatten().split(chunk), t.flatten().split(chunk))
         return torch.cat([categorical(self._prob(x, s), generator) for x, s in parts]).view(x_1.shape)
 
@@ -70,7 +70,7 @@ class _Path:
     def jump(self, x_1: torch.Tensor, x_t: torch.Tensor, t: float, dt: float, generator=None) -> torch.Tensor:
         """Let every token jump with probability 1 - exp(-dt * its total rate), to a code drawn by rate."""
         out = []
-        chunk = max(1, CHUNK_ENTRIES // self.codebook_size)
+        chunk = tokens_at_once(self.codebook_size, x_1.device)
         for one, now in zip(x_1.flatten().split(chunk), x_t.flatten().split(chunk)):
             rate = self._velocity(one, now, t).scatter(-1, now[:, None], 0)
             total = rate.sum(-1)

@@ -8,8 +8,9 @@ import math
 import torch
 
 from dimo.errors import DimoError, require_finite, require_shape
+from dimo.ursa.chunks import by_tokens
 from dimo.ursa.inputs import visual_logits
-from dimo.ursa.path import CHUNK_ENTRIES, MetricPath, MixturePath, categorical
+from dimo.ursa.path import MetricPath, MixturePath, categorical
 
 
 @dataclasses.dataclass
@@ -35,6 +36,11 @@ def guide(cond: torch.Tensor, uncond: torch.Tensor, scale: torch.Tensor | float)
     return uncond + scale * (cond - uncond)
 
 
+def draw_codes(logits: torch.Tensor, generator: torch.Generator | None = None, temperature: float = 1.0):
+    """One code per token from softmax(logits / temperature): (B, N, K) -> (B, N)."""
+    return by_tokens(lambda z: categorical((z.float() / temperature).softmax(-1), generator), logits)
+
+
 def jump(
     path: MetricPath | MixturePath,
     logits: torch.Tensor,
@@ -50,12 +56,7 @@ def jump(
     """
     require_shape("logits", logits, (*x_t.shape, path.codebook_size))
     require_finite("logits", logits)
-    if argmax:
-        x_1 = logits.argmax(-1)
-    else:  # in chunks: at 64,000 codes a float32 copy of all logits is larger than the model
-        chunk = max(1, CHUNK_ENTRIES // path.codebook_size)
-        parts = logits.flatten(0, 1).split(chunk)
-        x_1 = torch.cat([categorical(part.float().softmax(-1), generator) for part in parts]).view(x_t.shape)
+    x_1 = logits.argmax(-1) if argmax else draw_codes(logits, generator)
     return (x_1 if t_next is None else path.jump(x_1, x_t, t, t_next - t, generator)), x_1
 
 

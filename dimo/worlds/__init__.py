@@ -9,9 +9,14 @@ from dimo.errors import DimoError, nearest
 DATA = Path(__file__).parent / "data"
 
 
+def built_in_worlds() -> list[str]:
+    """Names that `distill.teacher_ckpt` takes besides folders."""
+    return sorted(p.name for p in DATA.iterdir() if p.is_dir()) if DATA.is_dir() else []
+
+
 def checkpoint_folder(teacher_ckpt: str | Path) -> Path:
     """The folder behind `distill.teacher_ckpt`: a built-in world's name ("shapes"), or a path."""
-    built_in = sorted(p.name for p in DATA.iterdir() if p.is_dir()) if DATA.is_dir() else []
+    built_in = built_in_worlds()
     if str(teacher_ckpt) in built_in:
         return DATA / str(teacher_ckpt)
     if not Path(teacher_ckpt).is_dir():

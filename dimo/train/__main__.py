@@ -1,0 +1,27 @@
+"""`python -m dimo.train config=PRESET key=value ...`: what `accelerate launch -m dimo.train` starts on every rank."""
+
+from __future__ import annotations
+
+import sys
+
+from dimo.errors import DimoError
+from dimo.train.config import load_config
+from dimo.train.flags import split_flags
+from dimo.train.trainer import Trainer
+
+
+def main(arguments: list[str]) -> int:
+    """Exit code 0; 2 for bad input, said in a sentence."""
+    try:
+        words, overrides = split_flags(arguments, own=set())
+        preset = [word.removeprefix("config=") for word in words if word.startswith("config=")]
+        overrides += [word for word in words if not word.startswith("config=")]
+        Trainer(load_config(preset[-1] if preset else None, overrides)).train()
+    except (DimoError, OSError) as error:
+        print(f"dimo: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

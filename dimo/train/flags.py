@@ -1,0 +1,51 @@
+"""Flags of the command line, other names of configuration keys: `--batch_size 2` is `distill.batch_size_per_gpu=2`."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from dimo.errors import DimoError, nearest
+from dimo.train.config import config_keys
+
+# the names that differ from their keys'; every other key is a flag by its last part, where that part is unique
+RENAMED = {
+    "prompt_file": "distill.prompt_source",
+    "batch_size": "distill.batch_size_per_gpu",
+    "num_steps": "training.max_train_steps",
+    "out_dir": "experiment.output_dir",
+}
+
+
+def flags() -> dict[str, str]:
+    """{flag without its dashes: configuration key}."""
+    last = [(key.split(".")[1], key) for key in config_keys()]
+    count = Counter(name for name, _ in last)
+    return {name: key for name, key in last if count[name] == 1 and name not in RENAMED} | RENAMED
+
+
+def split_flags(arguments: list[str], own: set[str]) -> tuple[list[str], list[str]]:
+    """Arguments -> (those that are no configuration flags, "key=value" overrides of those that are).
+
+    Args:
+        arguments: as they stand on the command line; `--name value` and `--name=value` are read.
+        own: options such as "--config" that the command itself takes.
+
+    Raises:
+        DimoError: a flag that does not exist (the nearest is named), or one without its value.
+    """
+    known, others, overrides = flags(), [], []
+    rest = iter(arguments)
+    for argument in rest:
+        name, equals, value = argument.partition("=")
+        if not name.startswith("--") or name in own or name == "--":
+            others.append(argument)
+            continue
+        if name[2:] not in known:
+            raise DimoError(f"there is no flag {name}{nearest(name, own | {f'--{flag}' for flag in known})}")
+        if not equals:
+            value = next(rest, None)
+            if value is None or value.startswith("--"):
+                raise DimoError(f"{name} needs a value; it stands for {known[name[2:]]}")
+        key = known[name[2:]]
+        overrides.append(f"{key}=[{value}]" if key == "evaluation.teacher_steps" else f"{key}={value}")
+    return others, overrides
