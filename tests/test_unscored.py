@@ -15,7 +15,7 @@ from dimo.errors import DimoError
 from dimo.evaluation import unscored
 from dimo.evaluation.evaluate import columns_of, evaluate_to_folder, format_table
 from dimo.train.config import load_config
-from dimo.ursa import load_ursa, sample, save_student, visual_logits
+from dimo.ursa import chunks, load_ursa, sample, save_student, visual_logits
 from dimo.worlds import checkpoint_folder
 
 TINY = Path(__file__).parent / "data" / "tiny-ursa"
@@ -47,14 +47,13 @@ def indifferent(tiny):
 
 
 @pytest.fixture
-def pieces(monkeypatch):
-    """Make the pieces of logits small, and note how many entries each had."""
-    monkeypatch.setattr(unscored, "ENTRIES", 5 * 240)
+def passes(tiny, monkeypatch):
+    """Leave room for one video at a time, and note how many each pass had."""
+    monkeypatch.setitem(chunks.ENTRIES, "cpu", 5 * 240)
     seen = []
-    for name in ("token_entropy", "log_prob"):
-        real = getattr(unscored, name)
-        monkeypatch.setattr(unscored, name, lambda z, *more, real=real: seen.append(z.numel()) or real(z, *more))
-    return seen
+    hook = tiny.transformer.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
+    yield seen
+    hook.remove()
 
 
 def test_diversity():
@@ -78,15 +77,15 @@ def test_entropy_of_an_indifferent_transformer_is_log_k(indifferent, videos):
     assert entropy.shape == (3, 64) and torch.allclose(entropy, torch.tensor(math.log(240.0)))
 
 
-def test_entropy_of_one_pass(tiny, videos, pieces):
+def test_entropy_of_one_pass(tiny, videos, passes):
     txt_ids, x = videos
-    p = visual_logits(tiny.transformer, txt_ids, x, GRID).double().softmax(-1)
     got = unscored.pass_entropy(tiny.transformer, txt_ids, x, GRID)
+    assert passes == [1, 1, 1]
+    p = visual_logits(tiny.transformer, txt_ids, x, GRID).double().softmax(-1)
     assert torch.allclose(got.double(), -(p * p.log()).sum(-1), atol=1e-5)
-    assert max(pieces) == 5 * 240 and sum(pieces) == 3 * 64 * 240
 
 
-def test_entropy_of_a_guided_pass(tiny, videos, pieces):
+def test_entropy_of_a_guided_pass(tiny, videos, passes):
     txt_ids, x = videos
     empty = tiny.tokenize([""], 9)
     cond = visual_logits(tiny.transformer, txt_ids, x, GRID).double()
@@ -94,7 +93,7 @@ def test_entropy_of_a_guided_pass(tiny, videos, pieces):
     p = (uncond + 3 * (cond - uncond)).softmax(-1)
     got = unscored.pass_entropy(tiny.transformer, txt_ids, x, GRID, 3.0, empty)
     assert torch.allclose(got.double(), -(p * p.log()).sum(-1), atol=1e-4)
-    assert max(pieces) == 5 * 240
+    assert passes == [3, 3] + 6 * [1]
 
 
 def test_teacher_nll_of_an_indifferent_teacher_is_log_k(indifferent, videos):
@@ -102,7 +101,7 @@ def test_teacher_nll_of_an_indifferent_teacher_is_log_k(indifferent, videos):
     assert unscored.teacher_nll(indifferent, codes, txt_ids, GRID, 0) == pytest.approx(math.log(240), abs=1e-5)
 
 
-def test_teacher_nll(tiny, videos, pieces):
+def test_teacher_nll(tiny, videos, passes):
     txt_ids, codes = videos
     g, values = torch.Generator().manual_seed(7), []
     for t in (0.2, 0.8):
@@ -112,7 +111,7 @@ def test_teacher_nll(tiny, videos, pieces):
             values += [-math.log(p[n, code]) for n, code in enumerate(codes[i].tolist())]
     got = unscored.teacher_nll(tiny, codes, txt_ids, GRID, 7, (0.2, 0.8))
     assert got == pytest.approx(sum(values) / len(values), abs=1e-4)
-    assert max(pieces) == 5 * 240
+    assert set(passes) == {1}
 
 
 def test_teacher_nll_takes_the_same_noise_whatever_the_codes(tiny, videos):
@@ -185,17 +184,18 @@ def test_one_video_per_prompt_has_no_diversity_and_no_prompt_is_refused(tiny):
             unscored.compare(tiny, tiny.transformer, prompts, GRID, videos_per_prompt=copies, **options)
 
 
-def config_for(folder, tmp_path, *more):
-    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+def config_for(folder, tmp_path, *more, prompts=PROMPTS):
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n")
     source = [f"distill.teacher_ckpt={folder}", f"distill.prompt_source={tmp_path / 'prompts.txt'}", "model.device=cpu"]
     return load_config("smoke", [*source, *more])
 
 
-def test_a_folder_that_is_no_world_is_evaluated_with_a_sheet_where_frames_can_be_made(tmp_path):
+def test_a_folder_that_is_no_world_is_evaluated_with_a_sheet_where_frames_can_be_made(tmp_path, world):
     folder = tmp_path / "checkpoint"
     shutil.copytree(checkpoint_folder("shapes"), folder)
     (folder / "world.json").unlink()
-    config = config_for(folder, tmp_path, "evaluation.teacher_steps=[2]")
+    some = ["evaluation.teacher_steps=[2]", "distill.max_prompt_length=4"]
+    config = config_for(folder, tmp_path, *some, prompts=world.prompts[:3])
     rows = evaluate_to_folder(config, folder / "student", tmp_path / "out", progress=False)
     assert list(rows) == ["student_1", "student_1_argmax", "untrained_1", "teacher_1", "teacher_2"]
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == rows
@@ -203,7 +203,7 @@ def test_a_folder_that_is_no_world_is_evaluated_with_a_sheet_where_frames_can_be
     assert rows["student_1"]["token_entropy"] < rows["untrained_1"]["token_entropy"]  # it was distilled
     with safe_open(tmp_path / "out" / "codes.safetensors", "pt") as file:
         prompts = json.loads(file.metadata()["prompts"])
-        assert sorted(prompts) == sorted(PROMPTS * 2) and prompts[0] == prompts[1]
+        assert sorted(prompts) == sorted(world.prompts[:3] * 2) and prompts[0] == prompts[1]
         codes = {name: file.get_tensor(name) for name in file.keys()}
     assert codes.keys() == rows.keys() and {tuple(c.shape) for c in codes.values()} == {(6, 3, 4, 4)}
     assert {name: c.unique().numel() for name, c in codes.items()} == {n: r["codes_used"] for n, r in rows.items()}

@@ -11,7 +11,6 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,10 +20,10 @@ from tqdm import tqdm
 from dimo.distill.losses import log_prob, token_entropy
 from dimo.errors import DimoError, require_shape
 from dimo.ursa import Ursa, UrsaTransformer, guide, sample, visual_logits
+from dimo.ursa.chunks import tokens_at_once
 
 COLUMNS = ("seconds_per_video", "codes_used", "token_entropy", "teacher_nll", "diversity")
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # at which teacher_nll re-noises
-ENTRIES = 2**25  # of logits worked on at once in float32: at 64,000 codes those of one video are 1.3 GB
 Grid = tuple[int, int, int]
 
 
@@ -102,14 +101,13 @@ def pass_entropy(
     With guidance_scale > 1 of the guided prediction, away from uncond_ids (1, L).
     """
     codebook_size = network.config.vocab_size - network.config.lm_vocab_size
-    videos, parts = max(1, ENTRIES // (x_t.shape[1] * codebook_size)), []
+    videos = max(1, tokens_at_once(codebook_size, x_t.device) // x_t.shape[1])  # URSA: one, whose logits are 1.3 GB
+    parts = []
     for ids, x in zip(txt_ids.split(videos), x_t.split(videos)):
-        logits = [visual_logits(network, ids, x, grid)]
+        logits = visual_logits(network, ids, x, grid)
         if guidance_scale > 1:
-            logits.append(visual_logits(network, uncond_ids.expand_as(ids), x, grid))
-            parts.append(_per_token(lambda c, u: token_entropy(guide(c.float(), u.float(), guidance_scale)), *logits))
-        else:
-            parts.append(_per_token(token_entropy, *logits))
+            logits = guide(logits, visual_logits(network, uncond_ids.expand_as(ids), x, grid), guidance_scale)
+        parts.append(token_entropy(logits))
     return torch.cat(parts)
 
 
@@ -125,7 +123,7 @@ def teacher_nll(
     for t in times:
         for ids, x_1 in zip(txt_ids.split(1), codes.split(1)):
             logits = visual_logits(ursa.transformer, ids, ursa.path.sample(x_1, t, g), grid)
-            total -= _per_token(log_prob, logits, x_1).mean().item()
+            total -= log_prob(logits, x_1).mean().item()
     return total / (len(times) * len(codes))
 
 
@@ -142,9 +140,3 @@ def save_codes(file: Path, codes: dict[str, torch.Tensor], prompts: list[str], g
     beside = file.with_name(f".{file.stem}.partial{file.suffix}")
     save_file({name: c.view(-1, *grid) for name, c in codes.items()}, beside, {"prompts": json.dumps(prompts)})
     os.replace(beside, file)
-
-
-def _per_token(function: Callable[..., torch.Tensor], logits: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
-    """A function of logits (B, N, K) that treats tokens alike, over few tokens at a time -> (B, N)."""
-    tokens = max(1, ENTRIES // (logits.shape[0] * logits.shape[2]))
-    return torch.cat([function(*parts) for parts in zip(*(x.split(tokens, 1) for x in (logits, *others)))], 1)
