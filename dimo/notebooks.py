@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from dimo.errors import DimoError, nearest
-from dimo.evaluation.evaluate import COLUMNS, format_table
+from dimo.evaluation.evaluate import UNITS, columns_of, format_cell, format_table
 from dimo.train.config import config_keys, load_config, to_yaml
 from dimo.train.runfolder import RunFolder, write_text
 from dimo.worlds import checkpoint_folder
@@ -141,9 +141,10 @@ def write_report_page(run: RunFolder, names: list[str]) -> Path:
     report = run.path / "report.json"
     if report.exists():
         rows = json.loads(report.read_text())
-        head = "".join(f"<th>{c}</th>" for c in ("", *COLUMNS))
-        parts.append(f"<table><tr>{head}</tr>{''.join(_table_row(n, r) for n, r in rows.items())}</table>")
-        parts.append("<p>validity, adherence, token_accuracy and coverage are shares; seconds_per_video in s.</p>")
+        columns = columns_of(rows)
+        head = "".join(f"<th>{c}</th>" for c in ("", *columns))
+        parts.append(f"<table><tr>{head}</tr>{''.join(_table_row(n, r, columns) for n, r in rows.items())}</table>")
+        parts.append(f"<p>{UNITS}.</p>")
     for picture in [
         run.path / "sheet.png",
         run.path / "curves.png",
@@ -163,24 +164,27 @@ def write_report_page(run: RunFolder, names: list[str]) -> Path:
     return run.path / "report.html"
 
 
-def _table_row(name: str, row: dict) -> str:
-    cells = ["undefined" if row[c] is None else f"{row[c]:.4g}" for c in COLUMNS]
-    return f"<tr><td>{html.escape(name)}</td>{''.join(f'<td>{c}</td>' for c in cells)}</tr>"
+def _table_row(name: str, row: dict, columns: list[str]) -> str:
+    cells = "".join(f"<td>{format_cell(row[c])}</td>" for c in columns)
+    return f"<tr><td>{html.escape(name)}</td>{cells}</tr>"
 
 
 def print_summary(run: RunFolder) -> None:
     """The table, where to look, and what the student that ships reached with a longer run."""
-    report = run.path / "report.json"
+    report, is_world = run.path / "report.json", True
     if report.exists():
-        print(format_table(json.loads(report.read_text())))
+        rows = json.loads(report.read_text())
+        is_world = "validity" in rows["student_1"]
+        print(format_table(rows))
     shipped = checkpoint_folder("shapes") / "student" / "report.json"
-    if shipped.exists():
+    if is_world and shipped.exists():
         best = json.loads(shipped.read_text())["student_1"]
         print(
             f"\nA longer run reaches validity {best['validity']:.3f} with coverage {best['coverage']:.3f}; that "
             "student ships with dimo, and `dimo evaluate` scores it."
         )
-    print(f"\nLook at {run.path}/report.html, {run.path}/sheet.png and {run.path}/notebooks/")
+    made = [name for name in ("report.html", "sheet.png") if (run.path / name).exists()]
+    print(f"\nLook at {', '.join(f'{run.path}/{name}' for name in made)} and {run.path}/notebooks/")
 
 
 def _require_jupyter():

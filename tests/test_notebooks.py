@@ -84,6 +84,26 @@ def test_notebook_01_takes_a_folder_that_is_no_world(tmp_path):
     assert "ok   BOV sits at (L, L, L)" in page
 
 
+def test_the_others_take_it_too_by_configuration_alone(tmp_path):
+    tiny = notebook_folder().parent / "tests" / "data" / "tiny-ursa"
+    (tmp_path / "captions.txt").write_text("a red ball\na dog that jumps over the wall\n", encoding="utf-8")
+    settings = [
+        f"experiment.output_dir={tmp_path / 'run'}", "model.device=cpu", f"distill.teacher_ckpt={tiny}",
+        f"distill.prompt_source={tmp_path / 'captions.txt'}", "distill.num_frames=5", "distill.height=8",
+        "distill.width=16", "distill.max_prompt_length=9", "distill.batch_size_per_gpu=1",
+        "training.max_train_steps=6", "evaluation.teacher_steps=[2]",
+    ]  # fmt: skip
+    run = run_notebooks("smoke", settings, only=NAMES[1:])
+    pages = {name: (run.path / "notebooks" / f"{name}.ipynb").read_text() for name in NAMES[1:]}
+    assert all("FAIL" not in page for page in pages.values())
+    assert "ok   dimo: the gap opens at once" in pages["02_losses"]
+    assert "ok   all metrics are finite" in pages["03_train"]
+    assert "skipped: " in pages["04_diagnostics"] or "samples/" in (run.path / "report.html").read_text()
+    assert "ok   every figure is finite" in pages["05_evaluation"]
+    report = (run.path / "report.html").read_text()
+    assert "<th>teacher_nll</th>" in report and "teacher_2" in report and "validity" not in report
+
+
 def test_importing_the_engine_does_not_import_jupyter_or_pictures():
     code = "import sys, dimo, dimo.train.trainer, dimo.cli; print([m for m in sys.modules if m in " \
            "('IPython', 'papermill', 'matplotlib', 'nbconvert', 'datasets', 'diffnext')])"  # fmt: skip

@@ -1,8 +1,12 @@
-"""The evaluation run: the student at one step beside its teacher at 1..25, same prompts, noise and scorer."""
+"""The evaluation run: the student at one step beside its teacher at 1..25, same prompts, noise and scorer.
+
+Of a checkpoint that is no built-in world, `dimo.evaluation.unscored` tells what needs no truth.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
 import time
 from pathlib import Path
 
@@ -10,15 +14,19 @@ import torch
 from tqdm import tqdm
 
 from dimo.errors import DimoError
+from dimo.evaluation import unscored
 from dimo.train.config import Config, device_of
+from dimo.train.prompts import open_prompts
 from dimo.train.runfolder import write_text
-from dimo.ursa import Ursa, UrsaTransformer, latents_shape_for, load_ursa, sample
+from dimo.ursa import Ursa, UrsaTransformer, load_ursa, sample
 from dimo.ursa.checkpoint import load_student
 from dimo.worlds import checkpoint_folder, load_world, require_grid
 from dimo.worlds.oracle import score, summarise
 from dimo.worlds.shapes import ShapesWorld
 
+log = logging.getLogger(__name__)
 COLUMNS = ("validity", "adherence", "token_accuracy", "coverage", "seconds_per_video")
+UNITS = "seconds_per_video in s; codes_used a count; token_entropy and teacher_nll in nats per token; the rest shares"
 SHEET_PROMPTS = 6
 
 
@@ -66,52 +74,74 @@ def evaluate(
     return rows, codes
 
 
+def columns_of(rows: dict) -> list[str]:
+    """The figures that a report's rows hold: a world's oracle's, or those that need no truth."""
+    return [c for c in dict.fromkeys((*COLUMNS, *unscored.COLUMNS)) if any(c in row for row in rows.values())]
+
+
+def format_cell(value: float | int | None) -> str:
+    """A figure for a table; None is undefined."""
+    return "undefined" if value is None else str(value) if isinstance(value, int) else f"{value:.4g}"
+
+
 def format_table(rows: dict) -> str:
     """The rows as text, for a terminal."""
-    lines = [f"{'':18}" + "".join(f"{c:>18}" for c in COLUMNS)]
-    for name, row in rows.items():
-        cells = [f"{row[c]:.4f}" if row[c] is not None else "undefined" for c in COLUMNS[:-1]]
-        cells.append(f"{row['seconds_per_video']:.2e}")
-        lines.append(f"{name:18}" + "".join(f"{cell:>18}" for cell in cells))
+    columns = columns_of(rows)
+    lines = [f"{'':18}" + "".join(f"{c:>18}" for c in columns)]
+    lines += [f"{name:18}" + "".join(f"{format_cell(row[c]):>18}" for c in columns) for name, row in rows.items()]
     return "\n".join(lines)
 
 
 def evaluate_to_folder(config: Config, weights: str | Path, out: Path, progress: bool = True) -> dict:
-    """Score the student behind `weights` as `config.evaluation` says; write report.json and sheet.png into `out`.
+    """Measure the student behind `weights` as `config.evaluation` says; write report.json and sheet.png into `out`.
 
-    The sheet shows prompts x {teacher at its most passes, teacher at 1, student at 1}, all from the same noise.
+    The sheet shows prompts x {teacher at its most passes, teacher at 1, student at 1}, all from the same noise; where
+    the checkpoint's VAE cannot be run there is none, and a warning says why. A world's oracle scores the videos; with
+    any other folder the prompts are the first of `distill.prompt_source`, and codes.safetensors keeps the videos.
     """
-    from dimo.views.sheets import save_sheet  # matplotlib only when a picture is made
-
-    e, folder = config.evaluation, checkpoint_folder(config.distill.teacher_ckpt)
-    world, ursa = load_world(folder), load_ursa(folder, device_of(config), backend=config.model.backend)
-    d = config.distill
-    require_grid(world, latents_shape_for(d.num_frames, d.height, d.width))
-    student = load_student(ursa, weights)
+    e, d, folder = config.evaluation, config.distill, checkpoint_folder(config.distill.teacher_ckpt)
+    world = load_world(folder) if (folder / "world.json").exists() else None
+    half = config.training.mixed_precision == "bf16" and world is None  # as URSA is run, and as long as its seconds are
+    dtype = torch.bfloat16 if half else torch.float32
+    ursa = load_ursa(folder, device_of(config), dtype, config.model.backend)
+    grid = ursa.latents_shape(d.num_frames, d.height, d.width)
     steps = tuple(sorted({1, *e.teacher_steps}))
-    rows, codes = evaluate(
-        world,
-        ursa,
-        student,
-        videos_per_prompt=e.videos_per_prompt,
-        teacher_steps=steps,
-        seed=e.seed,
-        batch_size=e.batch_size,
-        max_prompt_length=d.max_prompt_length,
-        progress=progress,
-    )
-    shown = torch.linspace(0, len(world.prompts) - 1, SHEET_PROMPTS).long()
-    columns = {
-        f"{title}": ursa.vae.to("cpu").decode(codes[name][shown * e.videos_per_prompt].view(-1, *world.latents_shape))
-        for title, name in (
-            (f"teacher, {steps[-1]} passes", f"teacher_{steps[-1]}"),
-            ("teacher, 1 pass", "teacher_1"),
-            ("student, 1 pass", "student_1"),
-        )
-    }
-    save_sheet(out / "sheet.png", columns, [world.prompts[i] for i in shown.tolist()])
+    options = {"teacher_steps": steps, "seed": e.seed, "max_prompt_length": d.max_prompt_length, "progress": progress}
+    if world is not None:
+        require_grid(world, grid)
+        prompts, copies = world.prompts, e.videos_per_prompt or 64
+        student = load_student(ursa, weights)
+        rows, codes = evaluate(world, ursa, student, videos_per_prompt=copies, batch_size=e.batch_size, **options)
+    else:
+        prompts, copies = open_prompts(config, ursa).examples, e.videos_per_prompt or 2
+        student = load_student(ursa, weights)
+        rows, codes = unscored.compare(
+            ursa, student, prompts, grid, videos_per_prompt=copies, guidance_scale=d.guidance_scale,
+            guidance_trunc=d.guidance_trunc, negative_prompt=d.negative_prompt, **options,
+        )  # fmt: skip
+        unscored.save_codes(out / "codes.safetensors", codes, [p for p in prompts for _ in range(copies)], grid)
+    first = {name: c[::copies].view(-1, *grid) for name, c in codes.items()}
+    _write_sheet(out / "sheet.png", ursa, first, prompts, steps[-1])
     write_report(out / "report.json", rows)
     return rows
+
+
+def _write_sheet(file: Path, ursa: Ursa, codes: dict[str, torch.Tensor], prompts: list[str], most_steps: int) -> None:
+    """Codes (P, T, H, W) by row, one video per prompt."""
+    from dimo.views.sheets import save_sheet  # matplotlib only when a picture is made
+
+    if ursa.vae is None:
+        file.unlink(missing_ok=True)  # that of an earlier student must not lie beside this report
+        log.warning("there is no sheet.png: %s", ursa.no_vae)
+        return
+    shown = torch.linspace(0, len(prompts) - 1, min(SHEET_PROMPTS, len(prompts))).long()
+    titles = {
+        f"teacher, {most_steps} passes": f"teacher_{most_steps}",
+        "teacher, 1 pass": "teacher_1",
+        "student, 1 pass": "student_1",
+    }
+    columns = {title: ursa.decode(codes[name][shown].to(ursa.path.device)).cpu() for title, name in titles.items()}
+    save_sheet(file, columns, [prompts[i] for i in shown.tolist()])
 
 
 def write_report(file: Path, rows: dict) -> None:

@@ -141,7 +141,7 @@ class Training:
 
 @dataclasses.dataclass
 class Evaluation:
-    videos_per_prompt: int = _key(64, "videos scored for every prompt of the world")
+    videos_per_prompt: int | None = _key(None, "videos of every prompt; null: 64 where an oracle scores them, else 2")
     teacher_steps: list[int] = _key([1, 2, 4, 8, 25], "the teacher's numbers of passes")
     seed: int = _key(1234, "of noise and sampling, the same for every row")
     batch_size: int = _key(512, "videos a pass")
@@ -255,7 +255,7 @@ def validate(config: Config) -> None:
     if flat["distill.max_prompt_length"] < 0:
         raise DimoError(f"distill.max_prompt_length must not be negative, got {flat['distill.max_prompt_length']}")
     for key in at_least_one:
-        if flat[key] < 1:
+        if flat[key] is not None and flat[key] < 1:
             raise DimoError(f"{key} must be at least 1, got {flat[key]}")
     for key in ("optim.lr", "optim.aux_lr", "optim.muon_lr", "optim.max_grad_norm", "distill.temperature"):
         if not flat[key] > 0:

@@ -160,7 +160,7 @@ class Trainer:
             "entropy/aux": token_entropy(step.aux_logits).mean(),
             "entropy/teacher": token_entropy(step.teacher_logits).mean(),
             "reward/mean": step.reward.mean(),
-            "reward/std": step.reward.std(),
+            "reward/std": step.reward.std(unbiased=False),
             "reward/baseline": step.baseline if step.baseline is not None else step.reward.mean(),
             "gap/aux_teacher_tv": total_variation(step.teacher_logits, step.aux_logits).mean(),
             "gap/student_teacher_kl": kd,

@@ -1,0 +1,237 @@
+"""The figures that need no truth, each against a closed form or a plain reference."""
+
+import itertools
+import json
+import logging
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from dimo.errors import DimoError
+from dimo.evaluation import unscored
+from dimo.evaluation.evaluate import columns_of, evaluate_to_folder, format_table
+from dimo.train.config import load_config
+from dimo.ursa import chunks, load_ursa, sample, save_student, visual_logits
+from dimo.worlds import checkpoint_folder
+
+TINY = Path(__file__).parent / "data" / "tiny-ursa"
+GRID = (2, 4, 8)
+PROMPTS = ["a red ball", "a dog that jumps over the wall", "rain"]
+SIZES = ["distill.num_frames=1", "distill.height=8", "distill.width=16", "distill.max_prompt_length=9"]
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    loaded = load_ursa(TINY)
+    loaded.transformer.requires_grad_(False)
+    return loaded
+
+
+@pytest.fixture
+def videos(tiny):
+    """(txt_ids (3, 9), codes (3, 64))."""
+    g = torch.Generator().manual_seed(3)
+    return tiny.tokenize(PROMPTS, 9), torch.randint(tiny.path.codebook_size, (3, math.prod(GRID)), generator=g)
+
+
+@pytest.fixture
+def indifferent(tiny):
+    """The same folder with a transformer that finds all codes as likely."""
+    other = load_ursa(TINY)
+    torch.nn.init.zeros_(other.transformer.lm_head.weight)
+    return other
+
+
+@pytest.fixture
+def passes(tiny, monkeypatch):
+    """Leave room for one video at a time, and note how many each pass had."""
+    monkeypatch.setitem(chunks.ENTRIES, "cpu", 5 * 240)
+    seen = []
+    hook = tiny.transformer.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
+    yield seen
+    hook.remove()
+
+
+def test_diversity():
+    codes = torch.tensor([[[0, 0, 0, 0], [0, 0, 0, 1], [1, 1, 1, 1]], [[5, 5, 5, 5]] * 3])
+    assert unscored.diversity(codes) == pytest.approx((0.25 + 1.0 + 0.75) / 3 / 2)  # the second prompt's are one video
+    g = torch.Generator().manual_seed(0)
+    codes = torch.randint(3, (4, 5, 7), generator=g)
+    shares = [
+        sum(a != b for a, b in zip(one.tolist(), two.tolist())) / 7
+        for prompt in codes
+        for one, two in itertools.combinations(prompt, 2)
+    ]
+    assert unscored.diversity(codes) == pytest.approx(sum(shares) / len(shares))
+    assert unscored.diversity(codes[:, :1]) is None
+    with pytest.raises(DimoError, match="codes must have shape"):
+        unscored.diversity(codes[0])
+
+
+def test_entropy_of_an_indifferent_transformer_is_log_k(indifferent, videos):
+    entropy = unscored.pass_entropy(indifferent.transformer, *videos, GRID)
+    assert entropy.shape == (3, 64) and torch.allclose(entropy, torch.tensor(math.log(240.0)))
+
+
+def test_entropy_of_one_pass(tiny, videos, passes):
+    txt_ids, x = videos
+    got = unscored.pass_entropy(tiny.transformer, txt_ids, x, GRID)
+    assert passes == [1, 1, 1]
+    p = visual_logits(tiny.transformer, txt_ids, x, GRID).double().softmax(-1)
+    assert torch.allclose(got.double(), -(p * p.log()).sum(-1), atol=1e-5)
+
+
+def test_entropy_of_a_guided_pass(tiny, videos, passes):
+    txt_ids, x = videos
+    empty = tiny.tokenize([""], 9)
+    cond = visual_logits(tiny.transformer, txt_ids, x, GRID).double()
+    uncond = visual_logits(tiny.transformer, empty.expand(3, -1), x, GRID).double()
+    p = (uncond + 3 * (cond - uncond)).softmax(-1)
+    got = unscored.pass_entropy(tiny.transformer, txt_ids, x, GRID, 3.0, empty)
+    assert torch.allclose(got.double(), -(p * p.log()).sum(-1), atol=1e-4)
+    assert passes == [3, 3] + 6 * [1]
+
+
+def test_teacher_nll_of_an_indifferent_teacher_is_log_k(indifferent, videos):
+    txt_ids, codes = videos
+    assert unscored.teacher_nll(indifferent, codes, txt_ids, GRID, 0) == pytest.approx(math.log(240), abs=1e-5)
+
+
+def test_teacher_nll(tiny, videos, passes):
+    txt_ids, codes = videos
+    g, values = torch.Generator().manual_seed(7), []
+    for t in (0.2, 0.8):
+        for i in range(3):
+            x_t = tiny.path.sample(codes[i : i + 1], t, g)
+            p = visual_logits(tiny.transformer, txt_ids[i : i + 1], x_t, GRID).double().softmax(-1)[0]
+            values += [-math.log(p[n, code]) for n, code in enumerate(codes[i].tolist())]
+    got = unscored.teacher_nll(tiny, codes, txt_ids, GRID, 7, (0.2, 0.8))
+    assert got == pytest.approx(sum(values) / len(values), abs=1e-4)
+    assert set(passes) == {1}
+
+
+def test_teacher_nll_takes_the_same_noise_whatever_the_codes(tiny, videos):
+    txt_ids, codes = videos
+    seen = []
+    hook = tiny.transformer.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    try:
+        unscored.teacher_nll(tiny, codes, txt_ids, GRID, 7, (0.0,))  # at t = 0 p_t is uniform, and x_t noise alone
+        unscored.teacher_nll(tiny, codes.flip(1), txt_ids, GRID, 7, (0.0,))
+        unscored.teacher_nll(tiny, codes, txt_ids, GRID, 8, (0.0,))
+    finally:
+        hook.remove()
+    first, second, other_seed = seen[:3], seen[3:6], seen[6:]
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+    assert not torch.equal(first[0], other_seed[0]) and not torch.equal(first[0][:, 10:], first[1][:, 10:])
+
+
+def test_the_oracles_world_finds_its_own_videos_more_plausible_than_noise(world, ursa, generator):
+    rows, codes = world.draw(6, generator)
+    txt_ids = ursa.tokenize([world.prompts[i] for i in rows], 4)
+    noise = torch.randint(ursa.path.codebook_size, codes.shape, generator=generator)
+    own = unscored.teacher_nll(ursa, codes, txt_ids, world.latents_shape, 0)
+    assert own + 1 < unscored.teacher_nll(ursa, noise, txt_ids, world.latents_shape, 0)
+
+
+def test_rows(tiny):
+    options = {"videos_per_prompt": 2, "max_prompt_length": 9, "progress": False, "seed": 5}
+    rows, codes = unscored.compare(
+        tiny, tiny.transformer, PROMPTS, GRID, teacher_steps=(1, 3), guidance_scale=4.0, negative_prompt="x", **options
+    )
+    assert list(rows) == ["student_1", "student_1_argmax", "untrained_1", "teacher_1", "teacher_3"]
+    assert all(set(row) == set(unscored.COLUMNS) for row in rows.values())
+    assert all(row["seconds_per_video"] > 0 for row in rows.values())
+    assert rows["teacher_3"]["token_entropy"] is None and rows["teacher_1"]["token_entropy"] is not None
+    assert columns_of(rows) == [unscored.COLUMNS[0], *unscored.COLUMNS[1:]]
+    assert format_table(rows).splitlines()[-1].split()[3] == "undefined"
+
+    # the same noise and draws in every row: the student is the teacher here
+    assert torch.equal(codes["student_1"], codes["untrained_1"])
+    assert rows["student_1"]["teacher_nll"] == rows["untrained_1"]["teacher_nll"]
+    txt_ids = tiny.tokenize([p for p in PROMPTS for _ in range(2)], 9)
+    g = torch.Generator().manual_seed(5)
+    x_init = torch.randint(240, (6, 64), generator=g)
+    arg_max = visual_logits(tiny.transformer, txt_ids, x_init, GRID).argmax(-1)
+    assert torch.equal(codes["student_1_argmax"], arg_max)
+    assert rows["student_1_argmax"]["codes_used"] == len(set(arg_max.flatten().tolist()))
+    assert rows["student_1_argmax"]["diversity"] == unscored.diversity(arg_max.view(3, 2, 64))
+    entropy = unscored.pass_entropy(tiny.transformer, txt_ids, x_init, GRID)
+    assert rows["student_1"]["token_entropy"] == entropy.mean().item() == rows["student_1_argmax"]["token_entropy"]
+
+    # the teacher is guided away from the negative prompt
+    for steps, name in ((1, "teacher_1"), (3, "teacher_3")):
+        g.manual_seed(5 + 1 + 4)
+        again = sample(
+            tiny.transformer, tiny.path, txt_ids[4:5], GRID, steps, x_init=x_init[4:5], guidance_scale=4.0,
+            uncond_ids=tiny.tokenize(["x"], 9), shift=tiny.shift, generator=g,
+        )  # fmt: skip
+        assert torch.equal(codes[name][4:5], again)
+    unguided, _ = unscored.compare(tiny, tiny.transformer, PROMPTS, GRID, teacher_steps=(1,), **options)
+    assert unguided["teacher_1"]["token_entropy"] == unguided["untrained_1"]["token_entropy"]
+    assert unguided["teacher_1"]["token_entropy"] > rows["teacher_1"]["token_entropy"]
+
+
+def test_one_video_per_prompt_has_no_diversity_and_no_prompt_is_refused(tiny):
+    options = {"teacher_steps": (), "max_prompt_length": 9, "progress": False}
+    rows, _ = unscored.compare(tiny, tiny.transformer, PROMPTS[:1], GRID, videos_per_prompt=1, **options)
+    assert rows["student_1"]["diversity"] is None
+    for prompts, copies in (([], 1), (PROMPTS, 0)):
+        with pytest.raises(DimoError, match="prompts and videos_per_prompt must not be empty"):
+            unscored.compare(tiny, tiny.transformer, prompts, GRID, videos_per_prompt=copies, **options)
+
+
+def config_for(folder, tmp_path, *more, prompts=PROMPTS):
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n")
+    source = [f"distill.teacher_ckpt={folder}", f"distill.prompt_source={tmp_path / 'prompts.txt'}", "model.device=cpu"]
+    return load_config("smoke", [*source, *more])
+
+
+def test_a_folder_that_is_no_world_is_evaluated_with_a_sheet_where_frames_can_be_made(tmp_path, world):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(checkpoint_folder("shapes"), folder)
+    (folder / "world.json").unlink()
+    some = ["evaluation.teacher_steps=[2]", "distill.max_prompt_length=4"]
+    config = config_for(folder, tmp_path, *some, prompts=world.prompts[:3])
+    rows = evaluate_to_folder(config, folder / "student", tmp_path / "out", progress=False)
+    assert list(rows) == ["student_1", "student_1_argmax", "untrained_1", "teacher_1", "teacher_2"]
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == rows
+    assert (tmp_path / "out" / "sheet.png").read_bytes()[:4] == b"\x89PNG"
+    assert rows["student_1"]["token_entropy"] < rows["untrained_1"]["token_entropy"]  # it was distilled
+    with safe_open(tmp_path / "out" / "codes.safetensors", "pt") as file:
+        prompts = json.loads(file.metadata()["prompts"])
+        assert sorted(prompts) == sorted(world.prompts[:3] * 2) and prompts[0] == prompts[1]
+        codes = {name: file.get_tensor(name) for name in file.keys()}
+    assert codes.keys() == rows.keys() and {tuple(c.shape) for c in codes.values()} == {(6, 3, 4, 4)}
+    assert {name: c.unique().numel() for name, c in codes.items()} == {n: r["codes_used"] for n, r in rows.items()}
+
+
+def test_without_a_decoder_the_codes_stay_and_a_sentence_says_what_to_install(tmp_path, monkeypatch, caplog):
+    def missing():
+        raise DimoError("diffnext cannot be used: pip install it")
+
+    monkeypatch.setattr("dimo.ursa.checkpoint.import_upstream", missing)
+    save_student(tmp_path / "student", load_ursa(TINY).transformer)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "sheet.png").write_text("of an earlier student")
+    config = config_for(TINY, tmp_path, *SIZES, "evaluation.videos_per_prompt=1", "training.mixed_precision=bf16")
+    with caplog.at_level(logging.WARNING):
+        rows = evaluate_to_folder(config, tmp_path / "student", tmp_path / "out", progress=False)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["codes.safetensors", "report.json"]
+    assert "there is no sheet.png: diffnext cannot be used: pip install it" in caplog.text
+    assert rows["student_1"]["diversity"] is None and math.isfinite(rows["teacher_4"]["teacher_nll"])
+
+
+def test_bad_input_is_refused_before_anything_is_written(tmp_path):
+    for more, message in (
+        (["distill.prompt_source=world"], "name a file of captions"),
+        ([f"distill.prompt_source={tmp_path}/none.txt"], "none.txt"),
+        ([], "student.pt"),
+    ):
+        with pytest.raises(DimoError, match=message):
+            config = config_for(TINY, tmp_path, *SIZES, *more)
+            evaluate_to_folder(config, tmp_path / "student.pt", tmp_path / "out", progress=False)
+        assert not (tmp_path / "out").exists()
