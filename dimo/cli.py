@@ -96,10 +96,10 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     sub = command("evaluate", _evaluate, "score a student at one step beside its teacher, on the same noise",
                   "Score a student at one step beside its teacher at 1..25, same prompts, noise and scorer; writes "
                   "report.json and sheet.png.")  # fmt: skip
-    sub.add_argument("student", nargs="?", default=str(SHIPPED_STUDENT),
+    sub.add_argument("student", nargs="?",
                      help="a run folder, student.pt, a .safetensors file, or a folder that holds one "
                      "(default: the student that ships with dimo)")  # fmt: skip
-    sub.add_argument("--student_ckpt", dest="student", default=argparse.SUPPRESS, help="the same, as a flag")
+    sub.add_argument("--student_ckpt", help="the same, as a flag")
     sub.add_argument("-o", "--out", "--out_dir", help="folder for report.json and sheet.png (default: the run folder, "
                      "if it is one, else runs/evaluation)")  # fmt: skip
     sub.add_argument("--set", action="append", default=[], dest="overrides", metavar="key=value",
@@ -171,13 +171,15 @@ def _evaluate(args) -> None:
     from dimo.evaluation.evaluate import evaluate_to_folder, format_table
     from dimo.train.config import load_config
 
-    source = Path(args.student)
-    is_run = (source / "config.yaml").exists()
-    config = load_config(args.config or (source / "config.yaml" if is_run else None), args.overrides)
-    weights = source / "checkpoints" / "final" if is_run else source
-    out = Path(args.out) if args.out else (source if is_run else Path("runs/evaluation"))
+    source = Path(args.student_ckpt or args.student or SHIPPED_STUDENT)
+    # the run that a student.pt lies in knows its teacher, sizes and prompts
+    run = next((folder for folder in (source, *source.parents[:3]) if (folder / "config.yaml").exists()), None)
+    config = load_config(args.config or (run / "config.yaml" if run else None), args.overrides)
+    weights = source / "checkpoints" / "final" if source == run else source
+    out = Path(args.out) if args.out else (run if source == run else Path("runs/evaluation"))
     print(format_table(evaluate_to_folder(config, weights, out)))
-    print(f"written: {out}/report.json, {out}/sheet.png")
+    names = ("report.json", "sheet.png", "codes.safetensors")
+    print("written: " + ", ".join(str(out / name) for name in names if (out / name).exists()))
 
 
 def _ablate(args) -> None:

@@ -79,3 +79,17 @@ def test_train_then_evaluate_then_train_again(tmp_path):
     other = dimo("train", *small, "optim.lr=1e-4")
     assert other.returncode == 2 and "belongs to a run with another configuration" in other.stderr
     assert "Traceback" not in other.stderr
+
+
+def test_evaluate_reads_the_run_that_a_student_lies_in(tmp_path, capsys):
+    run, out = tmp_path / "run", tmp_path / "eval"
+    assert main(["train", "-c", "smoke", "--num_steps", "2", "--batch_size", "2", "--out_dir", str(run)]) == 0
+    student = run / "checkpoints/final/student.pt"
+    words = ["evaluate", "--student_ckpt", str(student), "--teacher_steps", "2", "--out_dir", str(out)]
+    assert main(words) == 0
+    rows = json.loads((out / "report.json").read_text())
+    assert "teacher_2" in rows and "teacher_4" not in rows  # the flag wins over the run's own 1 and 4
+    assert rows["student_1"]["videos"] == 2 * 48  # the run's own videos_per_prompt
+    capsys.readouterr()
+    # its weights, not those of the student that ships: two steps from the teacher it makes no valid video
+    assert rows["student_1"]["validity"] < 0.1
