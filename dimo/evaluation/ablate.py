@@ -20,7 +20,9 @@ METHODS = {
     "no x_init mix": ["distill.p_corrupt=0"],
     "t curriculum": ["distill.t_curriculum_steps={half}"],
     "entropy bonus": ["distill.lambda_ent=0.01"],
+    "AdamW": ["optim.optimizer=adamw"],
     "forward KL": ["distill.divergence=forward"],
+    "Jeffreys": ["distill.divergence=jeffreys"],
     "reinforce": ["distill.estimator=reinforce"],
     "KD alone": ["distill.w_distill=0", "distill.w_kd=1"],
     "literal": [
@@ -34,7 +36,7 @@ COLUMNS = ("validity", "adherence", "coverage")
 def ablate(out: Path, config: str | None, overrides: list[str], lrs: list[float], seeds: int, methods=None) -> str:
     """Tune every method's learning rate on one seed, report it on others; returns the table, writes ablation.json.
 
-    The auxiliary's rate keeps its ratio to the student's. A finished run is not run again, so the command may be
+    The auxiliary's rate and Muon's keep their ratios to the student's. A finished run is not run again, so the command may be
     killed and repeated. `validity` is the one-step student's, sampled; coverage counts as 0 where it is undefined.
     """
     methods = list(methods or METHODS)
@@ -44,7 +46,7 @@ def ablate(out: Path, config: str | None, overrides: list[str], lrs: list[float]
     if seeds < 1 or not lrs or min(lrs) <= 0:
         raise DimoError(f"seeds must be at least 1 and lrs positive, got {seeds} and {lrs}")
     base = load_config(config, overrides)
-    ratio, half = base.optim.aux_lr / base.optim.lr, base.training.max_train_steps // 2
+    o, half = base.optim, base.training.max_train_steps // 2
     result = {}
     bar = tqdm(total=len(methods) * (len(lrs) + seeds), desc="ablate", unit="run")
 
@@ -54,7 +56,8 @@ def ablate(out: Path, config: str | None, overrides: list[str], lrs: list[float]
         report = folder / "report.json"
         if not report.exists():
             switches = [switch.format(half=half) for switch in METHODS[method]]
-            own = [f"optim.lr={lr}", f"optim.aux_lr={lr * ratio}", f"experiment.seed={seed}"]
+            rates = {"lr": lr, "aux_lr": lr * o.aux_lr / o.lr, "muon_lr": lr * o.muon_lr / o.lr}
+            own = [f"optim.{name}={rate}" for name, rate in rates.items()] + [f"experiment.seed={seed}"]
             own += [f"experiment.output_dir={folder}", "experiment.name=ablation", "evaluation.teacher_steps=[1]"]
             settings = load_config(config, [*overrides, *switches, *own])
             Trainer(settings).train(progress=False)
