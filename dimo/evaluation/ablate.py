@@ -36,8 +36,9 @@ COLUMNS = ("validity", "adherence", "coverage")
 def ablate(out: Path, config: str | None, overrides: list[str], lrs: list[float], seeds: int, methods=None) -> str:
     """Tune every method's learning rate on one seed, report it on others; returns the table, writes ablation.json.
 
-    The auxiliary's rate and Muon's keep their ratios to the student's. A finished run is not run again, so the command may be
-    killed and repeated. `validity` is the one-step student's, sampled; coverage counts as 0 where it is undefined.
+    The auxiliary's rate and Muon's keep their ratios to the student's. A finished run is not run again, so the
+    command may be killed and repeated. `validity` is the one-step student's, sampled; coverage counts as 0 where it is
+    undefined.
     """
     methods = list(methods or METHODS)
     for method in methods:
