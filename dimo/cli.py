@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dimo.errors import DimoError
 from dimo.sampling import Request, read_prompts, sample_to_folder
-from dimo.train.flags import split_flags
+from dimo.train.flags import RENAMED, split_flags
 from dimo.worlds import DATA, checkpoint_folder
 from dimo.worlds.teacher import TeacherRecipe, make_teacher
 
@@ -28,10 +28,10 @@ examples:
 The same command again resumes a run. Run folders: runs/<name>/."""
 
 CONFIGURABLE = ("train", "run", "evaluate", "ablate", "config")
-FLAGS_HELP = """\
+RENAMED_HELP = "\n".join(f"  --{flag:12}  {key}" for flag, key in RENAMED.items())
+FLAGS_HELP = f"""\
 flags: every configuration key is also a flag by its last part (`--lr 5e-4` is optim.lr=5e-4); besides,
-  --prompt_file  distill.prompt_source           --num_steps  training.max_train_steps
-  --batch_size   distill.batch_size_per_gpu      --out_dir    experiment.output_dir
+{RENAMED_HELP}
 `dimo config` lists all keys with their meaning."""
 
 
