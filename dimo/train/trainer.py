@@ -1,28 +1,26 @@
-"""The training loop: nine stages, one step after another, into a run folder that can be killed at any moment."""
+"""One training step: the networks, the nine stages in order, and the state that a checkpoint holds."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import math
-import time
 from collections.abc import Iterator
 
 import torch
 from accelerate import Accelerator, DistributedType
-from tqdm import tqdm
 
 from dimo.distill import stages
 from dimo.distill.losses import beta_of, kl, token_entropy, total_variation
 from dimo.distill.schedules import Baseline, EntropyController, XInit
 from dimo.distill.stages import Step
 from dimo.errors import DimoError
-from dimo.train.config import Config, device_of, to_yaml
+from dimo.train.config import Config, device_of
+from dimo.train.loop import run_training
 from dimo.train.optimizers import lr_factor, make_optimizers, set_lr_factor
 from dimo.train.prompts import open_prompts
 from dimo.train.runfolder import RunFolder
-from dimo.ursa import Ursa, UrsaTransformer, load_ursa, sample, save_student, visual_logits
-from dimo.ursa.checkpoint import DTYPES, plain_state
+from dimo.ursa import Ursa, UrsaTransformer, load_ursa, visual_logits
 from dimo.worlds import checkpoint_folder, load_world, require_grid
 
 
@@ -200,89 +198,7 @@ class Trainer:
 
     def train(self, progress: bool = True) -> RunFolder:
         """Run to max_train_steps, resuming from the folder's newest checkpoint, and write checkpoints/final."""
-        c = self.config.experiment
-        if self.accelerator.is_main_process:
-            run = RunFolder.open(c.output_dir, to_yaml(self.config), c.resume, c.overwrite)
-        self.accelerator.wait_for_everyone()
-        if not self.accelerator.is_main_process:
-            run = RunFolder(c.output_dir, writes=False)
-        last = self.config.training.max_train_steps
-        try:
-            self._train(run, last, progress)
-        except BaseException as error:  # also Ctrl-C: the folder must say how the run ended
-            state = "preempted" if isinstance(error, KeyboardInterrupt) else "failed"
-            run.write_status(state=state, error=f"{type(error).__name__}: {error}")
-            raise
-        return run
-
-    def _train(self, run: RunFolder, last: int, progress: bool) -> None:
-        c, first = self.config.experiment, 0
-        checkpoint = run.latest_checkpoint()
-        if checkpoint is not None:
-            tensors, state = run.load_checkpoint(checkpoint)
-            self.load_state(tensors, state)
-            first = state["step"]
-        run.truncate_metrics(first)
-        run.write_environment()
-        run.write_status(state="running", step=first, max_steps=last)
-        bar = tqdm(
-            range(first, last),
-            initial=first,
-            total=last,
-            desc="distil",
-            unit="step",
-            disable=not (progress and run.writes),
-        )
-        clock, since = time.perf_counter(), first
-        for index in bar:
-            step, extra = self.step(index)
-            done = index + 1
-            if done % c.log_every == 0 or done == last:
-                values = self.metrics(step) | {k: float(v) for k, v in extra.items()}
-                seconds = (time.perf_counter() - clock) / (done - since)
-                values["time/step_s"] = seconds
-                values["tokens_per_s"] = self.config.distill.batch_size_per_gpu * self.num_visual_tokens / seconds
-                if self.device.type == "cuda":
-                    values["memory/peak_gb"] = torch.cuda.max_memory_allocated() / 2**30
-                run.log({"step": done, **values})
-                run.write_status(state="running", step=done, max_steps=last)
-                bar.set_postfix(
-                    reward=f"{values['reward/mean']:.3f}", H=f"{values['entropy/student']:.3f}", refresh=False
-                )
-                clock, since = time.perf_counter(), done
-            if done % c.sample_every == 0 or done == last:
-                self.write_samples(run, done)
-            if done % c.save_every == 0 or done == last:
-                tensors, state = self.state()
-                run.save_checkpoint(done, tensors, {**state, "step": done})
-        self.write_student(run)
-        run.write_status(state="finished", step=last, max_steps=last)
-
-    def write_samples(self, run: RunFolder, done: int) -> None:
-        """One-step videos of the EMA student for the first prompts, the same noise every time: tokens and a picture."""
-        if self.ursa.vae is None or not run.writes:
-            return
-        from dimo.views.sheets import save_sheet  # matplotlib only when a picture is made
-
-        g = torch.Generator(self.device).manual_seed(self.config.experiment.seed)
-        examples, ids = self.prompts.examples, self.prompts.example_ids
-        rows = torch.linspace(0, len(ids) - 1, min(8, len(ids))).long().to(self.device)
-        codes = sample(self.networks.ema, self.path, ids[rows], self.grid, 1, generator=g)
-        frames = self.ursa.vae.decode(codes.view(-1, *self.grid)).cpu()
-        shown = [examples[i] for i in rows.tolist()]
-        save_sheet(run.path / "samples" / f"step-{done:08d}.png", {"student, 1 pass": frames}, shown)
-
-    def write_student(self, run: RunFolder) -> None:
-        """checkpoints/final: student.pt (plain state dict) and student/ (config.json + safetensors), EMA weights."""
-        if not run.writes:
-            return
-        final = run.path / "checkpoints" / "final"
-        final.mkdir(parents=True, exist_ok=True)
-        dtype = DTYPES[self.config.experiment.student_dtype]
-        save_student(final / "student", self.networks.ema, dtype=dtype)
-        partial = final / ".student.pt.partial"
-        torch.save(plain_state(self.networks.ema.state_dict(), dtype), partial)
-        partial.replace(final / "student.pt")
+        return run_training(self, progress)
 
 
 def step_through(trainer: Trainer, steps: int) -> Iterator[tuple[int, Step, dict[str, float]]]:
