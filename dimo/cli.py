@@ -10,6 +10,7 @@ from pathlib import Path
 from dimo.errors import DimoError
 from dimo.sampling import Request, read_prompts, sample_to_folder
 from dimo.train.flags import RENAMED, split_flags
+from dimo.train.signals import PREEMPTED, Preempted
 from dimo.worlds import DATA, checkpoint_folder
 from dimo.worlds.teacher import TeacherRecipe, make_teacher
 
@@ -20,6 +21,7 @@ examples:
   dimo train -c shapes optim.lr=5e-4 experiment.name=slow
   dimo evaluate runs/shapes               score a run's student beside its teacher
   dimo evaluate                           score the student that ships with dimo
+  dimo runs                               every run under runs/, with state, steps, speed and age
   dimo inspect FOLDER                     what a checkpoint folder holds, and what is missing
   dimo sample --teacher_ckpt shapes --prompt "blue bar moving up" --steps 25
   dimo config                             every key, its default and what it means
@@ -36,7 +38,7 @@ flags: every configuration key is also a flag by its last part (`--lr 5e-4` is o
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0; 2 for bad input, said in a sentence; 130 for Ctrl-C."""
+    """Exit code 0; 2 for bad input, said in a sentence; 75 for training that a signal stopped; 130 for Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         parser, commands = _parser()
@@ -53,6 +55,9 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:  # a read-only folder, a full disk: the message names the file
         print(f"dimo: {error}", file=sys.stderr)
         return 2
+    except Preempted as stopped:
+        print(f"dimo: {stopped}", file=sys.stderr)
+        return PREEMPTED
     except KeyboardInterrupt:
         print("dimo: interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
         return 130
@@ -133,6 +138,11 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         kind = {"int": int, "float": float}.get(field.type.split(" ")[0], str)
         sub.add_argument(f"--{field.name}", type=kind, default=field.default, help=field.metadata["help"])
 
+    sub = command("runs", _runs, "the runs of a folder: state, steps, speed, age",
+                  "One line per run; `dead` is one whose status says running and that no process works on.",
+                  configurable=False)  # fmt: skip
+    sub.add_argument("folder", nargs="?", default="runs", help="default: %(default)s")
+
     sub = command("config", _config, "every configuration key, or a preset resolved")
     sub.add_argument("--presets", action="store_true", help="list the presets")
     overrides(sub)
@@ -207,6 +217,12 @@ def _sample(args) -> None:
     request = Request(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Request)})
     for file in sample_to_folder(request, prompts, args.out_dir):
         print(f"written: {file}, {file.with_suffix('.json').name}")
+
+
+def _runs(args) -> None:
+    from dimo.train.runs import format_runs, list_runs
+
+    print(format_runs(list_runs(args.folder)))
 
 
 def _config(args) -> None:
