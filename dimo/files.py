@@ -19,6 +19,7 @@ def whole_file(file: str | Path) -> Iterator[Path]:
     beside = file.with_name(f".{file.stem}.{os.getpid()}.partial{file.suffix}")
     try:
         yield beside
+        sync(beside)
         os.replace(beside, file)
     finally:
         beside.unlink(missing_ok=True)

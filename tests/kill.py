@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 
 import dimo.train.trainer
 from dimo.train.config import load_config
+from dimo.train.runfolder import RunFolder
 from dimo.worlds import checkpoint_folder, load_world
 
 SAVE_EVERY = 3
@@ -82,13 +83,28 @@ def end(ranks: list[int], within: float | None = None) -> list[int]:
     return [codes[rank] for rank in ranks]
 
 
-def kill_at_random(ranks: list[int], folder: Path, seconds: float, draw: random.Random, writing: bool) -> str:
-    """Kill every rank, somewhere in `seconds`; with `writing` as soon after that as a checkpoint is being written."""
-    time.sleep(draw.uniform(0, seconds))
-    until = time.monotonic() + seconds
-    while writing and time.monotonic() < until and not any(folder.glob("checkpoints/.step-*.partial")):
+def wait_until(happened, within: float) -> None:
+    until = time.monotonic() + within
+    while not happened() and time.monotonic() < until:
         time.sleep(0.001)
-    time.sleep(draw.uniform(0, 0.02) if writing else 0)
+
+
+def trains(folder: Path) -> bool:
+    return RunFolder(folder).status().get("state") == "running"
+
+
+def kill_at_random(ranks: list[int], folder: Path, seconds: float, draw: random.Random, writing: bool) -> str:
+    """Kill every rank within `seconds` of training; with `writing` as soon after that as a checkpoint is being written.
+
+    One in ten is killed before it trains, while it loads.
+    """
+    before = RunFolder(folder).status().get("updated")
+    if draw.random() < 0.9:
+        wait_until(lambda: trains(folder) and RunFolder(folder).status()["updated"] != before, 120)
+    time.sleep(draw.uniform(0, seconds))
+    if writing:
+        wait_until(lambda: any(folder.glob("checkpoints/.step-*.partial")), seconds)
+        time.sleep(draw.uniform(0, 0.02))
     for rank in draw.sample(ranks, len(ranks)):
         os.kill(rank, signal.SIGKILL)
     codes = end(ranks)
@@ -134,16 +150,18 @@ def main() -> int:
         captions.write_text("\n".join(load_world(checkpoint_folder("shapes")).prompts), encoding="utf-8")
         for processes in args.processes:
             whole = Path(temporary, f"whole-{processes}")
+            ranks = start(whole, captions, args.steps, processes)
+            wait_until(lambda folder=whole: trains(folder), 120)
             since = time.monotonic()
-            codes = end(start(whole, captions, args.steps, processes))
+            codes = end(ranks)
             seconds = time.monotonic() - since
             assert codes == [0] * processes, Path(f"{whole}.0.txt").read_text()
             expected = outcome(whole)
             for point in range(args.points):
                 folder, kills = Path(temporary, f"killed-{processes}-{point}"), []
-                for _ in range(draw.choice((1, 1, 2))):
+                for share in draw.choice(([0.8], [0.8], [0.4, 0.3])):
                     ranks = start(folder, captions, args.steps, processes)
-                    kills.append(kill_at_random(ranks, folder, seconds, draw, writing=point % 2 == 0))
+                    kills.append(kill_at_random(ranks, folder, share * seconds, draw, writing=point % 2 == 0))
                 codes = end(start(folder, captions, args.steps, processes))
                 if codes == [0] * processes:
                     differs = difference(expected, outcome(folder))

@@ -18,7 +18,7 @@ from dimo.train.runfolder import RunFolder
 from dimo.train.signals import SAME_KEYPRESS_S, Preempted, Signals
 from dimo.train.trainer import Trainer
 
-SETTINGS = ["model.device=cpu", "distill.batch_size_per_gpu=2", "experiment.save_every=1000", "experiment.log_every=1"]
+SETTINGS = ["model.device=cpu", "distill.batch_size_per_gpu=2", "experiment.log_every=1"]
 
 # the steps of a run that is watched: each says that it was taken
 WATCHED = """
@@ -36,12 +36,20 @@ sys.exit(command.main(sys.argv[1:]))
 """
 
 
-def start(folder, inside="pass", steps=200, **environment):
+def start(folder, inside="pass", steps=200, saves=1000, **environment):
     words = ["config=smoke", *SETTINGS, f"experiment.output_dir={folder}", f"training.max_train_steps={steps}"]
+    words += [f"experiment.save_every={saves}"]
     return subprocess.Popen(
         [sys.executable, "-c", WATCHED.format(inside=inside), *words],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | environment,
     )  # fmt: skip
+
+
+def start_two(folder, inside="pass", saves=1000):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1]), "WORLD_SIZE": "2"}
+    return [start(folder, inside, saves=saves, RANK=str(r), LOCAL_RANK=str(r), **address) for r in range(2)]
 
 
 def wait_for(process, line):
@@ -78,10 +86,7 @@ def test_sigterm_finishes_the_step_saves_and_the_same_command_continues(tmp_path
 
 
 def test_a_signal_to_one_of_two_ranks_stops_both_after_the_same_step(tmp_path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1]), "WORLD_SIZE": "2"}
-    ranks = [start(tmp_path, RANK=str(rank), LOCAL_RANK=str(rank), **address) for rank in range(2)]
+    ranks = start_two(tmp_path)
     wait_for(ranks[1], "step 3")
     ranks[1].send_signal(signal.SIGTERM)
     said = [rank.communicate() for rank in ranks]
@@ -117,14 +122,28 @@ def test_a_crash_says_failed_with_the_error_and_the_last_lines(tmp_path):
 
 
 def test_the_rank_that_failed_is_heard_and_the_others_end(tmp_path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1]), "WORLD_SIZE": "2"}
-    inside = "1 / 0 if index == 2 and trainer.accelerator.process_index == 1 else None"
-    ranks = [start(tmp_path, inside, RANK=str(rank), LOCAL_RANK=str(rank), **address) for rank in range(2)]
+    ranks = start_two(tmp_path, "1 / 0 if index == 2 and trainer.accelerator.process_index == 1 else None")
     said = [rank.communicate(timeout=60) for rank in ranks]
     assert all(rank.returncode == 1 for rank in ranks), said
     assert RunFolder(tmp_path).status()["error"] == "rank 1: ZeroDivisionError: division by zero"
+
+
+RANK_1_CANNOT_WRITE = """
+    if index == 0 and trainer.accelerator.process_index == 1:
+        from dimo.train import checkpoints
+        def refuse(*_):
+            raise OSError(28, "No space left on device")
+        checkpoints.sync = refuse
+"""
+
+
+def test_a_rank_that_cannot_write_its_file_stops_all_with_the_reason(tmp_path):
+    ranks = start_two(tmp_path, RANK_1_CANNOT_WRITE.strip(), saves=3)
+    said = [rank.communicate(timeout=60) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2], said
+    error = RunFolder(tmp_path).status()["error"]
+    assert error.startswith("rank 1: checkpoint of step 3 could not be written") and "No space left" in error
+    assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
 NO_SPACE = """

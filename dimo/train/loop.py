@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 import traceback
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +14,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from dimo.errors import DimoError
-from dimo.files import whole_file
+from dimo.files import whole_file, write_text
 from dimo.train.checkpoints import Checkpoints
 from dimo.train.config import to_yaml
 from dimo.train.ranks import count_ranks, everywhere, raise_everywhere
@@ -23,6 +25,8 @@ from dimo.ursa.checkpoint import DTYPES, plain_state
 
 if TYPE_CHECKING:
     from dimo.train.trainer import Trainer
+
+FAILED = ".failed-rank-{}"  # what a rank other than 0 died of
 
 
 def run_training(trainer: Trainer, progress: bool = True) -> RunFolder:
@@ -35,9 +39,13 @@ def run_training(trainer: Trainer, progress: bool = True) -> RunFolder:
     c = trainer.config.experiment
     with Signals() as signals:
         run = _open(trainer)
+        checkpoints = Checkpoints(run.path / "checkpoints", c.keep_last, trainer.accelerator.process_index)
         try:
-            _train(trainer, run, signals, progress)
+            _train(trainer, run, checkpoints, signals, progress)
         except BaseException as error:  # also Ctrl-C: the folder must say how the run ended
+            if isinstance(error, Exception) and trainer.accelerator.num_processes == 1:  # of several, one may be gone
+                with contextlib.suppress(DimoError):
+                    _say_saved(run, checkpoints.finish())
             _record_end(c.output_dir, error, trainer.accelerator.process_index)
             raise
         finally:
@@ -51,16 +59,19 @@ def _open(trainer: Trainer) -> RunFolder:
     if trainer.accelerator.is_main_process:
         try:
             run = RunFolder.open(c.output_dir, to_yaml(trainer.config), c.resume, c.overwrite, hold=True)
+            for old in run.path.glob(FAILED.format("*")):
+                old.unlink()
             run.write_status(state="starting", error=None, last_lines=None)
         except (DimoError, OSError) as refused:
             error = refused
+            if run:
+                run.close()
     raise_everywhere(error)
     return run or RunFolder(c.output_dir, writes=False)
 
 
-def _train(trainer: Trainer, run: RunFolder, signals: Signals, progress: bool) -> None:
+def _train(trainer: Trainer, run: RunFolder, checkpoints: Checkpoints, signals: Signals, progress: bool) -> None:
     c, last = trainer.config.experiment, trainer.config.training.max_train_steps
-    checkpoints = Checkpoints(run.path / "checkpoints", c.keep_last, trainer.accelerator.process_index)
     first = _resume(trainer, run, checkpoints)
     run.cut_at(first)
     run.write_environment()
@@ -75,9 +86,11 @@ def _train(trainer: Trainer, run: RunFolder, signals: Signals, progress: bool) -
     )
     clock, since = time.perf_counter(), first
     for index in bar:
-        step, extra = trainer.step(index)
+        try:
+            step, extra = trainer.step(index)
+        finally:
+            _drain_events(trainer, run)
         done = index + 1
-        _drain_events(trainer, run)
         # one small reduction tells every rank of a signal to one of them, and that all files of a checkpoint lie there
         told, written = count_ranks([signals.received is not None, checkpoints.written()], trainer.device)
         if written == trainer.accelerator.num_processes:
@@ -155,26 +168,32 @@ def _drain_events(trainer: Trainer, run: RunFolder) -> None:
     trainer.events.clear()
 
 
-def _say_saved(run: RunFolder, folder) -> None:
+def _say_saved(run: RunFolder, folder: Path | None) -> None:
     if folder is not None:
         run.say(f"saved: {folder.name}")
 
 
 def _record_end(folder: str, error: BaseException, rank: int) -> None:
-    """status.json and train.log say how the run ended; of several ranks the first to fail is heard."""
+    """status.json and train.log say how the run ended; of several ranks the one to blame is heard."""
     run, stopped = RunFolder(folder), isinstance(error, KeyboardInterrupt)
     text = str(error) if isinstance(error, DimoError) else f"{type(error).__name__}: {error}"
+    trace = "" if isinstance(error, DimoError) else "".join(traceback.format_exception(error))
     try:
-        if run.status().get("state") == "failed" or (stopped and rank > 0):
-            return
-        if stopped:
+        if stopped and rank == 0:
             run.say(f"stopped: {error}")
             run.write_status(state="preempted", error=None if isinstance(error, Preempted) else text)
-            return
-        text = f"rank {rank}: {text}" if rank > 0 else text
-        trace = "" if isinstance(error, DimoError) else "".join(traceback.format_exception(error))
-        run.say(f"{trace}failed: {text}")
-        run.write_status(state="failed", error=text, last_lines=run.last_lines())
+        elif not stopped and rank > 0:
+            # a file of its own first: rank 0 may be writing the status at this moment
+            write_text(run.path / FAILED.format(rank), f"rank {rank}: {text}")
+            run.say(f"{trace}failed: rank {rank}: {text}")
+            if run.status().get("state") == "running":  # rank 0 may never come to it, waiting for this one
+                run.write_status(state="failed", error=f"rank {rank}: {text}", last_lines=run.last_lines())
+        elif not stopped:
+            others = sorted(run.path.glob(FAILED.format("*")))
+            if others and not isinstance(error, DimoError):  # a broken connection: the reason is at its other end
+                text = others[0].read_text(encoding="utf-8")
+            run.say(f"{trace}failed: {text}")
+            run.write_status(state="failed", error=text, last_lines=run.last_lines())
     except (DimoError, OSError) as also:  # the disk that stopped the run may refuse its status too
         print(f"dimo: {also}", file=sys.stderr)
 

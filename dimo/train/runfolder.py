@@ -130,7 +130,7 @@ class RunFolder:
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except FileNotFoundError:
             return False
-        except BlockingIOError:
+        except OSError:  # held; or it cannot be known, and the status is believed
             return True
         return False
 
