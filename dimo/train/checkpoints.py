@@ -92,9 +92,9 @@ class Checkpoints:
         replace_folder(partial, folder)
         sync(folder.parent)
         self._damaged.discard(folder)
-        kept = [f for f in self.all() if f not in self._damaged and what_is_wrong(f, checksums=False) is None]
+        whole = [f for f in self.all() if f not in self._damaged]  # the one just written is
         for old in self.all():
-            if old < kept[-self.keep_last :][0]:
+            if old < whole[-self.keep_last :][0]:
                 remove_folder(old)
 
     def newest(self) -> tuple[Path | None, dict[Path, str]]:
@@ -189,8 +189,8 @@ def describe(file: Path) -> dict:
         return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(handle, "sha256").hexdigest()}
 
 
-def what_is_wrong(folder: Path, checksums: bool = True) -> str | None:
-    """None for a checkpoint that is whole, else the first thing that is not; without `checksums` only sizes count."""
+def what_is_wrong(folder: Path) -> str | None:
+    """None for a checkpoint that is whole, else the first thing that is not."""
     try:
         entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         expected = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in entries.items()}
@@ -206,7 +206,7 @@ def what_is_wrong(folder: Path, checksums: bool = True) -> str | None:
         try:
             if file.stat().st_size != size:
                 return f"{name} has {file.stat().st_size} bytes, not {size}"
-            if checksums and describe(file)["sha256"] != sha256:
+            if describe(file)["sha256"] != sha256:
                 return f"{name} has another checksum than when it was written"
         except FileNotFoundError:
             return f"{name} is missing"
