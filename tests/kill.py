@@ -89,22 +89,23 @@ def wait_until(happened, within: float) -> None:
         time.sleep(0.001)
 
 
-def trains(folder: Path) -> bool:
-    return RunFolder(folder).status().get("state") == "running"
-
-
-def kill_at_random(ranks: list[int], folder: Path, seconds: float, draw: random.Random, writing: bool) -> str:
-    """Kill every rank within `seconds` of training; with `writing` as soon after that as a checkpoint is being written.
+def kill_at_random(ranks: list[int], folder: Path, steps: int, draw: random.Random, writing: bool) -> str:
+    """Kill every rank around a random step; with `writing` as soon after it as a checkpoint is being written.
 
     One in ten is killed before it trains, while it loads.
     """
-    before = RunFolder(folder).status().get("updated")
+
+    def reached() -> bool:
+        status = RunFolder(folder).status()
+        return status.get("pid") == ranks[0] and status["state"] != "starting" and status.get("step", -1) >= target
+
+    target = draw.randrange(steps - 3)
     if draw.random() < 0.9:
-        wait_until(lambda: trains(folder) and RunFolder(folder).status()["updated"] != before, 120)
-    time.sleep(draw.uniform(0, seconds))
+        wait_until(reached, 120)
+    time.sleep(draw.uniform(0, 0.1))
     if writing:
-        wait_until(lambda: any(folder.glob("checkpoints/.step-*.partial")), seconds)
-        time.sleep(draw.uniform(0, 0.02))
+        wait_until(lambda: any(folder.glob("checkpoints/.step-*.partial")), 10)
+        time.sleep(draw.uniform(0, 0.01))
     for rank in draw.sample(ranks, len(ranks)):
         os.kill(rank, signal.SIGKILL)
     codes = end(ranks)
@@ -150,18 +151,14 @@ def main() -> int:
         captions.write_text("\n".join(load_world(checkpoint_folder("shapes")).prompts), encoding="utf-8")
         for processes in args.processes:
             whole = Path(temporary, f"whole-{processes}")
-            ranks = start(whole, captions, args.steps, processes)
-            wait_until(lambda folder=whole: trains(folder), 120)
-            since = time.monotonic()
-            codes = end(ranks)
-            seconds = time.monotonic() - since
+            codes = end(start(whole, captions, args.steps, processes))
             assert codes == [0] * processes, Path(f"{whole}.0.txt").read_text()
             expected = outcome(whole)
             for point in range(args.points):
                 folder, kills = Path(temporary, f"killed-{processes}-{point}"), []
-                for share in draw.choice(([0.8], [0.8], [0.4, 0.3])):
+                for steps in draw.choice(([args.steps], [args.steps], [args.steps // 2, args.steps])):
                     ranks = start(folder, captions, args.steps, processes)
-                    kills.append(kill_at_random(ranks, folder, share * seconds, draw, writing=point % 2 == 0))
+                    kills.append(kill_at_random(ranks, folder, steps, draw, writing=point % 2 == 0))
                 codes = end(start(folder, captions, args.steps, processes))
                 if codes == [0] * processes:
                     differs = difference(expected, outcome(folder))

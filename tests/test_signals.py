@@ -102,6 +102,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
     process = start(tmp_path, inside="time.sleep(60)")
     wait_for(process, "step 0")
     process.send_signal(signal.SIGINT)
+    time.sleep(0.2)
     process.send_signal(signal.SIGINT)  # a launcher's copy of the same
     time.sleep(SAME_KEYPRESS_S + 0.2)
     assert process.poll() is None
