@@ -10,6 +10,7 @@ from pathlib import Path
 from dimo.errors import DimoError
 from dimo.sampling import Request, read_prompts, sample_to_folder
 from dimo.train.flags import RENAMED, split_flags
+from dimo.train.signals import PREEMPTED, Preempted
 from dimo.worlds import DATA, checkpoint_folder
 from dimo.worlds.teacher import TeacherRecipe, make_teacher
 
@@ -36,7 +37,7 @@ flags: every configuration key is also a flag by its last part (`--lr 5e-4` is o
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0; 2 for bad input, said in a sentence; 130 for Ctrl-C."""
+    """Exit code 0; 2 for bad input, said in a sentence; 75 for a run that was asked to stop; 130 for Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         parser, commands = _parser()
@@ -53,6 +54,9 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:  # a read-only folder, a full disk: the message names the file
         print(f"dimo: {error}", file=sys.stderr)
         return 2
+    except Preempted as stopped:
+        print(f"dimo: {stopped}", file=sys.stderr)
+        return PREEMPTED
     except KeyboardInterrupt:
         print("dimo: interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
         return 130
@@ -91,6 +95,8 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
                      help="a notebook's own parameter (or a configuration key); may be repeated")  # fmt: skip
     sub.add_argument("--only", action="append", default=[], metavar="NOTEBOOK",
                      help="only this notebook, such as 02_losses; may be repeated")  # fmt: skip
+    sub.add_argument("--from", metavar="NOTEBOOK", dest="start", help="leave out the notebooks before this one")
+    sub.add_argument("--force", action="store_true", help="execute again what was executed with the same parameters")
     overrides(sub)
 
     sub = command("evaluate", _evaluate, "score a student at one step beside its teacher, on the same noise",
@@ -155,16 +161,16 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
 
 def _train(args) -> None:
     from dimo.train.config import load_config
-    from dimo.train.trainer import Trainer
+    from dimo.train.launch import train
 
-    run = Trainer(load_config(args.config, args.overrides)).train()
+    run = train(load_config(args.config, args.overrides))
     print(f"finished: {run.path}/checkpoints/final; next: dimo evaluate {run.path}")
 
 
 def _run(args) -> None:
     from dimo.notebooks import run_notebooks
 
-    run_notebooks(args.config, args.overrides, args.parameters, only=args.only)
+    run_notebooks(args.config, args.overrides, args.parameters, args.only, args.start, args.force)
 
 
 def _evaluate(args) -> None:

@@ -6,10 +6,11 @@ import time
 from typing import TYPE_CHECKING
 
 import torch
-from tqdm import tqdm
 
 from dimo.train.config import to_yaml
+from dimo.train.progress import Progress
 from dimo.train.runfolder import RunFolder
+from dimo.train.trackers import close_trackers, open_trackers
 from dimo.ursa import sample, save_student
 from dimo.ursa.checkpoint import DTYPES, plain_state
 
@@ -45,14 +46,8 @@ def _train(trainer: Trainer, run: RunFolder, last: int, progress: bool) -> None:
     run.truncate_metrics(first)
     run.write_environment()
     run.write_status(state="running", step=first, max_steps=last)
-    bar = tqdm(
-        range(first, last),
-        initial=first,
-        total=last,
-        desc="distil",
-        unit="step",
-        disable=not (progress and run.writes),
-    )
+    open_trackers(trainer.accelerator, trainer.config, run)
+    bar = Progress(first, last, shown=progress and run.writes)
     clock, since = time.perf_counter(), first
     for index in bar:
         step, extra = trainer.step(index)
@@ -66,7 +61,8 @@ def _train(trainer: Trainer, run: RunFolder, last: int, progress: bool) -> None:
                 values["memory/peak_gb"] = torch.cuda.max_memory_allocated() / 2**30
             run.log({"step": done, **values})
             run.write_status(state="running", step=done, max_steps=last)
-            bar.set_postfix(reward=f"{values['reward/mean']:.3f}", H=f"{values['entropy/student']:.3f}", refresh=False)
+            trainer.accelerator.log(values, step=done)
+            bar.show(done, values)
             clock, since = time.perf_counter(), done
         if done % c.sample_every == 0 or done == last:
             write_samples(trainer, run, done)
@@ -75,6 +71,7 @@ def _train(trainer: Trainer, run: RunFolder, last: int, progress: bool) -> None:
             run.save_checkpoint(done, tensors, {**state, "step": done})
     write_student(trainer, run)
     run.write_status(state="finished", step=last, max_steps=last)
+    close_trackers(trainer.accelerator)
 
 
 def write_samples(trainer: Trainer, run: RunFolder, done: int) -> None:

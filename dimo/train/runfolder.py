@@ -21,6 +21,7 @@ from dimo.errors import DimoError
 
 # What may differ between the run that began a folder and the command that resumes it.
 FREE_KEYS = {f"experiment.{k}" for k in ("log_every", "save_every", "sample_every", "keep_last", "resume", "overwrite")}
+FREE_KEYS |= {"experiment.trackers", "training.num_processes", "training.engine"}
 OWN = ("config.yaml", "environment.json", "status.json", "metrics.jsonl", "report.json", "report.html")
 OWN_FOLDERS = ("checkpoints", "samples", "notebooks")
 
