@@ -66,10 +66,10 @@ def run_notebooks(
     require_trackers(settings.experiment.trackers)
     if needs_launch(settings):
         launch_command(settings)
-    overwrite = settings.experiment.overwrite
-    run = RunFolder.open(settings.experiment.output_dir, to_yaml(settings), resume=True, overwrite=overwrite)
-    if overwrite:
-        overrides.append("experiment.overwrite=false")  # once is enough
+    c = settings.experiment
+    run = RunFolder.open(c.output_dir, to_yaml(settings), c.resume, c.overwrite)
+    if c.overwrite or not c.resume:
+        overrides += ["experiment.overwrite=false", "experiment.resume=true"]  # done, or found to be no matter
     shared = {"config": config or "shapes", "overrides": overrides}
     with children_told_to_stop() as asked:
         for name, path in chosen.items():

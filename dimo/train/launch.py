@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import dataclasses
 import os
 import signal
 import subprocess
@@ -58,18 +59,19 @@ def needs_launch(config: Config) -> bool:
 def launch(config: Config, grace_s: float = GRACE_S) -> int:
     """Train in `training.num_processes` processes under `training.engine`; wait for them; leave none behind.
 
-    What they print goes to `<run>/launch.log` and to stderr. SIGTERM and SIGINT are passed on to them as SIGTERM, so that
-    they finish the step and save; after `grace_s` seconds, or at a second Ctrl-C, they are killed.
+    What they print goes to `<run>/launch.log` and to stderr. SIGTERM and SIGINT are passed on to them as SIGTERM: they
+    finish the step and save. After `grace_s` seconds, or at a second Ctrl-C, they are killed.
 
     Returns:
         0; 75 when they stopped because they were asked to; 1 for everything else, where status.json says `failed`.
 
     Raises:
-        DimoError: before anything starts: no such engine, or more processes than GPUs.
+        DimoError: before anything starts: no such engine, more processes than GPUs, or what `RunFolder.open` refuses.
     """
-    command = launch_command(config)
-    run = RunFolder(config.experiment.output_dir)
-    write_text(run.path / "launch.yaml", to_yaml(config))
+    command, c = launch_command(config), config.experiment
+    run = RunFolder.open(c.output_dir, to_yaml(config), c.resume, c.overwrite)
+    opened = dataclasses.replace(config, experiment=dataclasses.replace(c, resume=True, overwrite=False))
+    write_text(run.path / "launch.yaml", to_yaml(opened))
     asked: list[int] = []
     with open(run.path / LOG, "ab") as log, _handling(lambda number, _: asked.append(number)):
         follow = _Follower(run.path / LOG)
@@ -170,9 +172,9 @@ def _runs(process: psutil.Process) -> bool:
 
 
 def _exit_code(run: RunFolder, code: int, family: _Family, asked: bool) -> int:
-    """accelerate answers 1 whatever its workers answered; what they wrote last into status.json is the truth."""
-    if code == 0:
-        return 0
+    """`code` is one worker's; what they wrote last into status.json is the truth about the run."""
+    if code in (0, PREEMPTED):
+        return code
     status = run.status()
     ours = status.get("pid") in family.workers
     if ours and status["state"] == "preempted":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -36,7 +37,7 @@ def _watch(signum: int, parent: int, grace_s: float) -> None:
 
 
 def end_with_launcher() -> None:
-    """For a worker: SIGTERM when accelerate launch (or torchrun) is gone. A process that a person started is left alone."""
+    """For a worker: SIGTERM when accelerate launch or torchrun is gone. A process started by hand is left alone."""
     if LAUNCHER in os.environ:
         end_with_parent(signal.SIGTERM, int(os.environ[LAUNCHER]))
     elif "TORCHELASTIC_RUN_ID" in os.environ:
@@ -49,15 +50,30 @@ def adopt_orphans() -> None:
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 
-def main(arguments: list[str]) -> None:
-    """`python -m dimo.train.lifeline PARENT ...`: accelerate launch with these arguments, for as long as PARENT lives."""
+def main(arguments: list[str]) -> int:
+    """`python -m dimo.train.lifeline PARENT ...` is accelerate launch for as long as process PARENT lives.
+
+    Its exit code is that of the first worker that failed, where accelerate itself says 1 and prints its own traceback.
+    """
     end_with_parent(signal.SIGKILL, int(arguments[0]))
     os.environ[LAUNCHER] = str(os.getpid())
     from accelerate.commands.launch import main as accelerate_launch
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     sys.argv = ["accelerate launch", *arguments[1:]]
-    accelerate_launch()
+    try:
+        accelerate_launch()
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        print(f"dimo: rank {rank} (process {failure.pid}) ended with exit code {failure.exitcode}", file=sys.stderr)
+        return failure.exitcode % 256  # -9 becomes 247
+    except subprocess.CalledProcessError as error:
+        return error.returncode % 256
+    except SignalException as error:
+        return 128 + error.sigval
+    return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))
