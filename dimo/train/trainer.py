@@ -37,7 +37,8 @@ class Networks:
 class Trainer:
     """Everything a run needs, ready to step. `Trainer(config).train()` is the whole run; a notebook calls `step`."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, ursa: Ursa | None = None, prompts=None):
+        """`ursa`, `prompts`: what distill.teacher_ckpt and distill.prompt_source hold, where they are open already."""
         self.config, d = config, config.distill
         self.accelerator = Accelerator(
             mixed_precision=config.training.mixed_precision, cpu=device_of(config).type == "cpu"
@@ -48,14 +49,14 @@ class Trainer:
                 f"dimo does not train under {engine.value} yet; start it with accelerate launch --multi_gpu"
             )
         self.device = self.accelerator.device
-        self.ursa: Ursa = load_ursa(checkpoint_folder(d.teacher_ckpt), self.device, backend=config.model.backend)
+        self.ursa = ursa or load_ursa(checkpoint_folder(d.teacher_ckpt), self.device, backend=config.model.backend)
         self.path = self.ursa.path
         self.grid = self.ursa.latents_shape(d.num_frames, d.height, d.width)
         self.num_visual_tokens = math.prod(self.grid)
         if (self.ursa.folder / "world.json").exists():
             require_grid(load_world(self.ursa.folder), self.grid)
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
-        self.prompts = open_prompts(config, self.ursa, rank, world_size)
+        self.prompts = prompts or open_prompts(config, self.ursa, rank, world_size)
         self.empty_ids = self.ursa.tokenize([""], d.max_prompt_length)
         self.uncond_ids = self.ursa.tokenize([d.negative_prompt], d.max_prompt_length)
 

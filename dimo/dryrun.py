@@ -1,0 +1,191 @@
+"""One whole training step of the real shapes on the real number of ranks, without weights, GPUs or other processes.
+
+Tensors are fake: they have a shape, a dtype and a size in bytes, and no values. The process group is fake, too, and
+answers every collective at once. A configuration really goes through `Trainer.step`, and what is counted is what that
+code allocates. Not seen are: values (every number that is read back is 1), speed, the workspaces of GPU kernels, a
+fragmented allocator, NCCL's buffers, and whether all ranks call their collectives in the same order.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import os
+import types
+import weakref
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState, GradientState
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dimo.errors import DimoError, nearest
+from dimo.train.config import Config
+from dimo.train.prompts import WorldPrompts
+from dimo.ursa import MetricPath, Ursa, UrsaConfig, UrsaTransformer, chunks
+from dimo.ursa.checkpoint import read_config, vae_strides
+from dimo.worlds import checkpoint_folder
+
+SIZES = {  # of URSA's releases: Qwen3's
+    "0.6B": UrsaConfig(hidden_size=1024, intermediate_size=3072),
+    "1.7B": UrsaConfig(),
+}
+
+
+@dataclasses.dataclass
+class DryRun:
+    """What one process holds and does, bytes: `weights` by network; `kept` of optimizers and all else between steps;
+    `gradients` of the larger trained network; `peak` of a step beyond what is kept; `collectives` by name.
+    """
+
+    weights: dict[str, int]
+    trained: dict[str, int]
+    kept: int
+    gradients: int
+    peak: int
+    collectives: dict[str, int]
+    num_visual_tokens: int
+
+
+def empty_ursa(size: str | None, teacher_ckpt: str, device: str | torch.device = "cpu") -> Ursa:
+    """The networks and path of a release by its size, or of a folder by its config.json; weights are random or fake.
+
+    Raises:
+        DimoError: no such size or folder.
+    """
+    if size is not None and size not in SIZES:
+        raise DimoError(f"--size must be one of {', '.join(SIZES)}, got {size!r}{nearest(size, SIZES)}")
+    folder, strides = Path(f"URSA-{size}"), (4, 8)
+    config = SIZES.get(size)
+    if config is None:
+        folder = checkpoint_folder(teacher_ckpt)
+        config, strides = read_config(folder / "transformer"), vae_strides(folder)
+    with torch.device(device):
+        transformer, codebook = UrsaTransformer(config), torch.rand(config.codebook_size, 6)
+
+    def tokenizer(prompts, max_length, **_):
+        return types.SimpleNamespace(input_ids=torch.ones(len(prompts), max_length, dtype=torch.long))
+
+    path = MetricPath(codebook, 1.0, 5.0)
+    return Ursa(transformer, path, tokenizer, None, 1.0, folder, "a dry run decodes nothing", strides)
+
+
+def dry_run(config: Config, size: str | None = None, num_processes: int = 1) -> DryRun:
+    """Two steps of rank 0 of `num_processes`; the second is counted, when optimizers have their moments.
+
+    Raises:
+        DimoError: what the configuration's own checks refuse; no such size or folder; a process group that is in use.
+    """
+    from dimo.train.trainer import Trainer
+
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, device="cpu", backend="native"))
+    with _fake_processes(num_processes), _chunks_as_on_a_gpu(), _Fake(), _Meter() as meter:
+        ursa = empty_ursa(size, config.distill.teacher_ckpt)
+        prompts = WorldPrompts(["a red ball"], ursa, config.distill.max_prompt_length)
+        trainer = Trainer(config, ursa, prompts)
+        trainer.step(0)
+        before = meter.bytes
+        meter.peak, meter.collectives = before, collections.Counter()
+        trainer.step(1)
+        networks = vars(trainer.networks)
+        weights = {name: _bytes(net.parameters()) for name, net in networks.items()}
+        trained = {name: _bytes(p for p in net.parameters() if p.requires_grad) for name, net in networks.items()}
+        return DryRun(
+            weights, {name: n for name, n in trained.items() if n}, before - sum(weights.values()),
+            max(trained.values()), meter.peak - before, dict(meter.collectives), trainer.num_visual_tokens,
+        )  # fmt: skip
+
+
+def _bytes(tensors) -> int:
+    return sum({id(t): t.numel() * t.element_size() for t in tensors}.values())
+
+
+@contextlib.contextmanager
+def _chunks_as_on_a_gpu():
+    before = dict(chunks.ENTRIES)
+    chunks.ENTRIES["cpu"] = chunks.ENTRIES["cuda"]
+    try:
+        yield
+    finally:
+        chunks.ENTRIES.update(before)
+
+
+class _Fake(FakeTensorMode):
+    def __deepcopy__(self, memo) -> _Fake:
+        return self  # a copied network's tensors stay in the same mode
+
+
+class _Meter(TorchDispatchMode):
+    """Counts the bytes of living storages and of collectives, and answers what Python asks of fake values."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = self.peak = 0
+        self.collectives: collections.Counter[str] = collections.Counter()
+        self.known = weakref.WeakSet()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name, kwargs = function.overloadpacket._qualified_op_name, kwargs or {}
+        if kwargs.get("device") == torch.device("cpu", 0):  # accelerate's name of it; fake tensors take it for another
+            kwargs = kwargs | {"device": torch.device("cpu")}
+        if name == "aten::_local_scalar_dense":  # .item(), bool(), .tolist(): a value that passes every check
+            return _one(args[0].dtype)
+        if name == "aten::nonzero":  # as many rows as there can be
+            result = args[0].new_empty((args[0].numel(), args[0].dim()), dtype=torch.long)
+        else:
+            result = function(*args, **kwargs)
+        if name.startswith(("c10d::", "_c10d_functional::")):
+            moved = sum(t.numel() * t.element_size() for t in tree_leaves(args) if isinstance(t, torch.Tensor))
+            self.collectives[name.split("::")[1].strip("_")] += moved
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if storage in self.known:
+            return
+        self.known.add(storage)
+        size = storage.nbytes()
+        self.bytes += size
+        self.peak = max(self.peak, self.bytes)
+        weakref.finalize(storage, self._gone, size).atexit = False
+
+    def _gone(self, size: int) -> None:
+        self.bytes -= size
+
+
+def _one(dtype: torch.dtype) -> bool | int | float:
+    return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
+
+
+@contextlib.contextmanager
+def _fake_processes(number: int):
+    """accelerate sees rank 0 of so many processes; every collective returns at once."""
+    if dist.is_initialized():
+        raise DimoError("a dry run needs a process of its own: a process group is in use here")
+    variables = {"RANK": "0", "WORLD_SIZE": str(number), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": str(number)}
+    before = {name: os.environ.get(name) for name in variables}
+    _forget_accelerate()
+    if number > 1:
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+
+        os.environ |= variables
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=number)
+    try:
+        yield
+    finally:
+        if number > 1:
+            dist.destroy_process_group()
+        for name, value in before.items():
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+        _forget_accelerate()
+
+
+def _forget_accelerate() -> None:
+    GradientState._reset_state()
+    AcceleratorState._reset_state(reset_partial_state=True)
