@@ -57,8 +57,9 @@ def run_notebooks(
         Preempted: it was asked to stop; the same command continues.
     """
     papermill, _ = _require_jupyter()
-    chosen = _choose({p.stem: p for p in sorted(notebook_folder().glob("0?_*.ipynb"))}, only, start)
-    known = {name: papermill.inspect_notebook(str(path)) for name, path in chosen.items()}
+    sources = {p.stem: p for p in sorted(notebook_folder().glob("0?_*.ipynb"))}
+    chosen = _choose(sources, only, start)
+    known = {name: papermill.inspect_notebook(str(path)) for name, path in sources.items()}
     overrides = list(overrides)
     extra = _parse_parameters(parameters, overrides, {k: v for own in known.values() for k, v in own.items()})
     settings = load_config(config, overrides)

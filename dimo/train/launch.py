@@ -26,6 +26,7 @@ from dimo.train.config import PRESETS, Config, device_of, to_yaml
 from dimo.train.lifeline import GRACE_S, adopt_orphans
 from dimo.train.runfolder import RunFolder, write_text
 from dimo.train.signals import PREEMPTED, Preempted
+from dimo.train.trackers import require_trackers
 
 LOG = "launch.log"
 
@@ -37,6 +38,7 @@ def train(config: Config) -> RunFolder:
         Preempted: it was asked to stop, and has saved.
         DimoError: bad input, or training failed; the run folder tells more.
     """
+    require_trackers(config.experiment.trackers)
     if not needs_launch(config):
         from dimo.train.trainer import Trainer
 
