@@ -69,8 +69,8 @@ def gpu_memory(memory_gib: float | None) -> float:
 def parts_of(run: DryRun, engine: str, num_processes: int) -> dict[str, int]:
     """Bytes per GPU by part. What ddp keeps is counted; what the others shard is that, divided.
 
-    fsdp2 shards trained weights, their average, gradients and moments. deepspeed_zero2 keeps bf16 weights whole and
-    shards float32 weights, gradients and moments.
+    fsdp2 cuts trained weights, their average, gradients and moments. deepspeed_zero2 keeps weights whole, and cuts a
+    second copy of those that are trained, gradients and moments.
     """
     n, activations = max(1, num_processes), max(0, run.peak - run.gradients)
     weights, kept, gradients = dict(run.weights), run.kept, run.gradients
@@ -79,9 +79,7 @@ def parts_of(run: DryRun, engine: str, num_processes: int) -> dict[str, int]:
         weights = {name: size // n if name in shards else size for name, size in weights.items()}
         kept, gradients = kept // n, gradients // n
     elif engine == "deepspeed_zero2":
-        kept = (kept + sum(run.trained.values())) // n
-        weights = {name: size - run.trained.get(name, 0) // 2 for name, size in weights.items()}
-        gradients = gradients // 2 // n
+        kept, gradients = (kept + sum(run.trained.values())) // n, gradients // n
     parts = {f"weights of the {NETWORKS.get(name, name)}": size for name, size in weights.items()}
     return parts | {"optimizers": kept, "gradients": gradients, "activations and logits": activations}
 

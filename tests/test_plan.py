@@ -78,8 +78,9 @@ def test_what_engines_shard():
     assert ddp["weights of the student"] == run.weights["student"] and ddp["optimizers"] == run.kept
     assert sum(ddp.values()) == sum(run.weights.values()) + run.kept + run.peak
     trained = sum(run.trained.values())
-    assert zero["optimizers"] == (run.kept + trained) // 8  # with the float32 weights
-    assert zero["weights of the auxiliary"] == run.weights["aux"] // 2
+    assert zero["optimizers"] == (run.kept + trained) // 8  # with a second copy of the weights
+    assert zero["weights of the auxiliary"] == run.weights["aux"]
+    assert zero["gradients"] == fsdp["gradients"] == run.gradients // 8
     assert fsdp["weights of the student"] == run.weights["student"] // 8
     assert fsdp["weights of the teacher"] == run.weights["teacher"]
     for parts in (zero, fsdp):

@@ -106,7 +106,7 @@ def launch_command(config: Config) -> list[str]:
             "each are there; one process a GPU"
         )
     words = ["--config_file", str(file), "--num_processes", str(processes)]
-    words += ["--mixed_precision", t.mixed_precision]
+    words += ["--mixed_precision", "no"]  # the trainer sees to it itself
     if machines == 1 and "main_process_port" not in given:
         words += ["--main_process_port", "0"]  # any free one, so that two runs share a machine
     resolved = Path(config.experiment.output_dir) / "launch.yaml"
