@@ -15,11 +15,13 @@ import os
 import types
 import weakref
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -83,7 +85,7 @@ def dry_run(config: Config, size: str | None = None, num_processes: int = 1) -> 
     from dimo.train.trainer import Trainer
 
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, device="cpu", backend="native"))
-    with _fake_processes(num_processes), _chunks_as_on_a_gpu(), _Fake(), _Meter() as meter:
+    with _fake_processes(num_processes, config.training.engine), _as_on_a_gpu(), _Fake(), _Meter() as meter:
         ursa = empty_ursa(size, config.distill.teacher_ckpt)
         prompts = WorldPrompts(["a red ball"], ursa, config.distill.max_prompt_length)
         trainer = Trainer(config, ursa, prompts)
@@ -101,17 +103,32 @@ def dry_run(config: Config, size: str | None = None, num_processes: int = 1) -> 
 
 
 def _bytes(tensors) -> int:
-    return sum({id(t): t.numel() * t.element_size() for t in tensors}.values())
+    own = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+    return sum(t.numel() * t.element_size() for t in own)
+
+
+def _gather_object(values: list, value, group=None) -> None:
+    values[:] = [value] * len(values)  # every rank has what this one has
+
+
+def _apply(module: torch.nn.Module, function, recurse: bool = True) -> torch.nn.Module:
+    """`Module._apply`, which moves and casts networks; the original cannot swap the contents of fake tensors."""
+    for part in module.modules():
+        for name, p in part._parameters.items():
+            if p is not None:
+                part._parameters[name] = torch.nn.Parameter(function(p), p.requires_grad)
+    return module
 
 
 @contextlib.contextmanager
-def _chunks_as_on_a_gpu():
-    before = dict(chunks.ENTRIES)
-    chunks.ENTRIES["cpu"] = chunks.ENTRIES["cuda"]
-    try:
+def _as_on_a_gpu():
+    """What of torch and dimo looks at values, or at the device, in a way that fake tensors cannot serve."""
+    with (
+        mock.patch.object(torch.nn.Module, "_apply", _apply),
+        mock.patch.object(dist, "all_gather_object", _gather_object),
+        mock.patch.dict(chunks.ENTRIES, cpu=chunks.ENTRIES["cuda"]),
+    ):
         yield
-    finally:
-        chunks.ENTRIES.update(before)
 
 
 class _Fake(FakeTensorMode):
@@ -164,11 +181,13 @@ def _one(dtype: torch.dtype) -> bool | int | float:
 
 
 @contextlib.contextmanager
-def _fake_processes(number: int):
+def _fake_processes(number: int, engine: str):
     """accelerate sees rank 0 of so many processes; every collective returns at once."""
     if dist.is_initialized():
         raise DimoError("a dry run needs a process of its own: a process group is in use here")
     variables = {"RANK": "0", "WORLD_SIZE": str(number), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": str(number)}
+    if engine == "fsdp2":
+        variables |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     before = {name: os.environ.get(name) for name in variables}
     _forget_accelerate()
     if number > 1:
