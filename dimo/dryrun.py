@@ -21,8 +21,9 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from dimo.errors import DimoError, nearest
@@ -85,7 +86,8 @@ def dry_run(config: Config, size: str | None = None, num_processes: int = 1) -> 
     from dimo.train.trainer import Trainer
 
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, device="cpu", backend="native"))
-    with _fake_processes(num_processes, config.training.engine), _as_on_a_gpu(), _Fake(), _Meter() as meter:
+    processes, meter = _fake_processes(num_processes, config.training.engine), _Meter()
+    with processes, _as_on_a_gpu(), _Fake(), meter.with_resizing():
         ursa = empty_ursa(size, config.distill.teacher_ckpt)
         prompts = WorldPrompts(["a red ball"], ursa, config.distill.max_prompt_length)
         trainer = Trainer(config, ursa, prompts)
@@ -103,12 +105,21 @@ def dry_run(config: Config, size: str | None = None, num_processes: int = 1) -> 
 
 
 def _bytes(tensors) -> int:
-    own = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
-    return sum(t.numel() * t.element_size() for t in own)
+    return sum(_own(t).numel() * t.element_size() for t in tensors)
+
+
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's piece of a tensor that is cut."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 def _gather_object(values: list, value, group=None) -> None:
     values[:] = [value] * len(values)  # every rank has what this one has
+
+
+def _real_mesh(*arguments, **options):
+    with _disable_current_modes():  # it reads its own ranks back
+        return init_device_mesh(*arguments, **options)
 
 
 def _apply(module: torch.nn.Module, function, recurse: bool = True) -> torch.nn.Module:
@@ -126,6 +137,7 @@ def _as_on_a_gpu():
     with (
         mock.patch.object(torch.nn.Module, "_apply", _apply),
         mock.patch.object(dist, "all_gather_object", _gather_object),
+        mock.patch.object(dist, "init_device_mesh", _real_mesh),
         mock.patch.dict(chunks.ENTRIES, cpu=chunks.ENTRIES["cuda"]),
     ):
         yield
@@ -143,37 +155,57 @@ class _Meter(TorchDispatchMode):
         super().__init__()
         self.bytes = self.peak = 0
         self.collectives: collections.Counter[str] = collections.Counter()
-        self.known = weakref.WeakSet()
+        self.known: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # storage: [bytes]
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name, kwargs = function.overloadpacket._qualified_op_name, kwargs or {}
         if kwargs.get("device") == torch.device("cpu", 0):  # accelerate's name of it; fake tensors take it for another
             kwargs = kwargs | {"device": torch.device("cpu")}
         if name == "aten::_local_scalar_dense":  # .item(), bool(), .tolist(): a value that passes every check
-            return _one(args[0].dtype)
+            known = getattr(args[0], "constant", None)
+            with _disable_current_modes():
+                return _one(args[0].dtype) if known is None else known.item()
         if name == "aten::nonzero":  # as many rows as there can be
             result = args[0].new_empty((args[0].numel(), args[0].dim()), dtype=torch.long)
         else:
+            constants = [getattr(t, "constant", None) for t in tree_leaves(args) if isinstance(t, torch.Tensor)]
             result = function(*args, **kwargs)
         if name.startswith(("c10d::", "_c10d_functional::")):
-            moved = sum(t.numel() * t.element_size() for t in tree_leaves(args) if isinstance(t, torch.Tensor))
+            sent = [t for t in tree_leaves(args) if isinstance(t, torch.Tensor)]
+            moved = sum(t.numel() * t.element_size() for t in sent)
+            for tensor, known in zip(sent, constants):
+                tensor.constant = known  # a flag that is down here is down on every rank
             self.collectives[name.split("::")[1].strip("_")] += moved
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
-                self._count(tensor.untyped_storage())
+                self._count(_own(tensor).untyped_storage())
         return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:
-        if storage in self.known:
-            return
-        self.known.add(storage)
-        size = storage.nbytes()
-        self.bytes += size
-        self.peak = max(self.peak, self.bytes)
-        weakref.finalize(storage, self._gone, size).atexit = False
+        held = self.known.get(storage)
+        if held is None:
+            held = self.known[storage] = [0]
+            weakref.finalize(storage, self._set, held, 0).atexit = False
+        self._set(held, storage.nbytes())
 
-    def _gone(self, size: int) -> None:
-        self.bytes -= size
+    def _set(self, held: list[int], size: int) -> None:
+        self.bytes += size - held[0]
+        held[0] = size
+        self.peak = max(self.peak, self.bytes)
+
+    @contextlib.contextmanager
+    def with_resizing(self):
+        """FSDP2 gives memory back by resizing storages, which no dispatched operation shows."""
+        resize = torch.UntypedStorage.resize_
+
+        def resized(storage, size):
+            result = resize(storage, size)
+            if storage in self.known:
+                self._set(self.known[storage], storage.nbytes())
+            return result
+
+        with self, mock.patch.object(torch.UntypedStorage, "resize_", resized):
+            yield
 
 
 def _one(dtype: torch.dtype) -> bool | int | float:
