@@ -23,6 +23,7 @@ examples:
                                           memory per GPU and time, before anything starts
   dimo evaluate runs/shapes               score a run's student beside its teacher
   dimo evaluate                           score the student that ships with dimo
+  dimo runs                               every run under runs/, with state, steps, speed and age
   dimo inspect FOLDER                     what a checkpoint folder holds, and what is missing
   dimo sample --teacher_ckpt shapes --prompt "blue bar moving up" --steps 25
   dimo config                             every key, its default and what it means
@@ -149,6 +150,11 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         kind = {"int": int, "float": float}.get(field.type.split(" ")[0], str)
         sub.add_argument(f"--{field.name}", type=kind, default=field.default, help=field.metadata["help"])
 
+    sub = command("runs", _runs, "the runs of a folder: state, steps, speed, age",
+                  "One line per run; `dead` is one whose status says running and that no process works on.",
+                  configurable=False)  # fmt: skip
+    sub.add_argument("folder", nargs="?", default="runs", help="default: %(default)s")
+
     sub = command("config", _config, "every configuration key, or a preset resolved")
     sub.add_argument("--presets", action="store_true", help="list the presets")
     overrides(sub)
@@ -229,6 +235,12 @@ def _sample(args) -> None:
     request = Request(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Request)})
     for file in sample_to_folder(request, prompts, args.out_dir):
         print(f"written: {file}, {file.with_suffix('.json').name}")
+
+
+def _runs(args) -> None:
+    from dimo.train.runs import format_runs, list_runs
+
+    print(format_runs(list_runs(args.folder)))
 
 
 def _config(args) -> None:

@@ -169,7 +169,7 @@ def config_keys() -> dict[str, dataclasses.Field]:
 
 def describe() -> str:
     """A table of every key, its default and what it means."""
-    rows = [(k, str(_default(f)), f.metadata["help"]) for k, f in config_keys().items()]
+    rows = [(k, str(default_of(f)), f.metadata["help"]) for k, f in config_keys().items()]
     wide = [max(len(r[i]) for r in rows) for i in (0, 1)]
     return "\n".join(f"{k:{wide[0]}}  {v:{wide[1]}}  {h}" for k, v, h in rows)
 
@@ -293,7 +293,8 @@ def device_of(config: Config) -> torch.device:
     return torch.device(config.model.device)
 
 
-def _default(field: dataclasses.Field) -> Any:
+def default_of(field: dataclasses.Field) -> Any:
+    """What the key is when nobody sets it."""
     return field.default if field.default is not dataclasses.MISSING else field.default_factory()
 
 

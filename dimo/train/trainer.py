@@ -76,6 +76,7 @@ class Trainer:
         self.beta = beta_of(d.divergence)
         self.generator = torch.Generator(self.device)
         self.lambda_ent = d.lambda_ent
+        self.events: list[dict] = []  # {"step", "event", ...}; the loop writes them down
 
     def step(self, index: int) -> tuple[Step, dict[str, float]]:
         """One training step, the nine stages in order; returns all they produced and the metrics that cost nothing."""
@@ -177,25 +178,28 @@ class Trainer:
         return {name: net.state_dict() for name, net in networks.items()}, {
             "student_optimizers": [optimizer.state_dict() for optimizer in self.student_optimizers],
             "aux_optimizers": [optimizer.state_dict() for optimizer in self.aux_optimizers],
-            "prompts": self.prompts.state_dict(),
-            "x_init": self.x_init.state_dict(),
             "entropy_bonus": self.entropy_bonus.state_dict(),
-            "baseline": self.baseline.state_dict() if self.baseline else None,
         }
 
-    def load_state(self, tensors: dict, state: dict) -> None:
+    def rank_state(self) -> dict:
+        """What is this rank's own; the baseline is, for it follows the rewards of this rank's samples."""
+        baseline = self.baseline.state_dict() if self.baseline else None
+        return {"prompts": self.prompts.state_dict(), "x_init": self.x_init.state_dict(), "baseline": baseline}
+
+    def load_state(self, tensors: dict, state: dict, rank_state: dict | None) -> None:
         n = self.networks
         for name, net in (("student", n.student), ("aux", n.aux), ("ema", n.ema)):
             net.load_state_dict(tensors[name])
         for name in ("student_optimizers", "aux_optimizers"):
             for optimizer, saved in zip(getattr(self, name), state[name], strict=True):
                 optimizer.load_state_dict(saved)
-        self.prompts.load_state_dict(state["prompts"])
-        memory = {k: None if v is None else v.to(self.device) for k, v in state["x_init"].items()}
-        self.x_init.load_state_dict(memory)
+        if rank_state is not None:
+            self.prompts.load_state_dict(rank_state["prompts"])
+            memory = {k: None if v is None else v.to(self.device) for k, v in rank_state["x_init"].items()}
+            self.x_init.load_state_dict(memory)
+            if self.baseline:
+                self.baseline.load_state_dict(rank_state["baseline"])
         self.entropy_bonus.load_state_dict(state["entropy_bonus"])
-        if self.baseline:
-            self.baseline.load_state_dict(state["baseline"])
 
     def train(self, progress: bool = True) -> RunFolder:
         """Run to max_train_steps, resuming from the folder's newest checkpoint, and write checkpoints/final."""
