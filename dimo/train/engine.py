@@ -202,7 +202,7 @@ class Zero2Learner(Learner):
 
     def discard(self) -> None:
         self.zero.zero_grad()
-        for group in self.zero.averaged_gradients:
+        for group in range(len(self.zero.bit16_groups)):
             self.zero.averaged_gradients[group] = None
             self.zero.all_grad_tensors[group] = None
 
@@ -224,11 +224,12 @@ class Zero2Learner(Learner):
         self.zero.refresh_fp32_params()
         if not state:
             return
-        step = next(iter(state.values()))["step"]
+        held, step = self.optimizers[0].state, next(iter(state.values()))["step"]
         for p in self._flat():
-            zeros = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
-            self.optimizers[0].state[p] = {"step": step.to(p.device), **zeros}
-        self.zero._lazy_init_hp_params_optimizer_state()
+            if p not in held:
+                held[p] = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
+            held[p]["step"] = step.to(p.device, copy=True)
+        self.zero._lazy_init_hp_params_optimizer_state()  # parameters learn where their moments lie
         for name, p in self.model.named_parameters():
             for key in ("exp_avg", "exp_avg_sq"):
                 safe_set_full_optimizer_state(p, state[name][key].to(p.device), key)
