@@ -141,6 +141,8 @@ class Training:
     mixed_precision: str = _key("no", "no or bf16")
     num_processes: int = _key(1, "processes that train together, one a GPU, on all machines")
     engine: str = _key("ddp", "of several processes: ddp, fsdp2, deepspeed_zero2, or an accelerate YAML file")
+    gradient_accumulation_steps: int = _key(1, "parts of batch_size_per_gpu samples that make one step")
+    max_bad_steps: int = _key(5, "steps in a row that may be skipped for NaN or infinity before the run stops")
 
 
 @dataclasses.dataclass
@@ -255,6 +257,7 @@ def validate(config: Config) -> None:
     at_least_one = ["experiment.log_every", "experiment.save_every", "experiment.sample_every", "experiment.keep_last"]
     at_least_one += ["distill.aux_steps", "distill.batch_size_per_gpu"]
     at_least_one += ["distill.shuffle_buffer"]
+    at_least_one += ["training.gradient_accumulation_steps", "training.max_bad_steps"]
     at_least_one += ["training.max_train_steps", "evaluation.videos_per_prompt", "evaluation.batch_size"]
     at_least_one += ["training.num_processes"]
     for tracker in flat["experiment.trackers"]:

@@ -212,13 +212,13 @@ def write_samples(trainer: Trainer, run: RunFolder, done: int) -> None:
 
 def write_student(trainer: Trainer, run: RunFolder) -> None:
     """checkpoints/final: student.pt (plain state dict) and student/ (config.json + safetensors), EMA weights."""
-    tensors, _ = trainer.state()  # by every rank: it may gather
+    weights = trainer.engine.whole_state(trainer.networks.ema)  # gathered by all ranks
     if not run.writes:
         return
     final, dtype = run.path / "checkpoints" / "final", DTYPES[trainer.config.experiment.student_dtype]
     try:
-        save_student(final / "student", trainer.networks.ema, state=tensors["ema"], dtype=dtype)
+        save_student(final / "student", trainer.networks.ema, state=weights, dtype=dtype)
         with whole_file(final / "student.pt") as beside:
-            torch.save(plain_state(tensors["ema"], dtype), beside)
+            torch.save(plain_state(weights, dtype), beside)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise DimoError(f"{final} could not be written: {error}; the last checkpoint stays") from error
