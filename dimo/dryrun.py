@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 from dimo.errors import DimoError, nearest
 from dimo.train.config import Config
+from dimo.train.launch import engine_kind
 from dimo.train.prompts import WorldPrompts
 from dimo.ursa import MetricPath, Ursa, UrsaConfig, UrsaTransformer, chunks
 from dimo.ursa.checkpoint import read_config, vae_strides
@@ -41,8 +42,10 @@ SIZES = {  # of URSA's releases: Qwen3's
 
 @dataclasses.dataclass
 class DryRun:
-    """What one process holds and does, bytes: `weights` by network; `kept` of optimizers and all else between steps;
-    `gradients` of the larger trained network; `peak` of a step beyond what is kept; `collectives` by name.
+    """What rank 0 holds and sends, in bytes.
+
+    `weights` by network, and those that are `trained`; `kept` between steps by optimizers and all else; `gradients` of the
+    larger trained network; `peak` of a step, beyond what is kept; `collectives` by name, of a step.
     """
 
     weights: dict[str, int]
@@ -80,13 +83,15 @@ def empty_ursa(size: str | None, teacher_ckpt: str, device: str | torch.device =
 def dry_run(config: Config, size: str | None = None, num_processes: int = 1) -> DryRun:
     """Two steps of rank 0 of `num_processes`; the second is counted, when optimizers have their moments.
 
+    Under fsdp2 everything is really cut. DeepSpeed does not go through: deepspeed_zero2 is counted as ddp.
+
     Raises:
         DimoError: what the configuration's own checks refuse; no such size or folder; a process group that is in use.
     """
     from dimo.train.trainer import Trainer
 
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, device="cpu", backend="native"))
-    processes, meter = _fake_processes(num_processes, config.training.engine), _Meter()
+    processes, meter = _fake_processes(num_processes, engine_kind(config.training.engine)), _Meter()
     with processes, _as_on_a_gpu(), _Fake(), meter.with_resizing():
         ursa = empty_ursa(size, config.distill.teacher_ckpt)
         prompts = WorldPrompts(["a red ball"], ursa, config.distill.max_prompt_length)

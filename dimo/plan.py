@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 
@@ -13,6 +15,7 @@ import torch
 from dimo.dryrun import DryRun, dry_run, empty_ursa
 from dimo.errors import DimoError
 from dimo.train.config import Config, config_keys, load_config, to_flat
+from dimo.train.launch import engine_kind
 
 GIB = 2**30
 NETWORKS = {"teacher": "teacher", "student": "student", "aux": "auxiliary", "ema": "moving average"}
@@ -48,8 +51,7 @@ def make_plan(config: Config, size: str | None = None, memory_gib: float | None 
     Raises:
         DimoError: as `dry_run` does.
     """
-    run = dry_run(config, size, config.training.num_processes)
-    plan = Plan(config, run, parts_of(run, config.training.engine, config.training.num_processes))
+    plan = _go_through(config, size)
     if not probe or not torch.cuda.is_available():
         plan.no_probe = "no GPU here" if probe else "not asked for"
     elif plan.total > gpu_memory(memory_gib):
@@ -59,6 +61,11 @@ def make_plan(config: Config, size: str | None = None, memory_gib: float | None 
     return plan
 
 
+def _go_through(config: Config, size: str | None) -> Plan:
+    run, n = dry_run(config, size, config.training.num_processes), config.training.num_processes
+    return Plan(config, run, parts_of(run, engine_kind(config.training.engine), n))
+
+
 def gpu_memory(memory_gib: float | None) -> float:
     """Bytes of one GPU."""
     if memory_gib is not None:
@@ -66,21 +73,16 @@ def gpu_memory(memory_gib: float | None) -> float:
     return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 80 * GIB
 
 
-def parts_of(run: DryRun, engine: str, num_processes: int) -> dict[str, int]:
-    """Bytes per GPU by part. What ddp keeps is counted; what the others shard is that, divided.
+def parts_of(run: DryRun, kind: str, num_processes: int) -> dict[str, int]:
+    """Bytes per GPU by part, as counted; for deepspeed_zero2 from a run that went through as ddp.
 
-    fsdp2 cuts trained weights, their average, gradients and moments. deepspeed_zero2 keeps weights whole, and cuts a
-    second copy of those that are trained, gradients and moments.
+    ZeRO-2 keeps weights whole and cuts a second copy of those that are trained, gradients and moments.
     """
     n, activations = max(1, num_processes), max(0, run.peak - run.gradients)
-    weights, kept, gradients = dict(run.weights), run.kept, run.gradients
-    if engine == "fsdp2":
-        shards = {name for name in weights if name in run.trained or name == "ema"}
-        weights = {name: size // n if name in shards else size for name, size in weights.items()}
-        kept, gradients = kept // n, gradients // n
-    elif engine == "deepspeed_zero2":
+    kept, gradients = run.kept, run.gradients
+    if kind == "deepspeed_zero2":
         kept, gradients = (kept + sum(run.trained.values())) // n, gradients // n
-    parts = {f"weights of the {NETWORKS.get(name, name)}": size for name, size in weights.items()}
+    parts = {f"weights of the {NETWORKS.get(name, name)}": size for name, size in run.weights.items()}
     return parts | {"optimizers": kept, "gradients": gradients, "activations and logits": activations}
 
 
@@ -109,7 +111,7 @@ def _probe(config: Config, size: str | None) -> tuple[float | None, int | None, 
 
 def alternatives(plan: Plan, size: str | None, preset: str | None, overrides: Sequence[str]) -> dict[str, int]:
     """{what could be changed: bytes per GPU then}, each a configuration that was gone through."""
-    found, n, d = {}, plan.config.training.num_processes, plan.config.distill
+    n, d = plan.config.training.num_processes, plan.config.distill
     flat, sparing = to_flat(plan.config), []
     if flat["training.mixed_precision"] == "no":
         sparing.append("training.mixed_precision=bf16")
@@ -119,15 +121,16 @@ def alternatives(plan: Plan, size: str | None, preset: str | None, overrides: Se
         more = f" training.gradient_accumulation_steps={2 * flat.get('training.gradient_accumulation_steps', 1)}"
         known = "training.gradient_accumulation_steps" in config_keys()
         sparing.append(f"distill.batch_size_per_gpu={d.batch_size_per_gpu // 2}{more if known else ''}")
-    engines = ["deepspeed_zero2", "fsdp2"] if n > 1 and plan.config.training.engine == "ddp" else []
-    runs = {"": plan.run}
-    for change in [*sparing, " ".join(sparing)] if len(sparing) > 1 else sparing:
-        runs[change] = dry_run(load_config(preset, [*overrides, *change.split()]), size, n)
-    for change, run in runs.items():
-        for engine in [plan.config.training.engine, *engines]:
-            other = f"training.engine={engine}" if engine != plan.config.training.engine else ""
-            found[f"{change} {other}".strip()] = sum(parts_of(run, engine, n).values())
-    found.pop("", None)
+    changes = [[change] for change in sparing] + ([sparing] if len(sparing) > 1 else [])
+    if n > 1 and engine_kind(plan.config.training.engine) == "ddp":
+        engines = [f"training.engine={engine}" for engine in ("deepspeed_zero2", "fsdp2")]
+        changes += [[*some, engine] for engine in engines for some in ([], sparing)[: 1 + bool(sparing)]]
+    found = {}
+    for change in changes:
+        print(f"dimo: trying {' '.join(change)}", file=sys.stderr)
+        with contextlib.suppress(DimoError):  # an engine that does not serve this optimizer
+            words = [word for some in change for word in some.split()]
+            found[" ".join(change)] = _go_through(load_config(preset, [*overrides, *words]), size).total
     return found
 
 
@@ -196,9 +199,9 @@ def plan_report(
         preset = "distill_dimo"
     config = load_config(preset, overrides)
     if only_dry_run:
-        run = dry_run(config, size, config.training.num_processes)
-        plan = Plan(config, run, parts_of(run, config.training.engine, config.training.num_processes))
-        went = f"one step went through on rank 0 of {config.training.num_processes}; {run.num_visual_tokens:,} tokens"
+        plan = _go_through(config, size)
+        tokens = plan.run.num_visual_tokens
+        went = f"one step went through on rank 0 of {config.training.num_processes}; {tokens:,} tokens a video"
         return "\n".join([went, f"peak: {plan.total / GIB:.2f} GiB", *_collectives(plan), UNSEEN])
     plan, memory = make_plan(config, size, memory_gib), gpu_memory(memory_gib)
     text = format_plan(plan, f"URSA-{size}" if size else str(config.distill.teacher_ckpt), memory)

@@ -124,6 +124,12 @@ def engine_file(engine: str) -> Path:
     return file
 
 
+def engine_kind(engine: str) -> str:
+    """ddp, fsdp2 or deepspeed_zero2: what a preset, or a person's own file, asks for."""
+    asked = (yaml.safe_load(engine_file(engine).read_text()) or {}).get("distributed_type", "")
+    return {"FSDP": "fsdp2", "DEEPSPEED": "deepspeed_zero2"}.get(asked, "ddp")
+
+
 class _Follower:
     """Copies to stderr what has been added to a file since the last call."""
 

@@ -16,10 +16,10 @@ from dimo.errors import DimoError
 from dimo.files import whole_file, write_text
 from dimo.train.checkpoints import Checkpoints
 from dimo.train.config import to_yaml
+from dimo.train.progress import Progress
 from dimo.train.ranks import count_ranks, everywhere, raise_everywhere
 from dimo.train.runfolder import RunFolder
 from dimo.train.signals import Preempted, Signals
-from dimo.train.progress import Progress
 from dimo.train.trackers import close_trackers, open_trackers
 from dimo.ursa import sample, save_student
 from dimo.ursa.checkpoint import DTYPES, plain_state
