@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
-from tqdm import tqdm
 
 from dimo.errors import DimoError
 from dimo.files import whole_file, write_text
 from dimo.train.checkpoints import Checkpoints
 from dimo.train.config import to_yaml
+from dimo.train.progress import Progress
 from dimo.train.ranks import count_ranks, everywhere, raise_everywhere
 from dimo.train.runfolder import RunFolder
 from dimo.train.signals import Preempted, Signals
+from dimo.train.trackers import close_trackers, open_trackers
 from dimo.ursa import sample, save_student
 from dimo.ursa.checkpoint import DTYPES, plain_state
 
@@ -76,14 +77,8 @@ def _train(trainer: Trainer, run: RunFolder, checkpoints: Checkpoints, signals: 
     run.cut_at(first)
     run.write_environment()
     run.write_status(state="running", step=first, max_steps=last)
-    bar = tqdm(
-        range(first, last),
-        initial=first,
-        total=last,
-        desc="distil",
-        unit="step",
-        disable=not (progress and run.writes),
-    )
+    open_trackers(trainer.accelerator, trainer.config, run)
+    bar = Progress(first, last, shown=progress and run.writes)
     clock, since = time.perf_counter(), first
     for index in bar:
         try:
@@ -104,7 +99,8 @@ def _train(trainer: Trainer, run: RunFolder, checkpoints: Checkpoints, signals: 
                 values["memory/peak_gb"] = torch.cuda.max_memory_allocated() / 2**30
             run.log({"step": done, **values})
             run.write_status(state="running", step=done, max_steps=last)
-            bar.set_postfix(reward=f"{values['reward/mean']:.3f}", H=f"{values['entropy/student']:.3f}", refresh=False)
+            trainer.accelerator.log(values, step=done)
+            bar.show(done, values)
             clock, since = time.perf_counter(), done
         if done % c.sample_every == 0 or done == last:
             write_samples(trainer, run, done)
@@ -122,6 +118,7 @@ def _train(trainer: Trainer, run: RunFolder, checkpoints: Checkpoints, signals: 
     write_student(trainer, run)
     run.say(f"finished: step {last}")
     run.write_status(state="finished", step=last, max_steps=last)
+    close_trackers(trainer.accelerator)
 
 
 def _resume(trainer: Trainer, run: RunFolder, checkpoints: Checkpoints) -> int:
@@ -215,13 +212,13 @@ def write_samples(trainer: Trainer, run: RunFolder, done: int) -> None:
 
 def write_student(trainer: Trainer, run: RunFolder) -> None:
     """checkpoints/final: student.pt (plain state dict) and student/ (config.json + safetensors), EMA weights."""
-    tensors, _ = trainer.state()  # by every rank: it may gather
+    weights = trainer.engine.whole_state(trainer.networks.ema)  # gathered by all ranks
     if not run.writes:
         return
     final, dtype = run.path / "checkpoints" / "final", DTYPES[trainer.config.experiment.student_dtype]
     try:
-        save_student(final / "student", trainer.networks.ema, state=tensors["ema"], dtype=dtype)
+        save_student(final / "student", trainer.networks.ema, state=weights, dtype=dtype)
         with whole_file(final / "student.pt") as beside:
-            torch.save(plain_state(tensors["ema"], dtype), beside)
+            torch.save(plain_state(weights, dtype), beside)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise DimoError(f"{final} could not be written: {error}; the last checkpoint stays") from error
