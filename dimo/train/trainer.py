@@ -188,9 +188,9 @@ class Trainer:
     @torch.no_grad()
     def _update_ema(self, index: int) -> None:
         decay = min(self.config.optim.ema_decay, (1 + index) / (10 + index))
+        reshard(self.networks.ema)
         ema, student = ([local(p) for p in net.parameters()] for net in (self.networks.ema, self.networks.student))
         torch._foreach_lerp_(ema, student, 1 - decay)
-        reshard(self.networks.ema)
 
     @torch.no_grad()
     def metrics(self, step: Step) -> dict[str, float]:
