@@ -21,6 +21,7 @@ from dimo.train.optimizers import lr_factor, make_optimizers, set_lr_factor
 from dimo.train.prompts import open_prompts
 from dimo.train.runfolder import RunFolder
 from dimo.ursa import Ursa, UrsaTransformer, load_ursa, visual_logits
+from dimo.ursa.cpu import keep_memory
 from dimo.worlds import checkpoint_folder, load_world, require_grid
 
 
@@ -48,6 +49,8 @@ class Trainer:
                 f"dimo does not train under {engine.value} yet; start it with accelerate launch --multi_gpu"
             )
         self.device = self.accelerator.device
+        if self.device.type == "cpu":
+            keep_memory()
         self.ursa: Ursa = load_ursa(checkpoint_folder(d.teacher_ckpt), self.device, backend=config.model.backend)
         self.path = self.ursa.path
         self.grid = self.ursa.latents_shape(d.num_frames, d.height, d.width)

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dimo.errors import DimoError, require_ids, require_shape
+from dimo.ursa import cpu
 
 NORM_EPS = 1e-6
 
@@ -85,6 +86,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled() and cpu.serves(x):
+            return cpu.Norm.apply(x, self.weight, NORM_EPS)
         return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), NORM_EPS)
 
 
@@ -123,9 +126,14 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        out = F.scaled_dot_product_attention(q, k, v, enable_gqa=self.grouped)
+        if cpu.serves(q, q.shape[0] * q.shape[2] * q.shape[1] ** 2):
+            q = cpu.NormRotate.apply(q, self.q_norm.weight, cos, sin, NORM_EPS)
+            k = cpu.NormRotate.apply(k, self.k_norm.weight, cos, sin, NORM_EPS)
+            out = cpu.Attend.apply(q, k, v.transpose(1, 2))
+        else:
+            q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            out = F.scaled_dot_product_attention(q, k, v, enable_gqa=self.grouped)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
