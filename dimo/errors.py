@@ -12,6 +12,10 @@ class DimoError(ValueError):
     """Bad input, said in a sentence. The command line prints it without a traceback."""
 
 
+class NonFiniteError(DimoError):
+    """A value that must be finite is NaN or infinite: bad luck in a batch, or the end of a run, but no bad input."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint such as `; did you mean 'beta'?`, or the list of what exists when nothing is near."""
     known = sorted(known)
@@ -51,12 +55,12 @@ def require_time(name: str, t: torch.Tensor | float) -> None:
 
 
 def require_finite(name: str, tensor: torch.Tensor) -> None:
-    """Raise if `tensor` holds NaN or infinity."""
+    """Raise NonFiniteError if `tensor` holds NaN or infinity."""
     if _capturing(tensor) or not tensor.numel():
         return
     if not bool(torch.isfinite(torch.stack(tensor.detach().aminmax())).all()):  # NaN wins in both; one pass, no copy
         bad = int((~torch.isfinite(tensor)).sum())
-        raise DimoError(f"{name} must be finite, got {bad} of {tensor.numel()} entries NaN or infinite")
+        raise NonFiniteError(f"{name} must be finite, got {bad} of {tensor.numel()} entries NaN or infinite")
 
 
 def _capturing(tensor: torch.Tensor) -> bool:

@@ -308,7 +308,7 @@ def test_a_resumed_run_trains_on_the_next_prompts(world, tmp_path):
     assert torch.equal(torch.cat(batches), straight.ursa.tokenize(texts, 4)) and len(set(texts)) == 24
     first = Trainer(config_for(tmp_path / "b", file))
     assert all(torch.equal(step.txt_ids, batches[i]) for i, step, _ in step_through(first, 3))
-    torch.save(first.state(), tmp_path / "state.pt")
+    torch.save((*first.state(), first.rank_state()), tmp_path / "state.pt")
     resumed = Trainer(config_for(tmp_path / "b", file))
     resumed.load_state(*torch.load(tmp_path / "state.pt", weights_only=True))
     for index in range(3, 6):

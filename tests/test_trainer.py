@@ -112,7 +112,7 @@ def test_every_metric_can_move(uninterrupted):
     rows = metrics_of(uninterrupted)
     fixed = {name for name in rows[0] if len({row[name] for row in rows}) == 1}
     # the bonus moves when the entropy falls under its floor; batch statistics of whole numbers may coincide
-    assert fixed <= {"lambda_ent", "codes/used"}
+    assert fixed <= {"lambda_ent", "codes/used", "guard/skipped"}  # test_guards moves the last
     assert rows[-1]["loss/total"] != rows[0]["loss/total"] and rows[0]["x_init/corrupt_share"] <= 1
 
 
@@ -148,7 +148,7 @@ def test_the_teacher_is_never_changed(tmp_path):
 
 
 def test_a_nan_stops_the_run_with_a_sentence_and_its_last_checkpoint(tmp_path):
-    trainer = Trainer(config_for(tmp_path))
+    trainer = Trainer(config_for(tmp_path, "training.max_bad_steps=2"))
     inner = trainer.step
 
     def broken(index):
@@ -158,7 +158,7 @@ def test_a_nan_stops_the_run_with_a_sentence_and_its_last_checkpoint(tmp_path):
         return inner(index)
 
     trainer.step = broken
-    with pytest.raises(DimoError, match="the student's logits must be finite"):
+    with pytest.raises(DimoError, match="2 steps in a row met values that are not finite"):
         trainer.train(progress=False)
     status = json.loads((tmp_path / "status.json").read_text())
     assert status["state"] == "failed" and "finite" in status["error"]

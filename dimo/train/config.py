@@ -137,6 +137,8 @@ class Optim:
 class Training:
     max_train_steps: int = _key(2000, "steps of the student")
     mixed_precision: str = _key("no", "no or bf16")
+    gradient_accumulation_steps: int = _key(1, "parts of batch_size_per_gpu samples that make one step")
+    max_bad_steps: int = _key(5, "steps in a row that may be skipped for NaN or infinity before the run stops")
 
 
 @dataclasses.dataclass
@@ -251,6 +253,7 @@ def validate(config: Config) -> None:
     at_least_one = ["experiment.log_every", "experiment.save_every", "experiment.sample_every", "experiment.keep_last"]
     at_least_one += ["distill.aux_steps", "distill.batch_size_per_gpu"]
     at_least_one += ["distill.shuffle_buffer"]
+    at_least_one += ["training.gradient_accumulation_steps", "training.max_bad_steps"]
     at_least_one += ["training.max_train_steps", "evaluation.videos_per_prompt", "evaluation.batch_size"]
     if flat["distill.max_prompt_length"] < 0:
         raise DimoError(f"distill.max_prompt_length must not be negative, got {flat['distill.max_prompt_length']}")

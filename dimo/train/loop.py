@@ -40,7 +40,7 @@ def _train(trainer: Trainer, run: RunFolder, last: int, progress: bool) -> None:
     checkpoint = run.latest_checkpoint()
     if checkpoint is not None:
         tensors, state = run.load_checkpoint(checkpoint)
-        trainer.load_state(tensors, state)
+        trainer.load_state(tensors, state, state["rank_state"])
         first = state["step"]
     run.truncate_metrics(first)
     run.write_environment()
@@ -72,21 +72,23 @@ def _train(trainer: Trainer, run: RunFolder, last: int, progress: bool) -> None:
             write_samples(trainer, run, done)
         if done % c.save_every == 0 or done == last:
             tensors, state = trainer.state()
-            run.save_checkpoint(done, tensors, {**state, "step": done})
+            run.save_checkpoint(done, tensors, {**state, "step": done, "rank_state": trainer.rank_state()})
     write_student(trainer, run)
     run.write_status(state="finished", step=last, max_steps=last)
 
 
 def write_samples(trainer: Trainer, run: RunFolder, done: int) -> None:
     """One-step videos of the EMA student for the first prompts, the same noise every time: tokens and a picture."""
-    if trainer.ursa.vae is None or not run.writes:
+    if trainer.ursa.vae is None:
         return
-    from dimo.views.sheets import save_sheet  # matplotlib only when a picture is made
-
     g = torch.Generator(trainer.device).manual_seed(trainer.config.experiment.seed)
     examples, ids = trainer.prompts.examples, trainer.prompts.example_ids
     rows = torch.linspace(0, len(ids) - 1, min(8, len(ids))).long().to(trainer.device)
-    codes = sample(trainer.networks.ema, trainer.path, ids[rows], trainer.grid, 1, generator=g)
+    codes = sample(trainer.networks.ema, trainer.path, ids[rows], trainer.grid, 1, generator=g)  # all processes: cut
+    if not run.writes:
+        return
+    from dimo.views.sheets import save_sheet  # matplotlib only when a picture is made
+
     frames = trainer.ursa.vae.decode(codes.view(-1, *trainer.grid)).cpu()
     shown = [examples[i] for i in rows.tolist()]
     save_sheet(run.path / "samples" / f"step-{done:08d}.png", {"student, 1 pass": frames}, shown)
@@ -94,12 +96,13 @@ def write_samples(trainer: Trainer, run: RunFolder, done: int) -> None:
 
 def write_student(trainer: Trainer, run: RunFolder) -> None:
     """checkpoints/final: student.pt (plain state dict) and student/ (config.json + safetensors), EMA weights."""
+    weights = trainer.engine.whole_state(trainer.networks.ema)  # gathered by all processes
     if not run.writes:
         return
     final = run.path / "checkpoints" / "final"
     final.mkdir(parents=True, exist_ok=True)
     dtype = DTYPES[trainer.config.experiment.student_dtype]
-    save_student(final / "student", trainer.networks.ema, dtype=dtype)
+    save_student(final / "student", trainer.networks.ema, state=weights, dtype=dtype)
     partial = final / ".student.pt.partial"
-    torch.save(plain_state(trainer.networks.ema.state_dict(), dtype), partial)
+    torch.save(plain_state(weights, dtype), partial)
     partial.replace(final / "student.pt")

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 from collections.abc import Iterator
 
 import torch
-from accelerate import Accelerator, DistributedType
 
 from dimo.distill import stages
 from dimo.distill.losses import beta_of, kl, token_entropy, total_variation
 from dimo.distill.schedules import Baseline, EntropyController, XInit
 from dimo.distill.stages import Step
-from dimo.errors import DimoError
-from dimo.train.config import Config, device_of
+from dimo.errors import NonFiniteError, require_finite
+from dimo.train.config import Config
+from dimo.train.engine import Engine, Learner, load_whole, local, reshard
+from dimo.train.guards import Guard
 from dimo.train.loop import run_training
-from dimo.train.optimizers import lr_factor, make_optimizers, set_lr_factor
+from dimo.train.optimizers import lr_factor, make_optimizers
 from dimo.train.prompts import open_prompts
 from dimo.train.runfolder import RunFolder
 from dimo.ursa import Ursa, UrsaTransformer, load_ursa, visual_logits
 from dimo.ursa.cpu import keep_memory
 from dimo.worlds import checkpoint_folder, load_world, require_grid
+
+MEASURED = (
+    "loss/total", "loss/distill", "loss/aux", "loss/kd", "entropy/student", "entropy/aux", "entropy/teacher",
+    "reward/mean", "reward/std", "reward/baseline", "gap/aux_teacher_tv", "gap/student_teacher_kl", "t/mean",
+    "x_init/corrupt_share", "codes/used",
+)  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -39,16 +45,9 @@ class Trainer:
     """Everything a run needs, ready to step. `Trainer(config).train()` is the whole run; a notebook calls `step`."""
 
     def __init__(self, config: Config):
-        self.config, d = config, config.distill
-        self.accelerator = Accelerator(
-            mixed_precision=config.training.mixed_precision, cpu=device_of(config).type == "cpu"
-        )
-        engine = self.accelerator.distributed_type
-        if engine not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
-            raise DimoError(
-                f"dimo does not train under {engine.value} yet; start it with accelerate launch --multi_gpu"
-            )
-        self.device = self.accelerator.device
+        self.config, d, o = config, config.distill, config.optim
+        self.engine = Engine(config)
+        self.accelerator, self.device = self.engine.accelerator, self.engine.device
         if self.device.type == "cpu":
             keep_memory()
         self.ursa: Ursa = load_ursa(checkpoint_folder(d.teacher_ckpt), self.device, backend=config.model.backend)
@@ -57,19 +56,17 @@ class Trainer:
         self.num_visual_tokens = math.prod(self.grid)
         if (self.ursa.folder / "world.json").exists():
             require_grid(load_world(self.ursa.folder), self.grid)
-        rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
-        self.prompts = open_prompts(config, self.ursa, rank, world_size)
+        self.prompts = open_prompts(config, self.ursa, self.engine.rank, self.engine.world_size)
         self.empty_ids = self.ursa.tokenize([""], d.max_prompt_length)
         self.uncond_ids = self.ursa.tokenize([d.negative_prompt], d.max_prompt_length)
 
         teacher = self.ursa.transformer.requires_grad_(False).eval()
-        student, aux = (copy.deepcopy(teacher).requires_grad_(True) for _ in range(2))
-        o = config.optim
-        student_optimizers = make_optimizers(student, o.lr, o.muon_lr, o)
-        aux_optimizers = make_optimizers(aux, o.aux_lr, o.muon_lr * o.aux_lr / o.lr, o)
-        self.student_optimizers = [self.accelerator.prepare(optimizer) for optimizer in student_optimizers]
-        self.aux_optimizers = [self.accelerator.prepare(optimizer) for optimizer in aux_optimizers]
-        self.networks = Networks(teacher, student, aux, copy.deepcopy(teacher))
+        student, aux, ema = (self.engine.copy_of(teacher, learns) for learns in (True, True, False))
+        if config.training.mixed_precision == "bf16":
+            teacher.bfloat16()  # it never learns, so it needs no more
+        self.networks = Networks(teacher, student, aux, ema)
+        self.student = self.engine.learner(student, lambda net: make_optimizers(net, o.lr, o.muon_lr, o))
+        self.aux = self.engine.learner(aux, lambda net: make_optimizers(net, o.aux_lr, o.muon_lr * o.aux_lr / o.lr, o))
         self.x_init = XInit(self.path.codebook_size, d.p_corrupt, d.corrupt_ratio)
         self.entropy_bonus = EntropyController(
             d.lambda_ent, d.lambda_ent_high, d.entropy_floor, d.ent_anneal_from, d.ent_anneal_to
@@ -78,79 +75,135 @@ class Trainer:
         self.beta = beta_of(d.divergence)
         self.generator = torch.Generator(self.device)
         self.lambda_ent = d.lambda_ent
+        self.guard = Guard(self.engine, config.training.max_bad_steps)
+        self.events: list[dict] = []  # {"step", "event", ...}: whoever runs the steps takes them away
 
     def step(self, index: int) -> tuple[Step, dict[str, float]]:
-        """One training step, the nine stages in order; returns all they produced and the metrics that cost nothing."""
-        c, d, n, g, grid = self.config, self.config.distill, self.networks, self.generator, self.grid
-        # derived from (seed, rank, step), so that a resumed run draws what the run would have drawn
-        seed = (c.experiment.seed * 1_000_003 + index) * 4099 + self.accelerator.process_index
-        g.manual_seed(seed % 2**63)
-        factor = lr_factor(c.optim, index, c.training.max_train_steps)
-        set_lr_factor(self.student_optimizers + self.aux_optimizers, factor)
+        """One training step, the nine stages in order; returns all they produced and the metrics that cost nothing.
 
-        # 1 prompts; a guided teacher's student must know the empty prompt too
-        step = Step(txt_ids=self.prompts.batch(d.batch_size_per_gpu, g))
-        if d.guidance_scale != 1 and d.empty_prompt_share > 0:
-            drop = torch.rand(d.batch_size_per_gpu, generator=g, device=self.device) < d.empty_prompt_share
-            step.txt_ids = torch.where(drop[:, None], self.empty_ids, step.txt_ids)
-        # 2 x_init
-        stages.draw_x_init(step, self.x_init, self.num_visual_tokens, g)
-        # 3 the student's one pass
-        with self.accelerator.autocast():
-            stages.student_pass(step, n.student, grid, d.temperature, g)
-        self.x_init.remember(step.x_hat, step.txt_ids)
-        # 4 x_t
-        t = stages.draw_t(d.batch_size_per_gpu, grid, index, d.t_curriculum_steps, d.t_per, g, self.device)
-        stages.renoise(step, self.path, t, g)
-        # 5 teacher
-        with self.accelerator.autocast():
-            stages.teacher_pass(step, n.teacher, grid, d.guidance_scale, d.guidance_trunc, self.uncond_ids)
-        # 6 auxiliary: its updates, then its answer at x_t
-        with self.accelerator.autocast():
-            aux_losses = stages.auxiliary_losses(
+        With training.gradient_accumulation_steps the step has several parts, and what is returned is the last one's.
+        A step that meets a value that is not finite, in any process, changes nothing from there on, in all of them.
+
+        Raises:
+            DimoError: training.max_bad_steps steps in a row were of that kind; their last batch is saved for replay.
+        """
+        c, g = self.config, self.generator
+        # derived from (seed, rank, step), so that a resumed run draws what the run would have drawn
+        seed = ((c.experiment.seed * 1_000_003 + index) * 4099 + self.engine.rank) % 2**63
+        g.manual_seed(seed)
+        factor = lr_factor(c.optim, index, c.training.max_train_steps)
+        self.student.set_lr_factor(factor)
+        self.aux.set_lr_factor(factor)
+        steps = [Step() for _ in range(c.training.gradient_accumulation_steps)]
+        norms = {"grad_norm/student": math.nan, "grad_norm/aux": math.nan}
+        try:
+            norms["grad_norm/aux"], norms["grad_norm/student"] = self._nine_stages(index, steps)
+            self.guard.count(None)
+        except NonFiniteError as error:
+            self.student.discard()
+            self.aux.discard()
+            self.events.append({"step": index + 1, "event": "step_skipped", **self.guard.count(error)})
+            self.guard.stop_if_hopeless(c.experiment.output_dir, index, seed, steps)
+        return steps[-1], norms | {"optim/lr": c.optim.lr * factor, "guard/skipped": self.guard.skipped}
+
+    def _nine_stages(self, index: int, steps: list[Step]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The gradient norms of auxiliary and student. `steps` are the parts of the batch."""
+        d, n, g, grid = self.config.distill, self.networks, self.generator, self.grid
+        before_pass, entropy, parts = [], 0.0, len(steps)
+        for step in steps:
+            with self.guard.agreed(), self.engine.autocast():
+                # 1 prompts; a guided teacher's student must know the empty prompt too
+                step.txt_ids = self.prompts.batch(d.batch_size_per_gpu, g)
+                if d.guidance_scale != 1 and d.empty_prompt_share > 0:
+                    drop = torch.rand(d.batch_size_per_gpu, generator=g, device=self.device) < d.empty_prompt_share
+                    step.txt_ids = torch.where(drop[:, None], self.empty_ids, step.txt_ids)
+                # 2 x_init
+                stages.draw_x_init(step, self.x_init, self.num_visual_tokens, g)
+                # 3 the student's one pass; of several parts only x_hat is kept, and each passes again before stage 7
+                before_pass.append(g.get_state())
+                passed = step if parts == 1 else dataclasses.replace(step)
+                with torch.set_grad_enabled(parts == 1):
+                    stages.student_pass(passed, n.student, grid, d.temperature, g)
+                step.x_hat, entropy = passed.x_hat, entropy + passed.entropy.detach().mean() / parts
+                self.x_init.remember(step.x_hat, step.txt_ids)
+                # 4 x_t
+                t = stages.draw_t(d.batch_size_per_gpu, grid, index, d.t_curriculum_steps, d.t_per, g, self.device)
+                stages.renoise(step, self.path, t, g)
+                # 5 teacher
+                stages.teacher_pass(step, n.teacher, grid, d.guidance_scale, d.guidance_trunc, self.uncond_ids)
+        # 6 auxiliary: its updates, then (below) its answer at x_t
+        aux_losses = [
+            stages.auxiliary_losses(
                 step, n.aux, self.path, grid, d.aux_objective, d.aux_steps, d.label_smoothing,
                 d.empty_prompt_share, self.empty_ids, g,
-            )  # fmt: skip
-            for aux_loss in aux_losses:
-                aux_norm = self._update(n.aux, self.aux_optimizers, aux_loss)
-            stages.auxiliary_pass(step, n.aux, grid)
-            # 7 knowledge distillation, only where it counts
-            if d.w_kd > 0:
-                stages.distil_knowledge(step, n.student, grid)
-        # 8 the distillation gradient
-        stages.distillation_loss(step, d.estimator, self.beta, self.baseline, d.w_reinforce)
-        # 9 the student's update
+            )
+            for step in steps
+        ]  # fmt: skip
+        for _ in range(d.aux_steps):
+            for part, losses in enumerate(aux_losses):
+                with self.engine.autocast():
+                    loss = next(losses)
+                self.aux.backward(loss / parts, last=part == parts - 1)
+            aux_norm = self._update(self.aux, "auxiliary")
         if d.lambda_ent > 0:
-            everywhere = self.accelerator.reduce(step.entropy.detach().mean(), "mean")
-            self.lambda_ent = self.entropy_bonus(everywhere.item(), index)
-        stages.total_loss(step, d.w_distill, d.w_kd, self.lambda_ent)
-        student_norm = self._update(n.student, self.student_optimizers, step.loss)
+            self._set_entropy_bonus(index, entropy)
+        for part, step in enumerate(steps):
+            if parts > 1:
+                again = torch.Generator(self.device)
+                again.set_state(before_pass[part])
+                with self.guard.agreed(), self.engine.autocast():
+                    stages.student_pass(step, n.student, grid, d.temperature, again)
+            with self.guard.agreed(), self.engine.autocast():
+                stages.auxiliary_pass(step, n.aux, grid)
+            with self.guard.agreed():
+                # 7 knowledge distillation, only where it counts
+                if d.w_kd > 0:
+                    with self.engine.autocast():
+                        stages.distil_knowledge(step, n.student, grid)
+                # 8 the distillation gradient
+                stages.distillation_loss(step, d.estimator, self.beta, self.baseline, d.w_reinforce)
+                # 9 the student's update
+                stages.total_loss(step, d.w_distill, d.w_kd, self.lambda_ent)
+            self.student.backward(step.loss / parts, last=part == parts - 1)
+        student_norm = self._update(self.student, "student")
         self._update_ema(index)
-        return step, {"grad_norm/student": student_norm, "grad_norm/aux": aux_norm, "optim/lr": c.optim.lr * factor}
+        if self.baseline and self.baseline.value is not None:
+            self.baseline.value = self.engine.mean(self.baseline.value)  # one baseline for all processes
+        return aux_norm, student_norm
 
-    def _update(self, model, optimizers: list, loss: torch.Tensor) -> torch.Tensor:
-        self.accelerator.backward(loss)
-        if self.accelerator.num_processes > 1:  # by hand: a stage may pass a network twice before its one backward
-            for parameter in model.parameters():
-                parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
-        norm = self.accelerator.clip_grad_norm_(model.parameters(), self.config.optim.max_grad_norm)
-        if not bool(torch.isfinite(norm)):
-            raise DimoError("a gradient is NaN or infinite; the step was not taken. Lower optim.lr or optim.aux_lr")
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+    def _set_entropy_bonus(self, index: int, entropy: torch.Tensor) -> None:
+        """lambda_ent from the entropy over all processes; its rise and its fall are events."""
+        raised, before = self.entropy_bonus.raised, self.lambda_ent
+        entropy = self.engine.mean(entropy).item()
+        self.lambda_ent = self.entropy_bonus(entropy, index)
+        if self.entropy_bonus.raised != raised:
+            event = "entropy_bonus_lowered" if raised else "entropy_bonus_raised"
+            change = {"was": before, "is": self.lambda_ent, "entropy": entropy}
+            self.events.append({"step": index + 1, "event": event, **change})
+
+    def _update(self, learner: Learner, name: str) -> torch.Tensor:
+        norm = learner.gradient_norm()
+        require_finite(f"the norm of the {name}'s gradient", norm)  # the same norm in every process
+        learner.update(norm)
         return norm
 
     @torch.no_grad()
     def _update_ema(self, index: int) -> None:
         decay = min(self.config.optim.ema_decay, (1 + index) / (10 + index))
-        own = list(self.networks.student.parameters())
-        torch._foreach_lerp_(list(self.networks.ema.parameters()), own, 1 - decay)
+        ema, student = ([local(p) for p in net.parameters()] for net in (self.networks.ema, self.networks.student))
+        torch._foreach_lerp_(ema, student, 1 - decay)
+        reshard(self.networks.ema)
 
     @torch.no_grad()
     def metrics(self, step: Step) -> dict[str, float]:
-        """The metrics of design: entropies and gaps at x_t, loss parts, reward. Costs one more pass of the student."""
-        student_at_t = visual_logits(self.networks.student, step.txt_ids, step.x_t, self.grid)
+        """The metrics of design: entropies and gaps at x_t, loss parts, reward. Costs one more pass of the student.
+
+        Of a step that was skipped they are all NaN.
+        """
+        if self.guard.in_a_row:
+            return dict.fromkeys(MEASURED, math.nan) | {"lambda_ent": self.lambda_ent} | self.prompts.metrics()
+        with self.engine.autocast():
+            student_at_t = visual_logits(self.networks.student, step.txt_ids, step.x_t, self.grid)
         kd = kl(step.teacher_logits, student_at_t).mean()
         values = {
             "loss/total": step.loss,
@@ -173,31 +226,44 @@ class Trainer:
         return values | {"lambda_ent": self.lambda_ent} | self.prompts.metrics()
 
     def state(self) -> tuple[dict, dict]:
-        """(tensors by network, everything else) of a checkpoint."""
+        """(tensors by network, all else that the processes share) of a checkpoint; whole, whatever the engine.
+
+        Collective. Where the engine cuts networks, the content is rank 0's.
+        """
         n = self.networks
         networks = {"student": n.student, "aux": n.aux, "ema": n.ema}
-        return {name: net.state_dict() for name, net in networks.items()}, {
-            "student_optimizers": [optimizer.state_dict() for optimizer in self.student_optimizers],
-            "aux_optimizers": [optimizer.state_dict() for optimizer in self.aux_optimizers],
-            "prompts": self.prompts.state_dict(),
-            "x_init": self.x_init.state_dict(),
+        return {name: self.engine.whole_state(net) for name, net in networks.items()}, {
+            "optimizers": {"student": self.student.state(), "aux": self.aux.state()},
+            "prompts": self.prompts.state_dict(),  # one position for all
             "entropy_bonus": self.entropy_bonus.state_dict(),
             "baseline": self.baseline.state_dict() if self.baseline else None,
+            "guard": self.guard.state_dict(),
         }
 
-    def load_state(self, tensors: dict, state: dict) -> None:
-        n = self.networks
-        for name, net in (("student", n.student), ("aux", n.aux), ("ema", n.ema)):
-            net.load_state_dict(tensors[name])
-        for name in ("student_optimizers", "aux_optimizers"):
-            for optimizer, saved in zip(getattr(self, name), state[name], strict=True):
-                optimizer.load_state_dict(saved)
+    def rank_state(self) -> dict:
+        """What is this process's own: the memory that x_init is drawn from."""
+        return {"x_init": self.x_init.state_dict()}
+
+    def load_state(self, tensors: dict, state: dict, rank_state: dict | None) -> None:
+        """Continue from `state()` and this rank's `rank_state()`, or None for a rank that the checkpoint has not.
+
+        Collective. The number of processes and the engine may be others than the checkpoint's; a rank without a state
+        starts with an empty memory, which is an event.
+        """
+        self.student.load_state(tensors["student"], state["optimizers"]["student"])
+        self.aux.load_state(tensors["aux"], state["optimizers"]["aux"])
+        load_whole(self.networks.ema, tensors["ema"])
         self.prompts.load_state_dict(state["prompts"])
-        memory = {k: None if v is None else v.to(self.device) for k, v in state["x_init"].items()}
-        self.x_init.load_state_dict(memory)
+        if rank_state is not None:
+            memory = {k: None if v is None else v.to(self.device) for k, v in rank_state["x_init"].items()}
+            self.x_init.load_state_dict(memory)
+        new = [rank for rank, is_new in enumerate(self.engine.everywhere(rank_state is None)) if is_new]
+        if new:
+            self.events.append({"step": state.get("step", 0), "event": "ranks_without_state", "ranks": new})
         self.entropy_bonus.load_state_dict(state["entropy_bonus"])
         if self.baseline:
             self.baseline.load_state_dict(state["baseline"])
+        self.guard.load_state_dict(state["guard"])
 
     def train(self, progress: bool = True) -> RunFolder:
         """Run to max_train_steps, resuming from the folder's newest checkpoint, and write checkpoints/final."""

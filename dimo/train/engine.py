@@ -1,0 +1,314 @@
+"""What differs between one process, DDP, FSDP2 and DeepSpeed ZeRO-2, all of it; the trainer does not know which runs.
+
+accelerate's launcher says which: `accelerate launch --config_file dimo/train/presets/accelerate/fsdp2.yaml ...`.
+Student and auxiliary share no autograd edge and are stepped at different times, so each is a `Learner` of its own,
+with its own optimizer, gradient norm and clipping. Master weights are float32 everywhere; bf16 is autocast's.
+"""
+
+from __future__ import annotations
+
+import atexit
+import copy
+import logging
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from dimo.errors import DimoError
+from dimo.train.config import Config, device_of
+from dimo.train.optimizers import set_lr_factor
+
+BUCKET_ENTRIES = 2**26  # gradients averaged in one call: 256 MiB of float32
+
+
+class Engine:
+    """The processes, the device and the precision; makes the learners. `kind` is ddp, fsdp2 or deepspeed_zero2.
+
+    Raises:
+        DimoError: an engine that dimo does not train under, or an optimizer that the engine cannot serve.
+    """
+
+    def __init__(self, config: Config):
+        asked = _asked_for()
+        self.mixed_precision, self.max_grad_norm = config.training.mixed_precision, config.optim.max_grad_norm
+        # accelerate fixes its precision once a process, and leaves DeepSpeed's to DeepSpeed: `autocast` below sees to it
+        self.accelerator = Accelerator(mixed_precision="no", cpu=device_of(config).type == "cpu")
+        self.kind = asked if dist.is_initialized() else "ddp"
+        self.device = self.accelerator.device
+        self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
+        if self.kind != "ddp" and config.optim.optimizer == "muon":
+            raise DimoError(
+                f"optim.optimizer=muon steps on whole matrices, and {self.kind} cuts them; use optim.optimizer=adamw, "
+                "or accelerate's plain DDP"
+            )
+        if dist.is_initialized() and dist.get_backend() == "gloo":
+            # a gloo thread lets go of the last collective's tensors a moment after it; one that does so while Python
+            # shuts down aborts the process, and its launcher takes the run for failed
+            atexit.register(time.sleep, 0.2)
+        self._zero2 = {
+            "train_micro_batch_size_per_gpu": config.distill.batch_size_per_gpu,
+            "gradient_accumulation_steps": config.training.gradient_accumulation_steps,
+            "gradient_clipping": config.optim.max_grad_norm,
+            "zero_optimization": {"stage": 2},
+            "zero_allow_untested_optimizer": True,
+            "steps_per_print": 2**31,
+        }
+
+    def copy_of(self, model: torch.nn.Module, learns: bool) -> torch.nn.Module:
+        """A copy that stays in float32; cut over the processes under fsdp2, where it is called like any other."""
+        model = copy.deepcopy(model).requires_grad_(learns)
+        if self.kind == "fsdp2":
+            mesh = dist.init_device_mesh(self.device.type, (self.world_size,))
+            for part in (model.model.embed_tokens, *model.model.layers):
+                fully_shard(part, mesh=mesh, reshard_after_forward=True)
+            fully_shard(model, mesh=mesh, reshard_after_forward=False)  # the head: `hidden` returns, then it is used
+            register_fsdp_forward_method(model, "hidden")
+        return model
+
+    def learner(self, model: torch.nn.Module, make: Callable[[torch.nn.Module], list]) -> Learner:
+        """The model with the optimizers that `make` gives for it."""
+        if self.kind == "deepspeed_zero2":
+            return Zero2Learner(model, make(model), self.max_grad_norm, self._zero2)
+        return Learner(model, make(model), self.max_grad_norm)
+
+    def autocast(self) -> torch.autocast:
+        """bf16 for the passes, where training.mixed_precision says so.
+
+        Without the cache of bf16 weights: it lasts as long as the context, and would hide an update made inside.
+        """
+        bf16 = self.mixed_precision == "bf16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is up on any process. Collective, as all that follows."""
+        if self.world_size == 1:
+            return flag
+        count = torch.tensor(int(flag), device=self.device)
+        dist.all_reduce(count)
+        return bool(count)
+
+    def mean(self, value: torch.Tensor) -> torch.Tensor:
+        """The mean over the processes."""
+        return self.accelerator.reduce(value, "mean")
+
+    def everywhere(self, value: Any) -> list:
+        """The value of every process, in order of rank."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def whole_state(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """The state dict; where it is cut it is gathered onto the CPU of rank 0, and empty on the others."""
+        reshard(model)
+        return whole(model.state_dict(), keep=self.rank == 0)
+
+
+class Learner:
+    """A network that learns: backward passes, then the gradient's norm, then `update` or `discard`.
+
+    This one serves one process, DDP (gradients are averaged here, since a step may pass a network several times before
+    its one backward, which torch's reducer does not allow) and FSDP2 (whose backward has averaged them already).
+    """
+
+    def __init__(self, model: torch.nn.Module, optimizers: list[torch.optim.Optimizer], max_grad_norm: float):
+        self.model, self.optimizers, self.max_grad_norm = model, optimizers, max_grad_norm
+        self.sharded = isinstance(model, FSDPModule)
+
+    def set_lr_factor(self, factor: float) -> None:
+        set_lr_factor(self.optimizers, factor)
+
+    def backward(self, loss: torch.Tensor, last: bool = True) -> None:
+        """Add the loss's gradient; `last` of those before the update."""
+        loss.backward()
+
+    def gradient_norm(self) -> torch.Tensor:
+        """The norm of the gradient averaged over the processes, the same on each: NaN on one is NaN on all."""
+        gradients = [local(p.grad) for p in self.model.parameters() if p.grad is not None]
+        if dist.is_initialized() and not self.sharded:
+            average(gradients)
+        square = torch.stack(torch._foreach_norm(gradients)).square().sum()
+        if self.sharded:
+            dist.all_reduce(square)
+        return square.sqrt()
+
+    def update(self, norm: torch.Tensor) -> None:
+        """Clip to max_grad_norm and step."""
+        gradients = [local(p.grad) for p in self.model.parameters() if p.grad is not None]
+        torch._foreach_mul_(gradients, (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.discard()
+
+    def discard(self) -> None:
+        """Forget the gradient."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        reshard(self.model)
+
+    def state(self) -> dict[str, dict[str, torch.Tensor]]:
+        """{parameter: {"exp_avg": ..., ...}}, as `whole_state` of the model: the same under every engine."""
+        keep = dist.get_rank() == 0 if dist.is_initialized() else True
+        held = {p: optimizer.state[p] for optimizer in self.optimizers for p in list(optimizer.state)}
+        return {name: whole(held[p], keep) for name, p in self.model.named_parameters() if p in held}
+
+    def load_state(self, weights: dict[str, torch.Tensor], state: dict[str, dict[str, torch.Tensor]]) -> None:
+        """What `Engine.whole_state` and `state` gave, whole, on every process."""
+        load_whole(self.model, weights)
+        named = dict(self.model.named_parameters())
+        for optimizer in self.optimizers:
+            mine = {p for group in optimizer.param_groups for p in group["params"]}
+            optimizer.state.clear()
+            for name, values in state.items():
+                if named[name] in mine:
+                    optimizer.state[named[name]] = {k: placed_like(named[name], v) for k, v in values.items()}
+
+
+class Zero2Learner(Learner):
+    """The same under DeepSpeed ZeRO-2: optimizer and averaged gradient are cut over the processes, weights are whole.
+
+    One DeepSpeed engine a network. The network itself is called, not the engine: it is passed several times before one
+    backward. Written for DeepSpeed 0.19.
+    """
+
+    def __init__(self, model: torch.nn.Module, optimizers: list, max_grad_norm: float, settings: dict):
+        import deepspeed  # not installed everywhere
+        from deepspeed.utils import logger
+
+        logger.setLevel(logging.WARNING)
+        self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizers[0], config=dict(settings))
+        self.zero = self.engine.optimizer
+        super().__init__(model, optimizers, max_grad_norm)
+
+    def backward(self, loss: torch.Tensor, last: bool = True) -> None:
+        self.zero.clear_backward_seen_flag()
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss, scale_wrt_gas=False)
+
+    def gradient_norm(self) -> torch.Tensor:
+        norm = torch.as_tensor(self.zero.scaled_global_norm(), device=self.engine.device)
+        return torch.where(norm < 0, torch.nan, norm)  # DeepSpeed's sign for NaN or infinity is -1
+
+    def update(self, norm: torch.Tensor) -> None:
+        self.engine.step()
+
+    def discard(self) -> None:
+        self.zero.zero_grad()
+        for group in self.zero.averaged_gradients:
+            self.zero.averaged_gradients[group] = None
+            self.zero.all_grad_tensors[group] = None
+
+    def state(self) -> dict[str, dict[str, torch.Tensor]]:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        state, keep = {}, dist.get_rank() == 0
+        steps = {i: self.optimizers[0].state[p].get("step") for i, p in enumerate(self._flat())}
+        for group, parameters in enumerate(self.zero.bit16_groups):
+            for p in parameters if steps[group] is not None else ():
+                moments = {key: safe_get_full_optimizer_state(p, key) for key in ("exp_avg", "exp_avg_sq")}
+                state[p] = {k: v.cpu() for k, v in {"step": steps[group], **moments}.items()} if keep else {}
+        return {name: state[p] for name, p in self.model.named_parameters() if p in state and keep}
+
+    def load_state(self, weights: dict[str, torch.Tensor], state: dict[str, dict[str, torch.Tensor]]) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        load_whole(self.model, weights)
+        self.zero.refresh_fp32_params()
+        if not state:
+            return
+        step = next(iter(state.values()))["step"]
+        for p in self._flat():
+            zeros = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
+            self.optimizers[0].state[p] = {"step": step.to(p.device), **zeros}
+        self.zero._lazy_init_hp_params_optimizer_state()
+        for name, p in self.model.named_parameters():
+            for key in ("exp_avg", "exp_avg_sq"):
+                safe_set_full_optimizer_state(p, state[name][key].to(p.device), key)
+
+    def _flat(self) -> list[torch.Tensor]:
+        return [group["params"][0] for group in self.optimizers[0].param_groups]
+
+
+def _asked_for() -> str:
+    """The engine that accelerate's launcher announces in the environment."""
+    on = {name for name in ("DEEPSPEED", "FSDP") if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true"}
+    if "DEEPSPEED" in on:
+        stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+        if stage != "2":
+            raise DimoError(f"under DeepSpeed dimo trains at zero_stage 2, got {stage}; FSDP2 cuts the weights as well")
+        try:
+            import deepspeed  # noqa: F401
+        except ImportError as error:
+            raise DimoError(f"DeepSpeed cannot be used ({error}); pip install deepspeed, or take FSDP2") from error
+        return "deepspeed_zero2"
+    if "FSDP" in on:
+        version = os.environ.get("FSDP_VERSION", "1")
+        if version != "2":
+            raise DimoError(f"fsdp_version must be 2 in accelerate's configuration, got {version}")
+        return "fsdp2"
+    return "ddp"
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's piece, or the tensor itself where nothing is cut."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(values: dict[str, torch.Tensor], keep: bool) -> dict[str, torch.Tensor]:
+    """Cut tensors gathered, one after the other, onto the CPU of the process that keeps them; others as they are."""
+    if not any(isinstance(value, DTensor) for value in values.values()):
+        return values
+    gathered = {}
+    for name, value in values.items():
+        value = value.full_tensor() if isinstance(value, DTensor) else value
+        if keep:
+            gathered[name] = value.cpu()
+    return gathered
+
+
+@torch.no_grad()
+def load_whole(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """`load_state_dict` of whole tensors, also where the model is cut."""
+    reshard(model)
+    own = model.state_dict()
+    model.load_state_dict(
+        {name: placed_like(own[name], value) if name in own else value for name, value in weights.items()}
+    )
+
+
+def placed_like(tensor: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """A whole value where `tensor` is, cut as it is cut; a value of another shape (a count) is only moved."""
+    value = value.to(tensor.device)
+    if not isinstance(tensor, DTensor) or value.shape != tensor.shape:
+        return value
+    return distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
+
+
+def reshard(model: torch.nn.Module) -> None:
+    """Give back what a pass under FSDP2 left gathered: after an update it would be the weights of before."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
+def average(tensors: list[torch.Tensor]) -> None:
+    """Put the mean over all processes in the place of every tensor, in few large collectives."""
+    start = 0
+    while start < len(tensors):
+        end, entries = start, 0
+        while end < len(tensors) and (end == start or entries + tensors[end].numel() <= BUCKET_ENTRIES):
+            entries, end = entries + tensors[end].numel(), end + 1
+        bucket = tensors[start:end]
+        flat = torch.cat([tensor.flatten() for tensor in bucket])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        pieces = flat.split([tensor.numel() for tensor in bucket])
+        torch._foreach_copy_(bucket, [piece.view_as(tensor) for piece, tensor in zip(pieces, bucket)])
+        start = end

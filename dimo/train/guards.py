@@ -1,0 +1,83 @@
+"""Guards before the update: a value that is not finite, on whichever process, keeps every process from updating."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from dimo.distill.stages import Step
+from dimo.errors import DimoError, NonFiniteError
+from dimo.train.engine import Engine
+
+REPLAYED = ("txt_ids", "x_init", "x_hat", "x_t", "t")
+
+
+class Guard:
+    """Agrees on bad steps and counts them: `skipped` in all, `in_a_row` the latest."""
+
+    def __init__(self, engine: Engine, max_bad_steps: int):
+        self.engine, self.max_bad_steps = engine, max_bad_steps
+        self.skipped = self.in_a_row = 0
+
+    @contextlib.contextmanager
+    def agreed(self) -> Iterator[None]:
+        """Around stages: a NonFiniteError in one process is one in all, raised when all have come to the end.
+
+        What is inside may fail only where no collective follows it inside; else the others would wait for ever.
+        """
+        error = None
+        try:
+            yield
+        except NonFiniteError as found:
+            error = found
+        if self.engine.any(error is not None):
+            raise error or NonFiniteError("another process met a value that is not finite")
+
+    def count(self, error: NonFiniteError | None) -> dict:
+        """After every step. Returns what an event says of a bad one: {why: {rank: sentence}, in_a_row}."""
+        if error is None:
+            self.in_a_row = 0
+            return {}
+        self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+        return {"why": self.engine.everywhere(str(error)), "in_a_row": self.in_a_row}
+
+    def stop_if_hopeless(self, folder: str | Path, index: int, seed: int, steps: list[Step]) -> None:
+        """After `max_bad_steps` in a row, save every process's batch for replay, and stop.
+
+        Raises:
+            DimoError: that many steps were skipped in a row.
+        """
+        if self.in_a_row < self.max_bad_steps:
+            return
+        name = f"replay-{index + 1:08d}"
+        for part, step in enumerate(steps):
+            piece = f"-part{part}" if len(steps) > 1 else ""
+            save_replay(
+                Path(folder) / "slices" / f"{name}-rank{self.engine.rank}{piece}.safetensors", step, index, seed
+            )
+        raise DimoError(
+            f"{self.in_a_row} steps in a row met values that are not finite and were skipped; the last batch is in "
+            f"{Path(folder) / 'slices'}/{name}-*. Lower optim.lr or optim.aux_lr, or look at the teacher"
+        )
+
+    def state_dict(self) -> dict:
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
+
+
+def save_replay(file: Path, step: Step, index: int, seed: int) -> None:
+    """What a step drew before it went wrong: those of txt_ids, x_init, x_hat, x_t, t that it came to, step and seed."""
+    drawn = {name: getattr(step, name) for name in REPLAYED}
+    tensors = {name: value.detach().cpu().contiguous() for name, value in drawn.items() if value is not None}
+    numbers = {"step": torch.tensor(index), "seed": torch.tensor(seed)}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_name(f".{file.name}.partial")
+    save_file(tensors | numbers, beside)
+    os.replace(beside, file)

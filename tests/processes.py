@@ -1,0 +1,28 @@
+"""Real processes for tests: what `accelerate launch` does for the GPUs of one machine, on the CPU over gloo."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ENGINES = {
+    "ddp": {},
+    "fsdp2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+    "deepspeed_zero2": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
+}
+
+
+def launch(folder, *command, engine="ddp", processes=2):
+    """Run a script or `-m module` in so many processes, in `folder`; returns the CompletedProcess."""
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | ENGINES[engine]
+    env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), env.get("PYTHONPATH", "")])
+    return subprocess.run([*words, *command], capture_output=True, text=True, cwd=folder, env=env, timeout=300)
+
+
+def run_script(folder, text, *arguments, **more):
+    """`launch` of a script given as text; it must end well. Returns what it printed."""
+    (folder / "script.py").write_text(text)
+    done = launch(folder, str(folder / "script.py"), *arguments, **more)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout

@@ -1,0 +1,265 @@
+"""Engines: the gradients of several processes and parts against one process with the whole batch, in float64."""
+
+import copy
+
+import pytest
+import torch
+from processes import launch, run_script
+
+from dimo.errors import DimoError
+from dimo.train.config import load_config
+from dimo.train.engine import average, load_whole
+from dimo.train.trainer import Trainer, step_through
+from dimo.ursa import load_ursa, visual_logits
+from dimo.worlds import checkpoint_folder
+
+BATCH, W_KD, LAMBDA, AUX_STEPS = 2, 0.3, 0.02, 2
+SETTINGS = [
+    "model.device=cpu", f"distill.batch_size_per_gpu={BATCH}", f"distill.w_kd={W_KD}", f"distill.lambda_ent={LAMBDA}",
+    f"distill.aux_steps={AUX_STEPS}", "distill.divergence=jeffreys", "optim.optimizer=adamw", "distill.guidance_scale=2",
+    "distill.p_corrupt=0", "optim.warmup_steps=1",
+]  # fmt: skip
+
+# One step in float64 of a Trainer with `parts` parts; what was drawn and what was stepped on goes to a file per rank.
+ONE_STEP = f"""
+import sys
+import torch
+import dimo.train.trainer as module
+from dimo.train.config import load_config
+
+load, shorten = module.load_ursa, torch.Tensor.float
+
+
+def load_double(*args, **kwargs):
+    ursa = load(*args, **kwargs)
+    ursa.transformer.double()
+    return ursa
+
+
+module.load_ursa = load_double
+torch.Tensor.float = lambda self: self if self.dtype == torch.float64 else shorten(self)  # the losses shorten to float32
+
+
+def gradients(learner):
+    pairs = learner.model.named_parameters()
+    return {{name: p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad.clone() for name, p in pairs}}
+
+
+for parts in (1, 2):
+    trainer = module.Trainer(load_config("smoke", {SETTINGS!r} + [f"training.gradient_accumulation_steps={{parts}}"]))
+    assert trainer.engine.kind == sys.argv[1], trainer.engine.kind
+    updates, draws, aux_ids = [], [], []
+
+    def spy(learner, name):
+        def update(norm, inner=learner.update):
+            weights = {{k: v.clone() for k, v in trainer.engine.whole_state(learner.model).items()}}
+            updates.append((name, gradients(learner), float(norm), weights))
+            inner(norm)
+        learner.update = update
+
+    spy(trainer.student, "student")
+    spy(trainer.aux, "aux")
+    hook = lambda module, args, kwargs: aux_ids.append(args[0]) if torch.is_grad_enabled() else None
+    trainer.networks.aux.register_forward_pre_hook(hook, with_kwargs=True)
+    stages = trainer._nine_stages
+    trainer._nine_stages = lambda index, steps: (draws.extend(steps), stages(index, steps))[1]
+    trainer.step(0)
+    drawn = [{{k: getattr(s, k) for k in ("txt_ids", "x_init", "x_hat", "t", "x_t")}} for s in draws]
+    tensors, state = trainer.state()
+    saved = {{"updates": updates, "draws": drawn, "aux_ids": aux_ids, "tensors": tensors, "state": state}}
+    torch.save(saved, f"parts{{parts}}-rank{{trainer.engine.rank}}.pt")
+"""
+
+
+def naive_student_loss(student, teacher, aux, draws, uncond, grid):
+    """The design's stages 5, 7, 8 and 9 on one batch, in float64."""
+    cat = {key: torch.cat([d[key] for d in draws]) for key in draws[0]}
+    with torch.no_grad():
+        cond = visual_logits(teacher, cat["txt_ids"], cat["x_t"], grid)
+        free = visual_logits(teacher, uncond.expand_as(cat["txt_ids"]), cat["x_t"], grid)
+        w = torch.where(cat["t"] < 0.9, 2.0, 1.0).double()[:, None, None]
+        log_t = (free + w * (cond - free)).log_softmax(-1)
+        log_a = visual_logits(aux, cat["txt_ids"], cat["x_t"], grid).log_softmax(-1)
+        p_t, p_a = log_t.exp(), log_a.exp()
+        reverse = (p_a * (log_a - log_t)).sum(-1, keepdim=True)
+        g = 0.5 * (p_a - p_t) + 0.5 * p_a * (log_a - log_t - reverse)
+    z = visual_logits(student, cat["txt_ids"], cat["x_init"], grid)
+    log_s = z.log_softmax(-1)
+    entropy = -(log_s.exp() * log_s).sum(-1).mean()
+    log_st = visual_logits(student, cat["txt_ids"], cat["x_t"], grid).log_softmax(-1)
+    kd = (p_t * (log_t - log_st)).sum(-1).mean()
+    return (g * z).sum(-1).mean() + W_KD * kd - LAMBDA * entropy
+
+
+def assert_gradients(got, model, loss):
+    names = [name for name, _ in model.named_parameters()]
+    want = dict(zip(names, torch.autograd.grad(loss, list(model.parameters()))))
+    assert got.keys() == want.keys()
+    for name in names:
+        assert want[name].abs().max() > 0
+        assert (got[name] - want[name]).abs().max() < 1e-10 * want[name].abs().max(), name
+    return torch.cat([g.flatten() for g in want.values()]).norm().item()
+
+
+@pytest.fixture(scope="module")
+def stepped(tmp_path_factory):
+    """{engine: folder of what two processes did}, made when first asked for."""
+    folders = {}
+
+    def of(engine):
+        if engine not in folders:
+            folders[engine] = tmp_path_factory.mktemp(engine)
+            run_script(folders[engine], ONE_STEP, engine, engine=engine)
+        return folders[engine]
+
+    return of
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_processes_and_parts_give_the_gradient_of_the_whole_batch(stepped, engine, parts):
+    ranks = [torch.load(stepped(engine) / f"parts{parts}-rank{r}.pt") for r in range(2)]
+    ursa = load_ursa(checkpoint_folder("shapes"))
+    teacher, uncond = ursa.transformer.double().requires_grad_(False), ursa.tokenize([""], 4)
+    draws = [d for rank in ranks for d in rank["draws"]]
+    assert len(draws) == 2 * parts and not torch.equal(draws[0]["x_init"], draws[-1]["x_init"])
+    x_hat = torch.cat([d["x_hat"] for d in draws])
+    grid, learning = (3, 4, 4), copy.deepcopy(teacher).requires_grad_(True)
+    updates = ranks[0]["updates"]
+    assert [u[0] for u in updates] == ["aux"] * AUX_STEPS + ["student"]
+
+    for k, (_, got, norm, weights) in enumerate(updates[:AUX_STEPS]):
+        learning.load_state_dict(weights)
+        ids = torch.cat([rank["aux_ids"][k * parts + part] for rank in ranks for part in range(parts)])
+        codes = ids[:, 5:] - teacher.config.lm_vocab_size
+        logits = visual_logits(learning, ids[:, :4], codes, grid)
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), x_hat.flatten())
+        assert assert_gradients(got, learning, loss) == pytest.approx(norm, rel=1e-9)
+    aux = copy.deepcopy(teacher)
+    aux.load_state_dict(ranks[0]["tensors"]["aux"])
+    student = copy.deepcopy(teacher).requires_grad_(True)
+    loss = naive_student_loss(student, teacher, aux, draws, uncond, grid)
+    assert assert_gradients(updates[-1][1], student, loss) == pytest.approx(updates[-1][2], rel=1e-9)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_fsdp2_ends_where_ddp_ends(stepped, parts):
+    ddp, fsdp = (torch.load(stepped(e) / f"parts{parts}-rank0.pt") for e in ("ddp", "fsdp2"))
+    teacher = load_ursa(checkpoint_folder("shapes")).transformer.double().state_dict()
+    for name in ("student", "aux", "ema"):
+        for key, value in ddp["tensors"][name].items():
+            moved = (value - teacher[key]).abs().max()
+            assert moved > 0 and (fsdp["tensors"][name][key] - value).abs().max() < 1e-6 * moved, (name, key)
+    for name in ("student", "aux"):
+        held, other = ddp["state"]["optimizers"][name], fsdp["state"]["optimizers"][name]
+        assert held.keys() == other.keys() == teacher.keys()
+        for key in held:
+            for moment in ("step", "exp_avg", "exp_avg_sq"):
+                assert torch.allclose(held[key][moment], other[key][moment], rtol=1e-8, atol=0)
+    other_rank = torch.load(stepped("fsdp2") / f"parts{parts}-rank1.pt")
+    assert other_rank["tensors"]["student"] == {}  # gathered once, on rank 0
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_state_of_one_engine_is_taken_up_by_another(stepped, engine):
+    """A checkpoint of two processes, whichever the engine, goes on in one plain process with the same numbers."""
+    saved = torch.load(stepped(engine) / "parts1-rank0.pt")
+    trainer = Trainer(load_config("smoke", SETTINGS))
+    trainer.load_state(saved["tensors"], saved["state"], None)
+    tensors, state = trainer.state()
+    for name in ("student", "aux", "ema"):
+        assert all(torch.equal(tensors[name][k], v.float()) for k, v in saved["tensors"][name].items())
+    for key, values in state["optimizers"]["student"].items():
+        for moment, value in saved["state"]["optimizers"]["student"][key].items():
+            assert torch.equal(values[moment].double(), value.double())
+    assert trainer.events == [{"step": 0, "event": "ranks_without_state", "ranks": [0]}]
+
+
+def test_parts_draw_the_same_x_hat_in_both_passes():
+    trainer = Trainer(load_config("smoke", [*SETTINGS, "training.gradient_accumulation_steps=2"]))
+    seen, inner = [], trainer.x_init.remember
+    trainer.x_init.remember = lambda x_hat, txt_ids: (seen.append(x_hat.clone()), inner(x_hat, txt_ids))[1]
+    stages, kept = trainer._nine_stages, []
+    trainer._nine_stages = lambda index, steps: (kept.extend(steps), stages(index, steps))[1]
+    trainer.step(0)
+    assert len(kept) == len(seen) == 2 and not torch.equal(seen[0], seen[1])
+    assert all(torch.equal(step.x_hat, first) for step, first in zip(kept, seen))
+
+
+def test_bf16_masters_are_float32_and_every_pass_sees_the_latest_weights():
+    """autocast keeps bf16 copies of weights as long as its context lasts: an update inside it went unseen."""
+    more = ["training.mixed_precision=bf16", "optim.aux_lr=0.05", "optim.warmup_steps=1", "distill.aux_steps=3"]
+    trainer = Trainer(load_config("smoke", [*SETTINGS, *more]))
+    assert next(trainer.networks.teacher.parameters()).dtype == torch.bfloat16
+    assert {p.dtype for net in ("student", "aux", "ema") for p in getattr(trainer.networks, net).parameters()} == {
+        torch.float32
+    }
+    answers = []
+    trainer.networks.aux.register_forward_hook(lambda module, args, out: answers.append((args, out.detach())))
+    update, weights = trainer.aux.update, [copy.deepcopy(trainer.networks.aux.state_dict())]
+
+    def spy(norm):
+        update(norm)
+        weights.append(copy.deepcopy(trainer.networks.aux.state_dict()))
+
+    trainer.aux.update = spy
+    trainer.step(0)
+    assert len(answers) == len(weights) == 4
+    fresh = copy.deepcopy(load_ursa(checkpoint_folder("shapes")).transformer)
+    for (args, out), held in zip(answers, weights):
+        fresh.load_state_dict(held)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            want = fresh(*args)[:, -out.shape[1] :]
+        assert out.dtype == torch.bfloat16 and torch.equal(out, want)
+
+
+def test_average_of_one_bucket_and_of_several(tmp_path):
+    script = """
+import torch, torch.distributed as dist
+import dimo.train.engine as engine
+dist.init_process_group("gloo")
+for entries in (1, 7, 10_000):
+    engine.BUCKET_ENTRIES = entries
+    own = [torch.arange(n, dtype=torch.float64).add(100 * dist.get_rank() + n).view(shape)
+           for n, shape in ((6, (2, 3)), (1, ()), (12, (3, 4)), (3, (3,)))]
+    want = [t - 100 * dist.get_rank() + 50 for t in own]
+    engine.average(own)
+    assert all(torch.equal(a, b) for a, b in zip(own, want)), entries
+dist.barrier()
+import time; time.sleep(0.2)
+"""
+    run_script(tmp_path, script)
+    assert average([]) is None
+
+
+def test_muon_is_refused_where_matrices_are_cut(tmp_path):
+    out = [f"experiment.output_dir={tmp_path / 'run'}", "optim.optimizer=muon"]
+    done = launch(tmp_path, "-m", "dimo.train", "config=smoke", *out, engine="fsdp2", processes=1)
+    assert "optim.optimizer=muon steps on whole matrices, and fsdp2 cuts them; use optim.optimizer=adamw" in done.stderr
+    assert done.returncode != 0 and "Traceback" not in done.stderr.split("dimo: ")[0]
+
+
+@pytest.mark.parametrize(
+    ("environment", "sentence"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "fsdp_version must be 2"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "zero_stage 2, got 3"),
+    ],
+)
+def test_engines_that_are_not_served_are_refused(monkeypatch, environment, sentence):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(DimoError, match=sentence):
+        Trainer(load_config("smoke", SETTINGS))
+
+
+def test_weights_that_do_not_fit_are_refused():
+    model = load_ursa(checkpoint_folder("shapes")).transformer
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        load_whole(model, model.state_dict() | {"more": torch.zeros(1)})
+
+
+def test_a_step_of_parts_learns_and_is_measured():
+    trainer = Trainer(load_config("smoke", [*SETTINGS, "training.gradient_accumulation_steps=3"]))
+    for _, _, metrics in step_through(trainer, 2):
+        assert metrics["grad_norm/student"] > 0 and metrics["guard/skipped"] == 0
