@@ -17,8 +17,9 @@ UNUSED = torch.empty(())  # baddbmm's first argument at beta = 0
 
 def serves(x: torch.Tensor, scores: int = 0) -> bool:
     """Whether this module is the way to go for x: float32 on a CPU, and so many attention scores fit in memory."""
-    plain = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    return plain and scores <= SCORES
+    if x.device.type != "cpu" or x.dtype != torch.float32 or scores > SCORES:
+        return False
+    return not (torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
 
 
 class Norm(torch.autograd.Function):
