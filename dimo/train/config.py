@@ -51,8 +51,12 @@ class Experiment:
 class Model:
     device: str = _key("auto", "auto, cpu or cuda")
     backend: str = _key("native", "native, or upstream: diffnext's class as teacher, student and auxiliary")
-    compile: bool = _key(False, "compile the layers, where there is a GPU: a minute at the start, then faster steps")
-    activation_checkpointing: str = _key("none", "none, selective (attention is kept, the rest computed again) or full")
+    compile: bool = _key(
+        False, "compile the layers, on a GPU, of backend native: a minute at the start, then faster steps"
+    )
+    activation_checkpointing: str = _key(
+        "none", "none, selective (keep attention, compute the rest again) or full; backend native"
+    )
     train_embeddings: bool = _key(True, "false: they stay the teacher's, one copy for all networks")
 
 
@@ -286,8 +290,6 @@ def validate(config: Config) -> None:
         raise DimoError(
             "distill.min_* and distill.motion_prefix are for a file of captions, and distill.prompt_source is world"
         )
-    if config.model.backend != "native" and (config.model.compile or config.model.activation_checkpointing != "none"):
-        raise DimoError("model.compile and model.activation_checkpointing need model.backend=native")
     beta_of(config.distill.divergence)
     latents_shape_for(config.distill.num_frames, config.distill.height, config.distill.width)
 

@@ -57,7 +57,7 @@ def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
 
 
 def make_optimizers(model: torch.nn.Module, lr: float, muon_lr: float, optim: Optim) -> list[torch.optim.Optimizer]:
-    """One or two optimizers that together hold every parameter that learns once; their groups remember their `initial_lr`.
+    """One or two optimizers that together hold what learns, each parameter once; groups remember their `initial_lr`.
 
     Muon steps with the same strength along every direction of a matrix. A one-step student has to decide between
     videos sharply, from noise alone; AdamW sharpens it several times more slowly (docs/experiments.md).

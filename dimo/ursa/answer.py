@@ -86,3 +86,11 @@ def draw(answer: Answer, generator: torch.Generator | None = None, temperature: 
     size = tokens_at_once(len(answer.weight), hidden.device)
     parts = [one(logits_of(h, answer.weight), v, temperature) for h, v in chunks(size, hidden, u)]
     return tuple(torch.cat(part).view(shape) for part in zip(*parts))
+
+
+@torch.no_grad()
+def most_likely(answer: Answer) -> torch.Tensor:
+    """The code (B, N) with the highest logit."""
+    answer, size = answer.detach(), tokens_at_once(len(answer.weight), answer.hidden.device)
+    parts = [logits_of(h, answer.weight).argmax(-1) for (h,) in chunks(size, answer.hidden.flatten(0, 1))]
+    return torch.cat(parts).view(answer.hidden.shape[:2])

@@ -12,15 +12,17 @@ from torch.utils.checkpoint import checkpoint
 
 # entries of a temporary: on a GPU three of them, of 4 bytes, are 1 GB; on a CPU 16 MiB, which malloc reuses
 ENTRIES = {"cuda": 3 * 2**25, "cpu": 2**22}
+FEW_CODES = 2048  # up to here K x K tables and logits of all tokens are small
 BLOCK = 256  # codes summed at once when drawing
 
 
 def tokens_at_once(codes: int, device: torch.device) -> int:
-    """How many tokens of `codes` entries a temporary may hold: fewer where little memory is free, a round number."""
+    """How many tokens of `codes` entries a temporary may hold; halved while little memory is free, a round number."""
     entries = ENTRIES.get(device.type, ENTRIES["cuda"])
     if device.type == "cuda" and torch.cuda.is_available():
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        entries = min(entries, (torch.cuda.mem_get_info(device)[0] + unused) // 16)
+        while entries > 128 * codes and 16 * entries > torch.cuda.mem_get_info(device)[0] + unused:
+            entries //= 2  # few sizes, since each is a graph of its own
     tokens = max(1, entries // codes)
     return tokens if tokens < 128 else tokens // 128 * 128
 

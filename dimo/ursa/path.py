@@ -14,9 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from dimo.errors import DimoError, require_ids, require_shape, require_time
-from dimo.ursa.chunks import chunks, on_device, pick, tokens_at_once
-
-TABLE_CODES = 2048  # up to this many codes the K x K distances are kept
+from dimo.ursa.chunks import FEW_CODES, chunks, on_device, pick, tokens_at_once
 
 
 def categorical(prob: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -128,7 +126,7 @@ class MetricPath(_Path):
         self.codebook = F.normalize(codebook.float(), dim=-1, eps=eps)
         self._square = self.codebook.square().sum(-1)
         self._table = None
-        if self.codebook_size <= TABLE_CODES:
+        if self.codebook_size <= FEW_CODES:  # then the K x K distances are kept
             self._table = self._distance(torch.arange(self.codebook_size, device=self.device))
 
     def _distance(self, x_1: torch.Tensor) -> torch.Tensor:
