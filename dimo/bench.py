@@ -22,6 +22,7 @@ from dimo.bench_naive import naive_step
 from dimo.distill import fused, stages
 from dimo.errors import DimoError, nearest
 from dimo.train.config import Config, device_of, load_config
+from dimo.train.prompts import WorldPrompts
 from dimo.train.trainer import Trainer
 from dimo.ursa import MetricPath, Ursa, UrsaConfig, UrsaTransformer, sample
 from dimo.ursa.answer import Answer, draw
@@ -150,43 +151,43 @@ def bench(
     report["product_tflops"] = matrix_product(clock)
     progress(f"{report['device']}, torch {torch.__version__}; a matrix product: {report['product_tflops']:.1f} TFLOP/s")
 
-    with tempfile.TemporaryDirectory() as folder:
-        if size:
-            prompts = Path(folder) / "prompts.txt"
-            prompts.write_text("\n".join("a red ball rolls over green grass" + "." * i for i in range(64)))
-            d.prompt_source, d.motion_prefix = str(prompts), "none"
-        trainer = Trainer(config, random_ursa(size, device) if size else None)
-        network = trainer.networks.student.config
-        text = trainer.prompts.batch(d.batch_size_per_gpu, trainer.generator.manual_seed(0)).to(device)
-        sequence = text.shape[1] + 1 + trainer.num_visual_tokens
-        forward = d.batch_size_per_gpu * model_flops(network, sequence, trainer.num_visual_tokens)
-        passes = passes_of(config)
-        report |= {"tokens": trainer.num_visual_tokens, "forward_tflop": forward / 1e12, "passes": passes}
-        tflop = forward * sum(passes.values()) / 1e12
-        if "step" in parts:
-            counter = iter(range(10**9))
-            begin = time.perf_counter()
-            trainer.step(next(counter))
-            clock.wait()
-            report["first_step_seconds"] = time.perf_counter() - begin
-            result = clock(lambda: trainer.step(next(counter)))
-            report["step"] = _rated(result, tflop, report["product_tflops"])
-            report["stages"] = stage_times(trainer, counter, clock)
-            progress(_line("step, with optimizers", report["step"]))
-            for name, seconds in report["stages"].items():
-                progress(f"    {name:28}{1e3 * seconds:9.1f} ms")
-        report |= _other_parts(trainer, text, parts, generate_steps, clock, progress)
-        if "losses" in report and "step" in report:
-            share = report["losses"]["all"]["seconds"] / report["step"]["seconds"]
-            report["losses"]["share_of_step"] = share
-            progress(f"    losses with their products: {100 * share:.2f}% of the step")
-        kept = trainer.networks.teacher, trainer.path, text, trainer.uncond_ids, trainer.grid
-        trainer = None
-        _free()
-        if "naive" in against:
-            report["naive"] = _naive(config, kept, tflop, clock, report, progress)
-        if "upstream" in against:
-            report["upstream"] = _upstream(config, report, clock, progress)
+    ursa = prompts = None
+    if size:
+        ursa = random_ursa(size, device)
+        texts = ["a red ball rolls over green grass" + "." * i for i in range(64)]
+        prompts = WorldPrompts(texts, ursa, d.max_prompt_length)
+    trainer = Trainer(config, ursa, prompts)
+    network = trainer.networks.student.config
+    text = trainer.prompts.batch(d.batch_size_per_gpu, trainer.generator.manual_seed(0)).to(device)
+    sequence = text.shape[1] + 1 + trainer.num_visual_tokens
+    forward = d.batch_size_per_gpu * model_flops(network, sequence, trainer.num_visual_tokens)
+    passes = passes_of(config)
+    report |= {"tokens": trainer.num_visual_tokens, "forward_tflop": forward / 1e12, "passes": passes}
+    tflop = forward * sum(passes.values()) / 1e12
+    if "step" in parts:
+        counter = iter(range(10**9))
+        begin = time.perf_counter()
+        trainer.step(next(counter))
+        clock.wait()
+        report["first_step_seconds"] = time.perf_counter() - begin
+        result = clock(lambda: trainer.step(next(counter)))
+        report["step"] = _rated(result, tflop, report["product_tflops"])
+        report["stages"] = stage_times(trainer, counter, clock)
+        progress(_line("step, with optimizers", report["step"]))
+        for name, seconds in report["stages"].items():
+            progress(f"    {name:28}{1e3 * seconds:9.1f} ms")
+    report |= _other_parts(trainer, text, parts, generate_steps, clock, progress)
+    if "losses" in report and "step" in report:
+        share = report["losses"]["all"]["seconds"] / report["step"]["seconds"]
+        report["losses"]["share_of_step"] = share
+        progress(f"    losses with their products: {100 * share:.2f}% of the step")
+    kept = trainer.networks.teacher, trainer.path, text, trainer.uncond_ids, trainer.grid
+    trainer = None
+    _free()
+    if "naive" in against:
+        report["naive"] = _naive(config, kept, tflop, clock, report, progress)
+    if "upstream" in against:
+        report["upstream"] = _upstream(config, report, clock, progress)
     return report
 
 

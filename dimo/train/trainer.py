@@ -18,7 +18,7 @@ from dimo.train.engine import Engine, Learner, load_whole, local, reshard
 from dimo.train.guards import Guard
 from dimo.train.loop import run_training
 from dimo.train.optimizers import lr_factor, make_optimizers
-from dimo.train.prompts import open_prompts
+from dimo.train.prompts import WorldPrompts, open_prompts
 from dimo.train.runfolder import RunFolder
 from dimo.ursa import Ursa, UrsaTransformer, load_ursa
 from dimo.ursa.cpu import keep_memory
@@ -44,10 +44,10 @@ class Networks:
 class Trainer:
     """Everything a run needs, ready to step. `Trainer(config).train()` is the whole run; a notebook calls `step`.
 
-    `ursa` stands for the checkpoint folder that the configuration names.
+    `ursa` and `prompts` stand for the checkpoint folder and the prompt source that the configuration names.
     """
 
-    def __init__(self, config: Config, ursa: Ursa | None = None):
+    def __init__(self, config: Config, ursa: Ursa | None = None, prompts: WorldPrompts | None = None):
         self.config, d, o = config, config.distill, config.optim
         self.engine = Engine(config)
         self.accelerator, self.device = self.engine.accelerator, self.engine.device
@@ -61,7 +61,7 @@ class Trainer:
         self.num_visual_tokens = math.prod(self.grid)
         if (self.ursa.folder / "world.json").exists():
             require_grid(load_world(self.ursa.folder), self.grid)
-        self.prompts = open_prompts(config, self.ursa, self.engine.rank, self.engine.world_size)
+        self.prompts = prompts or open_prompts(config, self.ursa, self.engine.rank, self.engine.world_size)
         self.empty_ids = self.ursa.tokenize([""], d.max_prompt_length)
         self.uncond_ids = self.ursa.tokenize([d.negative_prompt], d.max_prompt_length)
 
