@@ -1,15 +1,27 @@
 """Real processes for tests: what `accelerate launch` does for the GPUs of one machine, on the CPU over gloo."""
 
+import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ENGINES = {
     "ddp": {},
     "fsdp2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
     "deepspeed_zero2": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
 }
+
+WITH_ZERO2 = [
+    "ddp",
+    "fsdp2",
+    pytest.param(
+        "deepspeed_zero2",
+        marks=pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="DeepSpeed is not installed"),
+    ),
+]
 
 
 def launch(folder, *command, engine="ddp", processes=2):

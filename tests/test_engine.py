@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from processes import launch, run_script
+from processes import WITH_ZERO2, launch, run_script
 
 from dimo.errors import DimoError
 from dimo.train.config import load_config
@@ -160,6 +160,82 @@ def test_fsdp2_ends_where_ddp_ends(stepped, parts):
     assert other_rank["tensors"]["student"] == {}  # gathered once, on rank 0
 
 
+# Six steps in float32, two parts each; the student's and its average's whole weights.
+SIX_STEPS = f"""
+import sys
+import torch
+from dimo.train.config import load_config
+from dimo.train.trainer import Trainer
+
+more = ["training.gradient_accumulation_steps=2", "optim.beta1=0.9", "optim.lr=1e-4", "optim.aux_lr=2e-4"]
+trainer = Trainer(load_config("smoke", {SETTINGS!r} + more))
+assert trainer.engine.kind == sys.argv[1]
+for index in range(6):
+    trainer.step(index)
+tensors, _ = trainer.state()
+if trainer.engine.rank == 0:
+    torch.save(tensors, "ended.pt")
+"""
+
+
+@pytest.mark.parametrize("engine", WITH_ZERO2[2:])
+def test_zero2_takes_adamws_steps(tmp_path, engine):
+    ended = []
+    for which in ("ddp", engine):
+        run_script(tmp_path, SIX_STEPS, which, engine=which)
+        ended.append(torch.load(tmp_path / "ended.pt"))
+    start = load_ursa(checkpoint_folder("shapes")).transformer.state_dict()
+    for name in ("student", "aux", "ema"):
+        a, b, s = (torch.cat([v[k].flatten() for k in start]) for v in (ended[0][name], ended[1][name], start))
+        assert (a - s).norm() > 0 and (a - b).norm() < 1e-3 * (a - s).norm()
+
+
+# Under fsdp2 the head is used apart from the layers too: `hidden`, then `lm_head.weight`.
+HIDDEN = f"""
+import torch
+from dimo.train.config import load_config
+from dimo.train.trainer import Trainer
+
+trainer = Trainer(load_config("smoke", {SETTINGS!r}))
+assert trainer.engine.kind == "fsdp2"
+net, learner = trainer.networks.student, trainer.student
+ids = torch.randint(0, 20, (2, 20), generator=torch.Generator().manual_seed(trainer.engine.rank))
+pos = torch.arange(20)[:, None].expand(-1, 3)
+ema = trainer.networks.ema
+for index in range(2):  # the average is updated, passed, updated, passed: never with the weights of before
+    trainer.step(index)
+    with torch.no_grad():
+        out = torch.nn.functional.linear(ema.hidden(ids, pos), ema.lm_head.weight)
+with torch.no_grad():
+    trainer.networks.student.hidden(ids, pos)  # leaves its head gathered
+held = trainer.student.state()
+whole = trainer.engine.whole_state(ema)
+if trainer.engine.rank == 0:
+    plain = trainer.ursa.transformer
+    plain.load_state_dict(whole)
+    assert torch.allclose(plain(ids, pos), out, atol=1e-6)
+    assert held.keys() == whole.keys()
+found = []
+for passes in (lambda: net(ids, pos), lambda: torch.nn.functional.linear(net.hidden(ids, pos), net.lm_head.weight)):
+    for _ in range(2):  # also after a pass without a gradient, and after one whose backward never came
+        with torch.no_grad():
+            passes()
+        passes()
+        logits = passes() + passes().flip(0)
+        learner.backward(logits.square().mean())
+        norm = learner.gradient_norm()
+        found.append([logits.detach(), norm, *(p.grad.full_tensor().clone() for p in net.parameters())])
+        learner.discard()
+for other in found[1:]:
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-7) for a, b in zip(found[0], other))
+assert all(g.abs().max() > 0 for g in found[0])
+"""
+
+
+def test_fsdp2_serves_the_head_apart_from_the_layers(tmp_path):
+    run_script(tmp_path, HIDDEN, engine="fsdp2")
+
+
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_state_of_one_engine_is_taken_up_by_another(stepped, engine):
     """A checkpoint of two processes, whichever the engine, goes on in one plain process with the same numbers."""
@@ -203,7 +279,8 @@ def test_bf16_masters_are_float32_and_every_pass_sees_the_latest_weights():
         weights.append(copy.deepcopy(trainer.networks.aux.state_dict()))
 
     trainer.aux.update = spy
-    trainer.step(0)
+    with trainer.engine.autocast():  # one context for the whole step is the hard case
+        trainer.step(0)
     assert len(answers) == len(weights) == 4
     fresh = copy.deepcopy(load_ursa(checkpoint_folder("shapes")).transformer)
     for (args, out), held in zip(answers, weights):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from processes import launch, run_script
+from processes import WITH_ZERO2, launch, run_script
 from safetensors.torch import load_file
 
 SMALL = ["--batch_size", "2", "experiment.save_every=3", "experiment.log_every=1", "optim.optimizer=adamw"]
@@ -37,7 +37,7 @@ def run(folder, out, *more, **where):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("engine", WITH_ZERO2)
 def test_a_run_of_two_processes_writes_one_folder_and_ends_with_one_student(tmp_path, engine):
     out = tmp_path / "run"
     rows = run(tmp_path, out, "training.max_train_steps=4", "experiment.sample_every=4", engine=engine)
@@ -51,7 +51,7 @@ def test_a_run_of_two_processes_writes_one_folder_and_ends_with_one_student(tmp_
     assert again == rows  # nothing is left to do, and nothing is done twice
 
 
-# What two processes under fsdp2 saved after two steps, taken up by as many processes as are started now.
+# What two processes saved after two steps, taken up by as many processes as are started now.
 TAKE_UP = """
 import sys
 import torch
@@ -85,7 +85,8 @@ trainer.step(2)
 """
 
 
-def test_a_checkpoint_is_taken_up_by_another_number_of_processes(tmp_path):
-    run_script(tmp_path, TAKE_UP, "0", engine="fsdp2")
-    run_script(tmp_path, TAKE_UP, "1", engine="fsdp2", processes=3)
+@pytest.mark.parametrize("engine", WITH_ZERO2[1:])
+def test_a_checkpoint_is_taken_up_by_another_number_of_processes_and_engine(tmp_path, engine):
+    run_script(tmp_path, TAKE_UP, "0", engine=engine)
+    run_script(tmp_path, TAKE_UP, "1", engine=engine, processes=3)
     run_script(tmp_path, TAKE_UP, "1", engine="ddp", processes=1)

@@ -156,6 +156,7 @@ class Learner:
 
     def state(self) -> dict[str, dict[str, torch.Tensor]]:
         """{parameter: {"exp_avg": ..., ...}}, as `whole_state` of the model: the same under every engine."""
+        reshard(self.model)
         keep = dist.get_rank() == 0 if dist.is_initialized() else True
         held = {p: optimizer.state[p] for optimizer in self.optimizers for p in list(optimizer.state)}
         return {name: whole(held[p], keep) for name, p in self.model.named_parameters() if p in held}
@@ -202,7 +203,7 @@ class Zero2Learner(Learner):
 
     def discard(self) -> None:
         self.zero.zero_grad()
-        for group in self.zero.averaged_gradients:
+        for group in range(len(self.zero.bit16_groups)):
             self.zero.averaged_gradients[group] = None
             self.zero.all_grad_tensors[group] = None
 
@@ -224,13 +225,14 @@ class Zero2Learner(Learner):
         self.zero.refresh_fp32_params()
         if not state:
             return
-        step = next(iter(state.values()))["step"]
+        held, step = self.optimizers[0].state, next(iter(state.values()))["step"]
         for p in self._flat():
-            zeros = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
-            self.optimizers[0].state[p] = {"step": step.to(p.device), **zeros}
-        self.zero._lazy_init_hp_params_optimizer_state()
+            if p not in held:
+                held[p] = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
+            held[p]["step"] = step.to(p.device, copy=True)
+        self.zero._lazy_init_hp_params_optimizer_state()  # parameters learn where their moments lie
         for name, p in self.model.named_parameters():
-            for key in ("exp_avg", "exp_avg_sq"):
+            for key in ("exp_avg", "exp_avg_sq") if name in state else ():
                 safe_set_full_optimizer_state(p, state[name][key].to(p.device), key)
 
     def _flat(self) -> list[torch.Tensor]:
@@ -293,7 +295,7 @@ def placed_like(tensor: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 
 
 def reshard(model: torch.nn.Module) -> None:
-    """Give back what a pass under FSDP2 left gathered: after an update it would be the weights of before."""
+    """Give back what a pass under FSDP2 left gathered, so that the parameters are the cut ones, which are updated."""
     if isinstance(model, FSDPModule):
         model.reshard()
 
