@@ -10,6 +10,7 @@ from pathlib import Path
 from dimo.errors import DimoError
 from dimo.sampling import Request, read_prompts, sample_to_folder
 from dimo.train.flags import RENAMED, split_flags
+from dimo.train.signals import PREEMPTED, Preempted
 from dimo.worlds import DATA, checkpoint_folder
 from dimo.worlds.teacher import TeacherRecipe, make_teacher
 
@@ -18,8 +19,11 @@ EPILOG = """\
 examples:
   dimo run -c shapes                      the five notebooks, headless, into runs/shapes, with report.html
   dimo train -c shapes optim.lr=5e-4 experiment.name=slow
+  dimo plan -c distill_dimo --size 1.7B --num_processes 8
+                                          memory per GPU and time, before anything starts
   dimo evaluate runs/shapes               score a run's student beside its teacher
   dimo evaluate                           score the student that ships with dimo
+  dimo runs                               every run under runs/, with state, steps, speed and age
   dimo inspect FOLDER                     what a checkpoint folder holds, and what is missing
   dimo sample --teacher_ckpt shapes --prompt "blue bar moving up" --steps 25
   dimo config                             every key, its default and what it means
@@ -27,7 +31,7 @@ examples:
 
 The same command again resumes a run. Run folders: runs/<name>/."""
 
-CONFIGURABLE = ("train", "run", "evaluate", "ablate", "bench", "config")
+CONFIGURABLE = ("train", "run", "plan", "evaluate", "ablate", "bench", "config")
 RENAMED_HELP = "\n".join(f"  --{flag:12}  {key}" for flag, key in RENAMED.items())
 FLAGS_HELP = f"""\
 flags: every configuration key is also a flag by its last part (`--lr 5e-4` is optim.lr=5e-4); besides,
@@ -36,7 +40,7 @@ flags: every configuration key is also a flag by its last part (`--lr 5e-4` is o
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0; 2 for bad input, said in a sentence; 130 for Ctrl-C."""
+    """Exit code 0; 2 for bad input, said in a sentence; 75 for a run that was asked to stop; 130 for Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         parser, commands = _parser()
@@ -53,6 +57,9 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:  # a read-only folder, a full disk: the message names the file
         print(f"dimo: {error}", file=sys.stderr)
         return 2
+    except Preempted as stopped:
+        print(f"dimo: {stopped}", file=sys.stderr)
+        return PREEMPTED
     except KeyboardInterrupt:
         print("dimo: interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
         return 130
@@ -91,6 +98,16 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
                      help="a notebook's own parameter (or a configuration key); may be repeated")  # fmt: skip
     sub.add_argument("--only", action="append", default=[], metavar="NOTEBOOK",
                      help="only this notebook, such as 02_losses; may be repeated")  # fmt: skip
+    sub.add_argument("--from", metavar="NOTEBOOK", dest="start", help="leave out the notebooks before this one")
+    sub.add_argument("--force", action="store_true", help="execute again what was executed with the same parameters")
+    overrides(sub)
+
+    sub = command("plan", _plan, "memory per GPU, time and tokens of a configuration, before the days are spent",
+                  "Go through one step without weights or values, and print what each GPU needs, how long the run "
+                  "takes where a GPU is there to try, and what to change if it does not fit.")  # fmt: skip
+    sub.add_argument("--size", help="0.6B or 1.7B, in place of a folder in distill.teacher_ckpt")
+    sub.add_argument("--memory", type=float, metavar="GIB", help="of one GPU (default: of the GPU here, else 80)")
+    sub.add_argument("--dry-run", action="store_true", help="only say whether the step goes through, on all ranks")
     overrides(sub)
 
     sub = command("evaluate", _evaluate, "score a student at one step beside its teacher, on the same noise",
@@ -133,6 +150,11 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         kind = {"int": int, "float": float}.get(field.type.split(" ")[0], str)
         sub.add_argument(f"--{field.name}", type=kind, default=field.default, help=field.metadata["help"])
 
+    sub = command("runs", _runs, "the runs of a folder: state, steps, speed, age",
+                  "One line per run; `dead` is one whose status says running and that no process works on.",
+                  configurable=False)  # fmt: skip
+    sub.add_argument("folder", nargs="?", default="runs", help="default: %(default)s")
+
     sub = command("bench", _bench, "time a training step and its stages, generation, path sampling and losses",
                   "Median of several runs after a warm-up, peak memory, TFLOP/s beside a matrix product of the same "
                   "machine; writes JSON. -c shapes is for a CPU.")  # fmt: skip
@@ -167,16 +189,22 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
 
 def _train(args) -> None:
     from dimo.train.config import load_config
-    from dimo.train.trainer import Trainer
+    from dimo.train.launch import train
 
-    run = Trainer(load_config(args.config, args.overrides)).train()
+    run = train(load_config(args.config, args.overrides))
     print(f"finished: {run.path}/checkpoints/final; next: dimo evaluate {run.path}")
 
 
 def _run(args) -> None:
     from dimo.notebooks import run_notebooks
 
-    run_notebooks(args.config, args.overrides, args.parameters, only=args.only)
+    run_notebooks(args.config, args.overrides, args.parameters, args.only, args.start, args.force)
+
+
+def _plan(args) -> None:
+    from dimo.plan import plan_report
+
+    print(plan_report(args.config, args.overrides, args.size, args.memory, args.dry_run))
 
 
 def _evaluate(args) -> None:
@@ -219,6 +247,12 @@ def _sample(args) -> None:
     request = Request(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Request)})
     for file in sample_to_folder(request, prompts, args.out_dir):
         print(f"written: {file}, {file.with_suffix('.json').name}")
+
+
+def _runs(args) -> None:
+    from dimo.train.runs import format_runs, list_runs
+
+    print(format_runs(list_runs(args.folder)))
 
 
 def _bench(args) -> None:

@@ -14,7 +14,11 @@ import yaml
 from dimo.errors import DimoError, nearest
 from dimo.evaluation.evaluate import UNITS, columns_of, format_cell, format_table
 from dimo.train.config import config_keys, load_config, to_yaml
+from dimo.train.flags import flags
+from dimo.train.launch import children_told_to_stop, launch_command, needs_launch, wait_for_children
 from dimo.train.runfolder import RunFolder, write_text
+from dimo.train.signals import Preempted
+from dimo.train.trackers import require_trackers
 from dimo.worlds import checkpoint_folder
 
 SHARED = ("config", "overrides")  # every notebook's parameters cell has them
@@ -33,59 +37,86 @@ def run_notebooks(
     overrides: list[str],
     parameters: list[str] = (),
     only: list[str] = (),
+    start: str | None = None,
     force: bool = False,
 ) -> RunFolder:
     """Execute the notebooks in order into `<output_dir>/notebooks`, then write report.html.
 
+    SIGTERM and SIGINT are passed on to what runs; training then saves and stops.
+
     Args:
         config, overrides: as `load_config` takes them.
-        parameters: "name=value" for a notebook's parameters cell; a dotted configuration key is an override.
+        parameters: "name=value" for a notebook's parameters cell, or a configuration key, also by its last part alone.
         only: names of notebooks; empty: all.
+        start: the notebook to start with; those before it are left out.
         force: execute again what this folder holds already, executed with the same parameters.
 
     Raises:
-        DimoError: before anything starts, for an unknown parameter, key or notebook; later, when a notebook fails.
+        DimoError: before anything starts, for what `load_config` or training would refuse, and for an unknown parameter
+            or notebook; later, when a notebook fails or its kernel dies.
+        Preempted: it was asked to stop; the same command continues.
     """
     papermill, _ = _require_jupyter()
     sources = {p.stem: p for p in sorted(notebook_folder().glob("0?_*.ipynb"))}
-    for name in only:
-        if name not in sources:
-            raise DimoError(f"there is no notebook {name!r}{nearest(name, sources)}")
-    chosen = {name: path for name, path in sources.items() if not only or name in only}
-    known = {name: set(papermill.inspect_notebook(str(path))) for name, path in chosen.items()}
+    chosen = _choose(sources, only, start)
+    known = {name: papermill.inspect_notebook(str(path)) for name, path in sources.items()}
     overrides = list(overrides)
-    extra = _parse_parameters(parameters, overrides, set().union(*known.values()) - set(SHARED))
+    extra = _parse_parameters(parameters, overrides, {k: v for own in known.values() for k, v in own.items()})
     settings = load_config(config, overrides)
-    run = RunFolder.open(settings.experiment.output_dir, to_yaml(settings), resume=True, overwrite=False)
+    checkpoint_folder(settings.distill.teacher_ckpt)
+    require_trackers(settings.experiment.trackers)
+    if needs_launch(settings):
+        launch_command(settings)
+    c = settings.experiment
+    run = RunFolder.open(c.output_dir, to_yaml(settings), c.resume, c.overwrite)
+    if c.overwrite or not c.resume:
+        overrides += ["experiment.overwrite=false", "experiment.resume=true"]  # done, or found to be no matter
     shared = {"config": config or "shapes", "overrides": overrides}
-    for name, path in chosen.items():
-        own = shared | {k: v for k, v in extra.items() if k in known[name]}
-        _execute(run, name, path, own, force)
+    with children_told_to_stop() as asked:
+        for name, path in chosen.items():
+            own = shared | {k: v for k, v in extra.items() if k in known[name]}
+            _execute(run, name, path, own, force, asked)
     write_report_page(run, list(chosen))
     print_summary(run)
     return run
 
 
-def _parse_parameters(parameters: list[str], overrides: list[str], known: set[str]) -> dict[str, Any]:
-    """Split "name=value" into notebook parameters, returned, and configuration keys, appended to `overrides`."""
-    keys, extra = config_keys(), {}
+def _choose(sources: dict[str, Path], only: list[str], start: str | None) -> dict[str, Path]:
+    for name in [*only, *([start] if start else [])]:
+        if name not in sources:
+            raise DimoError(f"there is no notebook {name!r}{nearest(name, sources)}")
+    chosen = {n: path for n, path in sources.items() if (not only or n in only) and (not start or n >= start)}
+    if not chosen:
+        raise DimoError(f"--only {', '.join(only)} and --from {start} leave no notebook")
+    return chosen
+
+
+def _parse_parameters(parameters: list[str], overrides: list[str], known: dict[str, Any]) -> dict[str, Any]:
+    """Split "name=value" into notebook parameters, returned, and configuration keys, appended to `overrides`.
+
+    `known`: the notebooks' own parameters as papermill describes them.
+    """
+    keys, short, extra = config_keys(), flags(), {}
+    own = {name: yaml.safe_load(about["default"]) for name, about in known.items() if name not in SHARED}
     for parameter in parameters:
         name, equals, value = parameter.partition("=")
         if not equals:
             raise DimoError(f"a parameter reads name=value, got {parameter!r}")
-        if name in keys:
-            overrides.append(parameter)
-        elif name in known:
+        if name in own:
             extra[name] = yaml.safe_load(value)
+            if isinstance(own[name], int | float) != isinstance(extra[name], int | float):
+                raise DimoError(f"parameter {name} must be like its default {own[name]!r}, got {value!r}")
+        elif name in keys or name in short:
+            overrides.append(f"{short.get(name, name)}={value}")
         else:
             raise DimoError(
                 f"no notebook has a parameter {name!r}, and no configuration key is called so"
-                f"{nearest(name, known | set(keys))}"
+                f"{nearest(name, {*own, *keys, *short})}"
             )
     return extra
 
 
-def _execute(run: RunFolder, name: str, source: Path, parameters: dict, force: bool) -> None:
+def _execute(run: RunFolder, name: str, source: Path, parameters: dict, force: bool, asked: list) -> None:
     papermill, _ = _require_jupyter()
     done = run.path / "notebooks" / f"{name}.ipynb"
     done.parent.mkdir(parents=True, exist_ok=True)
@@ -95,6 +126,7 @@ def _execute(run: RunFolder, name: str, source: Path, parameters: dict, force: b
     working = done.with_name(f".{name}.partial.ipynb")
     failed = done.with_name(f"{name}.failed.ipynb")
     print(f"{name} ...", flush=True)
+    problem = None
     try:
         papermill.execute_notebook(
             str(source),
@@ -103,16 +135,33 @@ def _execute(run: RunFolder, name: str, source: Path, parameters: dict, force: b
             kernel_name="python3",
             cwd=os.getcwd(),
             progress_bar=False,
-            stderr_file=sys.stderr,  # the training's own progress bar
+            stderr_file=sys.stderr,  # the training's own progress
         )
     except papermill.exceptions.PapermillExecutionError as error:
         os.replace(working, failed)
-        raise DimoError(f"notebook {name} failed: {error.ename}: {error.evalue} (see {failed})") from None
+        problem = f"notebook {name} failed: {error.ename}: {error.evalue} (see {failed})"
+        stopped = error.ename == "Preempted"
     except RuntimeError as error:  # the kernel died, or never came up
-        raise DimoError(f"notebook {name} was not finished: {error}; the same command continues") from error
+        problem = f"notebook {name} was not finished: {error}; the same command continues"
+        stopped = bool(asked)
+    wait_for_children()  # of a dead kernel: they are saving
+    if problem:
+        _write_ending(run, problem, stopped)
     failed.unlink(missing_ok=True)
     os.replace(working, done)
     _write_html(done)
+
+
+def _write_ending(run: RunFolder, problem: str, stopped: bool) -> None:
+    """Raise for a notebook that was not finished, after status.json says so: a killed kernel could not."""
+    state = run.status().get("state")
+    if stopped:
+        if state not in ("finished", "preempted"):
+            run.write_status(state="preempted", error=None)
+        raise Preempted(f"{run.path}: stopped when asked to; the same command continues")
+    if state not in ("finished", "preempted", "failed"):
+        run.write_status(state="failed", error=problem)
+    raise DimoError(problem)
 
 
 def _is_done(done: Path, source: Path, parameters: dict) -> bool:

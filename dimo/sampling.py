@@ -6,7 +6,6 @@ import dataclasses
 import importlib.util
 import json
 import logging
-import os
 import time
 from pathlib import Path
 
@@ -15,8 +14,8 @@ from safetensors.torch import save_file
 
 import dimo
 from dimo.errors import DimoError, require_shape
+from dimo.files import whole_file, write_text
 from dimo.train.config import default_prompt_length
-from dimo.train.runfolder import write_text
 from dimo.ursa import load_ursa, sample
 from dimo.ursa.checkpoint import DTYPES, load_student
 from dimo.worlds import checkpoint_folder, load_world, require_grid, video_size
@@ -97,7 +96,8 @@ def sample_to_folder(request: Request, prompts: list[str], out: str | Path) -> l
         made = {"seconds_sampling": time.perf_counter() - start}
         if ursa.vae is None:
             file = Path(out) / f"{i:04d}.safetensors"
-            _whole(file, lambda beside, codes=codes: save_file({"codes": codes[0].cpu()}, beside))
+            with whole_file(file) as beside:
+                save_file({"codes": codes[0].cpu()}, beside)
             made["no_frames"] = ursa.no_vae
         else:
             frames = ursa.decode(codes)[0].cpu()
@@ -118,12 +118,14 @@ def write_frames(stem: Path, frames: torch.Tensor, fps: int = FPS) -> Path:
     pixels = (frames * 255).round().clamp(0, 255).to(torch.uint8).numpy()
     if len(pixels) == 1:
         file = stem.with_name(f"{stem.name}.png")
-        _whole(file, lambda beside: iio.imwrite(beside, pixels[0], extension=".png"))
+        with whole_file(file) as beside:
+            iio.imwrite(beside, pixels[0], extension=".png")
         return file
     file = stem.with_name(f"{stem.name}.mp4")
     # macro_block_size: by default sizes are stretched to multiples of 16
     options = {"fps": fps, "codec": "libx264", "quality": 9, "macro_block_size": 2}
-    _whole(file, lambda beside: iio.imwrite(beside, pixels, plugin="FFMPEG", extension=".mp4", **options))
+    with whole_file(file) as beside:
+        iio.imwrite(beside, pixels, plugin="FFMPEG", extension=".mp4", **options)
     return file
 
 
@@ -141,16 +143,6 @@ def read_prompts(file: str | Path) -> list[str]:
     if not prompts:
         raise DimoError(f"prompt_file {file} holds no prompt")
     return prompts
-
-
-def _whole(file: Path, write) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f".{file.stem}.partial{file.suffix}")
-    try:
-        write(beside)
-        os.replace(beside, file)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _device(name: str) -> torch.device:

@@ -3,7 +3,9 @@
 import json
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 
 from dimo.errors import DimoError
@@ -102,6 +104,66 @@ def test_the_others_take_it_too_by_configuration_alone(tmp_path):
     assert "ok   every figure is finite" in pages["05_evaluation"]
     report = (run.path / "report.html").read_text()
     assert "<th>teacher_nll</th>" in report and "teacher_2" in report and "validity" not in report
+
+
+def test_parameters_are_read_by_their_last_part_and_refused_before_anything_starts(executed, tmp_path):
+    run, settings = executed
+    with pytest.raises(DimoError, match="parameter min_share must be like its default 0.0, got 'high'"):
+        run_notebooks("smoke", settings, ["min_share=high"])
+    for parameter, sentence in [
+        ("max_train_stps=3", "no configuration key is called so; did you mean 'max_train_steps'"),
+        ("max_train_steps=many", "training.max_train_steps"),
+        ("num_processes=0", "training.num_processes must be at least 1"),
+        ("engine=fsdp9", "training.engine 'fsdp9' is neither"),
+        ("teacher_ckpt=/nowhere", "/nowhere"),
+    ]:
+        with pytest.raises(DimoError, match=sentence):
+            run_notebooks("smoke", [f"experiment.output_dir={tmp_path}/new"], [parameter])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_from_only_and_force(executed, capsys):
+    run, settings = executed
+    same = ["min_share=0.0", "evaluation.seed=3"]
+    run_notebooks("smoke", settings, same, start="04_diagnostics")
+    assert capsys.readouterr().out.count("done before") == 2
+    with pytest.raises(DimoError, match="leave no notebook"):
+        run_notebooks("smoke", settings, same, only=["01_inputs"], start="03_train")
+    with pytest.raises(DimoError, match="there is no notebook '6'"):
+        run_notebooks("smoke", settings, same, start="6")
+    before = (run.path / "notebooks" / "04_diagnostics.ipynb").stat().st_mtime_ns
+    run_notebooks("smoke", settings, same, only=["04_diagnostics"], force=True)
+    assert (run.path / "notebooks" / "04_diagnostics.ipynb").stat().st_mtime_ns > before
+    assert run.status()["state"] == "finished"
+
+
+def test_a_short_name_is_the_key(tmp_path):
+    settings = [f"experiment.output_dir={tmp_path}/run", "model.device=cpu"]
+    parameters = ["max_train_steps=2", "batch_size=1", "videos_per_prompt=1"]
+    run = run_notebooks("smoke", settings, parameters, only=["03_train"])
+    assert [row["step"] for row in run.metrics()] == [2]
+
+
+@pytest.mark.parametrize(("only", "state"), [("01_inputs", "failed"), ("03_train", "failed")])
+def test_a_killed_kernel_is_a_failure_that_status_tells(tmp_path, only, state):
+    """In-process training: the kernel is the training."""
+    out = tmp_path / "run"
+    words = [sys.executable, "-m", "dimo.cli", "run", "-c", "smoke", "--only", only, f"experiment.output_dir={out}"]
+    words += ["experiment.log_every=1", "model.device=cpu", "training.max_train_steps=2000"]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    started = out / ("metrics.jsonl" if only == "03_train" else f"notebooks/.{only}.partial.ipynb")
+    end = time.monotonic() + 60
+    kernel = None
+    while not (kernel and started.exists()):
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.05)
+        kernel = next((p for p in psutil.Process(process.pid).children() if "ipykernel_launcher" in p.cmdline()), None)
+    kernel.kill()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and "the same command continues" in err and "Traceback" not in err
+    status = json.loads((out / "status.json").read_text())
+    assert status["state"] == state and only in status["error"]
+    assert not (out / "notebooks" / f"{only}.ipynb").exists()
 
 
 def test_importing_the_engine_does_not_import_jupyter_or_pictures():

@@ -1,16 +1,16 @@
-"""The run folder: whole or absent, with a really full disk."""
+"""The run folder: one run at a time, the same configuration, and files that a kill does not spoil."""
 
 import os
-import resource
+import signal
 import subprocess
 import sys
+import tempfile
 
 import pytest
-import torch
 
 from dimo.errors import DimoError
 from dimo.train.config import load_config, to_yaml
-from dimo.train.runfolder import RunFolder, write_text
+from dimo.train.runfolder import RunFolder
 
 CONFIG = to_yaml(load_config("smoke"))
 
@@ -22,43 +22,10 @@ def test_metrics_survive_a_torn_last_line_and_are_cut_at_the_checkpoint(tmp_path
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 20, "loss/to')
     assert [row["step"] for row in run.metrics()] == [5, 10, 15]
-    run.truncate_metrics(10)
+    run.cut_at(10)
     run.log({"step": 15, "loss/total": float("nan")})
     assert run.metrics()[-1] == {"step": 15, "loss/total": None, "non_finite": ["loss/total"]}
     assert [row["step"] for row in run.metrics()] == [5, 10, 15]
-
-
-def test_checkpoints_come_back_bit_equal_and_only_the_last_are_kept(tmp_path):
-    run = RunFolder.open(tmp_path, CONFIG)
-    tensors = {"student": {"w": torch.randn(3, 4)}, "aux": {"w": torch.randn(2)}}
-    for step in (1, 2, 10):
-        run.save_checkpoint(step, tensors, {"step": step, "moments": torch.ones(2)})
-    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
-    assert names == ["step-00000002", "step-00000010"]
-    again, state = run.load_checkpoint(run.latest_checkpoint())
-    assert state["step"] == 10 and torch.equal(again["student"]["w"], tensors["student"]["w"])
-
-
-@pytest.mark.parametrize("file", ["student.safetensors", "state.pt"])
-def test_a_damaged_checkpoint_is_named(tmp_path, file):
-    run = RunFolder.open(tmp_path, CONFIG)
-    folder = run.save_checkpoint(7, {"student": {"w": torch.randn(300)}}, {"step": 7})
-    (folder / file).write_bytes((folder / file).read_bytes()[:100])
-    with pytest.raises(DimoError, match="step-00000007 is damaged .*; remove it to resume from an older one"):
-        run.load_checkpoint(folder)
-
-
-def test_a_hostile_pickle_is_not_executed(tmp_path):
-    class Hostile:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "executed"),)
-
-    run = RunFolder.open(tmp_path / "run", CONFIG)
-    folder = run.save_checkpoint(7, {"student": {"w": torch.zeros(1)}}, {"step": 7})
-    torch.save({"step": Hostile()}, folder / "state.pt")
-    with pytest.raises(DimoError, match="is damaged"):
-        run.load_checkpoint(folder)
-    assert not (tmp_path / "executed").exists()
 
 
 def test_a_folder_of_another_run_is_refused_and_shows_the_difference(tmp_path):
@@ -81,38 +48,95 @@ def test_status_keeps_what_is_not_changed(tmp_path):
     assert run.status()["state"] == "running" and run.status()["step"] == 4 and run.status()["pid"] == os.getpid()
 
 
-def test_write_text_leaves_the_old_file_when_it_fails(tmp_path):
-    file = tmp_path / "a.json"
-    write_text(file, "old")
-    with pytest.raises(UnicodeEncodeError):
-        write_text(file, "\udc80")
-    assert file.read_text() == "old"
+def test_events_of_steps_to_be_taken_again_are_dropped_and_the_history_stays(tmp_path):
+    run = RunFolder.open(tmp_path, CONFIG)
+    for step, event in ((4, "bad_step"), (8, "damaged_checkpoint"), (8, "bad_step")):
+        run.event({"step": step, "event": event})
+    run.cut_at(4)
+    assert [(e["step"], e["event"]) for e in run.events()] == [(4, "bad_step"), (8, "damaged_checkpoint")]
+    assert all(e["time"] for e in run.events())
 
 
-FULL_DISK = """
-import sys, torch
-from dimo.errors import DimoError
+def test_what_leaves_the_training_alone_may_change_and_is_shown(tmp_path):
+    RunFolder.open(tmp_path, CONFIG)
+    longer = ["training.max_train_steps=60", "experiment.save_every=7", "evaluation.seed=5", "model.device=cpu"]
+    run = RunFolder.open(tmp_path, to_yaml(load_config("smoke", longer)))
+    (event,) = run.events()
+    assert event["event"] == "config_changed" and event["changes"]["training.max_train_steps"] == [50, 60]
+    assert set(event["changes"]) == {key.split("=")[0] for key in longer}
+    assert "training.max_train_steps was 50, is 60" in (tmp_path / "train.log").read_text()
+    assert load_config(tmp_path / "config.yaml").training.max_train_steps == 60
+    with pytest.raises(DimoError, match="max_train_steps was 60, is 50"):  # it would end before its checkpoint
+        RunFolder.open(tmp_path, CONFIG)
+
+
+@pytest.mark.parametrize("change", ["experiment.seed=1", "distill.shuffle_buffer=5", "training.mixed_precision=bf16"])
+def test_what_would_change_the_model_or_the_order_of_its_data_is_refused(tmp_path, change):
+    RunFolder.open(tmp_path, CONFIG)
+    before = (tmp_path / "config.yaml").read_text()
+    with pytest.raises(DimoError, match=f"another configuration .{change.split('=')[0]} was "):
+        RunFolder.open(tmp_path, to_yaml(load_config("smoke", [change])))
+    assert (tmp_path / "config.yaml").read_text() == before
+
+
+def test_a_key_that_an_older_folder_does_not_know_had_its_default(tmp_path):
+    RunFolder.open(tmp_path, CONFIG)
+    file = tmp_path / "config.yaml"
+    file.write_text(file.read_text().replace("  w_kd: 0.0\n", ""))
+    RunFolder.open(tmp_path, CONFIG)
+    file.write_text(file.read_text().replace("  w_kd: 0.0\n", ""))
+    with pytest.raises(DimoError, match="distill.w_kd was 0.0, is 0.5"):
+        RunFolder.open(tmp_path, to_yaml(load_config("smoke", ["distill.w_kd=0.5"])))
+
+
+HOLDER = """
+import sys, time
 from dimo.train.runfolder import RunFolder
-run = RunFolder(sys.argv[1])
-try:
-    run.save_checkpoint(20, {"student": {"w": torch.zeros(2_000_000)}}, {"step": 20})
-except DimoError as error:
-    print(error)
-    sys.exit(7)
+run = RunFolder.open(sys.argv[1], open(sys.argv[2]).read(), hold=True)
+print("held", flush=True)
+time.sleep(60)
 """
 
 
-def test_a_full_disk_stops_with_a_sentence_and_keeps_the_older_checkpoint(tmp_path):
-    """A process whose files may not grow past 1 MB: the kernel refuses the write, as a full disk does."""
-    run = RunFolder.open(tmp_path, CONFIG)
-    run.save_checkpoint(10, {"student": {"w": torch.ones(3)}}, {"step": 10})
-    result = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, str(tmp_path)],
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6)),
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 7, result.stderr
-    assert "checkpoint of step 20 could not be written" in result.stdout
-    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000010"]
-    assert run.load_checkpoint(run.latest_checkpoint())[1]["step"] == 10
+def test_a_second_run_in_a_folder_is_refused_until_the_first_is_dead(tmp_path):
+    (tmp_path / "c.yaml").write_text(CONFIG)
+    words = [sys.executable, "-c", HOLDER, str(tmp_path / "run"), str(tmp_path / "c.yaml")]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        run = RunFolder(tmp_path / "run")
+        assert run.is_held()
+        for overwrite in (False, True):
+            with pytest.raises(DimoError, match=f"is being trained by process {holder.pid} on "):
+                RunFolder.open(run.path, CONFIG, overwrite=overwrite)
+        assert (run.path / "config.yaml").exists()
+        holder.send_signal(signal.SIGKILL)
+    assert not run.is_held()
+    again = RunFolder.open(run.path, CONFIG, hold=True)
+    assert again.is_held()
+    again.close()
+    assert not again.is_held()
+
+
+READ_ONLY = """
+import os, sys
+from dimo.cli import main
+from dimo.train.trainer import Trainer
+
+def as_nobody(trainer, train=Trainer.train):
+    if os.geteuid() == 0:  # who may write anywhere
+        os.seteuid(65534)
+    return train(trainer)
+
+Trainer.train = as_nobody
+sys.exit(main(["train", "-c", "smoke", "model.device=cpu", "experiment.output_dir=" + sys.argv[1]]))
+"""
+
+
+def test_a_read_only_folder_is_a_sentence():
+    with tempfile.TemporaryDirectory() as parent:  # tmp_path lies where only its owner may look
+        os.chmod(parent, 0o555)
+        words = [sys.executable, "-c", READ_ONLY, f"{parent}/run"]
+        done = subprocess.run(words, capture_output=True, text=True)
+        os.chmod(parent, 0o755)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert f"dimo: [Errno 13] Permission denied: '{parent}/run'" in done.stderr

@@ -10,8 +10,8 @@ from tqdm import tqdm
 
 from dimo.errors import DimoError
 from dimo.evaluation.evaluate import evaluate_to_folder
+from dimo.files import write_text
 from dimo.train.config import load_config
-from dimo.train.runfolder import write_text
 from dimo.train.trainer import Trainer
 
 TUNING_SEED = 100  # never among the seeds that are reported

@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from dimo.errors import DimoError
 from dimo.evaluation import unscored
+from dimo.files import write_text
 from dimo.train.config import Config, device_of
 from dimo.train.prompts import open_prompts
-from dimo.train.runfolder import write_text
 from dimo.ursa import Ursa, UrsaTransformer, load_ursa, sample
 from dimo.ursa.checkpoint import load_student
 from dimo.worlds import checkpoint_folder, load_world, require_grid

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import time
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from tqdm import tqdm
 
 from dimo.distill.losses import log_prob, token_entropy
 from dimo.errors import DimoError, require_shape
+from dimo.files import whole_file
 from dimo.ursa import Ursa, UrsaTransformer, guide, sample, visual_logits
 from dimo.ursa.chunks import tokens_at_once
 
@@ -136,7 +136,5 @@ def diversity(codes: torch.Tensor) -> float | None:
 
 def save_codes(file: Path, codes: dict[str, torch.Tensor], prompts: list[str], grid: Grid) -> None:
     """Codes (B, T, H, W) by row, to be decoded anywhere; the prompt of each video is in the metadata, as JSON."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f".{file.stem}.partial{file.suffix}")
-    save_file({name: c.view(-1, *grid) for name, c in codes.items()}, beside, {"prompts": json.dumps(prompts)})
-    os.replace(beside, file)
+    with whole_file(file) as beside:
+        save_file({name: c.view(-1, *grid) for name, c in codes.items()}, beside, {"prompts": json.dumps(prompts)})

@@ -7,11 +7,14 @@ import sys
 from dimo.errors import DimoError
 from dimo.train.config import load_config
 from dimo.train.flags import split_flags
+from dimo.train.lifeline import end_with_launcher
+from dimo.train.signals import PREEMPTED, Preempted
 from dimo.train.trainer import Trainer
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code 0; 2 for bad input, said in a sentence."""
+    """Exit code 0; 2 for bad input, said in a sentence; 75 for a run that a signal stopped and that can go on."""
+    end_with_launcher()
     try:
         words, overrides = split_flags(arguments, own=set())
         preset = [word.removeprefix("config=") for word in words if word.startswith("config=")]
@@ -20,6 +23,9 @@ def main(arguments: list[str]) -> int:
     except (DimoError, OSError) as error:
         print(f"dimo: {error}", file=sys.stderr)
         return 2
+    except Preempted as stopped:
+        print(f"dimo: {stopped}", file=sys.stderr)
+        return PREEMPTED
     return 0
 
 

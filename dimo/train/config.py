@@ -25,6 +25,7 @@ from dimo.ursa.transformer import CHECKPOINTING
 from dimo.worlds import built_in_worlds
 
 PRESETS = Path(__file__).parent / "presets"
+TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
 def _key(default: Any, help: str) -> Any:
@@ -44,6 +45,7 @@ class Experiment:
     keep_last: int = _key(2, "checkpoints kept")
     resume: bool = _key(True, "continue from the folder's newest checkpoint")
     overwrite: bool = _key(False, "start over in a used folder")
+    trackers: list[str] = _key([], "beside metrics.jsonl: tensorboard, wandb, trackio")
     student_dtype: str = _key("float32", "of checkpoints/final: float32, bfloat16 or float16")
 
 
@@ -149,6 +151,8 @@ class Optim:
 class Training:
     max_train_steps: int = _key(2000, "steps of the student")
     mixed_precision: str = _key("no", "no or bf16")
+    num_processes: int = _key(1, "processes that train together, one a GPU, on all machines")
+    engine: str = _key("ddp", "of several processes: ddp, fsdp2, deepspeed_zero2, or an accelerate YAML file")
     gradient_accumulation_steps: int = _key(1, "parts of batch_size_per_gpu samples that make one step")
     max_bad_steps: int = _key(5, "steps in a row that may be skipped for NaN or infinity before the run stops")
 
@@ -179,7 +183,7 @@ def config_keys() -> dict[str, dataclasses.Field]:
 
 def describe() -> str:
     """A table of every key, its default and what it means."""
-    rows = [(k, str(_default(f)), f.metadata["help"]) for k, f in config_keys().items()]
+    rows = [(k, str(default_of(f)), f.metadata["help"]) for k, f in config_keys().items()]
     wide = [max(len(r[i]) for r in rows) for i in (0, 1)]
     return "\n".join(f"{k:{wide[0]}}  {v:{wide[1]}}  {h}" for k, v, h in rows)
 
@@ -269,6 +273,10 @@ def validate(config: Config) -> None:
     at_least_one += ["distill.shuffle_buffer", "distill.kd_every"]
     at_least_one += ["training.gradient_accumulation_steps", "training.max_bad_steps"]
     at_least_one += ["training.max_train_steps", "evaluation.videos_per_prompt", "evaluation.batch_size"]
+    at_least_one += ["training.num_processes"]
+    for tracker in flat["experiment.trackers"]:
+        if tracker not in TRACKERS:
+            raise DimoError(f"experiment.trackers may hold {', '.join(TRACKERS)}, got {tracker!r}")
     if flat["distill.max_prompt_length"] < 0:
         raise DimoError(f"distill.max_prompt_length must not be negative, got {flat['distill.max_prompt_length']}")
     for key in at_least_one:
@@ -302,7 +310,8 @@ def device_of(config: Config) -> torch.device:
     return torch.device(config.model.device)
 
 
-def _default(field: dataclasses.Field) -> Any:
+def default_of(field: dataclasses.Field) -> Any:
+    """What the key is when nobody sets it."""
     return field.default if field.default is not dataclasses.MISSING else field.default_factory()
 
 

@@ -2,61 +2,94 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import time
+import traceback
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from tqdm import tqdm
+from safetensors import SafetensorError
 
+from dimo.errors import DimoError
+from dimo.files import whole_file, write_text
+from dimo.train.checkpoints import Checkpoints
 from dimo.train.config import to_yaml
+from dimo.train.progress import Progress
+from dimo.train.ranks import count_ranks, everywhere, raise_everywhere
 from dimo.train.runfolder import RunFolder
+from dimo.train.signals import Preempted, Signals
+from dimo.train.trackers import close_trackers, open_trackers
 from dimo.ursa import sample, save_student
 from dimo.ursa.checkpoint import DTYPES, plain_state
 
 if TYPE_CHECKING:
     from dimo.train.trainer import Trainer
 
+FAILED = ".failed-rank-{}"  # what a rank other than 0 died of
+
 
 def run_training(trainer: Trainer, progress: bool = True) -> RunFolder:
-    """Run to max_train_steps, resuming from the folder's newest checkpoint, and write checkpoints/final."""
+    """Run to max_train_steps, resuming from the folder's newest whole checkpoint, and write checkpoints/final.
+
+    Raises:
+        Preempted: SIGTERM or SIGINT came; the step was finished and saved. The folder's status says so too.
+        DimoError: the folder or its checkpoints do not serve, or the disk refused.
+    """
     c = trainer.config.experiment
-    if trainer.accelerator.is_main_process:
-        run = RunFolder.open(c.output_dir, to_yaml(trainer.config), c.resume, c.overwrite)
-    trainer.accelerator.wait_for_everyone()
-    if not trainer.accelerator.is_main_process:
-        run = RunFolder(c.output_dir, writes=False)
-    last = trainer.config.training.max_train_steps
-    try:
-        _train(trainer, run, last, progress)
-    except BaseException as error:  # also Ctrl-C: the folder must say how the run ended
-        state = "preempted" if isinstance(error, KeyboardInterrupt) else "failed"
-        run.write_status(state=state, error=f"{type(error).__name__}: {error}")
-        raise
+    with Signals() as signals:
+        run = _open(trainer)
+        checkpoints = Checkpoints(run.path / "checkpoints", c.keep_last, trainer.accelerator.process_index)
+        try:
+            _train(trainer, run, checkpoints, signals, progress)
+        except BaseException as error:  # also Ctrl-C: the folder must say how the run ended
+            if isinstance(error, Exception) and trainer.accelerator.num_processes == 1:  # of several, one may be gone
+                with contextlib.suppress(DimoError):
+                    _say_saved(run, checkpoints.finish())
+            _record_end(c.output_dir, error, trainer.accelerator.process_index)
+            raise
+        finally:
+            run.close()
     return run
 
 
-def _train(trainer: Trainer, run: RunFolder, last: int, progress: bool) -> None:
-    c, first = trainer.config.experiment, 0
-    checkpoint = run.latest_checkpoint()
-    if checkpoint is not None:
-        tensors, state = run.load_checkpoint(checkpoint)
-        trainer.load_state(tensors, state, state["rank_state"])
-        first = state["step"]
-    run.truncate_metrics(first)
+def _open(trainer: Trainer) -> RunFolder:
+    """The folder, locked by the main process; refused on all ranks if on one."""
+    c, run, error = trainer.config.experiment, None, None
+    if trainer.accelerator.is_main_process:
+        try:
+            run = RunFolder.open(c.output_dir, to_yaml(trainer.config), c.resume, c.overwrite, hold=True)
+            for old in run.path.glob(FAILED.format("*")):
+                old.unlink()
+            run.write_status(state="starting", error=None, last_lines=None)
+        except (DimoError, OSError) as refused:
+            error = refused
+            if run:
+                run.close()
+    raise_everywhere(error)
+    return run or RunFolder(c.output_dir, writes=False)
+
+
+def _train(trainer: Trainer, run: RunFolder, checkpoints: Checkpoints, signals: Signals, progress: bool) -> None:
+    c, last = trainer.config.experiment, trainer.config.training.max_train_steps
+    first = _resume(trainer, run, checkpoints)
+    run.cut_at(first)
     run.write_environment()
     run.write_status(state="running", step=first, max_steps=last)
-    bar = tqdm(
-        range(first, last),
-        initial=first,
-        total=last,
-        desc="distil",
-        unit="step",
-        disable=not (progress and run.writes),
-    )
+    open_trackers(trainer.accelerator, trainer.config, run)
+    bar = Progress(first, last, shown=progress and run.writes)
     clock, since = time.perf_counter(), first
     for index in bar:
-        step, extra = trainer.step(index)
+        try:
+            step, extra = trainer.step(index)
+        finally:
+            _drain_events(trainer, run)
         done = index + 1
+        # one small reduction tells every rank of a signal to one of them, and that all files of a checkpoint lie there
+        told, written = count_ranks([signals.received is not None, checkpoints.written()], trainer.device)
+        if written == trainer.accelerator.num_processes:
+            _say_saved(run, checkpoints.finish())
         if done % c.log_every == 0 or done == last:
             values = trainer.metrics(step) | {k: float(v) for k, v in extra.items()}
             seconds = (time.perf_counter() - clock) / (done - since)
@@ -66,29 +99,112 @@ def _train(trainer: Trainer, run: RunFolder, last: int, progress: bool) -> None:
                 values["memory/peak_gb"] = torch.cuda.max_memory_allocated() / 2**30
             run.log({"step": done, **values})
             run.write_status(state="running", step=done, max_steps=last)
-            bar.set_postfix(reward=f"{values['reward/mean']:.3f}", H=f"{values['entropy/student']:.3f}", refresh=False)
+            trainer.accelerator.log(values, step=done)
+            bar.show(done, values)
             clock, since = time.perf_counter(), done
         if done % c.sample_every == 0 or done == last:
             write_samples(trainer, run, done)
-        if done % c.save_every == 0 or done == last:
+        if done % c.save_every == 0 or done == last or told:
+            _say_saved(run, checkpoints.finish())
             tensors, state = trainer.state()
-            run.save_checkpoint(done, tensors, {**state, "step": done, "rank_state": trainer.rank_state()})
+            about = {"step": done, "num_processes": trainer.accelerator.num_processes}
+            checkpoints.save(done, tensors, state | about, trainer.rank_state())
+        if told and done < last:
+            _say_saved(run, checkpoints.finish())
+            name = next(name for name in everywhere(signals.received) if name)
+            run.write_status(step=done)
+            raise Preempted(f"{name} after step {done}, which is saved; the same command continues")
+    _say_saved(run, checkpoints.finish())
     write_student(trainer, run)
+    run.say(f"finished: step {last}")
     run.write_status(state="finished", step=last, max_steps=last)
+    close_trackers(trainer.accelerator)
+
+
+def _resume(trainer: Trainer, run: RunFolder, checkpoints: Checkpoints) -> int:
+    """Load the newest whole checkpoint; returns the steps done, 0 where there is none."""
+    folder, damaged, error = None, {}, None
+    if run.writes:
+        try:
+            checkpoints.remove_partials()
+            folder, damaged = checkpoints.newest()
+        except (DimoError, OSError) as refused:
+            error = refused
+    raise_everywhere(error)
+    for bad, wrong in damaged.items():
+        run.say(f"{bad} is damaged and passed over: {wrong}", aloud=True)
+        run.event({"step": int(bad.name[5:]), "event": "damaged_checkpoint", "checkpoint": bad.name, "why": wrong})
+    folder = everywhere(folder)[0]
+    if folder is None:
+        run.say(f"start: step 0 of {trainer.config.training.max_train_steps}")
+        return 0
+    try:
+        tensors, state, rank_state = checkpoints.load(folder)
+        trainer.load_state(tensors, state, rank_state)
+    except DimoError as refused:
+        error = refused
+    raise_everywhere(error)
+    first, before, now = state["step"], state["num_processes"], trainer.accelerator.num_processes
+    run.say(f"resumed: step {first} of {trainer.config.training.max_train_steps}, from {folder.name}")
+    run.event({"step": first, "event": "resumed", "checkpoint": folder.name})
+    if before != now:
+        per_process = trainer.config.distill.batch_size_per_gpu
+        run.say(
+            f"{before} processes wrote {folder.name}, {now} go on: {per_process * now} samples a step in place of "
+            f"{per_process * before}, other random draws, and each takes up the memory of x_hat of one of the old ones",
+            aloud=True,
+        )
+        run.event({"step": first, "event": "processes_changed", "was": before, "is": now})
+    return first
+
+
+def _drain_events(trainer: Trainer, run: RunFolder) -> None:
+    for event in trainer.events:
+        run.event(event)
+        run.say(", ".join(f"{key} {value}" for key, value in event.items()))
+    trainer.events.clear()
+
+
+def _say_saved(run: RunFolder, folder: Path | None) -> None:
+    if folder is not None:
+        run.say(f"saved: {folder.name}")
+
+
+def _record_end(folder: str, error: BaseException, rank: int) -> None:
+    """status.json and train.log say how the run ended; of several ranks the one to blame is heard."""
+    run, stopped = RunFolder(folder), isinstance(error, KeyboardInterrupt)
+    text = str(error) if isinstance(error, DimoError) else f"{type(error).__name__}: {error}"
+    trace = "" if isinstance(error, DimoError) else "".join(traceback.format_exception(error))
+    try:
+        if stopped and rank == 0:
+            run.say(f"stopped: {error}")
+            run.write_status(state="preempted", error=None if isinstance(error, Preempted) else text)
+        elif not stopped and rank > 0:
+            # a file of its own first: rank 0 may be writing the status at this moment
+            write_text(run.path / FAILED.format(rank), f"rank {rank}: {text}")
+            run.say(f"{trace}failed: rank {rank}: {text}")
+            if run.status().get("state") == "running":  # rank 0 may never come to it, waiting for this one
+                run.write_status(state="failed", error=f"rank {rank}: {text}", last_lines=run.last_lines())
+        elif not stopped:
+            others = sorted(run.path.glob(FAILED.format("*")))
+            if others and not isinstance(error, DimoError):  # a broken connection: the reason is at its other end
+                text = others[0].read_text(encoding="utf-8")
+            run.say(f"{trace}failed: {text}")
+            run.write_status(state="failed", error=text, last_lines=run.last_lines())
+    except (DimoError, OSError) as also:  # the disk that stopped the run may refuse its status too
+        print(f"dimo: {also}", file=sys.stderr)
 
 
 def write_samples(trainer: Trainer, run: RunFolder, done: int) -> None:
     """One-step videos of the EMA student for the first prompts, the same noise every time: tokens and a picture."""
-    if trainer.ursa.vae is None:
-        return
-    g = torch.Generator(trainer.device).manual_seed(trainer.config.experiment.seed)
-    examples, ids = trainer.prompts.examples, trainer.prompts.example_ids
-    rows = torch.linspace(0, len(ids) - 1, min(8, len(ids))).long().to(trainer.device)
-    codes = sample(trainer.networks.ema, trainer.path, ids[rows], trainer.grid, 1, generator=g)  # all processes: cut
-    if not run.writes:
+    if trainer.ursa.vae is None or not run.writes:
         return
     from dimo.views.sheets import save_sheet  # matplotlib only when a picture is made
 
+    g = torch.Generator(trainer.device).manual_seed(trainer.config.experiment.seed)
+    examples, ids = trainer.prompts.examples, trainer.prompts.example_ids
+    rows = torch.linspace(0, len(ids) - 1, min(8, len(ids))).long().to(trainer.device)
+    codes = sample(trainer.networks.ema, trainer.path, ids[rows], trainer.grid, 1, generator=g)
     frames = trainer.ursa.vae.decode(codes.view(-1, *trainer.grid)).cpu()
     shown = [examples[i] for i in rows.tolist()]
     save_sheet(run.path / "samples" / f"step-{done:08d}.png", {"student, 1 pass": frames}, shown)
@@ -96,13 +212,13 @@ def write_samples(trainer: Trainer, run: RunFolder, done: int) -> None:
 
 def write_student(trainer: Trainer, run: RunFolder) -> None:
     """checkpoints/final: student.pt (plain state dict) and student/ (config.json + safetensors), EMA weights."""
-    weights = trainer.engine.whole_state(trainer.networks.ema)  # gathered by all processes
+    weights = trainer.engine.whole_state(trainer.networks.ema)  # gathered by all ranks
     if not run.writes:
         return
-    final = run.path / "checkpoints" / "final"
-    final.mkdir(parents=True, exist_ok=True)
-    dtype = DTYPES[trainer.config.experiment.student_dtype]
-    save_student(final / "student", trainer.networks.ema, state=weights, dtype=dtype)
-    partial = final / ".student.pt.partial"
-    torch.save(plain_state(weights, dtype), partial)
-    partial.replace(final / "student.pt")
+    final, dtype = run.path / "checkpoints" / "final", DTYPES[trainer.config.experiment.student_dtype]
+    try:
+        save_student(final / "student", trainer.networks.ema, state=weights, dtype=dtype)
+        with whole_file(final / "student.pt") as beside:
+            torch.save(plain_state(weights, dtype), beside)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise DimoError(f"{final} could not be written: {error}; the last checkpoint stays") from error

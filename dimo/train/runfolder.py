@@ -3,63 +3,136 @@
 from __future__ import annotations
 
 import datetime
+import fcntl
 import json
 import math
 import os
 import platform
 import shutil
+import socket
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 import dimo
 from dimo.errors import DimoError
+from dimo.files import PARTIALS, write_text
+from dimo.train.config import config_keys, default_of
 
-# What may differ between the run that began a folder and the command that resumes it.
-FREE_KEYS = {f"experiment.{k}" for k in ("log_every", "save_every", "sample_every", "keep_last", "resume", "overwrite")}
-OWN = ("config.yaml", "environment.json", "status.json", "metrics.jsonl", "report.json", "report.html")
+# What may differ between the run that began a folder and the command that resumes it: it changes neither what is learnt
+# nor in which order. max_train_steps may grow.
+FREE_KEYS = {f"experiment.{k}" for k in ("name", "output_dir", "log_every", "save_every", "sample_every", "keep_last")}
+FREE_KEYS |= {f"experiment.{k}" for k in ("resume", "overwrite", "student_dtype", "trackers")}
+FREE_KEYS |= {"model.device", "model.compile", "model.activation_checkpointing"}
+FREE_KEYS |= {"training.num_processes", "training.engine", "training.max_bad_steps"}
+GROWING_KEYS = {"training.max_train_steps"}
+SILENT_KEYS = {"experiment.resume", "experiment.overwrite"}
+
+OWN = ("config.yaml", "environment.json", "status.json", "metrics.jsonl", "events.jsonl", "train.log")
+OWN += ("report.json", "report.html")
 OWN_FOLDERS = ("checkpoints", "samples", "notebooks")
+LOCK = ".lock"
+HISTORY = ("resumed", "damaged_checkpoint", "config_changed", "processes_changed")  # events of the folder, not of steps
+LAST_LINES = 20  # of train.log, in the status of a failed run
 
 
 class RunFolder:
-    """A folder `path` with config.yaml, status.json, metrics.jsonl and checkpoints/.
+    """A folder `path` with config.yaml, status.json, metrics.jsonl, events.jsonl, train.log and checkpoints/.
 
     Of several processes one `writes`; for the others every writing method does nothing.
     """
 
     def __init__(self, path: str | Path, writes: bool = True):
         self.path, self.writes = Path(path), writes
-        self.keep_last = 2
+        self._lock = None
 
     @classmethod
-    def open(cls, path: str | Path, config_yaml: str, resume: bool = True, overwrite: bool = False) -> RunFolder:
-        """Create the folder, or take up the run in it when its configuration is the same.
+    def open(
+        cls, path: str | Path, config_yaml: str, resume: bool = True, overwrite: bool = False, hold: bool = False
+    ) -> RunFolder:
+        """Create the folder, or take up the run in it when its configuration is the same but for FREE_KEYS.
+
+        With `hold` the folder is this process's own until `close`, or until the process ends in whatever way.
 
         Raises:
-            DimoError: the folder belongs to another configuration, or is used and resume is off.
+            DimoError: another process holds the folder, it belongs to another configuration, or it is used and
+                resume is off.
         """
         run = cls(path)
-        file = run.path / "config.yaml"
-        if file.exists() and overwrite:
-            run._clear()
-        if file.exists():
-            _refuse_other_config(run.path, file.read_text(), config_yaml)
-            if not resume:
-                raise DimoError(
-                    f"{run.path} holds a run already and experiment.resume is false; "
-                    "use another experiment.name, or experiment.overwrite=true to start over"
-                )
-        run.path.mkdir(parents=True, exist_ok=True)
-        for partial in (run.path / "checkpoints").glob(".*.partial"):
-            shutil.rmtree(partial, ignore_errors=True)
-        run.keep_last = yaml.safe_load(config_yaml)["experiment"]["keep_last"]
-        if not file.exists():
-            write_text(file, config_yaml)
+        run._acquire()
+        try:
+            file = run.path / "config.yaml"
+            if file.exists() and overwrite:
+                run._clear()
+            if file.exists():
+                changes = _changes(run.path, file.read_text(encoding="utf-8"), config_yaml)
+                if not resume:
+                    raise DimoError(
+                        f"{run.path} holds a run already and experiment.resume is false; "
+                        "use another experiment.name, or experiment.overwrite=true to start over"
+                    )
+                if changes:
+                    shown = {key: [was, now] for key, was, now in changes}
+                    run.event({"step": run.status().get("step", 0), "event": "config_changed", "changes": shown})
+                    run.say("configuration: " + _spell(changes))
+            if not file.exists() or file.read_text(encoding="utf-8") != config_yaml:
+                write_text(file, config_yaml)
+            for partial in [*run.path.glob(PARTIALS), *(run.path / "samples").glob(PARTIALS)]:
+                partial.unlink(missing_ok=True)
+        except BaseException:
+            run.close()
+            raise
+        if not hold:
+            run.close()
         return run
+
+    def _acquire(self) -> None:
+        """Lock the folder; the kernel gives the lock back when the process dies, by kill -9 too."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = open(self.path / LOCK, "a+", encoding="utf-8")
+        for attempt in range(5):  # `dimo runs` holds it for an instant when it looks
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if attempt == 4:
+                    lock.seek(0)
+                    holder = lock.read().strip() or "another process"
+                    lock.close()
+                    raise DimoError(
+                        f"{self.path} is being trained by {holder}; wait, stop it, or use another experiment.name"
+                    ) from None
+                time.sleep(0.05)
+            except OSError as error:  # a network file system without locks
+                print(
+                    f"dimo: {self.path} cannot be locked ({error.strerror}); start one run in it only", file=sys.stderr
+                )
+                break
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        lock.flush()
+        self._lock = lock
+
+    def close(self) -> None:
+        """Let other processes have the folder."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def is_held(self) -> bool:
+        """A living process trains in this folder."""
+        try:
+            with open(self.path / LOCK, encoding="utf-8") as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except OSError:  # held; or it cannot be known, and the status is believed
+            return True
+        return False
 
     def _clear(self) -> None:
         for name in OWN:
@@ -68,12 +141,16 @@ class RunFolder:
             shutil.rmtree(self.path / name, ignore_errors=True)
 
     def write_status(self, **changes: Any) -> None:
-        """Update status.json: state, step, max_steps, error."""
+        """Update status.json: state (starting, running, finished, failed, preempted), step, max_steps, error."""
         if not self.writes:
             return
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        status = {"started": now, "error": None} | self.status() | changes | {"updated": now, "pid": os.getpid()}
-        write_text(self.path / "status.json", json.dumps(status, indent=2) + "\n")
+        own = {"updated": now, "pid": os.getpid(), "host": socket.gethostname()}
+        status = {"started": now, "error": None} | self.status() | changes | own
+        try:
+            write_text(self.path / "status.json", json.dumps(status, indent=2) + "\n")
+        except OSError as error:
+            raise self._refusal("status.json", error) from error
 
     def status(self) -> dict:
         file = self.path / "status.json"
@@ -81,30 +158,42 @@ class RunFolder:
 
     def log(self, metrics: dict[str, float]) -> None:
         """Append one line; what is not finite becomes null and is named under `non_finite`."""
-        if not self.writes:
-            return
         bad = [k for k, v in metrics.items() if not math.isfinite(v)]
         row = {k: None if k in bad else v for k, v in metrics.items()} | ({"non_finite": bad} if bad else {})
-        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        self._append("metrics.jsonl", json.dumps(row))
 
     def metrics(self) -> list[dict]:
         """All complete lines; a last line torn by a kill is left out."""
-        file = self.path / "metrics.jsonl"
-        rows = []
-        for line in file.read_text().splitlines() if file.exists() else []:
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-        return rows
+        return self._rows("metrics.jsonl")
 
-    def truncate_metrics(self, step: int) -> None:
-        """Drop what a killed run logged after the checkpoint it resumes from."""
+    def event(self, event: dict) -> None:
+        """Append {"step", "event", ...} to events.jsonl, with the time."""
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        self._append("events.jsonl", json.dumps(event | {"time": now}))
+
+    def events(self) -> list[dict]:
+        return self._rows("events.jsonl")
+
+    def say(self, text: str, aloud: bool = False) -> None:
+        """Append lines to train.log, with the time; `aloud` to stderr as well."""
+        now = datetime.datetime.now().isoformat(sep=" ", timespec="seconds")
+        self._append("train.log", "\n".join(f"{now} {line}" for line in text.splitlines()))
+        if aloud and self.writes:
+            print(f"dimo: {text}", file=sys.stderr)
+
+    def last_lines(self) -> list[str]:
+        """Of train.log."""
+        file = self.path / "train.log"
+        return file.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:] if file.exists() else []
+
+    def cut_at(self, step: int) -> None:
+        """Drop the metrics and events that a killed run wrote after the checkpoint it resumes from."""
         if not self.writes:
             return
-        rows = [row for row in self.metrics() if row["step"] <= step]
-        write_text(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        for name in ("metrics.jsonl", "events.jsonl"):
+            rows = [row for row in self._rows(name) if row["step"] <= step or row.get("event") in HISTORY]
+            if (self.path / name).exists():
+                write_text(self.path / name, "".join(json.dumps(row) + "\n" for row in rows))
 
     def write_environment(self) -> None:
         if not self.writes:
@@ -113,85 +202,53 @@ class RunFolder:
         values = {"dimo": dimo.__version__, "python": platform.python_version(), "torch": torch.__version__}
         write_text(self.path / "environment.json", json.dumps(values | {"device": device}, indent=2) + "\n")
 
-    def save_checkpoint(self, step: int, tensors: dict[str, dict[str, torch.Tensor]], state: dict) -> Path | None:
-        """checkpoints/step-<step>/ with <name>.safetensors per network and state.pt; a folder renamed into place last.
+    def _rows(self, name: str) -> list[dict]:
+        file, rows = self.path / name, []
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []:
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return rows
 
-        Raises:
-            DimoError: the disk refused; older checkpoints stay.
-        """
+    def _append(self, name: str, line: str) -> None:
         if not self.writes:
-            return None
-        folder = self.path / "checkpoints" / f"step-{step:08d}"
-        partial = folder.with_name(f".{folder.name}.partial")
+            return
         try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            for name, state_dict in tensors.items():
-                whole = {k: v.detach().cpu().contiguous() for k, v in state_dict.items()}
-                save_file(whole, partial / f"{name}.safetensors")
-            torch.save(state, partial / "state.pt")
-            for file in partial.iterdir():
-                _sync(file)
-            if folder.exists():
-                shutil.rmtree(folder)
-            os.rename(partial, folder)
-            _sync(folder.parent)
-        except (OSError, SafetensorError, RuntimeError) as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise DimoError(f"checkpoint of step {step} could not be written to {folder.parent}: {error}") from error
-        for old in self._checkpoints()[: -self.keep_last]:
-            shutil.rmtree(old)
-        return folder
+            with open(self.path / name, "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            raise self._refusal(name, error) from error
 
-    def _checkpoints(self) -> list[Path]:
-        return sorted((self.path / "checkpoints").glob("step-????????"))
-
-    def latest_checkpoint(self) -> Path | None:
-        found = self._checkpoints()
-        return found[-1] if found else None
-
-    def load_checkpoint(self, folder: Path) -> tuple[dict, dict]:
-        """(tensors by network, state); no pickle is executed.
-
-        Raises:
-            DimoError: a file is missing or damaged.
-        """
-        try:
-            tensors = {file.stem: load_file(file) for file in sorted(folder.glob("*.safetensors"))}
-            return tensors, torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise DimoError(
-                f"checkpoint {folder} is damaged ({str(error).splitlines()[0]}); remove it to resume from an older one"
-            ) from error
+    def _refusal(self, name: str, error: OSError) -> DimoError:
+        return DimoError(f"{self.path / name} could not be written: {error.strerror}; checkpoints that are there stay")
 
 
-def write_text(file: Path, text: str) -> None:
-    """Whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, file)
+def _changes(path: Path, old: str, new: str) -> list[tuple[str, Any, Any]]:
+    """(key, was, is) of what differs and may. A key that the old file does not know yet had its default."""
 
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _refuse_other_config(path: Path, old: str, new: str) -> None:
     def flat(text):
         groups = yaml.safe_load(text) or {}
         return {f"{g}.{k}": v for g, keys in groups.items() for k, v in keys.items()}
 
-    old_keys, new_keys = flat(old), flat(new)
-    names = sorted((old_keys.keys() | new_keys.keys()) - FREE_KEYS)
-    differ = [k for k in names if old_keys.get(k) != new_keys.get(k)]
-    if differ:
-        shown = "; ".join(f"{k} was {old_keys.get(k)!r}, is {new_keys.get(k)!r}" for k in differ[:3])
+    known = {key: default_of(field) for key, field in config_keys().items()}
+    was, now = known | flat(old), known | flat(new)
+    differ = [(k, was.get(k), now.get(k)) for k in sorted(was.keys() | now.keys()) if was.get(k) != now.get(k)]
+    differ = [change for change in differ if change[0] not in SILENT_KEYS and change[0] != "experiment.output_dir"]
+
+    def may(key, old, new):
+        free = key in FREE_KEYS or key.startswith("evaluation.")
+        return free or (key in GROWING_KEYS and isinstance(old, int) and new >= old)
+
+    refused = [change for change in differ if not may(*change)]
+    if refused:
+        shown = _spell(refused[:3])
         raise DimoError(
             f"{path} belongs to a run with another configuration ({shown}); "
             "use another experiment.name, or experiment.overwrite=true to start over"
         )
+    return differ
+
+
+def _spell(changes: list[tuple[str, Any, Any]]) -> str:
+    return "; ".join(f"{key} was {was!r}, is {now!r}" for key, was, now in changes)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from dimo.errors import DimoError, nearest
+from dimo.files import whole_folder
 from dimo.ursa.inputs import SPATIAL_STRIDE, TEMPORAL_STRIDE, latents_shape_for
 from dimo.ursa.path import MetricPath, MixturePath
 from dimo.ursa.transformer import UrsaConfig, UrsaTransformer
@@ -268,18 +267,12 @@ def save_student(
     The folder appears whole or not at all. `state` replaces the transformer's own weights (the EMA's, say); `dtype`
     is what they are written in, by default their own.
     """
-    folder = Path(folder)
-    beside = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
     state = plain_state(state or transformer.state_dict(), dtype)
-    save_file(state, beside / f"{WEIGHTS}.safetensors", metadata={"format": "pt"})
     config = {"_class_name": "URSATransformer3DModel", **transformer.config.to_dict()}
-    (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.rename(beside, folder)
-    return folder
+    with whole_folder(folder) as beside:
+        save_file(state, beside / f"{WEIGHTS}.safetensors", metadata={"format": "pt"})
+        (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return Path(folder)
 
 
 def plain_state(state: dict[str, torch.Tensor], dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import textwrap
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 from matplotlib.figure import Figure
 
 from dimo.errors import DimoError, require_shape
+from dimo.files import whole_file
 
 LABEL = 26  # characters beside a row
 
@@ -43,7 +43,5 @@ def video_sheet(columns: dict[str, torch.Tensor], prompts: list[str], shown: int
 
 def save_sheet(file: Path, columns: dict[str, torch.Tensor], prompts: list[str]) -> None:
     """`video_sheet` as a PNG, written whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f".{file.name}.partial")
-    video_sheet(columns, prompts).savefig(beside, dpi=110, format="png")
-    os.replace(beside, file)
+    with whole_file(file) as beside:
+        video_sheet(columns, prompts).savefig(beside, dpi=110, format="png")

@@ -6,8 +6,6 @@ import copy
 import dataclasses
 import json
 import math
-import os
-import shutil
 from pathlib import Path
 
 import torch
@@ -15,6 +13,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from dimo.errors import DimoError
+from dimo.files import whole_folder
 from dimo.ursa import MetricPath, UrsaConfig, UrsaTransformer, load_ursa, sample, save_student, visual_logits
 from dimo.worlds.oracle import score
 from dimo.worlds.palette import PaletteDecoder
@@ -166,36 +165,30 @@ def write_checkpoint(folder: Path, world: ShapesWorld, transformer: UrsaTransfor
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    folder = Path(folder)
-    beside = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    save_student(beside / "transformer", transformer)
-    (beside / "scheduler").mkdir()
-    scheduler = {"_class_name": "KineticOptimalScheduler", "alpha": alpha, "c": c, "eps": 1e-5, "shift": 1.0}
-    (beside / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=2) + "\n")
-    torch.save({"path.emb": world.codebook()}, beside / "scheduler" / "scheduler_model.pth")
-    vocabulary = {word: i for i, word in enumerate(words(world))}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD, unk_token=UNKNOWN, eos_token=PAD, padding_side="left"
-    ).save_pretrained(beside / "tokenizer")
-    written = beside / "tokenizer" / "tokenizer_config.json"
-    values = json.loads(written.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-    written.write_text(json.dumps(values, indent=2) + "\n")  # transformers 5 writes a class that 4 does not know
-    PaletteDecoder(world.palette()).save(beside / "vae")
-    index = {
-        "_class_name": "URSAPipeline",
-        "transformer": ["diffnext.models.transformers.transformer_ursa", "URSATransformer3DModel"],
-        "scheduler": ["diffnext.schedulers.scheduling_dfm", "KineticOptimalScheduler"],
-        "vae": ["dimo.worlds.palette", "PaletteDecoder"],
-        "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
-    }
-    (beside / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    sizes = {"world": "shapes", **dataclasses.asdict(world)}
-    (beside / "world.json").write_text(json.dumps(sizes, indent=2) + "\n")
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.rename(beside, folder)
-    return folder
+    with whole_folder(folder) as beside:
+        save_student(beside / "transformer", transformer)
+        (beside / "scheduler").mkdir()
+        scheduler = {"_class_name": "KineticOptimalScheduler", "alpha": alpha, "c": c, "eps": 1e-5, "shift": 1.0}
+        (beside / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=2) + "\n")
+        torch.save({"path.emb": world.codebook()}, beside / "scheduler" / "scheduler_model.pth")
+        vocabulary = {word: i for i, word in enumerate(words(world))}
+        tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, pad_token=PAD, unk_token=UNKNOWN, eos_token=PAD, padding_side="left"
+        ).save_pretrained(beside / "tokenizer")
+        written = beside / "tokenizer" / "tokenizer_config.json"
+        values = json.loads(written.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+        written.write_text(json.dumps(values, indent=2) + "\n")  # transformers 5 writes a class that 4 does not know
+        PaletteDecoder(world.palette()).save(beside / "vae")
+        index = {
+            "_class_name": "URSAPipeline",
+            "transformer": ["diffnext.models.transformers.transformer_ursa", "URSATransformer3DModel"],
+            "scheduler": ["diffnext.schedulers.scheduling_dfm", "KineticOptimalScheduler"],
+            "vae": ["dimo.worlds.palette", "PaletteDecoder"],
+            "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+        }
+        (beside / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+        sizes = {"world": "shapes", **dataclasses.asdict(world)}
+        (beside / "world.json").write_text(json.dumps(sizes, indent=2) + "\n")
+    return Path(folder)

@@ -1,0 +1,226 @@
+"""checkpoints/: complete or absent, written beside the training, believed only when every byte is the one written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from dimo.errors import DimoError
+from dimo.files import PARTIALS, remove_folder, replace_folder, sync
+from dimo.train.ranks import everywhere, raise_everywhere
+
+MANIFEST = "manifest.json"
+
+
+class Checkpoints:
+    """The step-<step>/ folders of a run:
+
+        <network>.safetensors, state.pt   by rank 0
+        rank-<rank>.pt                    by every rank
+        manifest.json                     {file: {bytes, sha256}}, written when all the others are on the disk
+
+    `save` copies to host memory and returns while a thread writes; `finish` waits for it and renames the folder into
+    place. Both are collective, and an error of one rank is raised on all; threads never communicate.
+    """
+
+    def __init__(self, folder: str | Path, keep_last: int = 2, rank: int = 0):
+        self.folder, self.keep_last, self.rank = Path(folder), keep_last, rank
+        self._damaged: set[Path] = set()
+        self._writing: _Writing | None = None
+
+    def save(self, step: int, tensors: dict[str, dict[str, torch.Tensor]], state: dict, rank_state: dict) -> None:
+        """Begin to write; `tensors` and `state` count on rank 0 alone.
+
+        Raises:
+            DimoError: the disk refused this checkpoint or the one before it; what was whole stays.
+        """
+        self.finish()
+        partial, error = self._partial(step), None
+        if self.rank == 0:
+            try:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+            except OSError as refused:
+                error = self._refusal(step, refused)
+        raise_everywhere(error)
+        # copies: the next step changes these tensors while they are being written
+        whole = _on_host({"tensors": tensors, "state": state}) if self.rank == 0 else None
+        self._writing = _Writing(step, partial, whole, _on_host(rank_state), self.rank)
+        self._writing.start()
+
+    def written(self) -> bool:
+        """This rank's files lie there, or could not be written: `finish` would not wait for this rank."""
+        return self._writing is not None and not self._writing.is_alive()
+
+    def finish(self) -> Path | None:
+        """Wait for the checkpoint being written, put it in its place, and remove the oldest.
+
+        Raises:
+            DimoError: a rank could not write; older checkpoints stay.
+        """
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return None
+        writing.join()
+        folder = self.folder / f"step-{writing.step:08d}"
+        try:
+            raise_everywhere(self._refusal(writing.step, writing.error) if writing.error else None)
+            entries = {name: entry for files in everywhere(writing.entries) for name, entry in files.items()}
+            error = None
+            if self.rank == 0:
+                try:
+                    self._complete(writing.partial, folder, entries)
+                except OSError as refused:
+                    error = self._refusal(writing.step, refused)
+            raise_everywhere(error)
+        finally:
+            if self.rank == 0:
+                shutil.rmtree(writing.partial, ignore_errors=True)
+        return folder
+
+    def _complete(self, partial: Path, folder: Path, entries: dict) -> None:
+        (partial / MANIFEST).write_text(json.dumps(entries, indent=2) + "\n")
+        sync(partial / MANIFEST)
+        sync(partial)
+        replace_folder(partial, folder)
+        sync(folder.parent)
+        self._damaged.discard(folder)
+        whole = [f for f in self.all() if f not in self._damaged]  # the one just written is
+        for old in self.all():
+            if old < whole[-self.keep_last :][0]:
+                remove_folder(old)
+
+    def newest(self) -> tuple[Path | None, dict[Path, str]]:
+        """(the newest whole checkpoint, {newer one: what is wrong with it}); every byte is read.
+
+        Raises:
+            DimoError: there are checkpoints, and none is whole.
+        """
+        damaged = {}
+        for folder in reversed(self.all()):
+            wrong = what_is_wrong(folder)
+            if wrong is None:
+                self._damaged.update(damaged)
+                return folder, damaged
+            damaged[folder] = wrong
+        if damaged:
+            named = "; ".join(f"{folder.name}: {wrong}" for folder, wrong in damaged.items())
+            raise DimoError(
+                f"no checkpoint in {self.folder} is whole ({named}); put one back, or remove all to begin at step 0"
+            )
+        return None, damaged
+
+    def load(self, folder: Path) -> tuple[dict, dict, dict]:
+        """(tensors by network, state, this rank's own state); no pickle is executed.
+
+        On more ranks than wrote it, the rank states are dealt out again from the first.
+
+        Raises:
+            DimoError: a file does not load.
+        """
+        try:
+            tensors = {file.stem: load_file(file) for file in sorted(folder.glob("*.safetensors"))}
+            state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+            ranks = sorted(folder.glob("rank-*.pt"))
+            own = torch.load(ranks[self.rank % len(ranks)], map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise DimoError(f"checkpoint {folder} does not load: {str(error).splitlines()[0]}") from error
+        return tensors, state, own
+
+    def all(self) -> list[Path]:
+        """Every step's folder, oldest first, whole or not."""
+        return sorted(self.folder.glob("step-????????"))
+
+    def remove_partials(self) -> None:
+        """What a killed process was writing or removing."""
+        for partial in self.folder.glob(PARTIALS):
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def _partial(self, step: int) -> Path:
+        return self.folder / f".step-{step:08d}.partial"
+
+    def _refusal(self, step: int, error: Exception) -> DimoError:
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        last = self.all()[-1:]
+        stays = f"{last[0].name} stays, and the same command continues from it" if last else "there is no older one"
+        return DimoError(f"checkpoint of step {step} could not be written to {self.folder}: {text}; {stays}")
+
+
+class _Writing(threading.Thread):
+    """One rank's files of one checkpoint. Ends with `entries` of the manifest, or with `error`."""
+
+    def __init__(self, step: int, partial: Path, whole: dict | None, rank_state: dict, rank: int):
+        super().__init__(name=f"checkpoint-{step}", daemon=True)  # a second Ctrl-C does not wait for it
+        self.step, self.partial, self.whole, self.rank_state, self.rank = step, partial, whole, rank_state, rank
+        self.entries: dict[str, dict] = {}
+        self.error: Exception | None = None
+
+    def run(self) -> None:
+        try:
+            if self.whole:
+                for name, state_dict in self.whole["tensors"].items():
+                    file = self.partial / f"{name}.safetensors"
+                    save_file(state_dict, file)
+                    self._enter(file)
+                torch.save(self.whole["state"], self.partial / "state.pt")
+                self._enter(self.partial / "state.pt")
+            file = self.partial / f"rank-{self.rank:05d}.pt"
+            torch.save(self.rank_state, file)
+            self._enter(file)
+        except Exception as error:  # safetensors and torch have their own for a full disk
+            self.error = error
+        self.whole = self.rank_state = None
+
+    def _enter(self, file: Path) -> None:
+        sync(file)
+        self.entries[file.name] = describe(file)
+
+
+def describe(file: Path) -> dict:
+    """A file's line in the manifest, from its bytes on the disk."""
+    with open(file, "rb") as handle:
+        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(handle, "sha256").hexdigest()}
+
+
+def what_is_wrong(folder: Path) -> str | None:
+    """None for a checkpoint that is whole, else the first thing that is not."""
+    try:
+        entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        expected = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in entries.items()}
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return f"{MANIFEST} is not readable"
+    for name in ("state.pt", "rank-00000.pt"):
+        if name not in expected:
+            return f"{MANIFEST} does not name {name}"
+    for name, (size, sha256) in expected.items():
+        file = folder / name
+        try:
+            if file.stat().st_size != size:
+                return f"{name} has {file.stat().st_size} bytes, not {size}"
+            if describe(file)["sha256"] != sha256:
+                return f"{name} has another checksum than when it was written"
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except OSError as error:
+            return f"{name} is not readable ({error.strerror})"
+    return None
+
+
+def _on_host(value: Any) -> Any:
+    """A copy of a tree of dicts, lists and tensors, the tensors in host memory."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+    if isinstance(value, dict):
+        return {key: _on_host(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_on_host(each) for each in value)
+    return value

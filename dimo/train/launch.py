@@ -1,0 +1,245 @@
+"""Training in processes of its own: `accelerate launch -m dimo.train` as a child that is followed, stopped and reaped.
+
+accelerate launch on every machine, also where there are no GPUs: with a configuration of type MULTI_GPU it starts its
+workers through torchrun, and they meet over gloo. Its own --cpu wants mpirun for more than one process.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import torch
+import yaml
+
+from dimo.errors import DimoError, nearest
+from dimo.train.config import PRESETS, Config, device_of, to_yaml
+from dimo.train.lifeline import GRACE_S, adopt_orphans
+from dimo.train.runfolder import RunFolder, write_text
+from dimo.train.signals import PREEMPTED, Preempted
+from dimo.train.trackers import require_trackers
+
+LOG = "launch.log"
+
+
+def train(config: Config) -> RunFolder:
+    """The whole run, in this process where one plain process does it, else through `launch`.
+
+    Raises:
+        Preempted: it was asked to stop, and has saved.
+        DimoError: bad input, or training failed; the run folder tells more.
+    """
+    require_trackers(config.experiment.trackers)
+    if not needs_launch(config):
+        from dimo.train.trainer import Trainer
+
+        return Trainer(config).train()
+    code = launch(config)
+    run = RunFolder(config.experiment.output_dir, writes=False)
+    if code == PREEMPTED:
+        raise Preempted(f"stopped at step {run.status().get('step')} of {run.path}; the same command continues")
+    if code != 0:
+        reason = run.status().get("error") or "see what it printed"
+        raise DimoError(f"training ended with exit code {code}: {reason} ({run.path / LOG})")
+    return run
+
+
+def needs_launch(config: Config) -> bool:
+    """Several processes, or an engine that only accelerate launch sets up."""
+    return config.training.num_processes > 1 or config.training.engine != "ddp"
+
+
+def launch(config: Config, grace_s: float = GRACE_S) -> int:
+    """Train in `training.num_processes` processes under `training.engine`; wait for them; leave none behind.
+
+    What they print goes to `<run>/launch.log` and to stderr. SIGTERM and SIGINT are passed on to them as SIGTERM: they
+    finish the step and save. After `grace_s` seconds, or at a second Ctrl-C, they are killed.
+
+    Returns:
+        0; 75 when they stopped because they were asked to; 1 for everything else, where status.json says `failed`.
+
+    Raises:
+        DimoError: before anything starts: no such engine, more processes than GPUs, or what `RunFolder.open` refuses.
+    """
+    command, c = launch_command(config), config.experiment
+    run = RunFolder.open(c.output_dir, to_yaml(config), c.resume, c.overwrite)
+    opened = dataclasses.replace(config, experiment=dataclasses.replace(c, resume=True, overwrite=False))
+    write_text(run.path / "launch.yaml", to_yaml(opened))
+    asked: list[int] = []
+    with open(run.path / LOG, "ab") as log, _handling(lambda number, _: asked.append(number)):
+        follow = _Follower(run.path / LOG)
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+        family = _Family(child)
+        deadline = None
+        while family.alive():
+            if asked and deadline is None:
+                family.terminate_workers()
+                deadline = time.monotonic() + grace_s
+            if deadline is not None and (_hurry(asked) or time.monotonic() > deadline):
+                family.kill()
+            time.sleep(0.1)
+            follow()
+        follow()
+    return _exit_code(run, child.returncode, family, bool(asked))
+
+
+def launch_command(config: Config) -> list[str]:
+    """The child's words. It is `lifeline` that runs accelerate, so that it cannot outlive this process."""
+    t, file = config.training, engine_file(config.training.engine)
+    given = yaml.safe_load(file.read_text()) or {}
+    device = device_of(config)
+    machines = given.get("num_machines", 1)
+    own = str(file) == t.engine and t.num_processes == 1  # a person's file knows its own number
+    processes = given.get("num_processes", 1) if own else t.num_processes
+    if device.type == "cuda" and processes > machines * torch.cuda.device_count():
+        raise DimoError(
+            f"training.num_processes is {processes}, and {machines} machine(s) with {torch.cuda.device_count()} GPU(s) "
+            "each are there; one process a GPU"
+        )
+    words = ["--config_file", str(file), "--num_processes", str(processes)]
+    words += ["--mixed_precision", "no"]  # the trainer sees to it itself
+    if machines == 1 and "main_process_port" not in given:
+        words += ["--main_process_port", "0"]  # any free one, so that two runs share a machine
+    resolved = Path(config.experiment.output_dir) / "launch.yaml"
+    return [
+        sys.executable, "-m", "dimo.train.lifeline", str(os.getpid()), *words, "-m", "dimo.train", f"config={resolved}",
+    ]  # fmt: skip
+
+
+def engine_file(engine: str) -> Path:
+    """The accelerate YAML of a preset's name, or a person's own."""
+    presets = {file.stem: file for file in (PRESETS / "accelerate").glob("*.yaml")}
+    file = presets.get(engine, Path(engine))
+    if not file.is_file():
+        raise DimoError(f"training.engine {engine!r} is neither a preset nor a YAML file{nearest(engine, presets)}")
+    return file
+
+
+def engine_kind(engine: str) -> str:
+    """ddp, fsdp2 or deepspeed_zero2: what a preset, or a person's own file, asks for."""
+    asked = (yaml.safe_load(engine_file(engine).read_text()) or {}).get("distributed_type", "")
+    return {"FSDP": "fsdp2", "DEEPSPEED": "deepspeed_zero2"}.get(asked, "ddp")
+
+
+class _Follower:
+    """Copies to stderr what has been added to a file since the last call."""
+
+    def __init__(self, path: Path):
+        self.file = open(path, "rb")
+        self.file.seek(0, os.SEEK_END)
+        self.decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
+
+    def __call__(self) -> None:
+        text = self.decode(self.file.read())
+        if text:
+            sys.stderr.write(text)
+            sys.stderr.flush()
+
+
+class _Family:
+    """The accelerate process and the workers it started, each in a session of its own, so that no group reaches all."""
+
+    def __init__(self, child: subprocess.Popen):
+        self.child, self.head = child, psutil.Process(child.pid)
+        self.workers: dict[int, psutil.Process] = {}
+        self.killed = False
+
+    def alive(self) -> bool:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            self.workers |= {process.pid: process for process in self.head.children()}
+        running = self.child.poll() is None
+        return running or any(_runs(process) for process in self.workers.values())
+
+    def terminate_workers(self) -> None:
+        """The workers, not accelerate: it would give them 30 s and then kill."""
+        _send(list(self.workers.values()) or [self.head])
+
+    def kill(self) -> None:
+        self.killed = True
+        everyone = [self.head, *self.workers.values()]
+        for process in list(everyone):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                everyone += process.children(recursive=True)
+        _send(everyone, kill=True)
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _exit_code(run: RunFolder, code: int, family: _Family, asked: bool) -> int:
+    """`code` is one worker's; what they wrote last into status.json is the truth about the run."""
+    if code in (0, PREEMPTED):
+        return code
+    status = run.status()
+    ours = status.get("pid") in family.workers
+    if ours and status["state"] == "preempted":
+        return PREEMPTED
+    if asked and not ours and not family.killed:  # asked before the first step: nothing to save
+        return PREEMPTED
+    if ours and status["state"] != "failed":  # killed: it could not say so itself
+        reason = f"killed {GRACE_S:.0f} s after it was asked to stop" if family.killed else "a process was killed"
+        lines = (run.path / LOG).read_text(encoding="utf-8", errors="replace").splitlines()
+        run.write_status(state="failed", error=reason, last_lines=lines[-20:])
+    return 1
+
+
+@contextlib.contextmanager
+def children_told_to_stop():
+    """SIGTERM and SIGINT go on, as SIGTERM, to this process's children; at a second Ctrl-C all that descend are killed.
+
+    Yields a list that is empty until the first. Orphans of the children are adopted meanwhile and later.
+    """
+    adopt_orphans()
+    asked: list[int] = []
+
+    def pass_on(number, _):
+        asked.append(number)
+        _send(psutil.Process().children(recursive=_hurry(asked)), kill=_hurry(asked))
+
+    with _handling(pass_on):
+        yield asked
+
+
+def wait_for_children(grace_s: float = GRACE_S) -> None:
+    """Return when no process that descends from this one is left; after `grace_s` the rest are killed."""
+    _, late = psutil.wait_procs(psutil.Process().children(recursive=True), grace_s)
+    _send(late, kill=True)
+    psutil.wait_procs(late, 10)
+
+
+@contextlib.contextmanager
+def _handling(handler):
+    """`handler` for SIGTERM and SIGINT; nothing where another thread gets the signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def _hurry(asked: list[int]) -> bool:
+    """A person pressed Ctrl-C twice. Other second signals are a scheduler's or Jupyter's way to make sure."""
+    return asked.count(signal.SIGINT) > 1
+
+
+def _send(processes: list[psutil.Process], kill: bool = False) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill() if kill else process.terminate()

@@ -1,0 +1,61 @@
+"""Whole or not at all: what an error or a kill leaves of a file and of a folder."""
+
+import subprocess
+import sys
+
+import pytest
+
+from dimo.files import PARTIALS, whole_file, whole_folder, write_text
+
+
+def test_write_text_leaves_the_old_file_when_it_fails(tmp_path):
+    file = tmp_path / "a" / "b.json"
+    write_text(file, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(file, "\udc80")
+    assert file.read_text() == "old" and list(file.parent.iterdir()) == [file]
+
+
+def test_whoever_reads_the_old_file_reads_it_to_its_end(tmp_path):
+    write_text(tmp_path / "a", "old")
+    with open(tmp_path / "a") as reader:
+        write_text(tmp_path / "a", "new")
+        assert reader.read() == "old" and (tmp_path / "a").read_text() == "new"
+
+
+def test_a_file_has_its_ending_while_it_is_written(tmp_path):
+    with whole_file(tmp_path / "a.png") as beside:
+        assert beside.suffix == ".png" and beside.parent == tmp_path
+        beside.write_bytes(b"new")
+        assert not (tmp_path / "a.png").exists()
+    assert [f.name for f in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_a_folder_is_replaced_as_a_whole_and_stays_after_an_error(tmp_path):
+    folder = tmp_path / "f"
+    with whole_folder(folder) as beside:
+        (beside / "old").touch()
+    with pytest.raises(RuntimeError):
+        with whole_folder(folder) as beside:
+            (beside / "new").touch()
+            raise RuntimeError
+    assert [f.name for f in folder.iterdir()] == ["old"] and list(tmp_path.iterdir()) == [folder]
+    with whole_folder(folder) as beside:
+        (beside / "new").touch()
+    assert [f.name for f in folder.iterdir()] == ["new"] and list(tmp_path.iterdir()) == [folder]
+
+
+KILLED = """
+import os, signal, sys
+from dimo.files import whole_file, whole_folder
+with {how}(sys.argv[1]) as beside:
+    (beside / "new").touch() if {how} is whole_folder else beside.write_text("new")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("how", ["whole_file", "whole_folder"])
+def test_a_kill_leaves_only_what_partials_names(tmp_path, how):
+    code = KILLED.format(how=how)
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "x.txt")]).returncode == -9
+    assert not (tmp_path / "x.txt").exists() and list(tmp_path.iterdir()) == list(tmp_path.glob(PARTIALS)) != []

@@ -1,0 +1,289 @@
+"""Training in processes of its own: real ones, stopped and killed at every level, and stand-ins for what is slow."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from dimo.errors import DimoError
+from dimo.train import launch as launching
+from dimo.train.config import load_config
+from dimo.train.launch import launch, launch_command, needs_launch
+from dimo.train.runfolder import RunFolder
+from dimo.train.signals import Preempted
+
+TAG = "DIMO_TEST_TAG"  # every process that a test starts inherits it
+
+
+def tagged(tag):
+    """All living processes with this tag but this one."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.pid != os.getpid() and process.status() != "zombie" and process.environ().get(TAG) == tag:
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            pass
+    return found
+
+
+def wait_until(true, seconds=120):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it took too long"
+        time.sleep(0.05)
+
+
+# ------------------------------------------------------------------ a stand-in for the workers
+
+WORKER = """
+import os, signal, sys, time
+from dimo.train.runfolder import RunFolder
+from dimo.train.lifeline import end_with_launcher
+
+end_with_launcher()
+out, mode = sys.argv[1:]
+run = RunFolder(out)
+
+
+def stop(*_):
+    if mode == "deaf":
+        return
+    print("saving", flush=True)
+    time.sleep(0.5)
+    run.write_status(state="preempted", step=3)
+    os._exit(75)
+
+
+signal.signal(signal.SIGTERM, stop)
+if mode == "early":
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+else:
+    run.write_status(state="running", step=1)
+print("ready", flush=True)
+if mode == "fails":
+    sys.exit(2)
+while mode != "done":
+    time.sleep(0.1)
+run.write_status(state="finished", step=9)
+"""
+
+LAUNCHER = """
+import sys
+from dimo.train import launch as launching
+from dimo.train.config import load_config
+
+out, mode, folder, grace = sys.argv[1:]
+words = launching.launch_command
+def stand_in(config):
+    command = words(config)
+    return command[: command.index("-m", 2)] + [f"{folder}/worker.py", out, mode]
+launching.launch_command = stand_in
+config = load_config("smoke", [f"experiment.output_dir={out}", "training.num_processes=2", "model.device=cpu"])
+sys.exit(launching.launch(config, float(grace)))
+"""
+
+
+class StandIn:
+    def __init__(self, folder, mode, grace=30):
+        self.tag, self.out, self.mode = uuid.uuid4().hex, folder / "run", mode
+        (folder / "worker.py").write_text(WORKER)
+        (folder / "launcher.py").write_text(LAUNCHER)
+        words = [sys.executable, str(folder / "launcher.py"), str(self.out), mode, str(folder), str(grace)]
+        self.process = subprocess.Popen(words, env=os.environ | {TAG: self.tag}, stderr=subprocess.PIPE, text=True)
+
+    def ready(self):
+        log = self.out / "launch.log"
+        wait_until(lambda: log.exists() and log.read_text().count("ready") == 2)
+        return self
+
+    def end(self):
+        """(exit code, status, stderr), after no process is left."""
+        _, err = self.process.communicate(timeout=120)
+        wait_until(lambda: not tagged(self.tag), 20)
+        return self.process.returncode, RunFolder(self.out).status(), err
+
+
+def test_what_workers_print_is_kept_and_shown(tmp_path):
+    code, status, err = StandIn(tmp_path, "done").end()
+    assert code == 0 and status["state"] == "finished"
+    assert err.count("ready") == 2 and (tmp_path / "run/launch.log").read_text().count("ready") == 2
+
+
+def test_failing_workers_are_exit_code_one(tmp_path):
+    code, status, _ = StandIn(tmp_path, "fails").end()
+    assert code == 1 and status["state"] == "failed" and status["error"]
+
+
+def test_ctrl_c_reaches_the_workers_and_they_end_by_themselves(tmp_path):
+    run = StandIn(tmp_path, "saves").ready()
+    run.process.send_signal(signal.SIGINT)
+    code, status, err = run.end()
+    assert code == 75 and status["state"] == "preempted" and err.count("saving") == 2
+    assert "Traceback" not in err  # torchrun's
+
+
+def test_asked_before_training_began_is_no_failure(tmp_path):
+    run = StandIn(tmp_path, "early").ready()
+    run.process.terminate()
+    code, status, _ = run.end()
+    assert code == 75 and status == {}
+
+
+def test_the_deaf_are_killed_after_the_grace_time_and_at_a_second_ctrl_c(tmp_path):
+    run = StandIn(tmp_path, "deaf", grace=1).ready()
+    run.process.terminate()
+    code, status, _ = run.end()
+    assert code == 1 and status["state"] == "failed" and "killed" in status["error"]
+    other = tmp_path / "other"
+    other.mkdir()
+    run = StandIn(other, "deaf", grace=1000).ready()
+    run.process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    run.process.send_signal(signal.SIGINT)
+    assert run.end()[0] == 1
+
+
+def test_kill_9_of_the_launcher_lets_the_workers_save_and_leaves_none(tmp_path):
+    run = StandIn(tmp_path, "saves").ready()
+    run.process.kill()
+    code, status, _ = run.end()
+    assert code == -9 and status["state"] == "preempted"
+
+
+# ------------------------------------------------------------------ without processes
+
+
+def test_one_plain_process_needs_no_launch():
+    assert not needs_launch(load_config("smoke"))
+    assert needs_launch(load_config("smoke", ["training.num_processes=2"]))
+    assert needs_launch(load_config("smoke", ["training.engine=fsdp2"]))
+
+
+def test_the_command_names_engine_processes_and_a_free_port(tmp_path):
+    config = load_config("smoke", ["training.num_processes=2", "model.device=cpu", f"experiment.output_dir={tmp_path}"])
+    words = launch_command(config)
+    after = dict(zip(words, words[1:]))
+    assert after["--num_processes"] == "2" and after["--main_process_port"] == "0"
+    assert Path(after["--config_file"]).name == "ddp.yaml" and words[-1] == f"config={tmp_path}/launch.yaml"
+    own = tmp_path / "mine.yaml"
+    two_machines = {"distributed_type": "MULTI_GPU", "num_machines": 2, "num_processes": 16, "main_process_port": 29501}
+    own.write_text(yaml.safe_dump(two_machines))
+    words = launch_command(load_config("smoke", [f"training.engine={own}", "model.device=cpu"]))
+    assert dict(zip(words, words[1:]))["--num_processes"] == "16" and "--main_process_port" not in words
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("training.engine=fsdp3", "neither a preset nor a YAML file"),
+        ("training.engine=/nowhere.yaml", "neither a preset nor a YAML file"),
+        ("training.num_processes=0", "training.num_processes must be at least 1"),
+    ],
+)
+def test_refusals_come_before_anything_starts(override, sentence, tmp_path):
+    with pytest.raises(DimoError, match=sentence):
+        launch(load_config("smoke", [f"experiment.output_dir={tmp_path}/run", override]))
+    assert not (tmp_path / "run").exists()
+
+
+def test_more_processes_than_gpus_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(launching.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(launching.torch.cuda, "device_count", lambda: 4)
+    config = load_config("smoke", ["training.num_processes=8", f"experiment.output_dir={tmp_path}/run"])
+    with pytest.raises(DimoError, match=r"num_processes is 8, and 1 machine\(s\) with 4 GPU"):
+        launch(config)
+
+
+def test_train_says_how_it_ended(tmp_path, monkeypatch):
+    config = load_config("smoke", ["training.num_processes=2", f"experiment.output_dir={tmp_path}"])
+    RunFolder(tmp_path).write_status(state="failed", error="the disk is full")
+    for code, error, sentence in [(75, Preempted, "same command"), (1, DimoError, "the disk is full")]:
+        monkeypatch.setattr(launching, "launch", lambda config, code=code: code)
+        with pytest.raises(error, match=sentence):
+            launching.train(config)
+
+
+# ------------------------------------------------------------------ the whole chain, through papermill
+
+
+def steps(out):
+    try:
+        return [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    except (OSError, ValueError):
+        return []
+
+
+def pick(tag, level, first):
+    """The process of a level: dimo run -> kernel -> accelerate launch -> worker."""
+    everyone = {p.pid: p for p in tagged(tag)}
+    accelerate = next(p for p in everyone.values() if "dimo.train.lifeline" in p.cmdline())
+    if level == "dimo run":
+        return psutil.Process(first)
+    if level == "kernel":
+        return next(p for p in everyone.values() if "ipykernel_launcher" in " ".join(p.cmdline()))
+    return accelerate if level == "accelerate" else accelerate.children()[-1]
+
+
+def test_a_headless_run_of_two_processes_survives_signals_and_kills_at_every_level(tmp_path):
+    out = tmp_path / "run"
+    words = [sys.executable, "-m", "dimo.cli", "run", "-c", "smoke", "-p", "num_processes=2", "-p", "batch_size=1"]
+    words += ["-p", "max_train_steps=70", f"experiment.output_dir={out}", "experiment.log_every=1", "model.device=cpu"]
+    words += ["experiment.save_every=4", "experiment.sample_every=1000"]
+    signals = {"SIGTERM": signal.SIGTERM, "kill -9": signal.SIGKILL}
+    for name, level in [
+        ("SIGTERM", "dimo run"), ("SIGTERM", "kernel"), ("SIGTERM", "accelerate"), ("SIGTERM", "worker"),
+        ("kill -9", "worker"), ("kill -9", "accelerate"), ("kill -9", "kernel"), ("kill -9", "dimo run"),
+    ]:  # fmt: skip
+        tag, before = uuid.uuid4().hex, max(steps(out), default=0)
+        env = os.environ | {TAG: tag, "CUDA_VISIBLE_DEVICES": ""}
+        with open(tmp_path / "printed.txt", "a+") as printed:
+            process = subprocess.Popen([*words, "--only", "03_train"], env=env, stdout=printed, stderr=printed)
+            resumed_log = (out / "launch.log").stat().st_size if (out / "launch.log").exists() else 0
+            where = f"{name} to {level}"
+
+            def trains(process=process, size=resumed_log, where=where):
+                assert process.poll() is None, f"{where}: {(tmp_path / 'printed.txt').read_text()[-2000:]}"
+                log = out / "launch.log"
+                return log.exists() and "step " in log.read_bytes()[size:].decode()
+
+            wait_until(trains)
+            pick(tag, level, process.pid).send_signal(signals[name])
+            code = process.wait(120)
+            wait_until(lambda tag=tag: not tagged(tag), 60)  # no orphan
+        status, at = RunFolder(out).status(), max(steps(out))
+        assert at > before and at < 70, where
+        if name == "SIGTERM":
+            assert (code, status["state"]) == (75, "preempted"), where
+        else:
+            # whoever was not killed saves; where one of two workers is gone, the other cannot go on
+            assert code != 0 and status["state"] == ("failed" if level == "worker" else "preempted"), (where, status)
+            assert code == (-9 if level == "dimo run" else 75 if level == "accelerate" else 2), where
+    done = subprocess.run(words, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert steps(out) == list(range(1, 71))  # each step once, though eight runs made them
+    assert RunFolder(out).status()["state"] == "finished" and (out / "report.html").exists()
+
+
+def test_a_run_in_one_process_stops_and_continues_too(tmp_path):
+    out = tmp_path / "run"
+    words = [sys.executable, "-m", "dimo.cli", "run", "-c", "smoke", "-p", "batch_size=1", "-p", "max_train_steps=60"]
+    words += [f"experiment.output_dir={out}", "experiment.log_every=1", "model.device=cpu", "--only", "03_train"]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: steps(out) or process.poll() is not None)
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    at = max(steps(out))
+    assert process.returncode == 75 and "the same command continues" in err and at < 60
+    assert RunFolder(out).status()["state"] == "preempted"
+    assert [p.name for p in (out / "checkpoints").iterdir()] == [f"step-{at:08d}"]
+    assert subprocess.run(words, capture_output=True, timeout=300).returncode == 0
+    assert steps(out) == list(range(1, 61))

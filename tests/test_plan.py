@@ -1,0 +1,140 @@
+"""What `dimo plan` counts, against real tensors, the allocator's own record, and arithmetic by hand."""
+
+import math
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from dimo.cli import main
+from dimo.dryrun import SIZES, dry_run
+from dimo.errors import DimoError
+from dimo.plan import GIB, alternatives, make_plan, parts_of
+from dimo.train.config import load_config
+from dimo.train.trainer import Trainer
+
+
+def optimizer_bytes(trainer):
+    optimizers = trainer.student.optimizers + trainer.aux.optimizers
+    states = [state for optimizer in optimizers for state in optimizer.state.values()]
+    tensors = {id(t): t for state in states for t in state.values() if isinstance(t, torch.Tensor)}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_dry_run_counts_what_a_real_step_holds(optimizer):
+    config = load_config("smoke", ["model.device=cpu", f"optim.optimizer={optimizer}", "distill.w_kd=0.1"])
+    trainer = Trainer(config)
+    trainer.step(0)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        trainer.step(1)
+    run = dry_run(config)
+    networks = vars(trainer.networks)
+    real = {name: sum(p.numel() * p.element_size() for p in net.parameters()) for name, net in networks.items()}
+    assert run.weights == real
+    moments = optimizer_bytes(trainer)
+    assert moments > 0
+    # beside the moments: ids of prompts, the codebook, the remembered samples
+    assert moments <= run.kept < moments + 64 * 1024
+    now = peak = 0
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    assert run.peak == pytest.approx(peak, rel=0.02)
+
+
+def test_the_sizes_are_ursas():
+    for size, layers in (("1.7B", 28), ("0.6B", 28)):
+        hidden, inner = {"1.7B": (2048, 6144), "0.6B": (1024, 3072)}[size]
+        attention = 2 * hidden * 16 * 128 + 2 * hidden * 8 * 128 + 2 * 128
+        layer = attention + 3 * hidden * inner + 2 * hidden
+        parameters = 215_669 * hidden + layers * layer + hidden + 64_000 * hidden
+        with torch.device("meta"):
+            from dimo.ursa import UrsaTransformer
+
+            model = UrsaTransformer(SIZES[size])
+        assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+def test_all_ranks_send_their_gradients():
+    run = dry_run(load_config("smoke", ["distill.aux_steps=2"]), num_processes=8)
+    one = run.trained["student"]
+    sent = sum(run.collectives.values())
+    assert 3 * one <= sent < 3 * one + 4096  # the student's once, the auxiliary's twice, and a few numbers
+    assert dry_run(load_config("smoke")).collectives == {}
+    assert not torch.distributed.is_initialized()
+    assert Trainer(load_config("smoke", ["model.device=cpu"])).accelerator.num_processes == 1  # nothing is left behind
+
+
+def test_what_engines_cut():
+    words = ["optim.optimizer=adamw", "training.num_processes=2"]
+    whole, cut = (dry_run(load_config("smoke", [*words, f"training.engine={e}"]), None, 2) for e in ("ddp", "fsdp2"))
+    ddp, zero, fsdp = parts_of(whole, "ddp", 2), parts_of(whole, "deepspeed_zero2", 2), parts_of(cut, "fsdp2", 2)
+    assert ddp["weights of the student"] == whole.weights["student"] and ddp["optimizers"] == whole.kept
+    assert sum(ddp.values()) == sum(whole.weights.values()) + whole.kept + whole.peak
+    assert zero["optimizers"] == (whole.kept + sum(whole.trained.values())) // 2  # with a second copy of the weights
+    assert zero["weights of the auxiliary"] == whole.weights["aux"]
+    assert fsdp["weights of the teacher"] == whole.weights["teacher"]
+    for part in ("weights of the student", "weights of the moving average", "optimizers", "gradients"):
+        assert fsdp[part] == pytest.approx(ddp[part] / 2, rel=0.02), part  # odd rows are padded
+    assert cut.collectives["reduce_scatter_base"] > 0 and set(whole.collectives) == {"allreduce"}
+
+
+def test_more_video_is_more_memory_and_the_rest_stays():
+    small, large = (dry_run(load_config("smoke", [f"distill.batch_size_per_gpu={b}"])) for b in (8, 32))
+    assert small.weights == large.weights and small.gradients == large.gradients
+    assert large.peak == pytest.approx(4 * small.peak, rel=0.1)
+
+
+def test_what_to_change_is_gone_through_too():
+    overrides = ["training.num_processes=2", "distill.batch_size_per_gpu=16"]
+    plan = make_plan(load_config("smoke", overrides), memory_gib=1e-4, probe=False)
+    found = alternatives(plan, None, "smoke", overrides)
+    assert plan.seconds is None and plan.total > 1e-4 * GIB
+    assert found.keys() == {  # Muon does not go under fsdp2
+        "training.mixed_precision=bf16",
+        "distill.batch_size_per_gpu=8 training.gradient_accumulation_steps=2",
+        "training.mixed_precision=bf16 distill.batch_size_per_gpu=8 training.gradient_accumulation_steps=2",
+        "training.engine=deepspeed_zero2",
+        "training.mixed_precision=bf16 distill.batch_size_per_gpu=8 training.gradient_accumulation_steps=2 "
+        "training.engine=deepspeed_zero2",
+    }
+    assert all(size < plan.total for size in found.values())
+    halved = next(size for change, size in found.items() if change.startswith("distill.batch_size_per_gpu=8"))
+    assert halved < 0.6 * plan.total + sum(plan.run.weights.values())
+
+
+def test_the_command(capsys):
+    words = ["plan", "-c", "smoke", "--num_processes", "4", "--num_steps", "1000", "--batch_size", "2"]
+    assert main([*words, "--memory", "1"]) == 0
+    text = capsys.readouterr().out
+    tokens = math.prod((1000, 2, 4, 48))
+    assert f"{tokens:.3g} tokens" in text and "fits into 1" in text and "not seen: " in text
+    if not torch.cuda.is_available():
+        assert "not measured (no GPU here)" in text
+    assert main([*words, "--memory", "0.001"]) == 0
+    assert "does NOT fit" in (text := capsys.readouterr().out) and "training.engine=deepspeed_zero2" in text
+    assert main([*words, "--dry-run"]) == 0
+    assert "went through on rank 0 of 4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--size", "3B"], "--size must be one of 0.6B, 1.7B, got '3B'"),
+        (["--memory", "-1"], "--memory must be positive"),
+        (["-c", "smoke", "--height", "40"], "the configuration asks for (3, 5, 4)"),
+        (["--teacher_ckpt", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_refusals_are_sentences(words, sentence, capsys):
+    assert main(["plan", *words]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and "Traceback" not in error
+
+
+def test_a_dry_run_wants_a_process_without_a_group(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    with pytest.raises(DimoError, match="a process of its own"):
+        dry_run(load_config("smoke"))

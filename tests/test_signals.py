@@ -1,0 +1,243 @@
+"""SIGTERM, Ctrl-C, crashes, in real processes: the step is finished and saved, and the folder says what happened."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from dimo.train.checkpoints import Checkpoints
+from dimo.train.config import load_config
+from dimo.train.runfolder import RunFolder
+from dimo.train.signals import SAME_KEYPRESS_S, Preempted, Signals
+from dimo.train.trainer import Trainer
+
+SETTINGS = ["model.device=cpu", "distill.batch_size_per_gpu=2", "experiment.log_every=1"]
+
+# the steps of a run that is watched: each says that it was taken
+WATCHED = """
+import sys, time
+from dimo.train import __main__ as command
+from dimo.train.trainer import Trainer
+
+def step(trainer, index, inner=Trainer.step):
+    print("step", index, flush=True)
+    {inside}
+    return inner(trainer, index)
+
+Trainer.step = step
+sys.exit(command.main(sys.argv[1:]))
+"""
+
+
+def start(folder, inside="pass", steps=200, saves=1000, **environment):
+    words = ["config=smoke", *SETTINGS, f"experiment.output_dir={folder}", f"training.max_train_steps={steps}"]
+    words += [f"experiment.save_every={saves}"]
+    return subprocess.Popen(
+        [sys.executable, "-c", WATCHED.format(inside=inside), *words],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | environment,
+    )  # fmt: skip
+
+
+def start_two(folder, inside="pass", saves=1000):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1]), "WORLD_SIZE": "2"}
+    return [start(folder, inside, saves=saves, RANK=str(r), LOCAL_RANK=str(r), **address) for r in range(2)]
+
+
+def wait_for(process, line):
+    while (got := process.stdout.readline().strip()) != line:
+        assert got or process.poll() is None, process.stderr.read()
+
+
+def steps_saved(folder):
+    whole, damaged = Checkpoints(Path(folder, "checkpoints")).newest()
+    assert not damaged
+    return int(whole.name[5:])
+
+
+def test_sigterm_finishes_the_step_saves_and_the_same_command_continues(tmp_path):
+    process = start(tmp_path)
+    wait_for(process, "step 3")
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate()
+    assert process.returncode == 75, errors
+    status = RunFolder(tmp_path).status()
+    done = steps_saved(tmp_path)
+    assert status["state"] == "preempted" and status["error"] is None and status["step"] == done >= 4
+    assert f"dimo: SIGTERM after step {done}, which is saved; the same command continues" in errors
+    assert [row["step"] for row in RunFolder(tmp_path).metrics()] == list(range(1, done + 1))
+    again = start(tmp_path, steps=done + 2)
+    again.communicate()
+    assert again.returncode == 2  # it may not end earlier than the run was meant to
+    again = start(tmp_path)
+    wait_for(again, f"step {done}")
+    again.send_signal(signal.SIGINT)
+    again.communicate()
+    assert again.returncode == 75 and RunFolder(tmp_path).status()["state"] == "preempted"
+    assert RunFolder(tmp_path).events()[0]["event"] == "resumed"
+
+
+def test_a_signal_to_one_of_two_ranks_stops_both_after_the_same_step(tmp_path):
+    ranks = start_two(tmp_path)
+    wait_for(ranks[1], "step 3")
+    ranks[1].send_signal(signal.SIGTERM)
+    said = [rank.communicate() for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [75, 75], said
+    done = steps_saved(tmp_path)
+    assert RunFolder(tmp_path).status()["state"] == "preempted" and RunFolder(tmp_path).status()["step"] == done
+    assert all(f"SIGTERM after step {done}" in errors for _, errors in said)
+    files = sorted(f.name for f in (tmp_path / "checkpoints" / f"step-{done:08d}").iterdir())
+    assert [f for f in files if f.startswith("rank-")] == ["rank-00000.pt", "rank-00001.pt"]
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path):
+    process = start(tmp_path, inside="time.sleep(60)")
+    wait_for(process, "step 0")
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)  # a launcher's copy of the same
+    time.sleep(SAME_KEYPRESS_S + 0.2)
+    assert process.poll() is None and RunFolder(tmp_path).status()["state"] == "running"
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=20)
+    status = RunFolder(tmp_path).status()
+    assert status["state"] == "preempted" and "at once" in status["error"] and not RunFolder(tmp_path).is_held()
+
+
+def test_a_crash_says_failed_with_the_error_and_the_last_lines(tmp_path):
+    process = start(tmp_path, inside="1 / 0 if index == 2 else None")
+    _, errors = process.communicate()
+    assert process.returncode == 1 and "ZeroDivisionError" in errors
+    status = RunFolder(tmp_path).status()
+    assert status["state"] == "failed" and status["error"] == "ZeroDivisionError: division by zero"
+    assert status["last_lines"][-1].endswith("failed: ZeroDivisionError: division by zero")
+    assert any("Traceback" in line for line in status["last_lines"]) and len(status["last_lines"]) <= 20
+
+
+def test_the_rank_that_failed_is_heard_and_the_others_end(tmp_path):
+    ranks = start_two(tmp_path, "1 / 0 if index == 2 and trainer.accelerator.process_index == 1 else None")
+    said = [rank.communicate(timeout=60) for rank in ranks]
+    assert all(rank.returncode == 1 for rank in ranks), said
+    assert RunFolder(tmp_path).status()["error"] == "rank 1: ZeroDivisionError: division by zero"
+
+
+RANK_1_CANNOT_WRITE = """
+    if index == 0 and trainer.accelerator.process_index == 1:
+        from dimo.train import checkpoints
+        def refuse(*_):
+            raise OSError(28, "No space left on device")
+        checkpoints.sync = refuse
+"""
+
+
+def test_a_rank_that_cannot_write_its_file_stops_all_with_the_reason(tmp_path):
+    ranks = start_two(tmp_path, RANK_1_CANNOT_WRITE.strip(), saves=3)
+    said = [rank.communicate(timeout=60) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2], said
+    error = RunFolder(tmp_path).status()["error"]
+    assert error.startswith("rank 1: checkpoint of step 3 could not be written") and "No space left" in error
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+NO_SPACE = """
+    if index == 5:
+        import resource
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+"""
+
+
+def test_a_full_disk_stops_the_run_with_a_sentence_and_the_last_good_checkpoint(tmp_path):
+    def run(inside):
+        words = ["config=smoke", *SETTINGS, f"experiment.output_dir={tmp_path}", "experiment.save_every=4"]
+        words += ["training.max_train_steps=12"]
+        return subprocess.run(
+            [sys.executable, "-c", WATCHED.format(inside=inside), *words], capture_output=True, text=True
+        )
+
+    done = run(NO_SPACE.strip())
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert "dimo: checkpoint of step 8 could not be written to " in done.stderr
+    status = RunFolder(tmp_path).status()
+    assert status["state"] == "failed" and "step-00000004 stays" in status["error"]
+    assert steps_saved(tmp_path) == 4
+    assert run("pass").returncode == 0 and steps_saved(tmp_path) == 12
+
+
+def test_old_handlers_come_back_and_other_threads_are_left_alone():
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with Signals() as signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+        assert signals.received == "SIGTERM"
+        inside = signal.getsignal(signal.SIGTERM)
+        seen = []
+        thread = threading.Thread(
+            target=lambda: [seen.append(signal.getsignal(signal.SIGTERM)) for _ in [Signals().__enter__()]]
+        )
+        thread.start()
+        thread.join()
+        assert seen == [inside]
+    assert before == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
+
+
+def test_an_error_of_the_writing_thread_ends_the_run_at_the_next_step(tmp_path, monkeypatch):
+    from dimo.errors import DimoError
+    from dimo.train import checkpoints
+
+    def refuse(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "save_file", refuse)
+    settings = [*SETTINGS, f"experiment.output_dir={tmp_path}", "experiment.save_every=2"]
+    trainer, taken = Trainer(load_config("smoke", settings)), []
+    inner = trainer.step
+
+    def slow(index):
+        taken.append(index)
+        time.sleep(0.05)  # longer than the thread needs to fail
+        return inner(index)
+
+    trainer.step = slow
+    with pytest.raises(DimoError, match="checkpoint of step 2 could not be written.*No space left.*no older one"):
+        trainer.train(progress=False)
+    assert taken == [0, 1, 2]
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "failed"
+
+
+CELL = """
+from dimo.train.config import load_config
+from dimo.train.trainer import Trainer
+print("ready", flush=True)
+Trainer(load_config("smoke", {settings!r})).train(progress=False)
+"""
+
+
+def test_a_kernel_is_interrupted_and_goes_on(tmp_path):
+    from jupyter_client.manager import start_new_kernel
+
+    cell = CELL.format(settings=[*SETTINGS, f"experiment.output_dir={tmp_path}", "training.max_train_steps=200"])
+    manager, client = start_new_kernel(kernel_name="python3")
+    try:
+        client.execute(cell)
+        while RunFolder(tmp_path).status().get("step", 0) < 2:
+            time.sleep(0.05)
+        manager.interrupt_kernel()
+        reply = client.get_shell_msg(timeout=60)["content"]
+        assert reply["status"] == "error" and reply["ename"] == "Preempted", reply
+        assert RunFolder(tmp_path).status()["state"] == "preempted" and steps_saved(tmp_path) >= 2
+        client.execute("import time; time.sleep(60)")  # the kernel's own handler is back
+        time.sleep(0.5)
+        manager.interrupt_kernel()
+        assert client.get_shell_msg(timeout=30)["content"]["ename"] == "KeyboardInterrupt"
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+    assert issubclass(Preempted, KeyboardInterrupt)
