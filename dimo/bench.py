@@ -26,6 +26,7 @@ from dimo.train.prompts import WorldPrompts
 from dimo.train.trainer import Trainer
 from dimo.ursa import MetricPath, Ursa, UrsaConfig, UrsaTransformer, sample
 from dimo.ursa.answer import Answer, draw
+from dimo.ursa.checkpoint import INSTALL
 
 SIZES = {
     "0.6B": {"hidden_size": 1024, "intermediate_size": 3072},
@@ -186,8 +187,10 @@ def bench(
     _free()
     if "naive" in against:
         report["naive"] = _naive(config, kept, tflop, clock, report, progress)
+    kept = None
+    _free()
     if "upstream" in against:
-        report["upstream"] = _upstream(config, report, clock, progress)
+        report["upstream"] = _upstream(config, size, device, report, clock, progress)
     return report
 
 
@@ -347,11 +350,14 @@ def _naive(config, kept: tuple, tflop: float, clock: Clock, report: dict, progre
     return result
 
 
-def _upstream(config: Config, report: dict, clock: Clock, progress) -> dict:
-    from dimo.bench_upstream import pipeline_times
-
-    result = pipeline_times(config, report["size"], clock)
-    progress(_line("upstream's pipeline, 25 steps with guidance", result))
+def _upstream(config: Config, size: str | None, device, report: dict, clock: Clock, progress) -> dict:
+    try:
+        from dimo.bench_upstream import pipeline_call
+    except ImportError as error:
+        raise DimoError(f"--against upstream needs diffnext ({error}); {INSTALL}") from error
+    call = pipeline_call(config, random_ursa(size, device) if size else None, device)
+    result = dataclasses.replace(clock, repeats=min(clock.repeats, 3), warmup=1)(call)
+    progress(_line("upstream's pipeline, 25 steps, guidance", result))
     if 1 in report.get("generate", {}):
         result["ratio"] = result["seconds"] / report["generate"][1]["seconds"]
         progress(f"    one pass of ours is {result['ratio']:.1f} times as fast")

@@ -38,7 +38,7 @@ class Engine:
     def __init__(self, config: Config):
         asked = _asked_for()
         self.mixed_precision, self.max_grad_norm = config.training.mixed_precision, config.optim.max_grad_norm
-        # accelerate fixes its precision once a process, and leaves DeepSpeed's to DeepSpeed: `autocast` below sees to it
+        # accelerate fixes a precision once a process, and leaves DeepSpeed's to DeepSpeed: `autocast` sees to it instead
         self.accelerator = Accelerator(mixed_precision="no", cpu=device_of(config).type == "cpu")
         self.kind = asked if dist.is_initialized() else "ddp"
         self.device = self.accelerator.device
@@ -232,7 +232,7 @@ class Zero2Learner(Learner):
             held[p]["step"] = step.to(p.device, copy=True)
         self.zero._lazy_init_hp_params_optimizer_state()  # parameters learn where their moments lie
         for name, p in self.model.named_parameters():
-            for key in ("exp_avg", "exp_avg_sq"):
+            for key in ("exp_avg", "exp_avg_sq") if name in state else ():
                 safe_set_full_optimizer_state(p, state[name][key].to(p.device), key)
 
     def _flat(self) -> list[torch.Tensor]:

@@ -10,8 +10,9 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-# entries of a temporary: on a GPU three of them, of 4 bytes, are 1 GB; on a CPU 16 MiB, which malloc reuses
-ENTRIES = {"cuda": 3 * 2**25, "cpu": 2**22}
+# entries of a temporary: on a GPU 1,280 tokens of 64,000 codes, a divisor of URSA's 5,120 and 33,280 tokens, so that no
+# smaller last piece needs a graph of its own; on a CPU 16 MiB, which malloc reuses
+ENTRIES = {"cuda": 1280 * 64_000, "cpu": 2**22}
 FEW_CODES = 2048  # up to here K x K tables and logits of all tokens are small
 BLOCK = 256  # codes summed at once when drawing
 
