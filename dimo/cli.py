@@ -31,7 +31,7 @@ examples:
 
 The same command again resumes a run. Run folders: runs/<name>/."""
 
-CONFIGURABLE = ("train", "run", "plan", "evaluate", "ablate", "config")
+CONFIGURABLE = ("train", "run", "plan", "evaluate", "ablate", "bench", "config")
 RENAMED_HELP = "\n".join(f"  --{flag:12}  {key}" for flag, key in RENAMED.items())
 FLAGS_HELP = f"""\
 flags: every configuration key is also a flag by its last part (`--lr 5e-4` is optim.lr=5e-4); besides,
@@ -155,6 +155,18 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
                   configurable=False)  # fmt: skip
     sub.add_argument("folder", nargs="?", default="runs", help="default: %(default)s")
 
+    sub = command("bench", _bench, "time a training step and its stages, generation, path sampling and losses",
+                  "Median of several runs after a warm-up, peak memory, TFLOP/s beside a matrix product of the same "
+                  "machine; writes JSON. -c shapes is for a CPU.")  # fmt: skip
+    sub.add_argument("--size", help="random weights of URSA's sizes, 0.6B or 1.7B (or tiny), and no checkpoint")
+    sub.add_argument("--parts", default="step,generate,path,losses", help="default: %(default)s")
+    sub.add_argument("--against", default="", help="naive, upstream, or both with a comma: measured in the same run")
+    sub.add_argument("--repeats", type=int, default=5, help="runs of which the median is taken (default: %(default)s)")
+    sub.add_argument("--warmup", type=int, default=2, help="runs before (default: %(default)s)")
+    sub.add_argument("--generate", default="1,25", help="numbers of passes (default: %(default)s)")
+    sub.add_argument("-o", "--out", default="runs/bench.json", help="default: %(default)s")
+    overrides(sub)
+
     sub = command("config", _config, "every configuration key, or a preset resolved")
     sub.add_argument("--presets", action="store_true", help="list the presets")
     overrides(sub)
@@ -241,6 +253,19 @@ def _runs(args) -> None:
     from dimo.train.runs import format_runs, list_runs
 
     print(format_runs(list_runs(args.folder)))
+
+
+def _bench(args) -> None:
+    from dimo.bench import bench, bench_config, write_report
+
+    try:
+        passes = tuple(int(n) for n in args.generate.split(",") if n)
+    except ValueError:
+        raise DimoError(f"--generate must be numbers with commas between them, got {args.generate!r}") from None
+    parts, against = (tuple(n for n in names.split(",") if n) for names in (args.parts, args.against))
+    config = bench_config(args.config, args.size, args.overrides)
+    write_report(bench(config, args.size, parts, against, args.repeats, args.warmup, passes), args.out)
+    print(f"written: {args.out}")
 
 
 def _config(args) -> None:

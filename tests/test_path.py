@@ -69,7 +69,7 @@ def test_jump_follows_the_rates(generator):
 
 def test_many_codes_take_the_same_values_as_the_table(monkeypatch):
     table = MetricPath(CODEBOOK, ALPHA, C)
-    monkeypatch.setattr(path_module, "TABLE_CODES", 0)
+    monkeypatch.setattr(path_module, "FEW_CODES", 0)
     direct = MetricPath(CODEBOOK, ALPHA, C)
     assert torch.allclose(table.prob(torch.arange(4), 0.5), direct.prob(torch.arange(4), 0.5), atol=1e-6)
 

@@ -2,6 +2,10 @@
 
 A notebook calls them one by one and looks at every tensor; `dimo.train.trainer` calls the same functions in the same
 order. B samples, L text tokens, N visual tokens, K codes throughout. Source: Di[M]O, arXiv 2503.15457.
+
+Two forms, by `Step.fused`. Plain: logits are tensors, and autograd differentiates the readable `losses`. Fused, for
+64,000 codes: a step holds hidden states, stage 9 makes all losses and gradients of the student in one pass over chunks
+of tokens (`fused`), and `step.student_logits` and the like are made when looked at.
 """
 
 from __future__ import annotations
@@ -11,18 +15,23 @@ from collections.abc import Iterator
 
 import torch
 
-from dimo.distill import losses
+from dimo.distill import fused, losses
 from dimo.distill.schedules import Baseline, XInit, sample_t_curriculum
 from dimo.errors import DimoError, require_finite, require_shape
 from dimo.ursa import MetricPath, MixturePath, UrsaTransformer, draw_codes, guide, visual_logits
+from dimo.ursa.answer import Answer, draw, guide_answer, visual_answer
 
 Grid = tuple[int, int, int]
 
 
 @dataclasses.dataclass
 class Step:
-    """What one training step produced, stage by stage; logits keep their graph where the student must learn."""
+    """What one training step produced, stage by stage; logits keep their graph where the student must learn.
 
+    A logits field may be set to an `Answer` (hidden states and head): reading it gives logits, `answers` the answer.
+    """
+
+    fused: bool = False
     txt_ids: torch.Tensor | None = None  # 1: (B, L)
     x_init: torch.Tensor | None = None  # 2: (B, N)
     corrupted: torch.Tensor | None = None  # 2: (B,) bool
@@ -35,11 +44,31 @@ class Step:
     teacher_logits: torch.Tensor | None = None  # 5: (B, N, K)
     aux_losses: list[torch.Tensor] = dataclasses.field(default_factory=list)  # 6
     aux_logits: torch.Tensor | None = None  # 6: (B, N, K), after the auxiliary's updates
-    kd: torch.Tensor | None = None  # 7: scalar
-    reward: torch.Tensor | None = None  # 8: (B,) or (B, N)
+    student_at_t: Answer | None = None  # 7: fused only
+    kd: torch.Tensor | None = None  # 7: scalar; fused: after 9
+    felt: dict = dataclasses.field(default_factory=dict)  # 8: fused only, what `fused.student_losses` is to do
+    gaps: fused.Gaps | None = None  # 9: fused only
+    reward: torch.Tensor | None = None  # 8: (B,); fused: after 9
     baseline: torch.Tensor | None = None  # 8: scalar
-    distill: torch.Tensor | None = None  # 8: scalar
+    distill: torch.Tensor | None = None  # 8: scalar; fused: after 9
     loss: torch.Tensor | None = None  # 9: scalar
+
+    @property
+    def answers(self) -> dict[str, torch.Tensor | Answer]:
+        """{"student": ..., "teacher": ..., "aux": ...}, as set: logits, or an `Answer`."""
+        return self.__dict__.setdefault("_answers", {})
+
+
+def _logits_of(name: str) -> property:
+    def read(step: Step) -> torch.Tensor | None:
+        kept = step.answers.get(name)
+        return kept.logits if isinstance(kept, Answer) else kept
+
+    return property(read, lambda step, value: step.answers.__setitem__(name, value))
+
+
+for _name in ("student", "teacher", "aux"):
+    setattr(Step, f"{_name}_logits", _logits_of(_name))
 
 
 def tokenise(tokenize, prompts: list[str], max_prompt_length: int) -> torch.Tensor:
@@ -58,6 +87,10 @@ def draw_x_init(step: Step, x_init: XInit, num_visual_tokens: int, generator=Non
 
 def student_pass(step: Step, student: UrsaTransformer, grid: Grid, temperature: float = 1.0, generator=None) -> None:
     """Stage 3: one pass at x_init; x_hat ~ softmax(z_S / temperature), its log-probability and entropy per token."""
+    if step.fused:
+        step.student_logits = answer = visual_answer(student, step.txt_ids, step.x_init, grid)
+        step.x_hat, step.logp, step.entropy = draw(answer, generator, temperature)
+        return require_finite("the student's logits", step.entropy)
     step.student_logits = visual_logits(student, step.txt_ids, step.x_init, grid)
     require_finite("the student's logits", step.student_logits)
     with torch.no_grad():
@@ -92,17 +125,23 @@ def teacher_pass(
     guidance_trunc: float = 0.9,
     uncond_ids: torch.Tensor | None = None,
 ) -> None:
-    """Stage 5: the frozen teacher at x_t, guided as u + w (c - u), w = 1 where t >= guidance_trunc."""
-    if guidance_scale == 1:
-        step.teacher_logits = visual_logits(teacher, step.txt_ids, step.x_t, grid)
+    """Stage 5: the frozen teacher at x_t, guided as u + w (c - u), w = 1 where t >= guidance_trunc.
+
+    Both passes go in one batch. Where no sample's t calls for guidance the unconditional one is left out: all or none,
+    so that a compiled teacher knows two batch sizes and not one for every number of guided samples.
+    """
+    if guidance_scale != 1 and uncond_ids is None:
+        raise DimoError("uncond_ids is needed when guidance_scale is not 1: the ids of the empty prompt, (1, L)")
+    ask, combine = (visual_answer, guide_answer) if step.fused else (visual_logits, guide)
+    if guidance_scale == 1 or not bool((step.t < guidance_trunc).any()):
+        step.teacher_logits = ask(teacher, step.txt_ids, step.x_t, grid)
     else:
-        if uncond_ids is None:
-            raise DimoError("uncond_ids is needed when guidance_scale is not 1: the ids of the empty prompt, (1, L)")
         ids = torch.cat([step.txt_ids, uncond_ids.expand_as(step.txt_ids)])
-        cond, uncond = visual_logits(teacher, ids, step.x_t.repeat(2, 1), grid).chunk(2)
+        cond, uncond = ask(teacher, ids, step.x_t.repeat(2, 1), grid).chunk(2)
         w = torch.where(step.t < guidance_trunc, guidance_scale, 1.0)
-        step.teacher_logits = guide(cond, uncond, w.view(len(cond), -1, 1))
-    require_finite("the teacher's logits", step.teacher_logits)
+        step.teacher_logits = combine(cond, uncond, w.view(len(w), -1, 1))
+    if not step.fused:  # else found in stage 9, where the logits are made
+        require_finite("the teacher's logits", step.teacher_logits)
 
 
 def auxiliary_losses(
@@ -116,27 +155,36 @@ def auxiliary_losses(
     empty_share: float = 0.1,
     empty_ids: torch.Tensor | None = None,
     generator=None,
+    share_x_t: bool = False,
 ) -> Iterator[torch.Tensor]:
     """Stage 6: the auxiliary's losses, one at a time, to be stepped on before the next is asked for.
 
     `denoise` fits it to the student: cross-entropy of x_hat at a fresh re-noising of it, t uniform, some prompts
     empty. `match_teacher` (preset `literal`) pulls it to the teacher: Jeffreys' divergence at x_t.
+
+    With `share_x_t` the first pass is at x_t itself, under the step's own prompts, and its logits, from before the
+    update, are the auxiliary's answer there: `auxiliary_pass` is not needed.
     """
     if objective not in ("denoise", "match_teacher"):
         raise DimoError(f"aux_objective must be 'denoise' or 'match_teacher', got {objective!r}")
+    ask, one = (visual_answer, fused) if step.fused else (visual_logits, losses)
     batch, device = len(step.txt_ids), step.txt_ids.device
-    for _ in range(aux_steps):
-        if objective == "match_teacher":
-            logits = visual_logits(aux, step.txt_ids, step.x_t, grid)
-            loss = losses.jeffreys(step.teacher_logits, logits).mean()
-        else:
+    for index in range(aux_steps):
+        txt_ids, x = step.txt_ids, step.x_t
+        at_x_t = objective == "match_teacher" or (share_x_t and index == 0)
+        if not at_x_t:
             t = sample_t_curriculum(batch, 0, 0, generator, device)
-            txt_ids = step.txt_ids
             if empty_ids is not None and empty_share > 0:
                 drop = torch.rand(batch, generator=generator, device=device) < empty_share
                 txt_ids = torch.where(drop[:, None], empty_ids, txt_ids)
-            logits = visual_logits(aux, txt_ids, path.sample(step.x_hat, t, generator), grid)
-            loss = losses.denoising(logits, step.x_hat, label_smoothing)
+            x = path.sample(step.x_hat, t, generator)
+        answer = ask(aux, txt_ids, x, grid)
+        if share_x_t and at_x_t:
+            step.aux_logits = answer.detach(copy=True) if step.fused else answer.detach()
+        if objective == "match_teacher":
+            loss = one.jeffreys(step.answers["teacher"], answer).mean()
+        else:
+            loss = one.denoising(answer, step.x_hat, label_smoothing)
         step.aux_losses.append(loss.detach())
         yield loss
 
@@ -144,12 +192,16 @@ def auxiliary_losses(
 @torch.no_grad()
 def auxiliary_pass(step: Step, aux: UrsaTransformer, grid: Grid) -> None:
     """Stage 6, its end: the updated auxiliary at x_t."""
-    step.aux_logits = visual_logits(aux, step.txt_ids, step.x_t, grid)
-    require_finite("the auxiliary's logits", step.aux_logits)
+    step.aux_logits = (visual_answer if step.fused else visual_logits)(aux, step.txt_ids, step.x_t, grid)
+    if not step.fused:
+        require_finite("the auxiliary's logits", step.aux_logits)
 
 
 def distil_knowledge(step: Step, student: UrsaTransformer, grid: Grid) -> None:
     """Stage 7: KL(p_T || p_St) with the student at x_t, mean over tokens."""
+    if step.fused:
+        step.student_at_t = visual_answer(student, step.txt_ids, step.x_t, grid)
+        return
     step.kd = losses.kl(step.teacher_logits, visual_logits(student, step.txt_ids, step.x_t, grid)).mean()
 
 
@@ -168,6 +220,13 @@ def distillation_loss(
     log p_T(x_hat) - log p_A(x_hat).
     `reinforce`: reward per sample -Jeffreys(p_T, p_A), with an EMA baseline or (baseline None) leave-one-out.
     """
+    if estimator not in ("dimo", "reinforce"):
+        raise DimoError(f"estimator must be 'dimo' or 'reinforce', got {estimator!r}")
+    if beta == "time":
+        beta = step.t.view(len(step.t), -1, 1)  # (B, 1 or N, 1)
+    if step.fused:
+        _choose(step, estimator, beta, baseline, w_reinforce)
+        return
     require_shape("aux_logits", step.aux_logits, tuple(step.student_logits.shape))
     with torch.no_grad():
         step.reward = -losses.jeffreys(step.teacher_logits, step.aux_logits).mean(1)
@@ -175,16 +234,26 @@ def distillation_loss(
         advantage, step.baseline = _advantage(step.reward, baseline)
         step.distill = -(advantage[:, None] * step.logp).mean()
         return
-    if estimator != "dimo":
-        raise DimoError(f"estimator must be 'dimo' or 'reinforce', got {estimator!r}")
-    if beta == "time":
-        beta = step.t.view(len(step.t), -1, 1)  # (B, 1 or N, 1)
     gradient = losses.token_gradient(step.teacher_logits, step.aux_logits, beta)
     step.distill = (gradient * step.student_logits).sum(-1).mean()
     if w_reinforce > 0:
         with torch.no_grad():
             ratio = losses.log_prob(step.teacher_logits, step.x_hat) - losses.log_prob(step.aux_logits, step.x_hat)
         step.distill = step.distill - w_reinforce * (losses.leave_one_out(ratio) * step.logp).mean()
+
+
+def _choose(step: Step, estimator: str, beta, baseline: Baseline | None, w_reinforce: float) -> None:
+    """Stage 8, fused: what stage 9 is to compute, and the advantage, which must be known before any gradient."""
+    by_policy = estimator == "reinforce"
+    step.felt = {"w_policy": 1.0 if by_policy else w_reinforce}
+    step.felt["beta"] = None if by_policy else beta.squeeze(-1) if isinstance(beta, torch.Tensor) else beta
+    if by_policy or w_reinforce > 0:
+        step.felt["known"] = gaps = fused.gaps(step.answers["teacher"], step.answers["aux"], step.x_hat)
+        if by_policy:
+            advantage, step.baseline = _advantage(-(gaps.forward + gaps.reverse).mean(1), baseline)
+            step.felt["advantage"] = advantage[:, None]
+        else:
+            step.felt["advantage"] = losses.leave_one_out(gaps.log_ratio)
 
 
 def _advantage(reward: torch.Tensor, baseline: Baseline | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -196,7 +265,38 @@ def _advantage(reward: torch.Tensor, baseline: Baseline | None) -> tuple[torch.T
 
 def total_loss(step: Step, w_distill: float = 1.0, w_kd: float = 0.0, lambda_ent: float | torch.Tensor = 0.0) -> None:
     """Stage 9: L = w_distill L_8 + w_kd L_7 - lambda_ent H, whose gradient updates the student."""
-    step.loss = w_distill * step.distill - lambda_ent * step.entropy.mean()
-    if step.kd is not None:
-        step.loss = step.loss + w_kd * step.kd
+    if step.fused:
+        made = fused.student_losses(
+            *(step.answers[name] for name in ("student", "teacher", "aux")), step.x_hat, step.logp, step.entropy,
+            student_at_t=step.student_at_t, w_distill=w_distill, w_kd=w_kd, lambda_ent=float(lambda_ent), **step.felt,
+        )  # fmt: skip
+        step.loss, step.distill, step.kd, step.gaps = made.total, made.distill, made.kd, made.gaps
+        step.reward = -(made.gaps.forward + made.gaps.reverse).mean(1)
+    else:
+        step.loss = w_distill * step.distill - lambda_ent * step.entropy.mean()
+        if step.kd is not None:
+            step.loss = step.loss + w_kd * step.kd
     require_finite("the student's loss", step.loss)
+
+
+@torch.no_grad()
+def gap_metrics(step: Step, student: UrsaTransformer, grid: Grid) -> dict[str, torch.Tensor]:
+    """Entropies of teacher and auxiliary at x_t, their total variation, and the student's KL there, means over tokens.
+
+    The KL costs a pass of the student where stage 7 has not run.
+    """
+    if step.fused:
+        teacher, aux, tv = step.gaps.entropy_teacher, step.gaps.entropy_aux, step.gaps.total_variation
+    else:
+        teacher, aux = losses.token_entropy(step.teacher_logits), losses.token_entropy(step.aux_logits)
+        tv = losses.total_variation(step.teacher_logits, step.aux_logits)
+    ask, one = (visual_answer, fused) if step.fused else (visual_logits, losses)
+    kd = step.kd
+    if kd is None:
+        kd = one.kl(step.answers["teacher"], ask(student, step.txt_ids, step.x_t, grid))
+    return {
+        "entropy/teacher": teacher.mean(),
+        "entropy/aux": aux.mean(),
+        "gap/aux_teacher_tv": tv.mean(),
+        "gap/student_teacher_kl": kd.mean(),
+    }

@@ -21,6 +21,7 @@ from dimo.distill.losses import beta_of
 from dimo.errors import DimoError, nearest
 from dimo.ursa.checkpoint import BACKENDS, DTYPES
 from dimo.ursa.inputs import latents_shape_for
+from dimo.ursa.transformer import CHECKPOINTING
 from dimo.worlds import built_in_worlds
 
 PRESETS = Path(__file__).parent / "presets"
@@ -52,6 +53,13 @@ class Experiment:
 class Model:
     device: str = _key("auto", "auto, cpu or cuda")
     backend: str = _key("native", "native, or upstream: diffnext's class as teacher, student and auxiliary")
+    compile: bool = _key(
+        False, "compile the layers, on a GPU, of backend native: a minute at the start, then faster steps"
+    )
+    activation_checkpointing: str = _key(
+        "none", "none, selective (keep attention, compute the rest again) or full; backend native"
+    )
+    train_embeddings: bool = _key(True, "false: they stay the teacher's, one copy for all networks")
 
 
 @dataclasses.dataclass
@@ -78,9 +86,13 @@ class Distill:
     divergence: str = _key("time", "time (beta = t), forward, jeffreys, reverse, or beta in [0, 1]")
     aux_objective: str = _key("denoise", "denoise (fit the student) or match_teacher (preset literal)")
     aux_steps: int = _key(2, "updates of the auxiliary per step of the student")
+    aux_pass: str = _key(
+        "own", "own, or shared: the auxiliary's first fit is at x_t and is its answer there; a pass less"
+    )
     label_smoothing: float = _key(0.0, "of the auxiliary's cross-entropy")
     w_distill: float = _key(1.0, "weight of stage 8")
     w_kd: float = _key(0.0, "weight of stage 7")
+    kd_every: int = _key(1, "stage 7 only in every so-many-th step")
     w_reinforce: float = _key(0.0, "weight of the log-ratio policy gradient beside estimator dimo")
     baseline: str = _key("ema", "of estimator reinforce: ema or leave_one_out")
     baseline_decay: float = _key(0.99, "of the EMA baseline")
@@ -240,6 +252,8 @@ def validate(config: Config) -> None:
         "experiment.student_dtype": tuple(DTYPES),
         "distill.estimator": ("dimo", "reinforce"),
         "distill.aux_objective": ("denoise", "match_teacher"),
+        "model.activation_checkpointing": CHECKPOINTING,
+        "distill.aux_pass": ("own", "shared"),
         "distill.baseline": ("ema", "leave_one_out"),
         "distill.t_per": ("sample", "frame"),
         "optim.decay": ("linear", "cosine", "wsd", "constant"),
@@ -256,7 +270,7 @@ def validate(config: Config) -> None:
             raise DimoError(f"{key} must lie in [0, 1], got {flat[key]}")
     at_least_one = ["experiment.log_every", "experiment.save_every", "experiment.sample_every", "experiment.keep_last"]
     at_least_one += ["distill.aux_steps", "distill.batch_size_per_gpu"]
-    at_least_one += ["distill.shuffle_buffer"]
+    at_least_one += ["distill.shuffle_buffer", "distill.kd_every"]
     at_least_one += ["training.gradient_accumulation_steps", "training.max_bad_steps"]
     at_least_one += ["training.max_train_steps", "evaluation.videos_per_prompt", "evaluation.batch_size"]
     at_least_one += ["training.num_processes"]

@@ -57,12 +57,12 @@ def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
 
 
 def make_optimizers(model: torch.nn.Module, lr: float, muon_lr: float, optim: Optim) -> list[torch.optim.Optimizer]:
-    """One or two optimizers that together hold every parameter once; their groups remember their `initial_lr`.
+    """One or two optimizers that together hold what learns, each parameter once; groups remember their `initial_lr`.
 
     Muon steps with the same strength along every direction of a matrix. A one-step student has to decide between
     videos sharply, from noise alone; AdamW sharpens it several times more slowly (docs/experiments.md).
     """
-    named = list(model.named_parameters())
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     inside = {name for name, p in named if ".layers." in name and p.dim() == 2} if optim.optimizer == "muon" else set()
     rest, decay = [p for name, p in named if name not in inside], optim.weight_decay
     made = [torch.optim.AdamW(rest, lr=lr, betas=(optim.beta1, optim.beta2), weight_decay=decay, fused=True)]

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 
 from dimo.distill import stages
-from dimo.distill.losses import beta_of, kl, token_entropy, total_variation
+from dimo.distill.losses import beta_of
 from dimo.distill.schedules import Baseline, EntropyController, XInit
 from dimo.distill.stages import Step
 from dimo.errors import NonFiniteError, require_finite
@@ -18,9 +18,10 @@ from dimo.train.engine import Engine, Learner, load_whole, local, reshard
 from dimo.train.guards import Guard
 from dimo.train.loop import run_training
 from dimo.train.optimizers import lr_factor, make_optimizers
-from dimo.train.prompts import open_prompts
+from dimo.train.prompts import WorldPrompts, open_prompts
 from dimo.train.runfolder import RunFolder
-from dimo.ursa import Ursa, UrsaTransformer, load_ursa, visual_logits
+from dimo.ursa import Ursa, UrsaTransformer, load_ursa
+from dimo.ursa.cpu import keep_memory
 from dimo.worlds import checkpoint_folder, load_world, require_grid
 
 MEASURED = (
@@ -41,14 +42,20 @@ class Networks:
 
 
 class Trainer:
-    """Everything a run needs, ready to step. `Trainer(config).train()` is the whole run; a notebook calls `step`."""
+    """Everything a run needs, ready to step. `Trainer(config).train()` is the whole run; a notebook calls `step`.
 
-    def __init__(self, config: Config, ursa: Ursa | None = None, prompts=None):
-        """`ursa`, `prompts`: what distill.teacher_ckpt and distill.prompt_source hold, where they are open already."""
+    `ursa` and `prompts` stand for the checkpoint folder and the prompt source that the configuration names.
+    """
+
+    def __init__(self, config: Config, ursa: Ursa | None = None, prompts: WorldPrompts | None = None):
         self.config, d, o = config, config.distill, config.optim
         self.engine = Engine(config)
         self.accelerator, self.device = self.engine.accelerator, self.engine.device
-        self.ursa = ursa or load_ursa(checkpoint_folder(d.teacher_ckpt), self.device, backend=config.model.backend)
+        if self.device.type == "cpu":
+            keep_memory()
+        if ursa is None:
+            ursa = load_ursa(checkpoint_folder(d.teacher_ckpt), self.device, backend=config.model.backend)
+        self.ursa = ursa
         self.path = self.ursa.path
         self.grid = self.ursa.latents_shape(d.num_frames, d.height, d.width)
         self.num_visual_tokens = math.prod(self.grid)
@@ -63,6 +70,13 @@ class Trainer:
         if config.training.mixed_precision == "bf16":
             teacher.bfloat16()  # it never learns, so it needs no more
         self.networks = Networks(teacher, student, aux, ema)
+        for network in (student, aux, ema) if not config.model.train_embeddings else ():
+            if self.engine.kind == "fsdp2":  # cut already: each has its own, frozen
+                network.model.embed_tokens.requires_grad_(False)
+            else:
+                network.model.embed_tokens = teacher.model.embed_tokens
+        for network in (teacher, student, aux, ema) if config.model.backend == "native" else ():
+            network.run_with(config.model.compile and self.device.type == "cuda", config.model.activation_checkpointing)
         self.student = self.engine.learner(student, lambda net: make_optimizers(net, o.lr, o.muon_lr, o))
         self.aux = self.engine.learner(aux, lambda net: make_optimizers(net, o.aux_lr, o.muon_lr * o.aux_lr / o.lr, o))
         self.x_init = XInit(self.path.codebook_size, d.p_corrupt, d.corrupt_ratio)
@@ -73,6 +87,8 @@ class Trainer:
         self.beta = beta_of(d.divergence)
         self.generator = torch.Generator(self.device)
         self.lambda_ent = d.lambda_ent
+        # where the logits of a batch would be larger than 128 MiB, they are not made
+        self.fused = d.batch_size_per_gpu * self.num_visual_tokens * self.path.codebook_size > 2**25
         self.guard = Guard(self.engine, config.training.max_bad_steps)
         self.events: list[dict] = []  # {"step", "event", ...}: whoever runs the steps takes them away
 
@@ -92,7 +108,7 @@ class Trainer:
         factor = lr_factor(c.optim, index, c.training.max_train_steps)
         self.student.set_lr_factor(factor)
         self.aux.set_lr_factor(factor)
-        steps = [Step() for _ in range(c.training.gradient_accumulation_steps)]
+        steps = [Step(fused=self.fused) for _ in range(c.training.gradient_accumulation_steps)]
         norms = {"grad_norm/student": math.nan, "grad_norm/aux": math.nan}
         try:
             norms["grad_norm/aux"], norms["grad_norm/student"] = self._nine_stages(index, steps)
@@ -133,7 +149,7 @@ class Trainer:
         aux_losses = [
             stages.auxiliary_losses(
                 step, n.aux, self.path, grid, d.aux_objective, d.aux_steps, d.label_smoothing,
-                d.empty_prompt_share, self.empty_ids, g,
+                d.empty_prompt_share, self.empty_ids, g, d.aux_pass == "shared",
             )
             for step in steps
         ]  # fmt: skip
@@ -151,11 +167,12 @@ class Trainer:
                 again.set_state(before_pass[part])
                 with self.guard.agreed(), self.engine.autocast():
                     stages.student_pass(step, n.student, grid, d.temperature, again)
-            with self.guard.agreed(), self.engine.autocast():
-                stages.auxiliary_pass(step, n.aux, grid)
+            if d.aux_pass == "own":
+                with self.guard.agreed(), self.engine.autocast():
+                    stages.auxiliary_pass(step, n.aux, grid)
             with self.guard.agreed():
                 # 7 knowledge distillation, only where it counts
-                if d.w_kd > 0:
+                if d.w_kd > 0 and index % d.kd_every == 0:
                     with self.engine.autocast():
                         stages.distil_knowledge(step, n.student, grid)
                 # 8 the distillation gradient
@@ -188,7 +205,8 @@ class Trainer:
     @torch.no_grad()
     def _update_ema(self, index: int) -> None:
         decay = min(self.config.optim.ema_decay, (1 + index) / (10 + index))
-        ema, student = ([local(p) for p in net.parameters()] for net in (self.networks.ema, self.networks.student))
+        pairs = zip(self.networks.ema.parameters(), self.networks.student.parameters())
+        ema, student = zip(*((local(e), local(s)) for e, s in pairs if s.requires_grad))
         torch._foreach_lerp_(ema, student, 1 - decay)
         reshard(self.networks.ema)
 
@@ -201,21 +219,17 @@ class Trainer:
         if self.guard.in_a_row:
             return dict.fromkeys(MEASURED, math.nan) | {"lambda_ent": self.lambda_ent} | self.prompts.metrics()
         with self.engine.autocast():
-            student_at_t = visual_logits(self.networks.student, step.txt_ids, step.x_t, self.grid)
-        kd = kl(step.teacher_logits, student_at_t).mean()
+            gaps = stages.gap_metrics(step, self.networks.student, self.grid)
         values = {
             "loss/total": step.loss,
             "loss/distill": step.distill,
             "loss/aux": torch.stack(step.aux_losses).mean(),
-            "loss/kd": kd,
+            "loss/kd": gaps["gap/student_teacher_kl"],
             "entropy/student": step.entropy.mean(),
-            "entropy/aux": token_entropy(step.aux_logits).mean(),
-            "entropy/teacher": token_entropy(step.teacher_logits).mean(),
             "reward/mean": step.reward.mean(),
             "reward/std": step.reward.std(unbiased=False),
             "reward/baseline": step.baseline if step.baseline is not None else step.reward.mean(),
-            "gap/aux_teacher_tv": total_variation(step.teacher_logits, step.aux_logits).mean(),
-            "gap/student_teacher_kl": kd,
+            **gaps,
             "t/mean": step.t.mean(),
             "x_init/corrupt_share": step.corrupted.float().mean(),
             "codes/used": torch.tensor(float(step.x_hat.unique().numel())),

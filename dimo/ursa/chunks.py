@@ -2,18 +2,78 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import math
+from collections.abc import Callable, Iterator
 
 import torch
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-# float32 entries of a temporary: 512 MiB on a GPU; on a CPU 16 MiB, which malloc reuses instead of asking the system
-ENTRIES = {"cuda": 2**27, "cpu": 2**22}
+# entries of a temporary: on a GPU three of them, of 4 bytes, are 1 GB; on a CPU 16 MiB, which malloc reuses
+ENTRIES = {"cuda": 3 * 2**25, "cpu": 2**22}
+FEW_CODES = 2048  # up to here K x K tables and logits of all tokens are small
+BLOCK = 256  # codes summed at once when drawing
 
 
 def tokens_at_once(codes: int, device: torch.device) -> int:
-    """How many tokens of `codes` entries a temporary may hold."""
-    return max(1, ENTRIES.get(device.type, ENTRIES["cuda"]) // codes)
+    """How many tokens of `codes` entries a temporary may hold; halved while little memory is free, a round number."""
+    entries = ENTRIES.get(device.type, ENTRIES["cuda"])
+    if device.type == "cuda" and torch.cuda.is_available():
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        while entries > 128 * codes and 16 * entries > torch.cuda.mem_get_info(device)[0] + unused:
+            entries //= 2  # few sizes, since each is a graph of its own
+    tokens = max(1, entries // codes)
+    return tokens if tokens < 128 else tokens // 128 * 128
+
+
+def chunks(size: int, *tensors: torch.Tensor | None) -> Iterator[tuple[torch.Tensor | None, ...]]:
+    """Pieces of `size` rows of each tensor; None stays None."""
+    rows = next(len(x) for x in tensors if x is not None)
+    for start in range(0, rows, size):
+        yield tuple(None if x is None else x[start : start + size] for x in tensors)
+
+
+@functools.cache
+def _compiled(function: Callable) -> Callable:
+    return torch.compile(function, dynamic=False)
+
+
+def on_device(function: Callable, x: torch.Tensor) -> Callable:
+    """The function compiled on a GPU, where passes over logits cost as much as products; as it is on a CPU.
+
+    The last, smaller chunk is a second graph.
+    """
+    return _compiled(function) if x.is_cuda else function
+
+
+def pick(logits: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """One index per row from softmax(logits): the inverse of the distribution function at u.
+
+    Sums of 256 codes in float32, then sums of those in float64, then within one block: the codes are read twice, and
+    no sum of all of them is ever rounded in float32.
+
+    Args:
+        logits: (n, K) float32.
+        u: (n,) float64 in [0, 1).
+
+    Returns:
+        (n,) in [0, K).
+    """
+    n, codes = logits.shape
+    blocks = math.ceil(codes / BLOCK)
+    top = logits.amax(-1, keepdim=True)
+    if codes % BLOCK:
+        logits = F.pad(logits, (0, blocks * BLOCK - codes), value=-math.inf)
+    logits = logits.view(n, blocks, BLOCK)
+    mass = (logits - top.unsqueeze(-1)).exp().sum(-1).double().cumsum(-1)
+    at = u.unsqueeze(-1) * mass[:, -1:]
+    block = (mass <= at).sum(-1, keepdim=True).clamp(max=blocks - 1)
+    before = torch.where(block > 0, mass.gather(-1, (block - 1).clamp(min=0)), 0.0)
+    inside = logits.gather(1, block.unsqueeze(-1).expand(-1, 1, BLOCK)).squeeze(1)
+    inside = (inside - top).exp().double().cumsum(-1)
+    at = torch.minimum(at - before, inside[:, -1:] * (1 - 1e-15))  # the two sums of a block differ by rounding
+    return (block * BLOCK + (inside <= at).sum(-1, keepdim=True)).squeeze(-1)
 
 
 def by_tokens(function: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:

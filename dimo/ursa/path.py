@@ -14,9 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from dimo.errors import DimoError, require_ids, require_shape, require_time
-from dimo.ursa.chunks import tokens_at_once
-
-TABLE_CODES = 2048  # up to this many codes the K x K distances are kept
+from dimo.ursa.chunks import FEW_CODES, chunks, on_device, pick, tokens_at_once
 
 
 def categorical(prob: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -25,8 +23,11 @@ def categorical(prob: torch.Tensor, generator: torch.Generator | None = None) ->
     The inverse of the distribution function at one uniform number per row, in float64: at 64,000 codes `multinomial`,
     which draws a number per entry, takes half of a training step on a CPU.
     """
+    return _inverse(prob, torch.rand(prob.shape[:-1], generator=generator, device=prob.device, dtype=torch.float64))
+
+
+def _inverse(prob: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     cumulative = prob.cumsum(-1, dtype=torch.float64)
-    u = torch.rand(prob.shape[:-1], generator=generator, device=prob.device, dtype=torch.float64)
     at = u.unsqueeze(-1) * cumulative[..., -1:]
     return torch.searchsorted(cumulative, at, right=True).squeeze(-1).clamp(max=prob.shape[-1] - 1)
 
@@ -56,12 +57,15 @@ class _Path:
         return self._prob(x_1, _time_like(t, x_1))
 
     def sample(self, x_1: torch.Tensor, t: torch.Tensor | float, generator: torch.Generator | None = None):
-        """Draw x_t ~ p_t(. | x_1), of x_1's shape."""
+        """Draw x_t ~ p_t(. | x_1), of x_1's shape. One uniform number a token decides, whatever the size of chunks."""
         require_ids("x_1", x_1, self.codebook_size)
         t = _time_like(t, x_1)
-        chunk = tokens_at_once(self.codebook_size, x_1.device)
-        parts = zip(x_1.flatten().split(chunk), t.flatten().split(chunk))
-        return torch.cat([categorical(self._prob(x, s), generator) for x, s in parts]).view(x_1.shape)
+        u = torch.rand(x_1.numel(), generator=generator, device=x_1.device, dtype=torch.float64)
+        parts = chunks(tokens_at_once(self.codebook_size, x_1.device), x_1.flatten(), t.flatten(), u)
+        return torch.cat([self._draw(*part) for part in parts]).view(x_1.shape)
+
+    def _draw(self, x_1: torch.Tensor, t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        return _inverse(self._prob(x_1, t), u)
 
     def velocity(self, x_1: torch.Tensor, x_t: torch.Tensor, t: float) -> torch.Tensor:
         """Rates (B, ..., K) of jumping from x_t to each code, given the predicted clean token x_1 (both (B, ...))."""
@@ -81,6 +85,13 @@ class _Path:
             jumps = torch.rand(total.shape, device=total.device, generator=generator) < -torch.expm1(-dt * total)
             out.append(torch.where(jumps, categorical(rate, generator), now))
         return torch.cat(out).view(x_t.shape)
+
+
+def _draw_near(
+    x_1: torch.Tensor, codebook: torch.Tensor, square: torch.Tensor, beta: torch.Tensor, u: torch.Tensor
+) -> torch.Tensor:
+    """Draw from softmax_x(-beta |x_1 - x|^2) for vectors x_1 (n, D), beta (n,), u (n,); |x_1|^2 cancels."""
+    return pick(beta.unsqueeze(-1) * (2 * (x_1 @ codebook.T) - square), u)
 
 
 class MixturePath(_Path):
@@ -115,7 +126,7 @@ class MetricPath(_Path):
         self.codebook = F.normalize(codebook.float(), dim=-1, eps=eps)
         self._square = self.codebook.square().sum(-1)
         self._table = None
-        if self.codebook_size <= TABLE_CODES:
+        if self.codebook_size <= FEW_CODES:  # then the K x K distances are kept
             self._table = self._distance(torch.arange(self.codebook_size, device=self.device))
 
     def _distance(self, x_1: torch.Tensor) -> torch.Tensor:
@@ -127,6 +138,12 @@ class MetricPath(_Path):
     def _prob(self, x_1: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         beta = self.c * (t / (1 - t)) ** self.alpha
         return (-beta.unsqueeze(-1) * self._distance(x_1)).softmax(-1)
+
+    def _draw(self, x_1: torch.Tensor, t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        if self._table is not None:
+            return super()._draw(x_1, t, u)
+        beta = self.c * (t / (1 - t)) ** self.alpha
+        return on_device(_draw_near, u)(self.codebook[x_1], self.codebook, self._square, beta, u)
 
     def _velocity(self, x_1: torch.Tensor, x_t: torch.Tensor, t: float) -> torch.Tensor:
         # d(beta_t)/dt; upstream takes 0 at t = 0, where the derivative is infinite for alpha < 1

@@ -8,7 +8,8 @@ import math
 import torch
 
 from dimo.errors import DimoError, require_finite, require_shape
-from dimo.ursa.chunks import by_tokens
+from dimo.ursa.answer import Answer, draw, guide_answer, most_likely, visual_answer
+from dimo.ursa.chunks import FEW_CODES, by_tokens
 from dimo.ursa.inputs import visual_logits
 from dimo.ursa.path import MetricPath, MixturePath, categorical
 
@@ -43,20 +44,25 @@ def draw_codes(logits: torch.Tensor, generator: torch.Generator | None = None, t
 
 def jump(
     path: MetricPath | MixturePath,
-    logits: torch.Tensor,
+    logits: torch.Tensor | Answer,
     x_t: torch.Tensor,
     t: float,
     t_next: float | None,
     generator: torch.Generator | None = None,
     argmax: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One sampling step: logits (B, N, K) at x_t (B, N) -> (x at t_next, the predicted clean codes x_1).
+    """One sampling step: logits (B, N, K) or an `Answer` at x_t (B, N) -> (x at t_next, the predicted clean codes x_1).
 
     With t_next None this is the last step, and x_1 itself is the answer. `argmax` takes the most likely x_1.
     """
-    require_shape("logits", logits, (*x_t.shape, path.codebook_size))
-    require_finite("logits", logits)
-    x_1 = logits.argmax(-1) if argmax else draw_codes(logits, generator)
+    if isinstance(logits, Answer):
+        require_shape("the answer's head", logits.weight, (path.codebook_size, "D"))
+        require_finite("hidden states", logits.hidden)
+        x_1 = most_likely(logits) if argmax else draw(logits, generator)[0]
+    else:
+        require_shape("logits", logits, (*x_t.shape, path.codebook_size))
+        require_finite("logits", logits)
+        x_1 = logits.argmax(-1) if argmax else draw_codes(logits, generator)
     return (x_1 if t_next is None else path.jump(x_1, x_t, t, t_next - t, generator)), x_1
 
 
@@ -97,12 +103,13 @@ def sample(
         raise DimoError("uncond_ids is needed when guidance_scale > 1: the ids of the empty or the negative prompt")
 
     x_t, times = x_init, timesteps(steps, shift)
+    ask, combine = (visual_logits, guide) if path.codebook_size <= FEW_CODES else (visual_answer, guide_answer)
     for i, t in enumerate(times):
-        if guidance_scale > 1:
-            both = visual_logits(transformer, torch.cat([txt_ids, uncond_ids]), x_t.repeat(2, 1), latents_shape)
-            logits = guide(*both.chunk(2), guidance_scale if t < guidance_trunc else 1.0)
+        if guidance_scale > 1 and t < guidance_trunc:
+            both = ask(transformer, torch.cat([txt_ids, uncond_ids]), x_t.repeat(2, 1), latents_shape)
+            logits = combine(*both.chunk(2), guidance_scale)
         else:
-            logits = visual_logits(transformer, txt_ids, x_t, latents_shape)
+            logits = ask(transformer, txt_ids, x_t, latents_shape)
         t_next = times[i + 1] if i + 1 < steps else None
         x_next, x_1 = jump(path, logits, x_t, t, t_next, generator, argmax)
         if trajectory is not None:

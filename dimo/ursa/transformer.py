@@ -8,15 +8,26 @@ Source: baaivision/URSA at 29284bb, and arXiv 2510.24717.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from dimo.errors import DimoError, require_ids, require_shape
+from dimo.ursa import cpu
 
 NORM_EPS = 1e-6
+CHECKPOINTING = ("none", "selective", "full")
+# fastest first: at URSA's sizes attention is most of the work, and Hopper's tensor cores are cuDNN's to fill
+ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +96,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled() and cpu.serves(x):
+            return cpu.Norm.apply(x, self.weight, NORM_EPS)
         return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), NORM_EPS)
 
 
@@ -118,14 +131,25 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
         self.q_norm = RMSNorm(config.head_dim)
         self.k_norm = RMSNorm(config.head_dim)
-        self.head_dim = config.head_dim
-        self.grouped = config.num_attention_heads != config.num_key_value_heads
+        self.head_dim, self.heads, self.kv_heads = (
+            config.head_dim,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+        )
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        out = F.scaled_dot_product_attention(q, k, v, enable_gqa=self.grouped)
+        # one product for all three: larger, and its gradient needs no sum
+        qkv = F.linear(x, torch.cat([p.weight for p in (self.q_proj, self.k_proj, self.v_proj)]))
+        q, k, v = qkv.unflatten(-1, (-1, self.head_dim)).split([self.heads, self.kv_heads, self.kv_heads], 2)
+        if cpu.serves(q, scores=q.shape[0] * self.heads * q.shape[1] ** 2):
+            q = cpu.NormRotate.apply(q, self.q_norm.weight, cos, sin, NORM_EPS)
+            k = cpu.NormRotate.apply(k, self.k_norm.weight, cos, sin, NORM_EPS)
+            out = cpu.Attend.apply(q, k, v.transpose(1, 2))
+        else:
+            q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            with sdpa_kernel(ATTENTION, set_priority=True):
+                out = F.scaled_dot_product_attention(q, k, v, enable_gqa=self.heads != self.kv_heads)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
@@ -139,20 +163,56 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = F.linear(x, torch.cat([self.gate_proj.weight, self.up_proj.weight])).chunk(2, -1)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Layer(nn.Module):
+    """One of the decoder's layers. `compiled` and `checkpointing` are `UrsaTransformer.run_with`'s."""
+
     def __init__(self, config: UrsaConfig):
         super().__init__()
         self.self_attn = Attention(config)
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size)
         self.post_attention_layernorm = RMSNorm(config.hidden_size)
+        self.compiled, self.checkpointing = False, "none"
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        run = compiled_run() if self.compiled else run_layer
+        return run(self, x, cos, sin, self.checkpointing if torch.is_grad_enabled() else "none")
+
+    def block(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+
+def run_layer(layer: Layer, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, checkpointing: str) -> torch.Tensor:
+    """`layer.block`, keeping for the backward pass everything, its input and its attention's output, or its input."""
+    if checkpointing == "none":
+        return layer.block(x, cos, sin)
+    once = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    if checkpointing == "full":
+        return once(layer.block, x, cos, sin)
+    return once(layer.block, x, cos, sin, context_fn=_keep_attention)
+
+
+@functools.cache
+def compiled_run() -> Callable:
+    """`run_layer`, compiled: the layer is an argument, so that all layers of all networks of one dtype share a graph.
+
+    Sizes are constants of the graph. A run has one video size and one prompt length, and a prompt is data.
+    """
+    return torch.compile(run_layer, dynamic=False)
+
+
+def _keep_attention():
+    return create_selective_checkpoint_contexts(_policy)
+
+
+def _policy(context, operator, *args, **kwargs) -> CheckpointPolicy:
+    kept = "_scaled_dot_product" in str(operator) and "backward" not in str(operator)
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class Decoder(nn.Module):
@@ -177,6 +237,23 @@ class UrsaTransformer(nn.Module):
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
+
+    def run_with(self, compile: bool = False, checkpointing: str = "none") -> UrsaTransformer:
+        """How the layers run: compiled or not; what the backward pass keeps of each. Returns self.
+
+        Args:
+            compile: fuse what lies between the products; takes a minute at the first pass.
+            checkpointing: "none" keeps everything, "selective" a layer's input and its attention's output, of which
+                attention is not computed again, "full" the input alone.
+
+        Raises:
+            DimoError: another word.
+        """
+        if checkpointing not in CHECKPOINTING:
+            raise DimoError(f"checkpointing must be one of {', '.join(CHECKPOINTING)}, got {checkpointing!r}")
+        for layer in self.model.layers:
+            layer.compiled, layer.checkpointing = compile, checkpointing
+        return self
 
     def hidden(self, input_ids: torch.Tensor, rope_pos: torch.Tensor) -> torch.Tensor:
         """Hidden states after the last norm.

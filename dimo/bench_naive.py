@@ -1,0 +1,74 @@
+"""The step as one would write it first: eager layers, full logits, plain autograd, no optimizer. The bench's yardstick.
+
+Nothing is slowed down on purpose: weights and activations are bfloat16, attention is PyTorch's fused one, losses are
+`torch.nn.functional`'s where there is one. It computes what `Trainer.step` does with the token-level estimator.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional as F
+
+from dimo.distill.schedules import sample_t_curriculum
+from dimo.errors import DimoError
+from dimo.train.config import Config
+from dimo.ursa import UrsaTransformer, visual_logits
+
+
+def naive_step(
+    config: Config, teacher: UrsaTransformer, path, txt_ids: torch.Tensor, uncond_ids: torch.Tensor,
+    grid: tuple[int, int, int], checkpointing: bool = False,
+) -> Callable[[], None]:  # fmt: skip
+    """A function that runs one step and leaves gradients in a student and an auxiliary of its own.
+
+    Raises:
+        DimoError: an estimator or a divergence that it does not know.
+    """
+    d = config.distill
+    if d.estimator != "dimo" or d.divergence != "forward" or d.aux_objective != "denoise":
+        raise DimoError("the naive step knows estimator dimo with forward KL and aux_objective denoise alone")
+    how = "full" if checkpointing else "none"
+    if config.training.mixed_precision == "bf16":
+        teacher = teacher.bfloat16()
+    student, aux = (copy.deepcopy(teacher).requires_grad_(True) for _ in range(2))
+    for network in (teacher, student, aux):
+        network.run_with(False, how)
+        network.model.embed_tokens.requires_grad_(False)
+    n = grid[0] * grid[1] * grid[2]
+    size, device, codes = (len(txt_ids), n), txt_ids.device, path.codebook_size
+
+    def log_softmax(z):
+        return F.log_softmax(z.float(), -1)
+
+    def step():
+        for network in (student, aux):
+            network.zero_grad()
+        x_init = torch.randint(codes, size, device=device)
+        z = visual_logits(student, txt_ids, x_init, grid)
+        log_p = log_softmax(z)
+        p = log_p.exp()
+        x_hat = torch.multinomial(p.detach().view(-1, codes), 1).view(size)
+        entropy = -(p * log_p).sum(-1).mean()
+        x_t = path.sample(x_hat, sample_t_curriculum(len(txt_ids), 0, 0, device=device))
+        with torch.no_grad():
+            if d.guidance_scale == 1:
+                target = visual_logits(teacher, txt_ids, x_t, grid)
+            else:
+                ids = torch.cat([txt_ids, uncond_ids.expand_as(txt_ids)])
+                cond, uncond = visual_logits(teacher, ids, x_t.repeat(2, 1), grid).chunk(2)
+                target = uncond + d.guidance_scale * (cond - uncond)
+            log_target = log_softmax(target)
+        z_aux = visual_logits(aux, txt_ids, x_t, grid)
+        F.cross_entropy(z_aux.float().flatten(0, 1), x_hat.flatten(), label_smoothing=d.label_smoothing).backward()
+        with torch.no_grad():
+            gradient = log_softmax(z_aux).exp() - log_target.exp()
+        loss = (gradient * z).sum(-1).mean() - d.lambda_ent * entropy
+        if d.w_kd > 0:
+            log_p_t = log_softmax(visual_logits(student, txt_ids, x_t, grid))
+            loss = loss + d.w_kd * F.kl_div(log_p_t, log_target, log_target=True, reduction="sum") / x_t.numel()
+        loss.backward()
+
+    return step

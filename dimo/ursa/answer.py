@@ -1,0 +1,96 @@
+"""What a network says about N tokens, kept as hidden states: its logits are made a few tokens at a time, or when asked.
+
+At 49x320x512 one float32 tensor of logits is 8 GB and the hidden states behind it are 0.14 GB. The head is linear, so
+guidance works on hidden states too, and costs one product with the head instead of two.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch.nn import functional as F
+
+from dimo.errors import require_shape
+from dimo.ursa.chunks import chunks, on_device, pick, tokens_at_once
+from dimo.ursa.inputs import build_ursa_inputs
+
+
+@dataclasses.dataclass
+class Answer:
+    """Hidden states (B, N, D) and the head's rows (K, D) of the codes; both may carry a graph."""
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+
+    def __post_init__(self):
+        require_shape("hidden", self.hidden, ("B", "N", self.weight.shape[-1]))
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """(B, N, K), all of them, in float32: for looking at."""
+        return logits_of(self.hidden.flatten(0, 1), self.weight).view(*self.hidden.shape[:2], -1)
+
+    def detach(self, copy: bool = False) -> Answer:
+        """The same without a graph, the weight in the dtype of the hidden states; `copy`: whatever happens to it."""
+        return Answer(self.hidden.detach(), self.weight.detach().to(self.hidden.dtype, copy=copy))
+
+    def chunk(self, parts: int) -> list[Answer]:
+        """Cut along the batch."""
+        return [Answer(hidden, self.weight) for hidden in self.hidden.chunk(parts)]
+
+
+def visual_answer(transformer, txt_ids: torch.Tensor, visual_tokens: torch.Tensor, latents_shape) -> Answer:
+    """One pass of a transformer: codes (B, N) under prompts (B, L) -> its answer on the clean codes."""
+    inputs, config = build_ursa_inputs(transformer, txt_ids, visual_tokens, latents_shape), transformer.config
+    hidden = transformer.hidden(inputs.input_ids, inputs.rope_pos)[:, -(inputs.num_visual_tokens + 1) : -1]
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        hidden = hidden.to(torch.get_autocast_dtype(device))
+    weight, codes = transformer.lm_head.weight, config.vocab_size - config.lm_vocab_size
+    return Answer(hidden, weight if len(weight) == codes else weight[-codes:])  # a slice's gradient is a copy more
+
+
+def guide_answer(cond: Answer, uncond: Answer, scale: torch.Tensor | float) -> Answer:
+    """Classifier-free guidance, u + w (c - u), in float32 on hidden states; w a number or (B, 1 or N, 1)."""
+    c, u = cond.hidden.float(), uncond.hidden.float()
+    return Answer((u + scale * (c - u)).to(cond.hidden.dtype), cond.weight)
+
+
+def logits_of(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """(n, D) and (K, D) -> float32 logits (n, K), never rounded to bfloat16 on a GPU."""
+    weight = weight.to(hidden.dtype)
+    if hidden.is_cuda and hidden.dtype != torch.float32 and not (hidden.requires_grad or weight.requires_grad):
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    return F.linear(hidden, weight).float()
+
+
+def _draw(logits: torch.Tensor, u: torch.Tensor, temperature: float) -> tuple[torch.Tensor, ...]:
+    """Codes (n,), their log-probability and the entropy at temperature 1, of logits (n, K)."""
+    x = pick(logits / temperature, u)
+    log_z = logits.logsumexp(-1, keepdim=True)
+    entropy = log_z.squeeze(-1) - ((logits - log_z).exp() * logits).sum(-1)
+    return x, (logits.gather(-1, x.unsqueeze(-1)) - log_z).squeeze(-1), entropy
+
+
+@torch.no_grad()
+def draw(answer: Answer, generator: torch.Generator | None = None, temperature: float = 1.0):
+    """x (B, N) drawn from softmax(logits / temperature), and per token log p(x) and entropy in nats at temperature 1.
+
+    One uniform number per token decides, drawn before any chunk is: the result does not depend on their size.
+    """
+    answer, shape = answer.detach(), answer.hidden.shape[:2]
+    hidden = answer.hidden.flatten(0, 1)
+    u = torch.rand(len(hidden), generator=generator, device=hidden.device, dtype=torch.float64)
+    one = on_device(_draw, hidden)
+    size = tokens_at_once(len(answer.weight), hidden.device)
+    parts = [one(logits_of(h, answer.weight), v, temperature) for h, v in chunks(size, hidden, u)]
+    return tuple(torch.cat(part).view(shape) for part in zip(*parts))
+
+
+@torch.no_grad()
+def most_likely(answer: Answer) -> torch.Tensor:
+    """The code (B, N) with the highest logit."""
+    answer, size = answer.detach(), tokens_at_once(len(answer.weight), answer.hidden.device)
+    parts = [logits_of(h, answer.weight).argmax(-1) for (h,) in chunks(size, answer.hidden.flatten(0, 1))]
+    return torch.cat(parts).view(answer.hidden.shape[:2])
