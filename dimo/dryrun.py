@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from dimo.bench import SIZES
-from dimo.errors import DimoError, nearest
+from dimo.errors import DimoError
 from dimo.train.config import Config
 from dimo.train.launch import engine_kind
 from dimo.train.prompts import WorldPrompts
@@ -61,7 +61,7 @@ def empty_ursa(size: str | None, teacher_ckpt: str, device: str | torch.device =
         DimoError: no such size or folder.
     """
     if size is not None and size not in SIZES:
-        raise DimoError(f"--size must be one of {', '.join(SIZES)}, got {size!r}{nearest(size, SIZES)}")
+        raise DimoError(f"--size must be one of {', '.join(SIZES)}, got {size!r}")
     folder, strides = Path(f"URSA-{size}"), (4, 8)
     if size is not None:
         config = UrsaConfig.from_dict(SIZES[size])
