@@ -59,6 +59,7 @@ def _fork(rank: int, folder: Path, captions: Path, steps: int, processes: int, p
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         own = [f"experiment.output_dir={folder}", f"training.max_train_steps={steps}"]
+        own += ["distill.estimator=reinforce"] if processes > 1 else []  # its baseline is another on every rank
         config = load_config("smoke", [*SMALL, *own, f"distill.prompt_source={captions}"])
         dimo.train.trainer.Trainer(config).train(progress=False)
         code = 0

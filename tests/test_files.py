@@ -16,6 +16,13 @@ def test_write_text_leaves_the_old_file_when_it_fails(tmp_path):
     assert file.read_text() == "old" and list(file.parent.iterdir()) == [file]
 
 
+def test_whoever_reads_the_old_file_reads_it_to_its_end(tmp_path):
+    write_text(tmp_path / "a", "old")
+    with open(tmp_path / "a") as reader:
+        write_text(tmp_path / "a", "new")
+        assert reader.read() == "old" and (tmp_path / "a").read_text() == "new"
+
+
 def test_a_file_has_its_ending_while_it_is_written(tmp_path):
     with whole_file(tmp_path / "a.png") as beside:
         assert beside.suffix == ".png" and beside.parent == tmp_path

@@ -105,7 +105,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)  # a launcher's copy of the same
     time.sleep(SAME_KEYPRESS_S + 0.2)
-    assert process.poll() is None
+    assert process.poll() is None and RunFolder(tmp_path).status()["state"] == "running"
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=20)
     status = RunFolder(tmp_path).status()

@@ -156,6 +156,7 @@ class Learner:
 
     def state(self) -> dict[str, dict[str, torch.Tensor]]:
         """{parameter: {"exp_avg": ..., ...}}, as `whole_state` of the model: the same under every engine."""
+        reshard(self.model)
         keep = dist.get_rank() == 0 if dist.is_initialized() else True
         held = {p: optimizer.state[p] for optimizer in self.optimizers for p in list(optimizer.state)}
         return {name: whole(held[p], keep) for name, p in self.model.named_parameters() if p in held}
@@ -294,7 +295,7 @@ def placed_like(tensor: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 
 
 def reshard(model: torch.nn.Module) -> None:
-    """Give back what a pass under FSDP2 left gathered: after an update it would be the weights of before."""
+    """Give back what a pass under FSDP2 left gathered, so that the parameters are the cut ones, which are updated."""
     if isinstance(model, FSDPModule):
         model.reshard()
 

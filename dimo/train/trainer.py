@@ -205,10 +205,10 @@ class Trainer:
     @torch.no_grad()
     def _update_ema(self, index: int) -> None:
         decay = min(self.config.optim.ema_decay, (1 + index) / (10 + index))
+        reshard(self.networks.ema)
         pairs = zip(self.networks.ema.parameters(), self.networks.student.parameters())
         ema, student = zip(*((local(e), local(s)) for e, s in pairs if s.requires_grad))
         torch._foreach_lerp_(ema, student, 1 - decay)
-        reshard(self.networks.ema)
 
     @torch.no_grad()
     def metrics(self, step: Step) -> dict[str, float]:

@@ -1,0 +1,222 @@
+"""What is left out or done once, compiled or computed again: the step's result is the same."""
+
+import copy
+import json
+
+import pytest
+import torch
+
+from dimo.bench import bench, bench_config, model_flops, write_report
+from dimo.distill import stages
+from dimo.distill.stages import Step
+from dimo.errors import DimoError
+from dimo.train.config import load_config
+from dimo.train.trainer import Trainer
+from dimo.ursa import UrsaConfig, UrsaTransformer, transformer, visual_logits
+from dimo.ursa.inputs import rope_positions
+
+GRID = (3, 4, 4)
+MEASURED = "loss/total loss/distill loss/aux loss/kd entropy/student entropy/aux gap/aux_teacher_tv reward/mean".split()
+
+
+def trainer_for(folder, *more):
+    same = ["model.device=cpu", "distill.batch_size_per_gpu=4", f"experiment.output_dir={folder}"]
+    return Trainer(load_config("smoke", [*same, *more]))
+
+
+def run(trainer, steps=3):
+    rows = []
+    for index in range(steps):
+        step, norms = trainer.step(index)
+        metrics = trainer.metrics(step)
+        rows.append([metrics[name] for name in MEASURED] + [float(norms["grad_norm/student"])])
+    return torch.tensor(rows)
+
+
+def passes_in(monkeypatch, trainer, index=0):
+    """Samples that went through each network in one step."""
+    counts = {}
+    inner = UrsaTransformer.hidden
+
+    def counted(self, input_ids, rope_pos):
+        name = next(name for name, network in vars(trainer.networks).items() if network is self)
+        counts[name] = counts.get(name, 0) + len(input_ids) // 4
+        return inner(self, input_ids, rope_pos)
+
+    monkeypatch.setattr(UrsaTransformer, "hidden", counted)
+    step, _ = trainer.step(index)
+    monkeypatch.setattr(UrsaTransformer, "hidden", inner)
+    return step, counts
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["distill.w_reinforce=0.1"],
+        ["distill.estimator=reinforce", "distill.divergence=jeffreys"],
+        ["distill.aux_objective=match_teacher", "distill.aux_steps=1", "distill.aux_pass=shared"],
+        ["distill.t_per=frame", "distill.aux_pass=shared", "training.gradient_accumulation_steps=2"],
+    ],
+)
+def test_the_fused_step_is_the_plain_one(tmp_path, more):
+    every_term = ["distill.w_kd=0.1", "distill.lambda_ent=0.01", "distill.guidance_scale=2"]
+    plain, fused = (trainer_for(tmp_path, *every_term, *more) for _ in range(2))
+    assert not plain.fused
+    fused.fused = True
+    want = run(plain)
+    assert torch.allclose(run(fused), want, atol=2e-5)
+    for a, b in zip(plain.networks.student.parameters(), fused.networks.student.parameters()):
+        assert (a - b).abs().max() < 1e-4  # Muon and AdamW step by about 1e-2 here
+    assert want.std(0).min() > 0
+
+
+def test_a_fused_step_can_be_looked_at(tmp_path):
+    trainer = trainer_for(tmp_path)
+    trainer.fused = True
+    step, _ = trainer.step(0)
+    want = visual_logits(trainer.networks.teacher, step.txt_ids, step.x_t, trainer.grid)
+    assert torch.allclose(step.teacher_logits, want, atol=1e-5)
+    assert step.student_logits.shape == step.aux_logits.shape == want.shape
+
+
+def test_no_unconditional_pass_where_no_t_asks_for_guidance(ursa, generator, monkeypatch):
+    ids, empty = ursa.tokenize(["blue bar moving up", "pink square moving left"], 4), ursa.tokenize([""], 4)
+    x, sizes = torch.randint(10, (2, 48), generator=generator), []
+    monkeypatch.setattr(stages, "visual_logits", lambda n, i, *r: (sizes.append(len(i)), visual_logits(n, i, *r))[1])
+    for t in ([0.95, 0.91], [0.95, 0.2]):
+        step = Step(txt_ids=ids, x_t=x, t=torch.tensor(t))
+        stages.teacher_pass(step, ursa.transformer, GRID, 3.0, 0.9, empty)
+        assert torch.allclose(step.teacher_logits[0], visual_logits(ursa.transformer, ids, x, GRID)[0], atol=1e-5)
+    assert sizes == [2, 4]
+
+
+def test_a_shared_pass_of_the_auxiliary_is_its_answer_from_before_the_update(tmp_path, monkeypatch):
+    for fused in (False, True):
+        trainer = trainer_for(tmp_path, "distill.aux_pass=shared", "distill.aux_steps=1")
+        trainer.fused, before = fused, copy.deepcopy(trainer.networks.aux)
+        step, counts = passes_in(monkeypatch, trainer)
+        assert counts == {"student": 1, "teacher": 1, "aux": 1}
+        want = visual_logits(before, step.txt_ids, step.x_t, trainer.grid)
+        assert torch.allclose(step.aux_logits, want, atol=1e-5)
+    _, counts = passes_in(monkeypatch, trainer_for(tmp_path, "distill.aux_steps=1"))
+    assert counts == {"student": 1, "teacher": 1, "aux": 2}
+
+
+def test_knowledge_is_distilled_every_so_many_steps(tmp_path, monkeypatch):
+    trainer = trainer_for(tmp_path, "distill.w_kd=0.1", "distill.kd_every=2")
+    counts = [passes_in(monkeypatch, trainer, index) for index in range(3)]
+    assert [count["student"] for _, count in counts] == [2, 1, 2]
+    assert [step.kd is not None for step, _ in counts] == [True, False, True]
+    with pytest.raises(DimoError, match="distill.kd_every must be at least 1"):
+        load_config("smoke", ["distill.kd_every=0"])
+
+
+def test_frozen_embeddings_are_one_tensor_and_change_nothing_else(tmp_path):
+    # no clipping by a norm that embeddings are part of; the auxiliary answers before its embeddings have moved
+    loose = ["optim.max_grad_norm=1e9", "distill.aux_pass=shared", "distill.aux_steps=1"]
+    own, shared = trainer_for(tmp_path, *loose), trainer_for(tmp_path, *loose, "model.train_embeddings=false")
+    teacher = shared.networks.teacher.model.embed_tokens.weight.clone()
+    for trainer in (own, shared):
+        trainer.step(0)
+    n = shared.networks
+    assert len({net.model.embed_tokens.weight.data_ptr() for net in vars(n).values()}) == 1
+    assert torch.equal(n.ema.model.embed_tokens.weight, teacher)
+    assert not torch.equal(own.networks.student.model.embed_tokens.weight, teacher)
+    trained = {id(p) for o in shared.student.optimizers for group in o.param_groups for p in group["params"]}
+    assert id(n.student.model.embed_tokens.weight) not in trained and len(trained) > 30
+    for (name, a), (_, b) in zip(own.networks.student.named_parameters(), n.student.named_parameters()):
+        assert "embed_tokens" in name or torch.allclose(a, b, atol=1e-6), name
+
+
+def small(seed):
+    torch.manual_seed(seed)
+    return UrsaTransformer(UrsaConfig(64, 128, 4, 2, 2, 10.0, 25, 15, 10, 2, 16))
+
+
+def gradients(model, ids):
+    model.zero_grad()
+    logits = model(ids, rope_positions(3, (2, 2, 2)))
+    logits.square().sum().backward()
+    return [logits.detach(), *(p.grad.clone() for p in model.parameters())]
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+def test_compiled_and_checkpointed_layers_give_the_same_from_one_graph(monkeypatch, generator, checkpointing):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(transformer.run_layer, dynamic=False, fullgraph=True, backend=backend)
+    monkeypatch.setattr(transformer, "compiled_run", lambda: compiled)
+    for seed in (0, 1):  # two networks
+        model, ids = small(seed), torch.randint(25, (2, 12), generator=generator)
+        want = gradients(model, ids)
+        model.run_with(compile=False, checkpointing=checkpointing)
+        for a, b in zip(gradients(model, ids), want):
+            assert torch.equal(a, b)
+        model.run_with(compile=True, checkpointing=checkpointing)
+        for _ in range(2):  # another prompt
+            for a, b in zip(gradients(model, ids), want):
+                assert torch.allclose(a, b, atol=2e-5, rtol=1e-4)
+            ids = torch.randint(25, (2, 12), generator=generator)
+            want = gradients(copy.deepcopy(model).run_with(), ids)
+    assert len(graphs) == 1
+
+
+def test_checkpointing_keeps_less(monkeypatch, generator):
+    """Entries that autograd holds after the forward pass."""
+    from dimo.ursa import cpu
+
+    monkeypatch.setattr(cpu, "serves", lambda *_, **__: False)  # PyTorch's attention, as on a GPU
+    held, ids = {}, torch.randint(25, (2, 12), generator=generator)
+    for how in transformer.CHECKPOINTING:
+        model, kept = small(0).run_with(checkpointing=how), {}
+        own = {p.data_ptr() for p in model.parameters()}
+
+        def pack(x, kept=kept, own=own):
+            if x.data_ptr() not in own:
+                kept[x.data_ptr()] = x.numel()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            logits = model(ids, rope_positions(3, (2, 2, 2)))
+        held[how] = sum(kept.values())
+        del logits
+    assert held["none"] > 2 * held["full"]
+    with pytest.raises(DimoError, match="checkpointing must be one of none, selective, full"):
+        small(0).run_with(checkpointing="some")
+
+
+def test_bench_measures_what_runs(tmp_path):
+    config = bench_config(None, "tiny", [
+        "model.device=cpu", "distill.num_frames=5", "distill.height=16", "distill.width=16",
+        "distill.max_prompt_length=4", "distill.divergence=forward",
+    ])  # fmt: skip
+    lines = []
+    report = bench(config, "tiny", against=("naive",), repeats=1, warmup=0, generate_steps=(1, 2),
+                   progress=lines.append)  # fmt: skip
+    assert report["passes"] == {"student at x_init": 3, "teacher": 2, "auxiliary's fit": 3, "auxiliary at x_t": 0,
+                                "student at x_t": 3}  # fmt: skip
+    spent = report["stages"]
+    assert {"student_pass", "teacher_pass", "auxiliary_losses", "student: backward", "update_ema"} < spent.keys()
+    assert report["step"]["seconds"] > 0 and report["naive"]["ratio"] > 0 and set(report["generate"]) == {1, 2}
+    assert {"draw", "auxiliary", "student", "all"} < report["losses"].keys() and any("naive" in line for line in lines)
+    write_report(report, tmp_path / "deep" / "bench.json")
+    assert json.loads((tmp_path / "deep" / "bench.json").read_text())["tokens"] == 8
+    assert [f.name for f in (tmp_path / "deep").iterdir()] == ["bench.json"]
+    with pytest.raises(DimoError, match="nothing called 'stepp' to measure; did you mean 'step'"):
+        bench(config, "tiny", parts=("stepp",))
+    with pytest.raises(DimoError, match="size must be one of"):
+        bench(config, "7B", repeats=1, warmup=0)
+
+
+def test_the_count_of_operations_is_torchs(generator):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = small(0)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.randint(25, (1, 12), generator=generator), rope_positions(3, (2, 2, 2)), last=8)
+    assert model_flops(model.config, 12, 8) == counter.get_total_flops()
