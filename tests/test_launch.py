@@ -235,7 +235,7 @@ def pick(tag, level, first):
 
 def test_a_headless_run_of_two_processes_survives_signals_and_kills_at_every_level(tmp_path):
     out = tmp_path / "run"
-    same = ["-c", "smoke", f"experiment.output_dir={out}", "--batch_size", "1", "--num_steps", "70", "--log_every", "1"]
+    same = ["-c", "smoke", f"experiment.output_dir={out}", "--num_steps", "70", "--log_every", "1"]
     same += ["model.device=cpu", "experiment.save_every=4", "experiment.sample_every=99"]
     headless = [sys.executable, "-m", "dimo.cli", "run", *same, "-p", "num_processes=2"]
     # below the kernel everything is the same under `dimo train`, which starts sooner
