@@ -150,7 +150,7 @@ def bench(
     report = {"device": _name(device), "torch": torch.__version__, "size": size or d.teacher_ckpt}
     report |= {"video": [d.num_frames, d.height, d.width], "batch": d.batch_size_per_gpu}
     report["product_tflops"] = matrix_product(clock)
-    progress(f"{report['device']}, torch {torch.__version__}; a matrix product: {report['product_tflops']:.1f} TFLOP/s")
+    progress(f"{report['device']}, torch {torch.__version__}; a matrix product: {report['product_tflops']:.3g} TFLOP/s")
 
     ursa = prompts = None
     if size:
@@ -372,7 +372,7 @@ def _rated(result: dict, tflop: float, product: float) -> dict:
 def _line(name: str, result: dict) -> str:
     text = f"{name:44}{1e3 * result['seconds']:10.1f} ms ({1e3 * result['least']:.1f} to {1e3 * result['most']:.1f})"
     if "tflops" in result:
-        text += f"  {result['tflops']:.1f} TFLOP/s, {100 * result['share_of_product']:.0f}% of the product"
+        text += f"  {result['tflops']:.3g} TFLOP/s, {100 * result['share_of_product']:.0f}% of the product"
     if "peak_gb" in result:
         text += f"  {result['peak_gb']:.1f} GB"
     if "extra_gb" in result:

@@ -220,3 +220,16 @@ def test_the_count_of_operations_is_torchs(generator):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.randint(25, (1, 12), generator=generator), rope_positions(3, (2, 2, 2)), last=8)
     assert model_flops(model.config, 12, 8) == counter.get_total_flops()
+
+
+def test_bf16_fused_losses_follow_the_float32_ones(tmp_path):
+    """The mean of the first losses; `python tests/numerics.py` compares 200, compiled, on a GPU."""
+    many = ["distill.batch_size_per_gpu=16", "distill.w_kd=0.1", "optim.warmup_steps=1"]
+    plain, fast = trainer_for(tmp_path, *many), trainer_for(tmp_path, *many, "training.mixed_precision=bf16")
+    fast.fused = True
+    assert fast.networks.teacher.lm_head.weight.dtype == torch.bfloat16
+    want, got = run(plain, 6), run(fast, 6)
+    assert not torch.equal(got, want)
+    for name in ("loss/aux", "entropy/student", "entropy/aux"):
+        column = MEASURED.index(name)
+        assert got[:, column].mean().item() == pytest.approx(want[:, column].mean().item(), rel=0.05), name
