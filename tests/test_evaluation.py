@@ -74,6 +74,7 @@ def rows_with(count=40, **changes):
         ("aux_lags", {"loss__aux": lambda i: 0.5 if i < 15 else 0.9}),
         ("codes_lost", {"codes__used": lambda i: 10 if i < 20 else 4}),
         ("gradient_spike", {"grad_norm__student": lambda i: 30.0 if i == 25 else 1.0}),
+        ("steps_skipped", {"guard__skipped": lambda i: 0 if i < 7 else 2}),
         ("non_finite", {"non_finite": lambda i: ["loss/total"] if i == 3 else []}),
     ],
 )

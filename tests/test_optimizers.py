@@ -75,12 +75,12 @@ def test_every_parameter_is_stepped_once(optimizer):
 
 
 def test_schedules():
-    def at(decay, steps, **more):
-        return [lr_factor(Optim(decay=decay, **more), step, 100) for step in steps]
+    def at(decay, steps, warmup_steps=50, least=0.1):
+        return [lr_factor(Optim(decay=decay, warmup_steps=warmup_steps), step, 100, least) for step in steps]
 
-    no_warmup = {"warmup_steps": 0, "min_lr_share": 0.0}
+    no_warmup = {"warmup_steps": 0, "least": 0.0}
     assert at("linear", (0, 25, 100), **no_warmup) == pytest.approx([1, 0.75, 0])
-    assert at("linear", (0, 50, 100), warmup_steps=0, min_lr_share=0.1) == pytest.approx([1, 0.55, 0.1])
+    assert at("linear", (0, 50, 100), warmup_steps=0, least=0.1) == pytest.approx([1, 0.55, 0.1])
     assert at("cosine", (0, 50, 100), **no_warmup) == pytest.approx([1, 0.5, 0])
     assert at("wsd", (0, 80, 90, 99), **no_warmup) == pytest.approx([1, 1, 0.5, 0.05])
     assert at("constant", (0, 1, 9), warmup_steps=4) == pytest.approx([0.25, 0.5, 1])

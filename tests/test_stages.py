@@ -48,6 +48,8 @@ def test_x_hat_is_drawn_from_the_students_softmax(ursa, generator):
 
 def test_one_t_per_sample_or_per_latent_frame(generator):
     assert stages.draw_t(5, GRID, 0, 0, "sample", generator).shape == (5,)
+    leaning = stages.draw_t(100_000, GRID, 0, 0, "sample", generator, t_power=1.5)
+    assert leaning.mean().item() == pytest.approx(1 / 2.5, abs=5e-3)  # E[u^p] = 1 / (p + 1)
     t = stages.draw_t(5, GRID, 0, 0, "frame", generator).view(5, 3, 16)
     assert (t == t[..., :1]).all() and (t[:, 0, 0] != t[:, 1, 0]).all()
     with pytest.raises(DimoError, match="t_per must be"):

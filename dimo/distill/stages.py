@@ -100,14 +100,27 @@ def student_pass(step: Step, student: UrsaTransformer, grid: Grid, temperature: 
 
 
 def draw_t(
-    batch: int, grid: Grid, step_index: int, curriculum_steps: int, t_per: str, generator=None, device=None
+    batch: int,
+    grid: Grid,
+    step_index: int,
+    curriculum_steps: int,
+    t_per: str,
+    generator=None,
+    device=None,
+    t_power: float = 1.0,
 ) -> torch.Tensor:
-    """Times of stage 4: one per sample (B,), or one per latent frame spread over its tokens (B, N)."""
+    """Times of stage 4: one per sample (B,), or one per latent frame spread over its tokens (B, N).
+
+    They are the curriculum's, raised to `t_power`: above 1 more of them lie near the noise, where the videos of a
+    prompt are all open and their shares are decided.
+    """
+    if not t_power > 0:
+        raise DimoError(f"t_power must be positive, got {t_power}")
     if t_per == "sample":
-        return sample_t_curriculum(batch, step_index, curriculum_steps, generator, device)
+        return sample_t_curriculum(batch, step_index, curriculum_steps, generator, device) ** t_power
     if t_per != "frame":
         raise DimoError(f"t_per must be 'sample' or 'frame', got {t_per!r}")
-    t = sample_t_curriculum((batch, grid[0]), step_index, curriculum_steps, generator, device)
+    t = sample_t_curriculum((batch, grid[0]), step_index, curriculum_steps, generator, device) ** t_power
     return t.repeat_interleave(grid[1] * grid[2], 1)
 
 

@@ -22,14 +22,18 @@ def alarms(rows: list[dict]) -> list[Alarm]:
 
     non_finite: a metric was NaN or infinite. entropy_floor: the entropy bonus was raised. aux_lags: the auxiliary's
     loss rose by 30% over its least smoothed value, so it follows the student no more. codes_lost: a batch uses less
-    than half as many codes as the first did. gradient_spike: ten times the median of the last 200 rows.
+    than half as many codes as the first did. gradient_spike: ten times the median of the last 200 rows. steps_skipped:
+    values that are not finite kept steps from updating, also between the rows.
     """
     found = []
-    least, raised, spiking, lagging, lost = float("inf"), False, False, False, False
+    least, raised, spiking, lagging, lost, skipped = float("inf"), False, False, False, False, 0
     for i, row in enumerate(rows):
         step, window = row["step"], rows[max(0, i - WINDOW + 1) : i + 1]
         if row.get("non_finite"):
             found.append(Alarm(step, "non_finite", f"not finite: {', '.join(row['non_finite'])}"))
+        if row.get("guard/skipped", 0) > skipped:
+            found.append(Alarm(step, "steps_skipped", f"{row['guard/skipped'] - skipped:g} steps were not finite"))
+            skipped = row["guard/skipped"]
         bonus, first_bonus = row.get("lambda_ent"), rows[0].get("lambda_ent")
         if bonus is not None and first_bonus is not None:
             if bonus > first_bonus and not raised:

@@ -102,6 +102,7 @@ class Distill:
     ent_anneal_from: int = _key(0, "step at which the bonus starts to fade")
     ent_anneal_to: int = _key(0, "step at which the bonus is gone; 0: never")
     t_curriculum_steps: int = _key(0, "steps with t = 1 - (1-u)^2; 0: t uniform from the start")
+    t_power: float = _key(1.25, "t is then raised to it: above 1 leans to the noise, where coverage is decided")
     t_per: str = _key("sample", "one t per sample, or per latent frame")
     p_corrupt: float = _key(0.2, "share of x_init that is an earlier sample, corrupted")
     corrupt_ratio: float = _key(0.5, "share of its tokens that are replaced")
@@ -133,18 +134,20 @@ class Distill:
 @dataclasses.dataclass
 class Optim:
     optimizer: str = _key("muon", "muon (matrices of the layers; AdamW for the rest) or adamw")
-    lr: float = _key(2e-3, "of the student, AdamW")
-    aux_lr: float = _key(4e-3, "of the auxiliary, AdamW; its muon_lr keeps the same ratio to the student's")
-    muon_lr: float = _key(1e-2, "of the student's matrices, Muon")
+    lr: float = _key(1e-3, "of the student, AdamW")
+    aux_lr: float = _key(8e-3, "of the auxiliary, AdamW; its muon_lr keeps the same ratio to the student's")
+    muon_lr: float = _key(5e-3, "of the student's matrices, Muon")
     muon_momentum: float = _key(0.9, "Muon")
+    muon_weight_decay: float = _key(0.02, "Muon: a matrix shrinks by its muon_lr times this a step")
     warmup_steps: int = _key(50, "linear warm-up of both")
     decay: str = _key("linear", "linear, cosine, wsd (constant, then linear in the last fifth) or constant")
-    min_lr_share: float = _key(0.1, "share of the peak at which the decay ends")
+    min_lr_share: float = _key(0.02, "share of the peak at which the student's decay ends")
+    aux_min_lr_share: float = _key(0.2, "the same for the auxiliary, which has to follow to the end")
     beta1: float = _key(0.0, "AdamW")
     beta2: float = _key(0.99, "AdamW")
     weight_decay: float = _key(0.0, "AdamW")
     max_grad_norm: float = _key(1.0, "gradient clipping, each network by itself")
-    ema_decay: float = _key(0.999, "of the student's moving average, which is what ships")
+    ema_decay: float = _key(0.9995, "of the student's moving average, which is what ships")
 
 
 @dataclasses.dataclass
@@ -264,7 +267,8 @@ def validate(config: Config) -> None:
         if flat[key] not in allowed:
             raise DimoError(f"{key} must be one of {', '.join(allowed)}, got {flat[key]!r}")
     shares = "empty_prompt_share label_smoothing p_corrupt corrupt_ratio baseline_decay guidance_trunc".split()
-    optim_shares = ["optim.ema_decay", "optim.beta1", "optim.beta2", "optim.muon_momentum", "optim.min_lr_share"]
+    optim_shares = ["optim.ema_decay", "optim.beta1", "optim.beta2", "optim.muon_momentum"]
+    optim_shares += ["optim.min_lr_share", "optim.aux_min_lr_share"]
     for key in [f"distill.{s}" for s in [*shares, "motion_share"]] + optim_shares:
         if not 0 <= flat[key] <= 1:
             raise DimoError(f"{key} must lie in [0, 1], got {flat[key]}")
@@ -282,7 +286,14 @@ def validate(config: Config) -> None:
     for key in at_least_one:
         if flat[key] is not None and flat[key] < 1:
             raise DimoError(f"{key} must be at least 1, got {flat[key]}")
-    for key in ("optim.lr", "optim.aux_lr", "optim.muon_lr", "optim.max_grad_norm", "distill.temperature"):
+    for key in (
+        "optim.lr",
+        "optim.aux_lr",
+        "optim.muon_lr",
+        "optim.max_grad_norm",
+        "distill.temperature",
+        "distill.t_power",
+    ):
         if not flat[key] > 0:
             raise DimoError(f"{key} must be positive, got {flat[key]}")
     if not flat["distill.guidance_scale"] >= 1:

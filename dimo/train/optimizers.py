@@ -67,7 +67,9 @@ def make_optimizers(model: torch.nn.Module, lr: float, muon_lr: float, optim: Op
     rest, decay = [p for name, p in named if name not in inside], optim.weight_decay
     made = [torch.optim.AdamW(rest, lr=lr, betas=(optim.beta1, optim.beta2), weight_decay=decay, fused=True)]
     if inside:
-        made.append(Muon([p for name, p in named if name in inside], muon_lr, optim.muon_momentum, decay))
+        made.append(
+            Muon([p for name, p in named if name in inside], muon_lr, optim.muon_momentum, optim.muon_weight_decay)
+        )
     for optimizer in made:
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
@@ -81,8 +83,8 @@ def set_lr_factor(optimizers: list[torch.optim.Optimizer], factor: float) -> Non
             group["lr"] = group["initial_lr"] * factor
 
 
-def lr_factor(optim: Optim, step: int, max_steps: int) -> float:
-    """Linear warm-up, then the decay from 1 to `min_lr_share` over max_steps.
+def lr_factor(optim: Optim, step: int, max_steps: int, least: float) -> float:
+    """Linear warm-up, then the decay from 1 to `least` over max_steps.
 
     constant: none. linear, cosine: from the start. wsd: constant, then linear in the last fifth.
     """
@@ -94,4 +96,4 @@ def lr_factor(optim: Optim, step: int, max_steps: int) -> float:
         "cosine": 0.5 * (1 + math.cos(math.pi * share)),
         "wsd": min(1.0, (1 - share) / 0.2),
     }[optim.decay]
-    return warm * (optim.min_lr_share + (1 - optim.min_lr_share) * left)
+    return warm * (least + (1 - least) * left)

@@ -105,9 +105,10 @@ class Trainer:
         # derived from (seed, rank, step), so that a resumed run draws what the run would have drawn
         seed = ((c.experiment.seed * 1_000_003 + index) * 4099 + self.engine.rank) % 2**63
         g.manual_seed(seed)
-        factor = lr_factor(c.optim, index, c.training.max_train_steps)
+        last = c.training.max_train_steps
+        factor = lr_factor(c.optim, index, last, c.optim.min_lr_share)
         self.student.set_lr_factor(factor)
-        self.aux.set_lr_factor(factor)
+        self.aux.set_lr_factor(lr_factor(c.optim, index, last, c.optim.aux_min_lr_share))
         steps = [Step(fused=self.fused) for _ in range(c.training.gradient_accumulation_steps)]
         norms = {"grad_norm/student": math.nan, "grad_norm/aux": math.nan}
         try:
@@ -141,7 +142,9 @@ class Trainer:
                 step.x_hat, entropy = passed.x_hat, entropy + passed.entropy.detach().mean() / parts
                 self.x_init.remember(step.x_hat, step.txt_ids)
                 # 4 x_t
-                t = stages.draw_t(d.batch_size_per_gpu, grid, index, d.t_curriculum_steps, d.t_per, g, self.device)
+                t = stages.draw_t(
+                    d.batch_size_per_gpu, grid, index, d.t_curriculum_steps, d.t_per, g, self.device, d.t_power
+                )
                 stages.renoise(step, self.path, t, g)
                 # 5 teacher
                 stages.teacher_pass(step, n.teacher, grid, d.guidance_scale, d.guidance_trunc, self.uncond_ids)
