@@ -13,10 +13,12 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from torch.nn import functional as F
+from torch.nn.attention import sdpa_kernel
 
 from dimo.bench_naive import naive_step
 from dimo.distill import fused, stages
@@ -27,6 +29,7 @@ from dimo.train.trainer import Trainer
 from dimo.ursa import MetricPath, Ursa, UrsaConfig, UrsaTransformer, sample
 from dimo.ursa.answer import Answer, draw
 from dimo.ursa.checkpoint import INSTALL
+from dimo.ursa.transformer import ATTENTION
 
 SIZES = {
     "0.6B": {"hidden_size": 1024, "intermediate_size": 3072},
@@ -34,7 +37,7 @@ SIZES = {
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 155_765,
              "lm_head_size": 4096},
 }  # fmt: skip
-PARTS = ("step", "generate", "path", "losses")
+PARTS = ("step", "generate", "path", "losses", "attention")
 STAGES = (
     "draw_x_init", "student_pass", "renoise", "teacher_pass", "auxiliary_pass", "distil_knowledge",
     "distillation_loss", "total_loss",
@@ -218,6 +221,11 @@ def _other_parts(trainer: Trainer, text, parts, generate_steps, clock: Clock, pr
         report["losses"] = losses_alone(trainer, len(text), clock)
         for name, result in report["losses"].items():
             progress(_line(f"losses: {name}", result))
+    if "attention" in parts:
+        report["attention"] = {}
+        for name, result in attention_alone(trainer, len(text), text.shape[1], clock):
+            report["attention"][name] = result
+            progress(_line(f"attention of a layer: {name}", result) if result else f"attention: {name} does not serve")
     return report
 
 
@@ -274,6 +282,34 @@ def losses_alone(trainer: Trainer, batch: int, clock: Clock) -> dict[str, dict]:
     if device.type == "cuda":
         times["all"]["extra_gb"] = times["all"]["peak_gb"] - base / 1e9
     return times
+
+
+def attention_alone(trainer: Trainer, batch: int, text: int, clock: Clock) -> Iterator[tuple[str, dict | None]]:
+    """Forward and backward of one layer's attention, by kernel, with grouped keys and with keys repeated."""
+    config, device = trainer.networks.student.config, trainer.device
+    dtype = torch.bfloat16 if trainer.config.training.mixed_precision == "bf16" else torch.float32
+    length = text + 1 + trainer.num_visual_tokens
+    heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+
+    def leaf(heads):
+        return torch.randn(batch, length, heads, size, device=device, dtype=dtype).transpose(1, 2).requires_grad_()
+
+    for backend in ATTENTION[:-1]:
+        for grouped in (True, False):
+            q, k, v = leaf(heads), *(leaf(kv_heads if grouped else heads) for _ in range(2))
+            grad = torch.randn_like(q)
+
+            def both(backend=backend, grouped=grouped, q=q, k=k, v=v, grad=grad):
+                with sdpa_kernel(backend):
+                    out = F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
+                torch.autograd.grad(out, (q, k, v), grad)
+
+            tflop, result = 3 * 4 * batch * heads * length**2 * size / 1e12, None
+            with contextlib.suppress(RuntimeError):  # the kernel says that it cannot
+                result = clock(both)
+                result["tflops"] = tflop / result["seconds"]
+                result["share_of_product"] = result["tflops"] / matrix_product(clock)
+            yield f"{backend.name.removesuffix('_ATTENTION').lower()}, {'grouped' if grouped else 'repeated'}", result
 
 
 def stage_times(trainer: Trainer, counter, clock: Clock) -> dict[str, float]:
