@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 from torch.nn.attention import sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
 
 from dimo.bench_naive import naive_step
 from dimo.distill import fused, stages
@@ -37,7 +38,8 @@ SIZES = {
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 155_765,
              "lm_head_size": 4096},
 }  # fmt: skip
-PARTS = ("step", "generate", "path", "losses", "attention")
+PARTS = ("step", "generate", "path", "losses")
+MORE_PARTS = ("attention", "kernels")
 STAGES = (
     "draw_x_init", "student_pass", "renoise", "teacher_pass", "auxiliary_pass", "distil_knowledge",
     "distillation_loss", "total_loss",
@@ -138,13 +140,13 @@ def bench(
 
     Args:
         config: sizes, batch and method; its checkpoint is loaded unless `size`, of SIZES, asks for random weights.
-        parts: some of PARTS.
+        parts: some of PARTS and MORE_PARTS.
         against: "naive", "upstream".
 
     Raises:
         DimoError: an unknown part, or upstream where it is not installed or has no checkpoint to load.
     """
-    for given, known in ((parts, PARTS), (against, ("naive", "upstream"))):
+    for given, known in ((parts, PARTS + MORE_PARTS), (against, ("naive", "upstream"))):
         for name in given:
             if name not in known:
                 raise DimoError(f"there is nothing called {name!r} to measure{nearest(name, known)}")
@@ -221,6 +223,10 @@ def _other_parts(trainer: Trainer, text, parts, generate_steps, clock: Clock, pr
         report["losses"] = losses_alone(trainer, len(text), clock)
         for name, result in report["losses"].items():
             progress(_line(f"losses: {name}", result))
+    if "kernels" in parts:
+        report["kernels"] = kernels_of(trainer, clock)
+        for name, (seconds, calls) in list(report["kernels"].items())[:30]:
+            progress(f"    {1e3 * seconds:9.2f} ms {calls:6} x {name[:100]}")
     if "attention" in parts:
         report["attention"] = {}
         for name, result in attention_alone(trainer, len(text), text.shape[1], clock):
@@ -282,6 +288,18 @@ def losses_alone(trainer: Trainer, batch: int, clock: Clock) -> dict[str, dict]:
     if device.type == "cuda":
         times["all"]["extra_gb"] = times["all"]["peak_gb"] - base / 1e9
     return times
+
+
+def kernels_of(trainer: Trainer, clock: Clock) -> dict[str, tuple[float, int]]:
+    """{kernel: (seconds, calls)} of one step, longest first, by torch's profiler; of operators on a CPU."""
+    cuda = clock.device.type == "cuda"
+    kind = ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU
+    with profile(activities=[kind]) as found:
+        trainer.step(10**6)
+        clock.wait()
+    rows = [(e.key, (e.self_device_time_total if cuda else e.self_cpu_time_total) / 1e6, e.count)
+            for e in found.key_averages()]  # fmt: skip
+    return {name: (seconds, calls) for name, seconds, calls in sorted(rows, key=lambda row: -row[1])}
 
 
 def attention_alone(trainer: Trainer, batch: int, text: int, clock: Clock) -> Iterator[tuple[str, dict | None]]:

@@ -196,7 +196,8 @@ def test_bench_measures_what_runs(tmp_path):
         "distill.max_prompt_length=4", "distill.divergence=forward",
     ])  # fmt: skip
     lines = []
-    report = bench(config, "tiny", against=("naive",), repeats=1, warmup=0, generate_steps=(1, 2),
+    parts = ("step", "generate", "path", "losses", "attention", "kernels")
+    report = bench(config, "tiny", parts, against=("naive",), repeats=1, warmup=0, generate_steps=(1, 2),
                    progress=lines.append)  # fmt: skip
     assert report["passes"] == {"student at x_init": 3, "teacher": 2, "auxiliary's fit": 3, "auxiliary at x_t": 0,
                                 "student at x_t": 3}  # fmt: skip
@@ -204,6 +205,8 @@ def test_bench_measures_what_runs(tmp_path):
     assert {"student_pass", "teacher_pass", "auxiliary_losses", "student: backward", "update_ema"} < spent.keys()
     assert report["step"]["seconds"] > 0 and report["naive"]["ratio"] > 0 and set(report["generate"]) == {1, 2}
     assert {"draw", "auxiliary", "student", "all"} < report["losses"].keys() and any("naive" in line for line in lines)
+    assert report["attention"]["flash, grouped"]["seconds"] > 0 and report["attention"]["cudnn, grouped"] is None
+    assert report["kernels"]["aten::mm"][1] > 10
     write_report(report, tmp_path / "deep" / "bench.json")
     assert json.loads((tmp_path / "deep" / "bench.json").read_text())["tokens"] == 8
     assert [f.name for f in (tmp_path / "deep").iterdir()] == ["bench.json"]
