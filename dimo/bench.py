@@ -13,10 +13,13 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from torch.nn import functional as F
+from torch.nn.attention import sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
 
 from dimo.bench_naive import naive_step
 from dimo.distill import fused, stages
@@ -27,6 +30,7 @@ from dimo.train.trainer import Trainer
 from dimo.ursa import MetricPath, Ursa, UrsaConfig, UrsaTransformer, sample
 from dimo.ursa.answer import Answer, draw
 from dimo.ursa.checkpoint import INSTALL
+from dimo.ursa.transformer import ATTENTION
 
 SIZES = {
     "0.6B": {"hidden_size": 1024, "intermediate_size": 3072},
@@ -35,6 +39,7 @@ SIZES = {
              "lm_head_size": 4096},
 }  # fmt: skip
 PARTS = ("step", "generate", "path", "losses")
+MORE_PARTS = ("attention", "kernels")
 STAGES = (
     "draw_x_init", "student_pass", "renoise", "teacher_pass", "auxiliary_pass", "distil_knowledge",
     "distillation_loss", "total_loss",
@@ -135,13 +140,13 @@ def bench(
 
     Args:
         config: sizes, batch and method; its checkpoint is loaded unless `size`, of SIZES, asks for random weights.
-        parts: some of PARTS.
+        parts: some of PARTS and MORE_PARTS.
         against: "naive", "upstream".
 
     Raises:
         DimoError: an unknown part, or upstream where it is not installed or has no checkpoint to load.
     """
-    for given, known in ((parts, PARTS), (against, ("naive", "upstream"))):
+    for given, known in ((parts, PARTS + MORE_PARTS), (against, ("naive", "upstream"))):
         for name in given:
             if name not in known:
                 raise DimoError(f"there is nothing called {name!r} to measure{nearest(name, known)}")
@@ -150,7 +155,7 @@ def bench(
     report = {"device": _name(device), "torch": torch.__version__, "size": size or d.teacher_ckpt}
     report |= {"video": [d.num_frames, d.height, d.width], "batch": d.batch_size_per_gpu}
     report["product_tflops"] = matrix_product(clock)
-    progress(f"{report['device']}, torch {torch.__version__}; a matrix product: {report['product_tflops']:.1f} TFLOP/s")
+    progress(f"{report['device']}, torch {torch.__version__}; a matrix product: {report['product_tflops']:.3g} TFLOP/s")
 
     ursa = prompts = None
     if size:
@@ -218,6 +223,15 @@ def _other_parts(trainer: Trainer, text, parts, generate_steps, clock: Clock, pr
         report["losses"] = losses_alone(trainer, len(text), clock)
         for name, result in report["losses"].items():
             progress(_line(f"losses: {name}", result))
+    if "kernels" in parts:
+        report["kernels"] = kernels_of(trainer, clock)
+        for name, (seconds, calls) in list(report["kernels"].items())[:30]:
+            progress(f"    {1e3 * seconds:9.2f} ms {calls:6} x {name[:100]}")
+    if "attention" in parts:
+        report["attention"] = {}
+        for name, result in attention_alone(trainer, len(text), text.shape[1], clock):
+            report["attention"][name] = result
+            progress(_line(f"attention of a layer: {name}", result) if result else f"attention: {name} does not serve")
     return report
 
 
@@ -274,6 +288,46 @@ def losses_alone(trainer: Trainer, batch: int, clock: Clock) -> dict[str, dict]:
     if device.type == "cuda":
         times["all"]["extra_gb"] = times["all"]["peak_gb"] - base / 1e9
     return times
+
+
+def kernels_of(trainer: Trainer, clock: Clock) -> dict[str, tuple[float, int]]:
+    """{kernel: (seconds, calls)} of one step, longest first, by torch's profiler; of operators on a CPU."""
+    cuda = clock.device.type == "cuda"
+    kind = ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU
+    with profile(activities=[kind]) as found:
+        trainer.step(10**6)
+        clock.wait()
+    rows = [(e.key, (e.self_device_time_total if cuda else e.self_cpu_time_total) / 1e6, e.count)
+            for e in found.key_averages()]  # fmt: skip
+    return {name: (seconds, calls) for name, seconds, calls in sorted(rows, key=lambda row: -row[1])}
+
+
+def attention_alone(trainer: Trainer, batch: int, text: int, clock: Clock) -> Iterator[tuple[str, dict | None]]:
+    """Forward and backward of one layer's attention, by kernel, with grouped keys and with keys repeated."""
+    config, device = trainer.networks.student.config, trainer.device
+    dtype = torch.bfloat16 if trainer.config.training.mixed_precision == "bf16" else torch.float32
+    length = text + 1 + trainer.num_visual_tokens
+    heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+
+    def leaf(heads):
+        return torch.randn(batch, length, heads, size, device=device, dtype=dtype).transpose(1, 2).requires_grad_()
+
+    for backend in ATTENTION[:-1]:
+        for grouped in (True, False):
+            q, k, v = leaf(heads), *(leaf(kv_heads if grouped else heads) for _ in range(2))
+            grad = torch.randn_like(q)
+
+            def both(backend=backend, grouped=grouped, q=q, k=k, v=v, grad=grad):
+                with sdpa_kernel(backend):
+                    out = F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
+                torch.autograd.grad(out, (q, k, v), grad)
+
+            tflop, result = 3 * 4 * batch * heads * length**2 * size / 1e12, None
+            with contextlib.suppress(RuntimeError):  # the kernel says that it cannot
+                result = clock(both)
+                result["tflops"] = tflop / result["seconds"]
+                result["share_of_product"] = result["tflops"] / matrix_product(clock)
+            yield f"{backend.name.removesuffix('_ATTENTION').lower()}, {'grouped' if grouped else 'repeated'}", result
 
 
 def stage_times(trainer: Trainer, counter, clock: Clock) -> dict[str, float]:
@@ -372,7 +426,7 @@ def _rated(result: dict, tflop: float, product: float) -> dict:
 def _line(name: str, result: dict) -> str:
     text = f"{name:44}{1e3 * result['seconds']:10.1f} ms ({1e3 * result['least']:.1f} to {1e3 * result['most']:.1f})"
     if "tflops" in result:
-        text += f"  {result['tflops']:.1f} TFLOP/s, {100 * result['share_of_product']:.0f}% of the product"
+        text += f"  {result['tflops']:.3g} TFLOP/s, {100 * result['share_of_product']:.0f}% of the product"
     if "peak_gb" in result:
         text += f"  {result['peak_gb']:.1f} GB"
     if "extra_gb" in result:

@@ -98,3 +98,14 @@ def test_bad_input_is_refused_in_a_sentence():
         MetricPath(CODEBOOK, 0.0, 1.0)
     with pytest.raises(DimoError, match="codebook must have shape"):
         MetricPath(torch.zeros(3), 1.0, 1.0)
+
+
+def test_autocast_does_not_touch_the_distances(monkeypatch, generator):
+    """Where networks run in bf16; at t near 1 a rounded distance would move most tokens."""
+    monkeypatch.setattr(path_module, "FEW_CODES", 0)
+    path = MetricPath(torch.randn(300, 8, generator=generator), 0.9, 3.0)
+    x = torch.randint(300, (2, 50), generator=generator)
+    want = path.sample(x, 0.99, torch.Generator().manual_seed(1)), path.prob(x, 0.99)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = path.sample(x, 0.99, torch.Generator().manual_seed(1)), path.prob(x, 0.99)
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])

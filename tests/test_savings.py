@@ -196,7 +196,8 @@ def test_bench_measures_what_runs(tmp_path):
         "distill.max_prompt_length=4", "distill.divergence=forward",
     ])  # fmt: skip
     lines = []
-    report = bench(config, "tiny", against=("naive",), repeats=1, warmup=0, generate_steps=(1, 2),
+    parts = ("step", "generate", "path", "losses", "attention", "kernels")
+    report = bench(config, "tiny", parts, against=("naive",), repeats=1, warmup=0, generate_steps=(1, 2),
                    progress=lines.append)  # fmt: skip
     assert report["passes"] == {"student at x_init": 3, "teacher": 2, "auxiliary's fit": 3, "auxiliary at x_t": 0,
                                 "student at x_t": 3}  # fmt: skip
@@ -204,6 +205,8 @@ def test_bench_measures_what_runs(tmp_path):
     assert {"student_pass", "teacher_pass", "auxiliary_losses", "student: backward", "update_ema"} < spent.keys()
     assert report["step"]["seconds"] > 0 and report["naive"]["ratio"] > 0 and set(report["generate"]) == {1, 2}
     assert {"draw", "auxiliary", "student", "all"} < report["losses"].keys() and any("naive" in line for line in lines)
+    assert report["attention"]["flash, grouped"]["seconds"] > 0 and report["attention"]["cudnn, grouped"] is None
+    assert report["kernels"]["aten::mm"][1] > 10
     write_report(report, tmp_path / "deep" / "bench.json")
     assert json.loads((tmp_path / "deep" / "bench.json").read_text())["tokens"] == 8
     assert [f.name for f in (tmp_path / "deep").iterdir()] == ["bench.json"]
@@ -220,3 +223,16 @@ def test_the_count_of_operations_is_torchs(generator):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.randint(25, (1, 12), generator=generator), rope_positions(3, (2, 2, 2)), last=8)
     assert model_flops(model.config, 12, 8) == counter.get_total_flops()
+
+
+def test_bf16_fused_losses_follow_the_float32_ones(tmp_path):
+    """The mean of the first losses; `python tests/numerics.py` compares 200, compiled, on a GPU."""
+    many = ["distill.batch_size_per_gpu=16", "distill.w_kd=0.1", "optim.warmup_steps=1"]
+    plain, fast = trainer_for(tmp_path, *many), trainer_for(tmp_path, *many, "training.mixed_precision=bf16")
+    fast.fused = True
+    assert fast.networks.teacher.lm_head.weight.dtype == torch.bfloat16
+    want, got = run(plain, 6), run(fast, 6)
+    assert not torch.equal(got, want)
+    for name in ("loss/aux", "entropy/student", "entropy/aux"):
+        column = MEASURED.index(name)
+        assert got[:, column].mean().item() == pytest.approx(want[:, column].mean().item(), rel=0.05), name

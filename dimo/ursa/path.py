@@ -87,11 +87,17 @@ class _Path:
         return torch.cat(out).view(x_t.shape)
 
 
+def _products(x: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    """x codebook^T in float32, also where bf16 is on for networks: beta_t multiplies its rounding by hundreds."""
+    with torch.autocast(x.device.type, enabled=False):
+        return x @ codebook.T
+
+
 def _draw_near(
     x_1: torch.Tensor, codebook: torch.Tensor, square: torch.Tensor, beta: torch.Tensor, u: torch.Tensor
 ) -> torch.Tensor:
     """Draw from softmax_x(-beta |x_1 - x|^2) for vectors x_1 (n, D), beta (n,), u (n,); |x_1|^2 cancels."""
-    return pick(beta.unsqueeze(-1) * (2 * (x_1 @ codebook.T) - square), u)
+    return pick(beta.unsqueeze(-1) * (2 * _products(x_1, codebook) - square), u)
 
 
 class MixturePath(_Path):
@@ -133,7 +139,7 @@ class MetricPath(_Path):
         """d(x_1, .): (...) -> (..., K)."""
         if self._table is not None:
             return self._table[x_1]
-        return self._square[x_1].unsqueeze(-1) + self._square - 2 * (self.codebook[x_1] @ self.codebook.T)
+        return self._square[x_1].unsqueeze(-1) + self._square - 2 * _products(self.codebook[x_1], self.codebook)
 
     def _prob(self, x_1: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         beta = self.c * (t / (1 - t)) ** self.alpha
