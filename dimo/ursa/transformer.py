@@ -96,7 +96,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled() and cpu.serves(x):
+        if cpu.serves(x):  # without a gradient too: teacher and student are equal to the last bit until one learns
             return cpu.Norm.apply(x, self.weight, NORM_EPS)
         return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), NORM_EPS)
 
