@@ -26,26 +26,23 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from dimo.errors import DimoError, nearest
+from dimo.bench import SIZES
+from dimo.errors import DimoError
 from dimo.train.config import Config
 from dimo.train.launch import engine_kind
 from dimo.train.prompts import WorldPrompts
-from dimo.ursa import MetricPath, Ursa, UrsaConfig, UrsaTransformer, chunks
+from dimo.ursa import MetricPath, Ursa, UrsaConfig, UrsaTransformer, chunks, cpu
 from dimo.ursa.checkpoint import read_config, vae_strides
 from dimo.worlds import checkpoint_folder
-
-SIZES = {  # of URSA's releases: Qwen3's
-    "0.6B": UrsaConfig(hidden_size=1024, intermediate_size=3072),
-    "1.7B": UrsaConfig(),
-}
 
 
 @dataclasses.dataclass
 class DryRun:
     """What rank 0 holds and sends, in bytes.
 
-    `weights` by network, and those that are `trained`; `kept` between steps by optimizers and all else; `gradients` of the
-    larger trained network; `peak` of a step, beyond what is kept; `collectives` by name, of a step.
+    `weights` by network, what networks share counted once, and those that are `trained`; `kept` between steps by
+    optimizers and all else; `gradients` of the larger trained network; `peak` of a step, beyond what is kept;
+    `collectives` of a step, by name.
     """
 
     weights: dict[str, int]
@@ -64,10 +61,11 @@ def empty_ursa(size: str | None, teacher_ckpt: str, device: str | torch.device =
         DimoError: no such size or folder.
     """
     if size is not None and size not in SIZES:
-        raise DimoError(f"--size must be one of {', '.join(SIZES)}, got {size!r}{nearest(size, SIZES)}")
+        raise DimoError(f"--size must be one of {', '.join(SIZES)}, got {size!r}")
     folder, strides = Path(f"URSA-{size}"), (4, 8)
-    config = SIZES.get(size)
-    if config is None:
+    if size is not None:
+        config = UrsaConfig.from_dict(SIZES[size])
+    else:
         folder = checkpoint_folder(teacher_ckpt)
         config, strides = read_config(folder / "transformer"), vae_strides(folder)
     with torch.device(device):
@@ -90,9 +88,11 @@ def dry_run(config: Config, size: str | None = None, num_processes: int = 1) -> 
     """
     from dimo.train.trainer import Trainer
 
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, device="cpu", backend="native"))
+    on_gpu = config.model.device != "cpu"
+    model = dataclasses.replace(config.model, device="cpu", backend="native", compile=False)
+    config = dataclasses.replace(config, model=model)
     processes, meter = _fake_processes(num_processes, engine_kind(config.training.engine)), _Meter()
-    with processes, _as_on_a_gpu(), _Fake(), meter.with_resizing():
+    with processes, _without_values(), _as_on_a_gpu(on_gpu), _Fake(allow_non_fake_inputs=True), meter.with_resizing():
         ursa = empty_ursa(size, config.distill.teacher_ckpt)
         prompts = WorldPrompts(["a red ball"], ursa, config.distill.max_prompt_length)
         trainer = Trainer(config, ursa, prompts)
@@ -100,17 +100,24 @@ def dry_run(config: Config, size: str | None = None, num_processes: int = 1) -> 
         before = meter.bytes
         meter.peak, meter.collectives = before, collections.Counter()
         trainer.step(1)
-        networks = vars(trainer.networks)
-        weights = {name: _bytes(net.parameters()) for name, net in networks.items()}
-        trained = {name: _bytes(p for p in net.parameters() if p.requires_grad) for name, net in networks.items()}
+        weights, trained, seen = {}, {}, set()
+        for name, network in vars(trainer.networks).items():
+            weights[name] = _bytes(network.parameters(), seen)
+            trained[name] = _bytes((p for p in network.parameters() if p.requires_grad), set())
         return DryRun(
             weights, {name: n for name, n in trained.items() if n}, before - sum(weights.values()),
             max(trained.values()), meter.peak - before, dict(meter.collectives), trainer.num_visual_tokens,
         )  # fmt: skip
 
 
-def _bytes(tensors) -> int:
-    return sum(_own(t).numel() * t.element_size() for t in tensors)
+def _bytes(tensors, seen: set[int]) -> int:
+    """Of those whose memory is not among the `seen`, which they join."""
+    size = 0
+    for tensor in map(_own, tensors):
+        if tensor.untyped_storage()._cdata not in seen:
+            seen.add(tensor.untyped_storage()._cdata)
+            size += tensor.numel() * tensor.element_size()
+    return size
 
 
 def _own(tensor: torch.Tensor) -> torch.Tensor:
@@ -137,13 +144,25 @@ def _apply(module: torch.nn.Module, function, recurse: bool = True) -> torch.nn.
 
 
 @contextlib.contextmanager
-def _as_on_a_gpu():
-    """What of torch and dimo looks at values, or at the device, in a way that fake tensors cannot serve."""
+def _without_values():
+    """What of torch looks at values in a way that fake tensors cannot serve."""
     with (
         mock.patch.object(torch.nn.Module, "_apply", _apply),
         mock.patch.object(dist, "all_gather_object", _gather_object),
         mock.patch.object(dist, "init_device_mesh", _real_mesh),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _as_on_a_gpu(on_gpu: bool):
+    """Where dimo goes another way on a CPU, it goes a GPU's."""
+    if not on_gpu:
+        yield
+        return
+    with (
         mock.patch.dict(chunks.ENTRIES, cpu=chunks.ENTRIES["cuda"]),
+        mock.patch.object(cpu, "serves", lambda *_, **__: False),
     ):
         yield
 

@@ -15,10 +15,9 @@ from dimo.errors import DimoError, nearest
 from dimo.evaluation.evaluate import UNITS, columns_of, format_cell, format_table
 from dimo.train.config import config_keys, load_config, to_yaml
 from dimo.train.flags import flags
-from dimo.train.launch import children_told_to_stop, launch_command, needs_launch, wait_for_children
+from dimo.train.launch import children_told_to_stop, refuse_early, wait_for_children
 from dimo.train.runfolder import RunFolder, write_text
 from dimo.train.signals import Preempted
-from dimo.train.trackers import require_trackers
 from dimo.worlds import checkpoint_folder
 
 SHARED = ("config", "overrides")  # every notebook's parameters cell has them
@@ -63,10 +62,7 @@ def run_notebooks(
     overrides = list(overrides)
     extra = _parse_parameters(parameters, overrides, {k: v for own in known.values() for k, v in own.items()})
     settings = load_config(config, overrides)
-    checkpoint_folder(settings.distill.teacher_ckpt)
-    require_trackers(settings.experiment.trackers)
-    if needs_launch(settings):
-        launch_command(settings)
+    refuse_early(settings)
     c = settings.experiment
     run = RunFolder.open(c.output_dir, to_yaml(settings), c.resume, c.overwrite)
     if c.overwrite or not c.resume:

@@ -14,7 +14,7 @@ import torch
 
 from dimo.dryrun import DryRun, dry_run, empty_ursa
 from dimo.errors import DimoError
-from dimo.train.config import Config, config_keys, load_config, to_flat
+from dimo.train.config import Config, load_config, to_flat
 from dimo.train.launch import engine_kind
 
 GIB = 2**30
@@ -91,6 +91,7 @@ def _probe(config: Config, size: str | None) -> tuple[float | None, int | None, 
     from dimo.train.prompts import WorldPrompts
     from dimo.train.trainer import Trainer
 
+    torch.cuda.reset_peak_memory_stats()
     try:
         ursa = empty_ursa(size, config.distill.teacher_ckpt, "cuda")
         trainer = Trainer(config, ursa, WorldPrompts(["a red ball"], ursa, config.distill.max_prompt_length))
@@ -115,12 +116,13 @@ def alternatives(plan: Plan, size: str | None, preset: str | None, overrides: Se
     flat, sparing = to_flat(plan.config), []
     if flat["training.mixed_precision"] == "no":
         sparing.append("training.mixed_precision=bf16")
-    if flat.get("model.activation_checkpointing", "full") != "full":
+    if flat["model.activation_checkpointing"] != "full":
         sparing.append("model.activation_checkpointing=full")
+    if flat["model.train_embeddings"]:
+        sparing.append("model.train_embeddings=false")
     if d.batch_size_per_gpu > 1:
-        more = f" training.gradient_accumulation_steps={2 * flat.get('training.gradient_accumulation_steps', 1)}"
-        known = "training.gradient_accumulation_steps" in config_keys()
-        sparing.append(f"distill.batch_size_per_gpu={d.batch_size_per_gpu // 2}{more if known else ''}")
+        more = f"training.gradient_accumulation_steps={2 * flat['training.gradient_accumulation_steps']}"
+        sparing.append(f"distill.batch_size_per_gpu={d.batch_size_per_gpu // 2} {more}")
     changes = [[change] for change in sparing] + ([sparing] if len(sparing) > 1 else [])
     if n > 1 and engine_kind(plan.config.training.engine) == "ddp":
         engines = [f"training.engine={engine}" for engine in ("deepspeed_zero2", "fsdp2")]
@@ -137,7 +139,7 @@ def alternatives(plan: Plan, size: str | None, preset: str | None, overrides: Se
 def format_plan(plan: Plan, name: str, memory: float) -> str:
     """The plan as text, for a terminal."""
     d, t, n = plan.config.distill, plan.config.training, plan.run.num_visual_tokens
-    videos = d.batch_size_per_gpu * t.num_processes * getattr(t, "gradient_accumulation_steps", 1)
+    videos = d.batch_size_per_gpu * t.num_processes * t.gradient_accumulation_steps
     lines = [
         f"{name} at {d.num_frames}x{d.height}x{d.width}: {n:,} tokens a video, {d.batch_size_per_gpu} video(s) a GPU, "
         f"{t.num_processes} GPU(s), engine {t.engine}, mixed_precision {t.mixed_precision}",
@@ -148,7 +150,8 @@ def format_plan(plan: Plan, name: str, memory: float) -> str:
         f"{memory / GIB:.0f}",
     ]
     if plan.measured is not None:
-        lines.append(f"{'measured on one GPU here':32}{plan.measured / GIB:8.2f}")
+        alone = "measured here, nothing cut" if plan.config.training.num_processes > 1 else "measured here"
+        lines.append(f"{alone:32}{plan.measured / GIB:8.2f}")
     lines += ["", *_collectives(plan)]
     tokens = t.max_train_steps * videos * n
     lines.append(f"{t.max_train_steps:,} steps: {t.max_train_steps * videos:,} videos, {tokens:.3g} tokens")

@@ -87,7 +87,6 @@ trainer.step(2)
 
 
 @pytest.mark.parametrize("engine", WITH_ZERO2[1:])
-def test_a_checkpoint_is_taken_up_by_another_number_of_processes_and_engine(tmp_path, engine):
+def test_a_checkpoint_is_taken_up_by_another_number_of_processes(tmp_path, engine):
     run_script(tmp_path, TAKE_UP, "0", engine=engine)
     run_script(tmp_path, TAKE_UP, "1", engine=engine, processes=3)
-    run_script(tmp_path, TAKE_UP, "1", engine="ddp", processes=1)

@@ -38,7 +38,7 @@ class Engine:
     def __init__(self, config: Config):
         asked = _asked_for()
         self.mixed_precision, self.max_grad_norm = config.training.mixed_precision, config.optim.max_grad_norm
-        # accelerate fixes a precision once a process, and leaves DeepSpeed's to DeepSpeed: `autocast` sees to it instead
+        # accelerate fixes a precision once a process and leaves DeepSpeed's to DeepSpeed; `autocast` sees to it instead
         self.accelerator = Accelerator(mixed_precision="no", cpu=device_of(config).type == "cpu")
         self.kind = asked if dist.is_initialized() else "ddp"
         self.device = self.accelerator.device

@@ -27,6 +27,7 @@ from dimo.train.lifeline import GRACE_S, adopt_orphans
 from dimo.train.runfolder import RunFolder, write_text
 from dimo.train.signals import PREEMPTED, Preempted
 from dimo.train.trackers import require_trackers
+from dimo.worlds import checkpoint_folder
 
 LOG = "launch.log"
 
@@ -38,7 +39,7 @@ def train(config: Config) -> RunFolder:
         Preempted: it was asked to stop, and has saved.
         DimoError: bad input, or training failed; the run folder tells more.
     """
-    require_trackers(config.experiment.trackers)
+    refuse_early(config)
     if not needs_launch(config):
         from dimo.train.trainer import Trainer
 
@@ -51,6 +52,21 @@ def train(config: Config) -> RunFolder:
         reason = run.status().get("error") or "see what it printed"
         raise DimoError(f"training ended with exit code {code}: {reason} ({run.path / LOG})")
     return run
+
+
+def refuse_early(config: Config) -> None:
+    """What can be seen to be wrong before anything starts.
+
+    Raises:
+        DimoError: no teacher, captions, tracker or engine of that name; more processes than GPUs.
+    """
+    source = config.distill.prompt_source
+    checkpoint_folder(config.distill.teacher_ckpt)
+    if source != "world" and not Path(source).expanduser().exists():
+        raise DimoError(f"distill.prompt_source {source!r} is neither world nor a file or folder")
+    require_trackers(config.experiment.trackers)
+    if needs_launch(config):
+        launch_command(config)
 
 
 def needs_launch(config: Config) -> bool:
