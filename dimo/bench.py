@@ -394,8 +394,11 @@ def matrix_product(clock: Clock) -> float:
 
 def _naive(config, kept: tuple, tflop: float, clock: Clock, report: dict, progress) -> dict:
     checkpointing = config.model.activation_checkpointing != "none"
-    step = naive_step(config, *kept, checkpointing)
-    result = _rated(clock(step), tflop, report["product_tflops"])
+    try:
+        result = _rated(clock(naive_step(config, *kept, checkpointing)), tflop, report["product_tflops"])
+    except torch.OutOfMemoryError as error:
+        progress(f"the naive step does not fit into this memory: {str(error).splitlines()[0][:120]}")
+        return {"fits": False}
     result["checkpointing"] = "full" if checkpointing else "none"
     progress(_line("naive step, no optimizer", result))
     if "step" in report:

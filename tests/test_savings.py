@@ -12,8 +12,10 @@ from dimo.distill.stages import Step
 from dimo.errors import DimoError
 from dimo.train.config import load_config
 from dimo.train.trainer import Trainer
-from dimo.ursa import UrsaConfig, UrsaTransformer, transformer, visual_logits
+from dimo.ursa import UrsaConfig, UrsaTransformer, load_ursa, transformer, visual_logits
+from dimo.ursa.checkpoint import load_transformer
 from dimo.ursa.inputs import rope_positions
+from dimo.worlds import checkpoint_folder
 
 GRID = (3, 4, 4)
 MEASURED = "loss/total loss/distill loss/aux loss/kd entropy/student entropy/aux gap/aux_teacher_tv reward/mean".split()
@@ -236,3 +238,16 @@ def test_bf16_fused_losses_follow_the_float32_ones(tmp_path):
     for name in ("loss/aux", "entropy/student", "entropy/aux"):
         column = MEASURED.index(name)
         assert got[:, column].mean().item() == pytest.approx(want[:, column].mean().item(), rel=0.05), name
+
+
+def test_a_run_with_shared_bf16_embeddings_samples_saves_and_goes_on(tmp_path):
+    frozen = ["model.train_embeddings=false", "training.mixed_precision=bf16", "training.max_train_steps=2"]
+    trainer = trainer_for(tmp_path, *frozen, "experiment.sample_every=1", "experiment.save_every=1")
+    trainer.train(progress=False)
+    student = load_transformer(tmp_path / "checkpoints" / "final" / "student")
+    own, teacher = student.model.embed_tokens.weight, load_ursa(checkpoint_folder("shapes")).transformer
+    assert own.dtype == torch.float32 and torch.equal(own, teacher.model.embed_tokens.weight.bfloat16().float())
+    again = trainer_for(tmp_path, *frozen[:2], "training.max_train_steps=3")
+    again.train(progress=False)
+    rows = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1] == 3

@@ -273,6 +273,8 @@ class UrsaTransformer(nn.Module):
         require_ids("input_ids", input_ids, self.config.vocab_size)
         cos, sin = rope_table(rope_pos, self.config.rope_theta, self.config.head_dim)
         x = self.model.embed_tokens(input_ids)
+        if not torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.lm_head.weight.dtype)  # embeddings shared with a bfloat16 teacher
         for layer in self.model.layers:
             x = layer(x, cos, sin)
         return self.model.norm(x)
