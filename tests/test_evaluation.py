@@ -98,7 +98,7 @@ def test_ablation_tunes_on_one_seed_reports_on_others_and_continues(tmp_path):
     assert len(list(tmp_path.glob("*-seed100"))) == 4 and len(table.splitlines()) == 3
     for lr in (1e-4, 2e-4):  # all rates move together, in the preset's proportions
         optim = load_config(tmp_path / f"recipe-lr{lr:g}-seed100" / "config.yaml").optim
-        assert (optim.lr, optim.aux_lr, optim.muon_lr) == pytest.approx((lr, 2 * lr, 5 * lr))
+        assert (optim.lr, optim.aux_lr, optim.muon_lr) == pytest.approx((lr, 8 * lr, 5 * lr))
     written = {f: f.stat().st_mtime_ns for f in tmp_path.glob("*/report.json")}
     assert len(written) == 8
     assert ablate(tmp_path, "smoke", small, [1e-4, 2e-4], 2, ["recipe", "literal"]) == table
