@@ -197,14 +197,16 @@ def _record_end(folder: str, error: BaseException, rank: int) -> None:
 
 def write_samples(trainer: Trainer, run: RunFolder, done: int) -> None:
     """One-step videos of the EMA student for the first prompts, the same noise every time: tokens and a picture."""
-    if trainer.ursa.vae is None or not run.writes:
+    if trainer.ursa.vae is None:
         return
-    from dimo.views.sheets import save_sheet  # matplotlib only when a picture is made
-
     g = torch.Generator(trainer.device).manual_seed(trainer.config.experiment.seed)
     examples, ids = trainer.prompts.examples, trainer.prompts.example_ids
     rows = torch.linspace(0, len(ids) - 1, min(8, len(ids))).long().to(trainer.device)
-    codes = sample(trainer.networks.ema, trainer.path, ids[rows], trainer.grid, 1, generator=g)
+    codes = sample(trainer.networks.ema, trainer.path, ids[rows], trainer.grid, 1, generator=g)  # on every rank: cut
+    if not run.writes:
+        return
+    from dimo.views.sheets import save_sheet  # matplotlib only when a picture is made
+
     frames = trainer.ursa.vae.decode(codes.view(-1, *trainer.grid)).cpu()
     shown = [examples[i] for i in rows.tolist()]
     save_sheet(run.path / "samples" / f"step-{done:08d}.png", {"student, 1 pass": frames}, shown)
