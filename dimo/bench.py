@@ -24,6 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 from dimo.bench_naive import naive_step
 from dimo.distill import fused, stages
 from dimo.errors import DimoError, nearest
+from dimo.files import write_text
 from dimo.train.config import Config, device_of, load_config
 from dimo.train.prompts import WorldPrompts
 from dimo.train.trainer import Trainer
@@ -463,8 +464,4 @@ def bench_config(preset: str | None, size: str | None, overrides: list[str]) -> 
 
 def write_report(report: dict, file: str | Path) -> None:
     """As JSON, whole or not at all."""
-    file = Path(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    partial.replace(file)
+    write_text(file, json.dumps(report, indent=2) + "\n")

@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from dimo.errors import DimoError
 from dimo.train.config import Config, device_of
 from dimo.train.optimizers import set_lr_factor
+from dimo.train.ranks import everywhere
 
 BUCKET_ENTRIES = 2**26  # gradients averaged in one call: 256 MiB of float32
 
@@ -100,11 +101,7 @@ class Engine:
 
     def everywhere(self, value: Any) -> list:
         """The value of every process, in order of rank."""
-        if self.world_size == 1:
-            return [value]
-        values = [None] * self.world_size
-        dist.all_gather_object(values, value)
-        return values
+        return everywhere(value)
 
     def whole_state(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         """The state dict; where it is cut it is gathered onto the CPU of rank 0, and empty on the others."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from safetensors.torch import save_file
 
 from dimo.distill.stages import Step
 from dimo.errors import DimoError, NonFiniteError
+from dimo.files import whole_file
 from dimo.train.engine import Engine
 
 REPLAYED = ("txt_ids", "x_init", "x_hat", "x_t", "t")
@@ -77,7 +77,5 @@ def save_replay(file: Path, step: Step, index: int, seed: int) -> None:
     drawn = {name: getattr(step, name) for name in REPLAYED}
     tensors = {name: value.detach().cpu().contiguous() for name, value in drawn.items() if value is not None}
     numbers = {"step": torch.tensor(index), "seed": torch.tensor(seed)}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f".{file.name}.partial")
-    save_file(tensors | numbers, beside)
-    os.replace(beside, file)
+    with whole_file(file) as beside:
+        save_file(tensors | numbers, beside)
