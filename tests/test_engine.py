@@ -292,7 +292,7 @@ def test_bf16_masters_are_float32_and_every_pass_sees_the_latest_weights():
 
 
 AVERAGE = """
-import torch, torch.distributed as dist
+import pytest, torch, torch.distributed as dist
 import dimo.train.engine as engine
 from dimo.errors import DimoError
 from dimo.train.config import load_config
@@ -306,18 +306,14 @@ for entries in (1, 7, 10_000):
     engine.average(own)
     assert all(torch.equal(a, b) for a, b in zip(own, want)), entries
 engine.Engine(load_config("smoke", ["model.device=cpu", "optim.optimizer=adamw"]))
-try:
+with pytest.raises(DimoError, match="muon steps on whole matrices, and fsdp2 cuts them; use optim.optimizer=adamw"):
     engine.Engine(load_config("smoke", ["model.device=cpu", "optim.optimizer=muon"]))
-except DimoError as error:
-    print("REFUSED", error)
 """
 
 
 def test_gradients_are_averaged_in_buckets_and_muon_is_refused_where_matrices_are_cut(tmp_path):
-    said = run_script(tmp_path, AVERAGE, engine="fsdp2")
+    run_script(tmp_path, AVERAGE, engine="fsdp2")
     assert average([]) is None
-    sentence = "optim.optimizer=muon steps on whole matrices, and fsdp2 cuts them; use optim.optimizer=adamw"
-    assert said.count("REFUSED " + sentence) == 2
 
 
 @pytest.mark.parametrize(

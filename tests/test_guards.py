@@ -151,6 +151,7 @@ def test_the_entropy_bonus_rises_and_falls_as_events(tmp_path, monkeypatch):
 
 ONE_RANK = """
 import sys
+import pytest
 from test_guards import SETTINGS, learnt, same, spoil_output
 from dimo.errors import DimoError
 from dimo.train.config import load_config
@@ -198,17 +199,14 @@ assert "the teacher's logits must be finite" in trainer.events[0]["why"][1]
 if engine.rank == 1:
     spoil_output(n.teacher)
 trainer.step(3)
-try:
+with pytest.raises(DimoError, match="2 steps in a row"):
     trainer.step(4)
-except DimoError as error:
-    print("STOPPED", engine.rank, error)
 """
 
 
 @pytest.mark.parametrize("engine", WITH_ZERO2)
 def test_nan_in_one_process_updates_none(tmp_path, engine):
-    said = run_script(tmp_path, ONE_RANK, engine, engine=engine)
-    assert said.count("STOPPED") == 2 and "2 steps in a row" in said
+    run_script(tmp_path, ONE_RANK, engine, engine=engine)
     files = sorted(file.name for file in (tmp_path / "run" / "slices").iterdir())
     assert files == [f"replay-00000005-rank{rank}.safetensors" for rank in (0, 1)]
     assert not torch.equal(*(load_file(tmp_path / "run" / "slices" / name)["x_init"] for name in files))
