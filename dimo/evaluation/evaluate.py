@@ -45,8 +45,8 @@ def evaluate(
 ) -> tuple[dict, dict[str, torch.Tensor]]:
     """Score every sampler on every prompt of the world -> (rows by name, codes (B, N) by name).
 
-    Every row starts from the same noise. Rows: student_1, student_1_argmax, untrained_1 (what the student started
-    from), untrained_1_argmax, teacher_<steps>.
+    Every batch starts from noise of its own, derived from (seed, batch index) and the same in every row. Rows:
+    student_1, student_1_argmax, untrained_1 (what the student started from), untrained_1_argmax, teacher_<steps>.
     """
     prompts = [p for p in world.prompts for _ in range(videos_per_prompt)]
     txt_ids = ursa.tokenize(prompts, max_prompt_length)
@@ -62,9 +62,10 @@ def evaluate(
     bar = tqdm(samplers.items(), desc="evaluate", unit="sampler", disable=not progress)
     for name, (network, steps, argmax) in bar:
         bar.set_postfix_str(name)
-        g = torch.Generator(ursa.path.device).manual_seed(seed)
         parts, start = [], time.perf_counter()
-        for ids in txt_ids.split(batch_size):
+        for i, ids in enumerate(txt_ids.split(batch_size)):
+            # not one generator for all batches: rows draw different numbers on their way from one to the next
+            g = torch.Generator(ursa.path.device).manual_seed((seed * 1_000_003 + i) % 2**63)
             options = {"shift": ursa.shift, "argmax": argmax, "generator": g}
             parts.append(sample(network, ursa.path, ids, world.latents_shape, steps, **options))
         codes[name] = torch.cat(parts).cpu()  # waits for the GPU, so the clock is right
