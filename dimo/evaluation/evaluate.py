@@ -20,7 +20,7 @@ from dimo.train.config import Config, device_of
 from dimo.train.prompts import open_prompts
 from dimo.ursa import Ursa, UrsaTransformer, load_ursa, sample
 from dimo.ursa.checkpoint import load_student
-from dimo.worlds import checkpoint_folder, load_world, require_grid
+from dimo.worlds import checkpoint_folder, is_world, load_world, require_grid
 from dimo.worlds.oracle import score, summarise
 from dimo.worlds.shapes import ShapesWorld
 
@@ -101,7 +101,7 @@ def evaluate_to_folder(config: Config, weights: str | Path, out: Path, progress:
     any other folder the prompts are the first of `distill.prompt_source`, and codes.safetensors keeps the videos.
     """
     e, d, folder = config.evaluation, config.distill, checkpoint_folder(config.distill.teacher_ckpt)
-    world = load_world(folder) if (folder / "world.json").exists() else None
+    world = load_world(folder) if is_world(folder) else None
     half = config.training.mixed_precision == "bf16" and world is None  # as URSA is run, and as long as its seconds are
     dtype = torch.bfloat16 if half else torch.float32
     ursa = load_ursa(folder, device_of(config), dtype, config.model.backend)

@@ -22,7 +22,7 @@ from dimo.errors import DimoError, nearest
 from dimo.ursa.checkpoint import BACKENDS, DTYPES
 from dimo.ursa.inputs import latents_shape_for
 from dimo.ursa.transformer import CHECKPOINTING
-from dimo.worlds import built_in_worlds
+from dimo.worlds import built_in_worlds, is_world
 
 PRESETS = Path(__file__).parent / "presets"
 TRACKERS = ("tensorboard", "wandb", "trackio")
@@ -228,7 +228,7 @@ def _default_preset(overrides: Sequence[str]) -> str | None:
 
 
 def _is_world(teacher_ckpt: str | Path) -> bool:
-    return str(teacher_ckpt) in built_in_worlds() or (Path(teacher_ckpt) / "world.json").exists()
+    return str(teacher_ckpt) in built_in_worlds() or is_world(teacher_ckpt)
 
 
 def default_prompt_length(teacher_ckpt: str | Path) -> int:
