@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from dimo.bench import SIZES
+from dimo.bench.sizes import SIZES
 from dimo.errors import DimoError
 from dimo.train.config import Config
 from dimo.train.launch import engine_kind

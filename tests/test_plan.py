@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from dimo.bench import SIZES
+from dimo.bench.sizes import SIZES
 from dimo.cli import main
 from dimo.dryrun import dry_run
 from dimo.errors import DimoError
