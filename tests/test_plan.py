@@ -15,6 +15,8 @@ from dimo.train.config import load_config
 from dimo.train.trainer import Trainer
 from dimo.ursa import UrsaConfig, UrsaTransformer
 
+pytestmark = pytest.mark.filterwarnings("error:Accessing the data pointer of FakeTensor")  # `dimo plan` showed it
+
 
 def optimizer_bytes(trainer):
     optimizers = trainer.student.optimizers + trainer.aux.optimizers
