@@ -20,13 +20,13 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from dimo.bench import SIZES
+from dimo.bench.sizes import SIZES
 from dimo.errors import DimoError
 from dimo.train.config import Config
 from dimo.train.launch import engine_kind
@@ -148,6 +148,7 @@ def _without_values():
     """What of torch looks at values in a way that fake tensors cannot serve."""
     with (
         mock.patch.object(torch.nn.Module, "_apply", _apply),
+        mock.patch.object(FakeTensor, "data_ptr", lambda _: 0),  # what it is; but copying a tensor asks, and warns
         mock.patch.object(dist, "all_gather_object", _gather_object),
         mock.patch.object(dist, "init_device_mesh", _real_mesh),
     ):

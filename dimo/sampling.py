@@ -18,7 +18,7 @@ from dimo.files import whole_file, write_text
 from dimo.train.config import default_prompt_length
 from dimo.ursa import load_ursa, sample
 from dimo.ursa.checkpoint import DTYPES, load_student
-from dimo.worlds import checkpoint_folder, load_world, require_grid, video_size
+from dimo.worlds import checkpoint_folder, is_world, load_world, require_grid, video_size
 
 log = logging.getLogger(__name__)
 FPS = 12  # of URSA's videos
@@ -65,7 +65,6 @@ def sample_to_folder(request: Request, prompts: list[str], out: str | Path) -> l
     if r.steps < 1:
         raise DimoError(f"steps must be at least 1, got {r.steps}")
     folder, device = checkpoint_folder(r.teacher_ckpt), _device(r.device)
-    is_world = (folder / "world.json").exists()
     r.device, r.dtype = device.type, _dtype(r.dtype, device)
     given = zip((r.num_frames, r.height, r.width), video_size(folder))
     r.num_frames, r.height, r.width = (default if size is None else size for size, default in given)
@@ -73,7 +72,7 @@ def sample_to_folder(request: Request, prompts: list[str], out: str | Path) -> l
 
     ursa = load_ursa(folder, device, DTYPES[r.dtype], r.backend)
     grid = ursa.latents_shape(r.num_frames, r.height, r.width)
-    if is_world:
+    if is_world(folder):
         world = load_world(folder)
         require_grid(world, grid)
         world.attributes(prompts)  # refuses a prompt of which the world knows nothing

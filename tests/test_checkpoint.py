@@ -1,11 +1,11 @@
 """Checkpoint folders: what is read, what is refused, and the teacher that ships."""
 
 import json
-import os
 import shutil
 
 import pytest
 import torch
+from hostile import Hostile
 from safetensors.torch import load_file, save_file
 
 from dimo.errors import DimoError
@@ -75,19 +75,14 @@ def test_a_mixture_path_is_read_from_alpha_null(folder):
     assert type(load_ursa(folder).path).__name__ == "MixturePath"
 
 
-class Hostile:
-    def __init__(self, target):
-        self.target = target
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.target),)
-
-
 def test_a_hostile_pickle_is_not_executed(folder, tmp_path):
-    torch.save({"path.emb": Hostile(tmp_path / "executed")}, folder / "scheduler" / "scheduler_model.pth")
+    file = folder / "scheduler" / "scheduler_model.pth"
+    torch.save({"path.emb": Hostile(tmp_path / "executed")}, file)
     with pytest.raises(DimoError, match="could not be read as plain tensors"):
         load_ursa(folder)
     assert not (tmp_path / "executed").exists()
+    torch.load(file, weights_only=False)
+    assert (tmp_path / "executed").exists()  # it was armed
 
 
 def damage(folder, file, how):

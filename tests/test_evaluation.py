@@ -11,6 +11,7 @@ from dimo.evaluation.alarms import alarms
 from dimo.evaluation.evaluate import COLUMNS, evaluate, evaluate_to_folder, format_table, load_student
 from dimo.train.config import load_config
 from dimo.ursa import sample, save_student
+from dimo.ursa.sampler import Trajectory
 from dimo.worlds.oracle import score
 
 
@@ -28,14 +29,38 @@ def test_rows_are_what_the_samplers_and_the_oracle_give(world, ursa):
     ]
     prompts = [p for p in world.prompts for _ in range(2)]
     again = sample(
-        ursa.transformer, ursa.path, ursa.tokenize(prompts, 4), (3, 4, 4), 3, generator=torch.Generator().manual_seed(5)
-    )
+        ursa.transformer, ursa.path, ursa.tokenize(prompts, 4), (3, 4, 4), 3,
+        generator=torch.Generator().manual_seed(5 * 1_000_003),
+    )  # fmt: skip
     assert torch.equal(codes["teacher_3"], again)
     assert rows["teacher_3"]["validity"] == score(world, again, prompts).valid.float().mean().item()
     # the teacher as its own student, from the same noise and with the same draws
     assert torch.equal(codes["student_1"], codes["teacher_1"]) and torch.equal(codes["student_1"], codes["untrained_1"])
     assert not torch.equal(codes["student_1"], codes["student_1_argmax"])
     assert all(set(COLUMNS) <= set(row) for row in rows.values()) and "undefined" in format_table(rows)
+
+
+def test_every_batch_of_every_row_starts_from_the_same_noise(world, ursa, monkeypatch):
+    started = []
+
+    def recording(*arguments, **options):
+        way = Trajectory()
+        codes = sample(*arguments, **options, trajectory=way)
+        started.append(way.x_t[0])
+        return codes
+
+    monkeypatch.setattr("dimo.evaluation.evaluate.sample", recording)
+    rows, codes = evaluate(world, ursa, ursa.transformer, videos_per_prompt=1, teacher_steps=(1, 3), batch_size=20,
+                           progress=False)  # fmt: skip
+    noise = [torch.cat(started[i : i + 3]) for i in range(0, len(started), 3)]  # 20 + 20 + 8 videos a row
+    assert len(noise) == len(rows) == 6 and all(torch.equal(x, noise[0]) for x in noise)
+    assert len(noise[0].unique(dim=0)) == 48  # no batch repeats another's
+    assert torch.equal(codes["student_1"], codes["teacher_1"])
+    started.clear()
+    evaluate(world, ursa, ursa.transformer, videos_per_prompt=1, teacher_steps=(1,), batch_size=20, seed=1235,
+             progress=False)  # fmt: skip
+    both = torch.cat([noise[0], *started[:3]])
+    assert len(both.unique(dim=0)) == 2 * 48  # nor does any batch of the next seed
 
 
 def test_a_report_and_a_sheet_are_written(ursa, tmp_path):

@@ -107,7 +107,7 @@ def test_student_losses(answers, chunked, generator, case):
         total, wanted = total + w_kd * kd, [*wanted, hidden_at_t]
         assert made.kd.item() == pytest.approx(kd.item(), abs=1e-5)
     assert made.total.item() == pytest.approx(total.item(), abs=1e-5)
-    assert made.distill.item() == pytest.approx(float(distill), abs=1e-5)
+    assert made.distill.item() == pytest.approx(distill.item(), abs=1e-5)
     leaves = [student.hidden, student.weight, at_t.hidden][: len(wanted)]
     assert_gradients(torch.autograd.grad(2 * made.total, leaves), torch.autograd.grad(2 * total, wanted))
 

@@ -2,13 +2,13 @@
 
 import contextlib
 import json
-import os
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from hostile import Hostile
 from safetensors.torch import load_file, save_file
 
 from dimo.errors import DimoError
@@ -145,14 +145,6 @@ def shard(folder, drop=0):
     index = folder / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": names}))
     return index
-
-
-class Hostile:
-    def __init__(self, target):
-        self.target = target
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.target),)
 
 
 def as_bin(folder, content):

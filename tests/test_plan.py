@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from dimo.bench import SIZES
+from dimo.bench.sizes import SIZES
 from dimo.cli import main
 from dimo.dryrun import dry_run
 from dimo.errors import DimoError
@@ -14,6 +14,8 @@ from dimo.plan import GIB, alternatives, make_plan, parts_of
 from dimo.train.config import load_config
 from dimo.train.trainer import Trainer
 from dimo.ursa import UrsaConfig, UrsaTransformer
+
+pytestmark = pytest.mark.filterwarnings("error:Accessing the data pointer of FakeTensor")  # `dimo plan` showed it
 
 
 def optimizer_bytes(trainer):

@@ -6,7 +6,8 @@ import json
 import pytest
 import torch
 
-from dimo.bench import bench, bench_config, model_flops, write_report
+from dimo.bench import bench, bench_config, write_report
+from dimo.bench.sizes import model_flops
 from dimo.distill import stages
 from dimo.distill.stages import Step
 from dimo.errors import DimoError

@@ -2,12 +2,14 @@
 
 import copy
 import logging
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from hostile import Hostile
 from safetensors.torch import load_file
 
 pytest.importorskip("diffnext")
@@ -156,15 +158,8 @@ def test_the_pipelines_calls_are_rebuilt(native):
 
 def test_a_hostile_pickle_does_not_reach_upstreams_scheduler(tmp_path):
     """Upstream unpickles the file whatever it holds."""
-    import os
-    import shutil
-
-    class Hostile:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "executed"),)
-
     folder = shutil.copytree(TINY, tmp_path / "folder")
-    torch.save({"path.emb": Hostile()}, folder / "scheduler" / "scheduler_model.pth")
+    torch.save({"path.emb": Hostile(tmp_path / "executed")}, folder / "scheduler" / "scheduler_model.pth")
     with pytest.raises(DimoError, match="could not be read as plain tensors"):
         upstream.load_pipeline(folder)
     assert not (tmp_path / "executed").exists()

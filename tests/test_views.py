@@ -1,10 +1,14 @@
 """Figures are drawn from what they are given; their doors refuse the rest."""
 
+import logging
+import warnings
+
 import pytest
 import torch
 
 from dimo.errors import DimoError
 from dimo.train.runfolder import RunFolder
+from dimo.views import fonts
 from dimo.views.checks import Checks
 from dimo.views.figures import curves, histogram, input_map, lines, token_maps
 from dimo.views.sheets import save_sheet, video_sheet
@@ -44,6 +48,31 @@ def test_sheet_shows_each_videos_own_pixels(tmp_path):
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["sheet.png"]
     with pytest.raises(DimoError, match=r"columns\['teacher'\] must have shape"):
         video_sheet({"teacher": frames[:1]}, ["p", "q"])
+
+
+def labels_of(prompts, tmp_path, caplog):
+    """Beside the rows of a sheet, which is drawn without a word of complaint."""
+    videos = {"student": torch.rand(len(prompts), 5, 8, 8, 3)}
+    with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
+        warnings.simplefilter("error")
+        save_sheet(tmp_path / "sheet.png", videos, prompts)
+        figure = video_sheet(videos, prompts)
+    assert caplog.messages == []
+    return [axis.get_ylabel() for axis in figure.axes[::3]]
+
+
+def test_captions_that_no_font_has_are_spelled_out(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(fonts, "CJK", ("No Such Font",))
+    captions = ["café, фильм\n1", "日本", "日語", "a 𠜎 b"]
+    spelled = [captions[0], "\\u65e5\\u672c", "\\u65e5\\u8a9e", "a \\U0002070e b"]
+    assert labels_of(captions, tmp_path, caplog) == spelled
+
+
+def test_captions_are_drawn_by_a_font_that_has_them(tmp_path, caplog, monkeypatch):
+    """matplotlib's own symbols stand for a font of CJK: the one it draws text with does not have them either."""
+    monkeypatch.setattr(fonts, "CJK", ("No Such Font", "STIXNonUnicode"))
+    captions = ["a \ue000", "a \ue001 日"]
+    assert labels_of(captions, tmp_path, caplog) == ["a \ue000", "a \ue001 \\u65e5"]
 
 
 def test_small_figures_refuse_wrong_shapes():

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dimo.errors import DimoError
+from dimo.worlds import checkpoint_folder, is_world, load_world, video_size
 from dimo.worlds.oracle import coverage, entropy, score, summarise
 from dimo.worlds.shapes import COLOURS, DIRECTIONS, SHAPES, ShapesWorld
 
@@ -138,6 +139,14 @@ def test_palette_has_a_distinct_colour_per_code_and_ursas_strides(world, ursa):
     for f, y, x in ((0, 0, 0), (1, 9, 31), (4, 31, 8), (5, 0, 0), (8, 16, 17)):
         cell = codes[0, 0 if f == 0 else 1 + (f - 1) // 4, y // 8, x // 8]
         assert torch.equal(frames[0, f, y, x], world.palette()[cell])
+
+
+def test_a_folder_says_whether_it_is_a_world(world, tmp_path):
+    folder = checkpoint_folder("shapes")
+    assert is_world(folder) and is_world(str(folder)) and load_world(str(folder)) == world
+    assert not is_world(tmp_path) and not is_world(tmp_path / "missing") and video_size(str(tmp_path)) == (17, 256, 256)
+    with pytest.raises(DimoError, match="is no built-in world .it has no world.json., so nothing here can score"):
+        load_world(tmp_path)
 
 
 def test_bad_input_is_refused_in_a_sentence(world):

@@ -20,7 +20,7 @@ from dimo.train.config import Config, device_of
 from dimo.train.prompts import open_prompts
 from dimo.ursa import Ursa, UrsaTransformer, load_ursa, sample
 from dimo.ursa.checkpoint import load_student
-from dimo.worlds import checkpoint_folder, load_world, require_grid
+from dimo.worlds import checkpoint_folder, is_world, load_world, require_grid
 from dimo.worlds.oracle import score, summarise
 from dimo.worlds.shapes import ShapesWorld
 
@@ -45,8 +45,8 @@ def evaluate(
 ) -> tuple[dict, dict[str, torch.Tensor]]:
     """Score every sampler on every prompt of the world -> (rows by name, codes (B, N) by name).
 
-    Every row starts from the same noise. Rows: student_1, student_1_argmax, untrained_1 (what the student started
-    from), untrained_1_argmax, teacher_<steps>.
+    Every batch starts from noise of its own, derived from (seed, batch index) and the same in every row. Rows:
+    student_1, student_1_argmax, untrained_1 (what the student started from), untrained_1_argmax, teacher_<steps>.
     """
     prompts = [p for p in world.prompts for _ in range(videos_per_prompt)]
     txt_ids = ursa.tokenize(prompts, max_prompt_length)
@@ -62,9 +62,10 @@ def evaluate(
     bar = tqdm(samplers.items(), desc="evaluate", unit="sampler", disable=not progress)
     for name, (network, steps, argmax) in bar:
         bar.set_postfix_str(name)
-        g = torch.Generator(ursa.path.device).manual_seed(seed)
         parts, start = [], time.perf_counter()
-        for ids in txt_ids.split(batch_size):
+        for i, ids in enumerate(txt_ids.split(batch_size)):
+            # not one generator for all batches: rows draw different numbers on their way from one to the next
+            g = torch.Generator(ursa.path.device).manual_seed((seed * 1_000_003 + i) % 2**63)
             options = {"shift": ursa.shift, "argmax": argmax, "generator": g}
             parts.append(sample(network, ursa.path, ids, world.latents_shape, steps, **options))
         codes[name] = torch.cat(parts).cpu()  # waits for the GPU, so the clock is right
@@ -100,7 +101,7 @@ def evaluate_to_folder(config: Config, weights: str | Path, out: Path, progress:
     any other folder the prompts are the first of `distill.prompt_source`, and codes.safetensors keeps the videos.
     """
     e, d, folder = config.evaluation, config.distill, checkpoint_folder(config.distill.teacher_ckpt)
-    world = load_world(folder) if (folder / "world.json").exists() else None
+    world = load_world(folder) if is_world(folder) else None
     half = config.training.mixed_precision == "bf16" and world is None  # as URSA is run, and as long as its seconds are
     dtype = torch.bfloat16 if half else torch.float32
     ursa = load_ursa(folder, device_of(config), dtype, config.model.backend)

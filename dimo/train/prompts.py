@@ -11,7 +11,7 @@ from dimo.distill.stages import tokenise
 from dimo.errors import DimoError
 from dimo.train.config import Config
 from dimo.ursa import Ursa
-from dimo.worlds import load_world
+from dimo.worlds import is_world, load_world
 
 SHOWN = 8  # of a stream
 
@@ -67,7 +67,7 @@ def open_prompts(config: Config, ursa: Ursa, rank: int = 0, world_size: int = 1)
     """
     d = config.distill
     if d.prompt_source == "world":
-        if not (ursa.folder / "world.json").exists():
+        if not is_world(ursa.folder):
             raise DimoError(
                 f"distill.prompt_source is world, and {ursa.folder} is no built-in world; name a file of captions"
             )

@@ -22,7 +22,7 @@ from dimo.train.prompts import WorldPrompts, open_prompts
 from dimo.train.runfolder import RunFolder
 from dimo.ursa import Ursa, UrsaTransformer, load_ursa
 from dimo.ursa.cpu import keep_memory
-from dimo.worlds import checkpoint_folder, load_world, require_grid
+from dimo.worlds import checkpoint_folder, is_world, load_world, require_grid
 
 MEASURED = (
     "loss/total", "loss/distill", "loss/aux", "loss/kd", "entropy/student", "entropy/aux", "entropy/teacher",
@@ -59,7 +59,7 @@ class Trainer:
         self.path = self.ursa.path
         self.grid = self.ursa.latents_shape(d.num_frames, d.height, d.width)
         self.num_visual_tokens = math.prod(self.grid)
-        if (self.ursa.folder / "world.json").exists():
+        if is_world(self.ursa.folder):
             require_grid(load_world(self.ursa.folder), self.grid)
         self.prompts = prompts or open_prompts(config, self.ursa, self.engine.rank, self.engine.world_size)
         self.empty_ids = self.ursa.tokenize([""], d.max_prompt_length)

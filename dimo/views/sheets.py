@@ -10,8 +10,9 @@ from matplotlib.figure import Figure
 
 from dimo.errors import DimoError, require_shape
 from dimo.files import whole_file
+from dimo.views.fonts import families, legible
 
-LABEL = 26  # characters beside a row
+LABEL = 24  # characters beside a row: four escapes
 
 
 def video_sheet(columns: dict[str, torch.Tensor], prompts: list[str], shown: int = 3) -> Figure:
@@ -33,11 +34,13 @@ def video_sheet(columns: dict[str, torch.Tensor], prompts: list[str], shown: int
                 if r == 0:
                     axis.set_title(f"{name}\nframe {pick}" if f == 0 else f"\nframe {pick}", fontsize=8, loc="left")
             if c == 0:
-                label = prompts[r].replace(" moving ", "\n")
+                caption = legible(prompts[r])
+                label = caption.replace(" moving ", "\n")
                 if len(label) > LABEL:
-                    label = "\n".join(textwrap.wrap(prompts[r], LABEL, max_lines=6, placeholder=" ..."))
+                    label = "\n".join(textwrap.wrap(caption, LABEL, max_lines=6, placeholder=" ..."))
                 # a caption may hold dollar signs
-                axes[r][0].set_ylabel(label, fontsize=8, rotation=0, ha="right", va="center", parse_math=False)
+                axes[r][0].set_ylabel(label, fontsize=8, fontfamily=families(), rotation=0, ha="right", va="center",
+                                      parse_math=False)  # fmt: skip
     return figure
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from dimo.errors import DimoError, nearest
 
 DATA = Path(__file__).parent / "data"
+WORLD_FILE = "world.json"  # what a world is made of, beside its teacher
 
 
 def built_in_worlds() -> list[str]:
@@ -25,14 +26,19 @@ def checkpoint_folder(teacher_ckpt: str | Path) -> Path:
     return Path(teacher_ckpt)
 
 
-def load_world(folder: Path):
+def is_world(folder: str | Path) -> bool:
+    """Whether a checkpoint folder belongs to a world, whose oracle can score its videos."""
+    return (Path(folder) / WORLD_FILE).exists()
+
+
+def load_world(folder: str | Path):
     """The world that a checkpoint folder belongs to, from its world.json."""
     from dimo.ursa.weights import read_json
     from dimo.worlds.shapes import ShapesWorld
 
-    file = Path(folder) / "world.json"
-    if not file.exists():
-        raise DimoError(f"{folder} is no built-in world (it has no world.json), so nothing here can score its videos")
+    if not is_world(folder):
+        raise DimoError(f"{folder} is no built-in world (it has no {WORLD_FILE}), so nothing here can score its videos")
+    file = Path(folder) / WORLD_FILE
     values = read_json(file)
     if values.pop("world", None) != "shapes":
         raise DimoError(f"{file} does not describe the shapes world")
@@ -42,9 +48,9 @@ def load_world(folder: Path):
         raise DimoError(f"{file} is damaged: {error}") from error
 
 
-def video_size(folder: Path) -> tuple[int, int, int]:
+def video_size(folder: str | Path) -> tuple[int, int, int]:
     """(num_frames, height, width) where nobody says: a world's only size, else 17x256x256, URSA's smaller one."""
-    if not (Path(folder) / "world.json").exists():
+    if not is_world(folder):
         return 17, 256, 256
     t, h, w = load_world(folder).latents_shape
     return 4 * t - 3, 8 * h, 8 * w

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from dimo.errors import DimoError
 from dimo.files import whole_folder
 from dimo.ursa import MetricPath, UrsaConfig, UrsaTransformer, load_ursa, sample, save_student, visual_logits
+from dimo.worlds import WORLD_FILE
 from dimo.worlds.oracle import score
 from dimo.worlds.palette import PaletteDecoder
 from dimo.worlds.shapes import ShapesWorld
@@ -190,5 +191,5 @@ def write_checkpoint(folder: Path, world: ShapesWorld, transformer: UrsaTransfor
         }
         (beside / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
         sizes = {"world": "shapes", **dataclasses.asdict(world)}
-        (beside / "world.json").write_text(json.dumps(sizes, indent=2) + "\n")
+        (beside / WORLD_FILE).write_text(json.dumps(sizes, indent=2) + "\n")
     return Path(folder)

@@ -1,0 +1,209 @@
+"""`dimo bench`: what a training step, its stages, generation, path sampling and the losses cost on this machine.
+
+Everything is measured in one process on the same card: the trainer's own step with its optimizers, and beside it a
+matrix product, whose speed is what the machine can do, and (`--against`) the naive step and upstream's pipeline.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from dimo.bench.naive import naive_step
+from dimo.bench.parts import Clock, attention_alone, kernels_of, losses_alone, matrix_product, stage_times
+from dimo.bench.sizes import model_flops, passes_of, random_ursa
+from dimo.errors import DimoError, nearest
+from dimo.files import write_text
+from dimo.train.config import Config, device_of, load_config
+from dimo.train.prompts import WorldPrompts
+from dimo.train.trainer import Trainer
+from dimo.ursa import sample
+from dimo.ursa.checkpoint import INSTALL
+
+PARTS = ("step", "generate", "path", "losses")
+MORE_PARTS = ("attention", "kernels")
+
+
+def bench(
+    config: Config,
+    size: str | None = None,
+    parts: tuple[str, ...] = PARTS,
+    against: tuple[str, ...] = (),
+    repeats: int = 5,
+    warmup: int = 2,
+    generate_steps: tuple[int, ...] = (1, 25),
+    progress: Callable[[str], None] = print,
+) -> dict:
+    """Measure and return all figures; `progress` gets a line as each is known.
+
+    Args:
+        config: sizes, batch and method; its checkpoint is loaded unless `size`, of SIZES, asks for random weights.
+        parts: some of PARTS and MORE_PARTS.
+        against: "naive", "upstream".
+
+    Raises:
+        DimoError: an unknown part, or upstream where it is not installed or has no checkpoint to load.
+    """
+    for given, known in ((parts, PARTS + MORE_PARTS), (against, ("naive", "upstream"))):
+        for name in given:
+            if name not in known:
+                raise DimoError(f"there is nothing called {name!r} to measure{nearest(name, known)}")
+    device = device_of(config)
+    clock, d = Clock(device, repeats, warmup), config.distill
+    report = {"device": _name(device), "torch": torch.__version__, "size": size or d.teacher_ckpt}
+    report |= {"video": [d.num_frames, d.height, d.width], "batch": d.batch_size_per_gpu}
+    report["product_tflops"] = matrix_product(clock)
+    progress(f"{report['device']}, torch {torch.__version__}; a matrix product: {report['product_tflops']:.3g} TFLOP/s")
+
+    ursa = prompts = None
+    if size:
+        ursa = random_ursa(size, device)
+        texts = ["a red ball rolls over green grass" + "." * i for i in range(64)]
+        prompts = WorldPrompts(texts, ursa, d.max_prompt_length)
+    trainer = Trainer(config, ursa, prompts)
+    network = trainer.networks.student.config
+    text = trainer.prompts.batch(d.batch_size_per_gpu, trainer.generator.manual_seed(0)).to(device)
+    sequence = text.shape[1] + 1 + trainer.num_visual_tokens
+    forward = d.batch_size_per_gpu * model_flops(network, sequence, trainer.num_visual_tokens)
+    passes = passes_of(config)
+    report |= {"tokens": trainer.num_visual_tokens, "forward_tflop": forward / 1e12, "passes": passes}
+    tflop = forward * sum(passes.values()) / 1e12
+    if "step" in parts:
+        counter = iter(range(10**9))
+        begin = time.perf_counter()
+        trainer.step(next(counter))
+        clock.wait()
+        report["first_step_seconds"] = time.perf_counter() - begin
+        result = clock(lambda: trainer.step(next(counter)))
+        report["step"] = _rated(result, tflop, report["product_tflops"])
+        report["stages"] = stage_times(trainer, counter, clock)
+        progress(_line("step, with optimizers", report["step"]))
+        for name, seconds in report["stages"].items():
+            progress(f"    {name:28}{1e3 * seconds:9.1f} ms")
+    report |= _other_parts(trainer, text, parts, generate_steps, clock, progress)
+    if "losses" in report and "step" in report:
+        share = report["losses"]["all"]["seconds"] / report["step"]["seconds"]
+        report["losses"]["share_of_step"] = share
+        progress(f"    losses with their products: {100 * share:.2f}% of the step")
+    kept = trainer.networks.teacher, trainer.path, text, trainer.uncond_ids, trainer.grid
+    trainer = None
+    _free()
+    if "naive" in against:
+        report["naive"] = _naive(config, kept, tflop, clock, report, progress)
+    kept = None
+    _free()
+    if "upstream" in against:
+        report["upstream"] = _upstream(config, size, device, report, clock, progress)
+    return report
+
+
+def _other_parts(trainer: Trainer, text, parts, generate_steps, clock: Clock, progress) -> dict:
+    report, d, n, g = {}, trainer.config.distill, trainer.networks, trainer.generator
+    if "generate" in parts:
+        report["generate"] = {}
+        for steps in generate_steps:
+            scale = 1.0 if steps == 1 else max(d.guidance_scale, 1.0)
+            quick = clock if steps == 1 else dataclasses.replace(clock, repeats=1, warmup=min(clock.warmup, 1))
+
+            def one(steps=steps, scale=scale):
+                with trainer.engine.autocast():
+                    sample(n.teacher, trainer.path, text, trainer.grid, steps, guidance_scale=scale,
+                           guidance_trunc=d.guidance_trunc, uncond_ids=trainer.uncond_ids.expand_as(text),
+                           generator=g)  # fmt: skip
+
+            report["generate"][steps] = quick(one)
+            progress(_line(f"generation, {steps} passes", report["generate"][steps]))
+    if "path" in parts:
+        x = torch.randint(trainer.path.codebook_size, (len(text), trainer.num_visual_tokens), device=trainer.device)
+        report["path"] = clock(lambda: trainer.path.sample(x, 0.5, g))
+        progress(_line("path sampling", report["path"]))
+    if "losses" in parts:
+        report["losses"] = losses_alone(trainer, len(text), clock)
+        for name, result in report["losses"].items():
+            progress(_line(f"losses: {name}", result))
+    if "kernels" in parts:
+        report["kernels"] = kernels_of(trainer, clock)
+        for name, (seconds, calls) in list(report["kernels"].items())[:30]:
+            progress(f"    {1e3 * seconds:9.2f} ms {calls:6} x {name[:100]}")
+    if "attention" in parts:
+        report["attention"] = {}
+        for name, result in attention_alone(trainer, len(text), text.shape[1], clock):
+            report["attention"][name] = result
+            progress(_line(f"attention of a layer: {name}", result) if result else f"attention: {name} does not serve")
+    return report
+
+
+def _naive(config, kept: tuple, tflop: float, clock: Clock, report: dict, progress) -> dict:
+    checkpointing = config.model.activation_checkpointing != "none"
+    try:
+        result = _rated(clock(naive_step(config, *kept, checkpointing)), tflop, report["product_tflops"])
+    except torch.OutOfMemoryError as error:
+        progress(f"the naive step does not fit into this memory: {str(error).splitlines()[0][:120]}")
+        return {"fits": False}
+    result["checkpointing"] = "full" if checkpointing else "none"
+    progress(_line("naive step, no optimizer", result))
+    if "step" in report:
+        result["ratio"] = result["seconds"] / report["step"]["seconds"]
+        progress(f"    ours is {result['ratio']:.2f} times as fast, optimizers included")
+    return result
+
+
+def _upstream(config: Config, size: str | None, device, report: dict, clock: Clock, progress) -> dict:
+    try:
+        from dimo.bench.upstream import pipeline_call
+    except ImportError as error:
+        raise DimoError(f"--against upstream needs diffnext ({error}); {INSTALL}") from error
+    call = pipeline_call(config, random_ursa(size, device) if size else None, device)
+    result = dataclasses.replace(clock, repeats=min(clock.repeats, 3), warmup=1)(call)
+    progress(_line("upstream's pipeline, 25 steps, guidance", result))
+    if 1 in report.get("generate", {}):
+        result["ratio"] = result["seconds"] / report["generate"][1]["seconds"]
+        progress(f"    one pass of ours is {result['ratio']:.1f} times as fast")
+    return result
+
+
+def _rated(result: dict, tflop: float, product: float) -> dict:
+    rate = tflop / result["seconds"]
+    return result | {"tflop": tflop, "tflops": rate, "share_of_product": rate / product}
+
+
+def _line(name: str, result: dict) -> str:
+    text = f"{name:44}{1e3 * result['seconds']:10.1f} ms ({1e3 * result['least']:.1f} to {1e3 * result['most']:.1f})"
+    if "tflops" in result:
+        text += f"  {result['tflops']:.3g} TFLOP/s, {100 * result['share_of_product']:.0f}% of the product"
+    if "peak_gb" in result:
+        text += f"  {result['peak_gb']:.1f} GB"
+    if "extra_gb" in result:
+        text += f" ({result['extra_gb']:.2f} GB of it the losses' own, gradients of heads included)"
+    return text
+
+
+def _name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def bench_config(preset: str | None, size: str | None, overrides: list[str]) -> Config:
+    """The configuration to measure: a preset, or for random weights of a size all nine stages of `distill_dimo`."""
+    if size is None:
+        return load_config(preset, overrides)
+    every_stage = ["distill.w_kd=0.1", "distill.max_prompt_length=320"]
+    return load_config(preset or "distill_dimo", [*every_stage, *overrides])
+
+
+def write_report(report: dict, file: str | Path) -> None:
+    """As JSON, whole or not at all."""
+    write_text(file, json.dumps(report, indent=2) + "\n")

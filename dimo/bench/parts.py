@@ -1,0 +1,216 @@
+"""The clock, and the parts of a step that `dimo bench` times by themselves."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch.nn import functional as F
+from torch.nn.attention import sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
+
+from dimo.distill import fused, stages
+from dimo.train.trainer import Trainer
+from dimo.ursa.answer import Answer, draw
+from dimo.ursa.transformer import ATTENTION
+
+STAGES = (
+    "draw_x_init", "student_pass", "renoise", "teacher_pass", "auxiliary_pass", "distil_knowledge",
+    "distillation_loss", "total_loss",
+)  # fmt: skip
+
+
+@dataclasses.dataclass
+class Clock:
+    """Median seconds of a call, and the peak of the device's memory."""
+
+    device: torch.device
+    repeats: int = 5
+    warmup: int = 2
+
+    def __call__(self, function: Callable[[], object]) -> dict[str, float]:
+        for _ in range(self.warmup):
+            function()
+        self.wait()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        seconds = []
+        for _ in range(self.repeats):
+            begin = time.perf_counter()
+            function()
+            self.wait()
+            seconds.append(time.perf_counter() - begin)
+        result = {"seconds": statistics.median(seconds), "least": min(seconds), "most": max(seconds)}
+        if self.device.type == "cuda":
+            result["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+            result["reserved_gb"] = torch.cuda.max_memory_reserved() / 1e9
+        return result
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def matrix_product(clock: Clock) -> float:
+    """TFLOP/s of a large product of random matrices in the precision that training uses there."""
+    size, dtype = (8192, torch.bfloat16) if clock.device.type == "cuda" else (1024, torch.float32)
+    a, b = (torch.randn(size, size, device=clock.device, dtype=dtype) for _ in range(2))
+
+    def ten():
+        for _ in range(10):
+            a @ b
+
+    return 10 * 2 * size**3 / clock(ten)["seconds"] / 1e12
+
+
+def stage_times(trainer: Trainer, counter, clock: Clock) -> dict[str, float]:
+    """Median seconds of each stage function, of backward passes and updates; the device is waited for after each."""
+    seconds: dict[str, list[float]] = {}
+
+    def timed(name, function):
+        def call(*args, **kwargs):
+            clock.wait()
+            begin = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                clock.wait()
+                spent[name] = spent.get(name, 0.0) + time.perf_counter() - begin
+
+        return call
+
+    with contextlib.ExitStack() as undo:
+        for name in STAGES:
+            undo.callback(setattr, stages, name, getattr(stages, name))
+            setattr(stages, name, timed(name, getattr(stages, name)))
+        inner = stages.auxiliary_losses
+        undo.callback(setattr, stages, "auxiliary_losses", inner)
+        stages.auxiliary_losses = lambda *a, **k: iter(Timed(inner(*a, **k), timed))
+        for learner, who in ((trainer.aux, "auxiliary"), (trainer.student, "student")):
+            for method in ("backward", "gradient_norm", "update"):
+                undo.callback(delattr, learner, method)
+                setattr(learner, method, timed(f"{who}: {method}", getattr(learner, method)))
+        undo.callback(delattr, trainer, "_update_ema")
+        trainer._update_ema = timed("update_ema", trainer._update_ema)
+        for _ in range(max(1, clock.repeats // 2)):
+            spent: dict[str, float] = {}
+            trainer.step(next(counter))
+            for name, value in spent.items():
+                seconds.setdefault(name, []).append(value)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+class Timed:
+    """An iterator whose every next is timed as `auxiliary_losses`."""
+
+    def __init__(self, inner, timed):
+        self.next = timed("auxiliary_losses", lambda: next(inner))
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return self.next()
+
+
+def losses_alone(trainer: Trainer, batch: int, clock: Clock) -> dict[str, dict]:
+    """All between hidden states and their gradients, on random hidden states; then its products with heads alone."""
+    d, device, n = trainer.config.distill, trainer.device, trainer.networks
+    dtype = torch.bfloat16 if trainer.config.training.mixed_precision == "bf16" else torch.float32
+    shape = batch, trainer.num_visual_tokens, n.student.config.hidden_size
+    codes = trainer.path.codebook_size
+    g = torch.Generator(device).manual_seed(0)
+    student, aux = (n.lm_head.weight[-codes:].detach().requires_grad_() for n in (n.student, n.aux))
+    teacher = n.teacher.lm_head.weight[-codes:].to(dtype)
+    hidden = [torch.randn(shape, device=device, dtype=dtype, generator=g) for _ in range(4)]
+    learns = [h.requires_grad_() for h in hidden[:3]]
+    tokens, kd = batch * trainer.num_visual_tokens, d.w_kd > 0
+    base = _allocated(device)
+
+    def draw_part():
+        return draw(Answer(hidden[0], student), g)
+
+    def aux_part():
+        fused.denoising(Answer(hidden[1], aux), x, d.label_smoothing).backward()
+
+    def student_part():
+        beta = 0.0 if trainer.beta == "time" else trainer.beta
+        fused.student_losses(
+            Answer(hidden[0], student), Answer(hidden[3], teacher), Answer(hidden[1], aux), x, logp, entropy, beta=beta,
+            student_at_t=Answer(hidden[2], student) if kd else None, w_kd=d.w_kd, lambda_ent=d.lambda_ent,
+        ).total.backward()  # fmt: skip
+
+    def all_parts():
+        for part in (draw_part, aux_part, student_part):
+            part()
+        for leaf in (*learns, student, aux):
+            leaf.grad = None
+
+    def products():
+        """As many of the size of a head as the losses need: 1 to draw, 3 for the auxiliary, 4 to 8 for the student."""
+        size = min(tokens, 4096)
+        some, head = hidden[3].view(-1, shape[-1])[:size], teacher
+        z = some @ head.T
+        for _ in range(-(-tokens // size)):
+            for _ in range(1 + 1 + 2 + (d.lambda_ent > 0) + kd):
+                torch.mm(some, head.T, out=z)
+            for _ in range(1 + 1 + kd):
+                torch.mm(z, head)
+                torch.mm(z.T, some)
+
+    x, logp, entropy = draw_part()
+    times = {"draw": clock(draw_part), "auxiliary": clock(aux_part), "student": clock(student_part)}
+    for leaf in (*learns, student, aux):
+        leaf.grad = None
+    times |= {"all": clock(all_parts), "its products alone": clock(products)}
+    if device.type == "cuda":
+        times["all"]["extra_gb"] = times["all"]["peak_gb"] - base / 1e9
+    return times
+
+
+def attention_alone(trainer: Trainer, batch: int, text: int, clock: Clock) -> Iterator[tuple[str, dict | None]]:
+    """Forward and backward of one layer's attention, by kernel, with grouped keys and with keys repeated."""
+    config, device = trainer.networks.student.config, trainer.device
+    dtype = torch.bfloat16 if trainer.config.training.mixed_precision == "bf16" else torch.float32
+    length = text + 1 + trainer.num_visual_tokens
+    heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+
+    def leaf(heads):
+        return torch.randn(batch, length, heads, size, device=device, dtype=dtype).transpose(1, 2).requires_grad_()
+
+    for backend in ATTENTION[:-1]:
+        for grouped in (True, False):
+            q, k, v = leaf(heads), *(leaf(kv_heads if grouped else heads) for _ in range(2))
+            grad = torch.randn_like(q)
+
+            def both(backend=backend, grouped=grouped, q=q, k=k, v=v, grad=grad):
+                with sdpa_kernel(backend):
+                    out = F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
+                torch.autograd.grad(out, (q, k, v), grad)
+
+            tflop, result = 3 * 4 * batch * heads * length**2 * size / 1e12, None
+            with contextlib.suppress(RuntimeError):  # the kernel says that it cannot
+                result = clock(both)
+                result["tflops"] = tflop / result["seconds"]
+                result["share_of_product"] = result["tflops"] / matrix_product(clock)
+            yield f"{backend.name.removesuffix('_ATTENTION').lower()}, {'grouped' if grouped else 'repeated'}", result
+
+
+def kernels_of(trainer: Trainer, clock: Clock) -> dict[str, tuple[float, int]]:
+    """{kernel: (seconds, calls)} of one step, longest first, by torch's profiler; of operators on a CPU."""
+    cuda = clock.device.type == "cuda"
+    kind = ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU
+    with profile(activities=[kind]) as found:
+        trainer.step(10**6)
+        clock.wait()
+    rows = [(e.key, (e.self_device_time_total if cuda else e.self_cpu_time_total) / 1e6, e.count)
+            for e in found.key_averages()]  # fmt: skip
+    return {name: (seconds, calls) for name, seconds, calls in sorted(rows, key=lambda row: -row[1])}
+
+
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated() if device.type == "cuda" else 0

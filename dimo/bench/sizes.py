@@ -1,0 +1,69 @@
+"""What is measured: networks of URSA's sizes with random weights, and the operations of a pass and of a step."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from pathlib import Path
+
+import torch
+
+from dimo.errors import DimoError, nearest
+from dimo.train.config import Config
+from dimo.ursa import MetricPath, Ursa, UrsaConfig, UrsaTransformer
+
+SIZES = {
+    "0.6B": {"hidden_size": 1024, "intermediate_size": 3072},
+    "1.7B": {},
+    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 155_765,
+             "lm_head_size": 4096},
+}  # fmt: skip
+
+
+class RandomIds:
+    """In a tokenizer's place where there is none: a prompt becomes ids drawn from its own length."""
+
+    def __init__(self, lm_vocab_size: int):
+        self.lm_vocab_size = lm_vocab_size
+
+    def __call__(self, prompts: list[str], max_length: int, **_):
+        rows = [torch.Generator().manual_seed(len(prompt)) for prompt in prompts]
+        ids = [torch.randint(self.lm_vocab_size, (max_length,), generator=row) for row in rows]
+        return dataclasses.make_dataclass("Encoding", ["input_ids"])(torch.stack(ids))
+
+
+def random_ursa(size: str, device: torch.device) -> Ursa:
+    """A checkpoint of URSA's sizes with random weights and no files.
+
+    Raises:
+        DimoError: a size that there is not.
+    """
+    if size not in SIZES:
+        raise DimoError(f"size must be one of {', '.join(SIZES)}, got {size!r}{nearest(size, SIZES)}")
+    config = UrsaConfig.from_dict(SIZES[size])
+    with device:
+        torch.manual_seed(0)
+        transformer = UrsaTransformer(config)
+        path = MetricPath(torch.randn(config.codebook_size, 32), alpha=0.9, c=3.0)
+    return Ursa(transformer, path, RandomIds(config.lm_vocab_size), None, 1.0, Path(tempfile.gettempdir()), "random")
+
+
+def model_flops(config: UrsaConfig, sequence: int, tokens: int) -> float:
+    """Of one forward pass of one sample: products of the layers, attention, and the head on the visual tokens."""
+    attention_width = config.num_attention_heads * config.head_dim
+    kv_width = config.num_key_value_heads * config.head_dim
+    layer = config.hidden_size * (2 * attention_width + 2 * kv_width + 3 * config.intermediate_size)
+    layers = config.num_hidden_layers * (2 * layer * sequence + 4 * sequence**2 * attention_width)
+    return layers + 2 * config.hidden_size * config.lm_head_size * tokens
+
+
+def passes_of(config: Config) -> dict[str, int]:
+    """Passes of a step, in forwards: a gradient is two more. What checkpointing computes again does not count."""
+    d = config.distill
+    return {
+        "student at x_init": 3,
+        "teacher": 1 if d.guidance_scale == 1 else 2,
+        "auxiliary's fit": 3 * d.aux_steps,
+        "auxiliary at x_t": 1 if d.aux_pass == "own" else 0,
+        "student at x_t": 3 if d.w_kd > 0 and d.kd_every == 1 else 0,
+    }
