@@ -23,6 +23,10 @@ METHODS = {
     "AdamW": ["optim.optimizer=adamw"],
     "forward KL": ["distill.divergence=forward"],
     "Jeffreys": ["distill.divergence=jeffreys"],
+    "shared pass": ["distill.aux_pass=shared"],
+    "embeddings kept": ["model.train_embeddings=false"],
+    "KD beside": ["distill.w_kd=0.1"],
+    "KD every 4th": ["distill.w_kd=0.1", "distill.kd_every=4"],
     "reinforce": ["distill.estimator=reinforce"],
     "KD alone": ["distill.w_distill=0", "distill.w_kd=1"],
     "literal": [
