@@ -137,7 +137,6 @@ def validate(config: Config) -> None:
         "optim.aux_lr",
         "optim.muon_lr",
         "optim.max_grad_norm",
-        "distill.temperature",
         "distill.t_power",
     ):
         if not flat[key] > 0:

@@ -87,8 +87,9 @@ class Trainer:
         self.beta = beta_of(d.divergence)
         self.generator = torch.Generator(self.device)
         self.lambda_ent = d.lambda_ent
-        # where the logits of a batch would be larger than 128 MiB, they are not made
-        self.fused = d.batch_size_per_gpu * self.num_visual_tokens * self.path.codebook_size > 2**25
+        # logits are not made where a batch's would be larger than 128 MiB, or bf16 would round them
+        large = d.batch_size_per_gpu * self.num_visual_tokens * self.path.codebook_size > 2**25
+        self.fused = large or config.training.mixed_precision == "bf16"
         self.guard = Guard(self.engine, config.training.max_bad_steps)
         self.events: list[dict] = []  # {"step", "event", ...}: whoever runs the steps takes them away
 
@@ -138,7 +139,7 @@ class Trainer:
                 before_pass.append(g.get_state())
                 passed = step if parts == 1 else dataclasses.replace(step)
                 with torch.set_grad_enabled(parts == 1):
-                    stages.student_pass(passed, n.student, grid, d.temperature, g)
+                    stages.student_pass(passed, n.student, grid, g)
                 step.x_hat, entropy = passed.x_hat, entropy + passed.entropy.detach().mean() / parts
                 self.x_init.remember(step.x_hat, step.txt_ids)
                 # 4 x_t
@@ -152,7 +153,7 @@ class Trainer:
         aux_losses = [
             stages.auxiliary_losses(
                 step, n.aux, self.path, grid, d.aux_objective, d.aux_steps, d.label_smoothing,
-                d.empty_prompt_share, self.empty_ids, g, d.aux_pass == "shared",
+                d.empty_prompt_share, self.empty_ids, g, d.aux_pass == "shared", d.t_per,
             )
             for step in steps
         ]  # fmt: skip
@@ -169,7 +170,7 @@ class Trainer:
                 again = torch.Generator(self.device)
                 again.set_state(before_pass[part])
                 with self.guard.agreed(), self.engine.autocast():
-                    stages.student_pass(step, n.student, grid, d.temperature, again)
+                    stages.student_pass(step, n.student, grid, again)
             if d.aux_pass == "own":
                 with self.guard.agreed(), self.engine.autocast():
                     stages.auxiliary_pass(step, n.aux, grid)
