@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 
 from dimo.errors import DimoError
-from dimo.files import whole_file, write_text
+from dimo.files import save_torch, whole_file, write_text
 from dimo.train.checkpoints import Checkpoints
 from dimo.train.config import to_yaml
 from dimo.train.progress import Progress
@@ -175,6 +175,7 @@ def _record_end(folder: str, error: BaseException, rank: int) -> None:
     run, stopped = RunFolder(folder), isinstance(error, KeyboardInterrupt)
     text = str(error) if isinstance(error, DimoError) else f"{type(error).__name__}: {error}"
     trace = "" if isinstance(error, DimoError) else "".join(traceback.format_exception(error))
+    run.free_reserve()
     try:
         if stopped and rank == 0:
             run.say(f"stopped: {error}")
@@ -191,7 +192,7 @@ def _record_end(folder: str, error: BaseException, rank: int) -> None:
                 text = others[0].read_text(encoding="utf-8")
             run.say(f"{trace}failed: {text}")
             run.write_status(state="failed", error=text, last_lines=run.last_lines())
-    except (DimoError, OSError) as also:  # the disk that stopped the run may refuse its status too
+    except (DimoError, OSError) as also:  # a folder that is gone, a disk that another program fills
         print(f"dimo: {also}", file=sys.stderr)
 
 
@@ -221,6 +222,6 @@ def write_student(trainer: Trainer, run: RunFolder) -> None:
     try:
         save_student(final / "student", trainer.networks.ema, state=weights, dtype=dtype)
         with whole_file(final / "student.pt") as beside:
-            torch.save(plain_state(weights, dtype), beside)
+            save_torch(plain_state(weights, dtype), beside)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise DimoError(f"{final} could not be written: {error}; the last checkpoint stays") from error
