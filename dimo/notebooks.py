@@ -155,12 +155,15 @@ def _execute(run: RunFolder, name: str, source: Path, parameters: dict, force: b
     except RuntimeError as error:  # the kernel died, or never came up
         problem = f"notebook {name} was not finished: {error}; the same command continues"
         stopped = bool(asked)
+    except OSError as error:  # a full disk: papermill writes after every cell
+        working.unlink(missing_ok=True)
+        problem, stopped = f"notebook {name} could not be written to {done.parent}: {error}", False
     wait_for_children()  # of a dead kernel: they are saving
     if problem:
         _write_ending(run, problem, stopped)
     failed.unlink(missing_ok=True)
+    _write_html(working, done.with_suffix(".html"))  # first: a notebook that lies there is not executed again
     os.replace(working, done)
-    _write_html(done)
 
 
 def _write_ending(run: RunFolder, problem: str, stopped: bool) -> None:
@@ -189,10 +192,12 @@ def _is_done(done: Path, source: Path, parameters: dict) -> bool:
     return old["metadata"].get("papermill", {}).get("parameters") == parameters and old_cells == cells(source)[1]
 
 
-def _write_html(notebook: Path) -> None:
+def _write_html(notebook: Path, page: Path) -> None:
     _, nbconvert = _require_jupyter()
     exporter = nbconvert.HTMLExporter(template_name="classic")
-    write_text(notebook.with_suffix(".html"), exporter.from_filename(str(notebook))[0])
+    with open(notebook, encoding="utf-8") as file:
+        text, _ = exporter.from_file(file, {"metadata": {"name": page.stem}})
+    write_text(page, text)
 
 
 def write_report_page(run: RunFolder, names: list[str]) -> Path:

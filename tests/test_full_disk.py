@@ -127,3 +127,18 @@ def test_a_disk_that_is_full_from_the_start_is_a_sentence_and_harms_nothing(disk
     disk.fill()
     assert main(words) == 2 and "could not be written: No space left on device" in capsys.readouterr().err
     assert run.status()["state"] == "preempted" and not list(run.path.glob(PARTIALS))
+
+
+@small(6 * 4096)  # not even the notebook has room; later it has, and its page has not
+def test_a_notebook_that_cannot_be_written_is_a_sentence_and_not_done(disk, capsys):
+    words = ["run", "-c", "smoke", "--only", "01_inputs", *SETTINGS, f"experiment.output_dir={disk.path}/run"]
+    assert main(words) == 2
+    sentence = (
+        f"notebook 01_inputs could not be written to {disk.path}/run/notebooks: [Errno 28] No space left on device"
+    )
+    assert capsys.readouterr().err.endswith(f"dimo: {sentence}\n")
+    assert RunFolder(disk.path / "run").status()["error"] == sentence
+    assert list((disk.path / "run" / "notebooks").iterdir()) == []
+    disk.resize(2**17)
+    assert main(words) == 2 and "No space left on device" in capsys.readouterr().err
+    assert [f.name for f in (disk.path / "run" / "notebooks").iterdir()] == [".01_inputs.partial.ipynb"]
