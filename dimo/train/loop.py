@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import sys
 import time
 import traceback
@@ -13,9 +14,9 @@ import torch
 from safetensors import SafetensorError
 
 from dimo.errors import DimoError
-from dimo.files import whole_file, write_text
+from dimo.files import save_torch, whole_file, write_text
 from dimo.train.checkpoints import Checkpoints
-from dimo.train.config import to_yaml
+from dimo.train.config import to_flat, to_yaml
 from dimo.train.progress import Progress
 from dimo.train.ranks import count_ranks, everywhere, raise_everywhere
 from dimo.train.runfolder import RunFolder
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
     from dimo.train.trainer import Trainer
 
 FAILED = ".failed-rank-{}"  # what a rank other than 0 died of
+SEEN_WITHIN_S = 60.0  # a network file system may show a new file late
+# what may differ between the machines of one run; that `log_every` differs would be a wait without an end
+OWN_TO_A_MACHINE = {"experiment.output_dir", "experiment.resume", "experiment.overwrite", "training.engine"}
+OWN_TO_A_MACHINE |= {"distill.teacher_ckpt", "distill.prompt_source"}
 
 
 def run_training(trainer: Trainer, progress: bool = True) -> RunFolder:
@@ -71,8 +76,25 @@ def _open(trainer: Trainer) -> RunFolder:
     return run or RunFolder(c.output_dir, writes=False)
 
 
+def _require_one_run(trainer: Trainer) -> None:
+    """Refused on all ranks if one has another configuration or does not see the folder."""
+    file, error = Path(trainer.config.experiment.output_dir) / "config.yaml", None
+    mine = {k: v for k, v in to_flat(trainer.config).items() if k not in OWN_TO_A_MACHINE}
+    first = everywhere(mine)[0]
+    differ = [f"{key} is {mine[key]!r}, not {first[key]!r}" for key in mine if mine[key] != first[key]]
+    until = time.monotonic() + SEEN_WITHIN_S
+    while not differ and not file.exists() and time.monotonic() < until:
+        time.sleep(0.2)
+    if differ:
+        error = DimoError(f"another configuration than rank 0's: {'; '.join(differ[:3])}")
+    elif not file.exists():
+        error = DimoError(f"{file.parent} on {socket.gethostname()} is not the folder that rank 0 writes")
+    raise_everywhere(error)
+
+
 def _train(trainer: Trainer, run: RunFolder, checkpoints: Checkpoints, signals: Signals, progress: bool) -> None:
     c, last = trainer.config.experiment, trainer.config.training.max_train_steps
+    _require_one_run(trainer)
     first = _resume(trainer, run, checkpoints)
     run.cut_at(first)
     run.write_environment()
@@ -175,6 +197,7 @@ def _record_end(folder: str, error: BaseException, rank: int) -> None:
     run, stopped = RunFolder(folder), isinstance(error, KeyboardInterrupt)
     text = str(error) if isinstance(error, DimoError) else f"{type(error).__name__}: {error}"
     trace = "" if isinstance(error, DimoError) else "".join(traceback.format_exception(error))
+    run.free_reserve()
     try:
         if stopped and rank == 0:
             run.say(f"stopped: {error}")
@@ -191,7 +214,7 @@ def _record_end(folder: str, error: BaseException, rank: int) -> None:
                 text = others[0].read_text(encoding="utf-8")
             run.say(f"{trace}failed: {text}")
             run.write_status(state="failed", error=text, last_lines=run.last_lines())
-    except (DimoError, OSError) as also:  # the disk that stopped the run may refuse its status too
+    except (DimoError, OSError) as also:  # a folder that is gone, a disk that another program fills
         print(f"dimo: {also}", file=sys.stderr)
 
 
@@ -221,6 +244,6 @@ def write_student(trainer: Trainer, run: RunFolder) -> None:
     try:
         save_student(final / "student", trainer.networks.ema, state=weights, dtype=dtype)
         with whole_file(final / "student.pt") as beside:
-            torch.save(plain_state(weights, dtype), beside)
+            save_torch(plain_state(weights, dtype), beside)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise DimoError(f"{final} could not be written: {error}; the last checkpoint stays") from error
