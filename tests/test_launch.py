@@ -14,6 +14,7 @@ import psutil
 import pytest
 import yaml
 
+from dimo.cli import main
 from dimo.errors import DimoError
 from dimo.train import launch as launching
 from dimo.train.config import load_config
@@ -300,19 +301,19 @@ def test_a_headless_run_of_two_processes_survives_signals_and_kills_at_every_lev
     assert RunFolder(out).status()["state"] == "finished" and (out / "report.html").exists()
 
 
-def test_two_machines_train_one_student_and_a_signal_to_one_stops_both(tmp_path):
+def test_two_machines_train_one_student_and_a_signal_to_one_stops_both(tmp_path, capsys):
     """Two launchers that know of each other only by address, as on two machines that share a disk."""
     out = tmp_path / "run"
     settings = ["-c", "smoke", "model.device=cpu", "distill.batch_size_per_gpu=2", f"experiment.output_dir={out}"]
     settings += ["training.max_train_steps=20", "experiment.log_every=1", "experiment.sample_every=99"]
     env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
 
-    def start():
+    def start(*commands):
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
         machines = []
-        for rank, command in ((1, ["run", "--only", "03_train"]), (0, ["train"])):
+        for rank, command in zip((1, 0), commands):
             of_two_machines(tmp_path, rank, main_process_port=port)
             words = [
                 sys.executable,
@@ -325,7 +326,8 @@ def test_two_machines_train_one_student_and_a_signal_to_one_stops_both(tmp_path)
             machines.append(subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
         return machines
 
-    machines = start()
+    joining = ["run", "--only", "03_train"]
+    machines = start(joining, ["train"])
     wait_until(lambda: steps(out) or any(machine.poll() is not None for machine in machines))
     machines[0].terminate()
     said = [machine.communicate(timeout=120) for machine in machines]
@@ -334,7 +336,7 @@ def test_two_machines_train_one_student_and_a_signal_to_one_stops_both(tmp_path)
     (saved,), at = (out / "checkpoints").iterdir(), max(steps(out))
     assert saved.name == f"step-{at:08d}" and at < 20 and RunFolder(out).status()["state"] == "preempted"
     assert [f.name for f in sorted(saved.glob("rank-*"))] == ["rank-00000.pt", "rank-00001.pt"]
-    machines = start()
+    machines = start(["train"], ["train"])
     said = [machine.communicate(timeout=120) for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], said
     assert steps(out) == list(range(1, 21)) and RunFolder(out).status()["state"] == "finished"
@@ -342,8 +344,8 @@ def test_two_machines_train_one_student_and_a_signal_to_one_stops_both(tmp_path)
     # each says what its own workers print, and rank 0 is machine 0's
     assert "step 20/20" in (out / "launch.log").read_text()
     assert "step 20/20" not in (out / "launch-machine-1.log").read_text()
-    again = subprocess.run(machines[0].args, capture_output=True, text=True)
-    assert again.returncode == 0 and "machine 1 of 2: nothing to train" in again.stdout, again.stderr
+    assert main([*joining, *settings, f"training.engine={tmp_path}/machine1.yaml"]) == 0
+    assert "machine 1 of 2: nothing to train" in capsys.readouterr().out
 
 
 def test_a_run_in_one_process_stops_and_continues_too(tmp_path):
