@@ -22,6 +22,11 @@ nets = [getattr(trainer.networks, name) for name in ("student", "aux", "ema")]
 weights = torch.cat([p.flatten() for net in nets for p in net.parameters()])
 first, second = e.everywhere((weights, trainer.baseline.value))
 samples = e.everywhere(step.x_hat)
+own = e.everywhere(float(step.entropy.mean()))
+trainer.averages.take()
+trainer.step(2)
+trainer.averages.sums["entropy/student"] = torch.tensor(1.0 + e.rank)
+assert trainer.metrics(step)["entropy/student"] == 1.5, "the mean over two processes"
 if e.rank == 0:
     print("RESULT", torch.equal(first[0], second[0]), torch.equal(first[1], second[1]), torch.equal(*samples))
 """

@@ -116,7 +116,7 @@ def _train(trainer: Trainer, run: RunFolder, checkpoints: Checkpoints, signals: 
             values = trainer.metrics(step) | {k: float(v) for k, v in extra.items()}
             seconds = (time.perf_counter() - clock) / (done - since)
             values["time/step_s"] = seconds
-            values["tokens_per_s"] = trainer.config.distill.batch_size_per_gpu * trainer.num_visual_tokens / seconds
+            values["tokens_per_s"] = trainer.tokens_per_step / seconds
             if trainer.device.type == "cuda":
                 values["memory/peak_gb"] = torch.cuda.max_memory_allocated() / 2**30
             run.log({"step": done, **values})
@@ -124,13 +124,14 @@ def _train(trainer: Trainer, run: RunFolder, checkpoints: Checkpoints, signals: 
             trainer.accelerator.log(values, step=done)
             bar.show(done, values)
             clock, since = time.perf_counter(), done
-        if done % c.sample_every == 0 or done == last:
-            write_samples(trainer, run, done)
         if done % c.save_every == 0 or done == last or told:
             _say_saved(run, checkpoints.finish())
             tensors, state = trainer.state()
+            _require_finite_weights(tensors, done)
             about = {"step": done, "num_processes": trainer.accelerator.num_processes}
             checkpoints.save(done, tensors, state | about, trainer.rank_state())
+        if done % c.sample_every == 0 or done == last:
+            write_samples(trainer, run, done)
         if told and done < last:
             _say_saved(run, checkpoints.finish())
             name = next(name for name in everywhere(signals.received) if name)
@@ -138,6 +139,8 @@ def _train(trainer: Trainer, run: RunFolder, checkpoints: Checkpoints, signals: 
             raise Preempted(f"{name} after step {done}, which is saved; the same command continues")
     _say_saved(run, checkpoints.finish())
     write_student(trainer, run)
+    if trainer.guard.skipped:
+        run.say(f"{trainer.guard.skipped} steps of {last} were skipped for values that are not finite", aloud=True)
     run.say(f"finished: step {last}")
     run.write_status(state="finished", step=last, max_steps=last)
     close_trackers(trainer.accelerator)
@@ -185,6 +188,17 @@ def _drain_events(trainer: Trainer, run: RunFolder) -> None:
         run.event(event)
         run.say(", ".join(f"{key} {value}" for key, value in event.items()))
     trainer.events.clear()
+
+
+def _require_finite_weights(tensors: dict[str, dict[str, torch.Tensor]], done: int) -> None:
+    """A checkpoint of NaNs would be the newest valid one; refused on all ranks, since one of them holds the weights."""
+    bad = [f"{name} of the {network}" for network, weights in tensors.items()
+           for name, weight in weights.items() if not torch.isfinite(weight.sum())]  # fmt: skip
+    error = DimoError(
+        f"after step {done} {bad[0]} is not finite ({len(bad)} tensors are not) and nothing was saved; the last "
+        "checkpoint stays. Lower optim.lr or optim.aux_lr"
+    ) if bad else None  # fmt: skip
+    raise_everywhere(error)
 
 
 def _say_saved(run: RunFolder, folder: Path | None) -> None:
