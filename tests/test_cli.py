@@ -1,6 +1,8 @@
 """The command as a person meets it: what it prints, its exit codes, never a traceback."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 
@@ -93,3 +95,14 @@ def test_evaluate_reads_the_run_that_a_student_lies_in(tmp_path, capsys):
     capsys.readouterr()
     # its weights, not those of the student that ships: two steps from the teacher it makes no valid video
     assert rows["student_1"]["validity"] < 0.1
+
+
+def test_ctrl_c_while_torch_is_imported_is_no_traceback(tmp_path):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("print('importing', flush=True); import time; time.sleep(60)")
+    env = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    command = [sys.executable, "-m", "dimo", "runs"]
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "importing\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == -signal.SIGINT and process.stderr.read() == ""

@@ -27,6 +27,7 @@ from dimo.train.optimizers import set_lr_factor
 from dimo.train.ranks import count_ranks, everywhere
 
 BUCKET_ENTRIES = 2**26  # gradients averaged in one call: 256 MiB of float32
+SENT_ALONE = 2**20  # entries from which a gradient is sent when it is ready, while the backward pass goes on
 
 
 class Engine:
@@ -116,19 +117,39 @@ class Learner:
         self.model, self.optimizers, self.max_grad_norm = model, optimizers, max_grad_norm
         self.sharded = isinstance(model, FSDPModule)
         self.gradients: list[torch.Tensor] = []  # this process's pieces, averaged by `gradient_norm`
+        self.last, self.sending = True, {}
+        if self.averages:
+            for p in model.parameters():
+                if p.requires_grad and p.numel() >= SENT_ALONE:
+                    p.register_post_accumulate_grad_hook(self._send)
+
+    @property
+    def averages(self) -> bool:
+        """Whether gradients are averaged here, and not by the engine."""
+        return dist.is_initialized() and not self.sharded
+
+    def _send(self, p: torch.nn.Parameter) -> None:
+        if self.last:
+            self.sending[p.grad] = dist.all_reduce(p.grad, async_op=True)
 
     def set_lr_factor(self, factor: float) -> None:
         set_lr_factor(self.optimizers, factor)
 
     def backward(self, loss: torch.Tensor, last: bool = True) -> None:
         """Add the loss's gradient; `last` of those before the update."""
+        self.last = last
         loss.backward()
 
     def gradient_norm(self) -> torch.Tensor:
         """The norm of the gradient averaged over the processes, the same on each: NaN on one is NaN on all."""
         self.gradients = [local(p.grad) for p in self.model.parameters() if p.grad is not None]
-        if dist.is_initialized() and not self.sharded:
-            average(self.gradients)
+        if self.averages:
+            average([gradient for gradient in self.gradients if gradient not in self.sending])
+            for sent in self.sending.values():
+                sent.wait()
+            if self.sending:
+                torch._foreach_div_(list(self.sending), dist.get_world_size())
+            self.sending = {}
         square = torch.stack(torch._foreach_norm(self.gradients)).square().sum()
         if self.sharded:
             dist.all_reduce(square)
@@ -143,7 +164,7 @@ class Learner:
 
     def discard(self) -> None:
         """Forget the gradient."""
-        self.gradients = []
+        self.gradients, self.sending = [], {}
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         reshard(self.model)
@@ -173,6 +194,8 @@ class Zero2Learner(Learner):
     One DeepSpeed engine a network. The network itself is called, not the engine: it is passed several times before one
     backward. Written for DeepSpeed 0.19.
     """
+
+    averages = False
 
     def __init__(self, model: torch.nn.Module, optimizers: list, max_grad_norm: float, settings: dict):
         import deepspeed  # not installed everywhere
