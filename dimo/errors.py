@@ -23,6 +23,14 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; there is {', '.join(known)}"
 
 
+def reason(error: BaseException) -> str:
+    """What an exception says, in one line: its first, a YAML parser's problem with its line, or else its type."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    if mark is not None and problem:
+        return f"line {mark.line + 1}: {problem}"
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def require_shape(name: str, tensor: torch.Tensor, shape: tuple) -> None:
     """Raise unless `tensor` has `shape`, where None and letters match any size: ("B", "N", 16)."""
     if not isinstance(tensor, torch.Tensor):

@@ -335,7 +335,7 @@ def test_a_run_on_captions_to_its_end(folder, tmp_path):
         (["distill.min_clarity=0.5"], "for a file of captions, and distill.prompt_source is world"),
         (["distill.motion_prefix=9"], "for a file of captions, and distill.prompt_source is world"),
         (["distill.prompt_source=a.csv", "distill.motion_prefix=fast"], "must be none, score or a number, got 'fast'"),
-        (["distill.prompt_source=a.csv", "distill.min_motion=nan"], "distill.min_motion must be a number or null"),
+        (["distill.prompt_source=a.csv", "distill.min_motion=nan"], "min_motion must be a finite number, got nan"),
         (["distill.motion_share=2"], r"distill.motion_share must lie in \[0, 1\]"),
         (["distill.shuffle_buffer=0"], "distill.shuffle_buffer must be at least 1"),
     ],
