@@ -24,11 +24,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """What an exception says, in one line: its first, a YAML parser's problem with its line, or else its type."""
+    """What an exception says, on one line: its first; a YAML parser's problem with its line; or else its type."""
     mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
     if mark is not None and problem:
         return f"line {mark.line + 1}: {problem}"
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    text = str(error).strip() or type(error).__name__
+    first = text.splitlines()[0].rstrip()
+    return " ".join(text.split()) if first.endswith(":") else first  # a list follows
 
 
 def require_shape(name: str, tensor: torch.Tensor, shape: tuple) -> None:

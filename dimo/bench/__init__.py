@@ -18,7 +18,7 @@ import torch
 from dimo.bench.naive import naive_step
 from dimo.bench.parts import Clock, attention_alone, kernels_of, losses_alone, matrix_product, stage_times
 from dimo.bench.sizes import model_flops, passes_of, random_ursa
-from dimo.errors import DimoError, nearest
+from dimo.errors import DimoError, nearest, reason
 from dimo.files import write_text
 from dimo.train.config import Config, device_of, load_config
 from dimo.train.prompts import WorldPrompts
@@ -144,7 +144,7 @@ def _naive(config, kept: tuple, tflop: float, clock: Clock, report: dict, progre
     try:
         result = _rated(clock(naive_step(config, *kept, checkpointing)), tflop, report["product_tflops"])
     except torch.OutOfMemoryError as error:
-        progress(f"the naive step does not fit into this memory: {str(error).splitlines()[0][:120]}")
+        progress(f"the naive step does not fit into this memory: {reason(error)[:120]}")
         return {"fits": False}
     result["checkpointing"] = "full" if checkpointing else "none"
     progress(_line("naive step, no optimizer", result))

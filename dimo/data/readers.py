@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from dimo.errors import DimoError
+from dimo.errors import DimoError, reason
 
 KINDS = ("txt", "jsonl", "csv", "parquet")
 CAPTIONS = ("caption", "prompt", "text")  # the first of these that a file has
@@ -192,8 +192,7 @@ def _sentences(file: Path, kind: str) -> Iterator[None]:
     except DimoError:
         raise
     except (OSError, ValueError, NotImplementedError, csv.Error) as error:  # ValueErrors: pandas, pyarrow, Unicode
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise DimoError(f"{file} cannot be read as {kind}: {reason}") from error
+        raise DimoError(f"{file} cannot be read as {kind}: {reason(error)}") from error
 
 
 def _either(names: tuple[str, ...]) -> str:
