@@ -48,12 +48,17 @@ def bench(
         against: "naive", "upstream".
 
     Raises:
-        DimoError: an unknown part, or upstream where it is not installed or has no checkpoint to load.
+        DimoError: an unknown part, a number of runs or passes below what makes sense, or upstream where it is not
+            installed or has no checkpoint to load.
     """
     for given, known in ((parts, PARTS + MORE_PARTS), (against, ("naive", "upstream"))):
         for name in given:
             if name not in known:
                 raise DimoError(f"there is nothing called {name!r} to measure{nearest(name, known)}")
+    if repeats < 1 or warmup < 0:
+        raise DimoError(f"repeats must be at least 1 and warmup not negative, got {repeats} and {warmup}")
+    if "generate" in parts and (not generate_steps or min(generate_steps) < 1):
+        raise DimoError(f"generate needs numbers of passes that are at least 1, got {list(generate_steps)}")
     device = device_of(config)
     clock, d = Clock(device, repeats, warmup), config.distill
     report = {"device": _name(device), "torch": torch.__version__, "size": size or d.teacher_ckpt}
