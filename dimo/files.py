@@ -7,6 +7,9 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import torch
 
 PARTIALS = ".*.partial*"  # what a killed process leaves behind, as a pattern for glob
 
@@ -21,6 +24,9 @@ def whole_file(file: str | Path) -> Iterator[Path]:
         yield beside
         sync(beside)
         os.replace(beside, file)
+    except OSError as error:
+        error.filename = error.filename or str(file)  # a disk that is full while it writes names none
+        raise
     finally:
         beside.unlink(missing_ok=True)
 
@@ -58,6 +64,20 @@ def write_text(file: str | Path, text: str) -> None:
     """Whole or not at all."""
     with whole_file(file) as beside:
         beside.write_text(text, encoding="utf-8")
+
+
+def save_torch(value: Any, file: str | Path) -> None:
+    """`torch.save`, but where the disk refuses, with the system's reason: torch's is a position in its archive.
+
+    Raises:
+        OSError: the disk is full, or refuses otherwise.
+    """
+    try:
+        torch.save(value, file)
+    except RuntimeError:
+        with open(file, "ab") as handle:
+            handle.write(bytes(2**20))
+        raise
 
 
 def sync(path: str | Path) -> None:

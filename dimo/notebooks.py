@@ -13,9 +13,9 @@ import yaml
 
 from dimo.errors import DimoError, nearest
 from dimo.evaluation.evaluate import UNITS, columns_of, format_cell, format_table
-from dimo.train.config import config_keys, load_config, to_yaml
+from dimo.train.config import Config, config_keys, load_config, to_yaml
 from dimo.train.flags import flags
-from dimo.train.launch import children_told_to_stop, refuse_early, wait_for_children
+from dimo.train.launch import children_told_to_stop, machine_of, refuse_early, train, wait_for_children
 from dimo.train.runfolder import RunFolder, write_text
 from dimo.train.signals import Preempted
 from dimo.worlds import checkpoint_folder
@@ -63,7 +63,9 @@ def run_notebooks(
     extra = _parse_parameters(parameters, overrides, {k: v for own in known.values() for k, v in own.items()})
     settings = load_config(config, overrides)
     refuse_early(settings)
-    c = settings.experiment
+    c, (machine, machines) = settings.experiment, machine_of(settings)
+    if machine > 0:
+        return _only_train(settings, f"machine {machine} of {machines}", "03_train" in chosen, force)
     run = RunFolder.open(c.output_dir, to_yaml(settings), c.resume, c.overwrite)
     if c.overwrite or not c.resume:
         overrides += ["experiment.overwrite=false", "experiment.resume=true"]  # done, or found to be no matter
@@ -75,6 +77,19 @@ def run_notebooks(
     write_report_page(run, list(chosen))
     print_summary(run)
     return run
+
+
+def _only_train(settings: Config, name: str, chosen: bool, force: bool) -> RunFolder:
+    """What another machine than the first has to do."""
+    c, last = settings.experiment, settings.training.max_train_steps
+    run = RunFolder(c.output_dir, writes=False)
+    status = run.status()
+    done = status.get("state") == "finished" and status["step"] >= last
+    if not chosen or (done and not force and not c.overwrite):
+        print(f"{name}: nothing to train; the notebooks are machine 0's")
+        return run
+    print(f"{name}: trains with machine 0 when that comes to 03_train; the notebooks are machine 0's", flush=True)
+    return train(settings)
 
 
 def _choose(sources: dict[str, Path], only: list[str], start: str | None) -> dict[str, Path]:
@@ -140,12 +155,15 @@ def _execute(run: RunFolder, name: str, source: Path, parameters: dict, force: b
     except RuntimeError as error:  # the kernel died, or never came up
         problem = f"notebook {name} was not finished: {error}; the same command continues"
         stopped = bool(asked)
+    except OSError as error:  # a full disk: papermill writes after every cell
+        working.unlink(missing_ok=True)
+        problem, stopped = f"notebook {name} could not be written to {done.parent}: {error}", False
     wait_for_children()  # of a dead kernel: they are saving
     if problem:
         _write_ending(run, problem, stopped)
     failed.unlink(missing_ok=True)
+    _write_html(working, done.with_suffix(".html"))  # first: a notebook that lies there is not executed again
     os.replace(working, done)
-    _write_html(done)
 
 
 def _write_ending(run: RunFolder, problem: str, stopped: bool) -> None:
@@ -174,10 +192,12 @@ def _is_done(done: Path, source: Path, parameters: dict) -> bool:
     return old["metadata"].get("papermill", {}).get("parameters") == parameters and old_cells == cells(source)[1]
 
 
-def _write_html(notebook: Path) -> None:
+def _write_html(notebook: Path, page: Path) -> None:
     _, nbconvert = _require_jupyter()
     exporter = nbconvert.HTMLExporter(template_name="classic")
-    write_text(notebook.with_suffix(".html"), exporter.from_filename(str(notebook))[0])
+    with open(notebook, encoding="utf-8") as file:
+        text, _ = exporter.from_file(file, {"metadata": {"name": page.stem}})
+    write_text(page, text)
 
 
 def write_report_page(run: RunFolder, names: list[str]) -> Path:

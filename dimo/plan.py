@@ -40,6 +40,11 @@ class Plan:
     def total(self) -> int:
         return sum(self.parts.values())
 
+    @property
+    def counts_too_much(self) -> bool:
+        """Layers go through uncompiled; compiled ones keep less for the backward pass, unless their input alone is."""
+        return self.config.model.compile and self.config.model.activation_checkpointing != "full"
+
 
 def make_plan(config: Config, size: str | None = None, memory_gib: float | None = None, probe: bool = True) -> Plan:
     """One dry run, and a probe of a few real steps on one GPU where there is one and the step seems to fit.
@@ -54,7 +59,7 @@ def make_plan(config: Config, size: str | None = None, memory_gib: float | None 
     plan = _go_through(config, size)
     if not probe or not torch.cuda.is_available():
         plan.no_probe = "no GPU here" if probe else "not asked for"
-    elif plan.total > gpu_memory(memory_gib):
+    elif plan.total > gpu_memory(memory_gib) and not plan.counts_too_much:
         plan.no_probe = "it would not fit"
     else:
         plan.seconds, plan.measured, plan.no_probe = _probe(config, size)
@@ -146,8 +151,7 @@ def format_plan(plan: Plan, name: str, memory: float) -> str:
         "",
         f"{'per GPU':32}{'GiB':>8}",
         *(f"{part:32}{size / GIB:8.2f}" for part, size in plan.parts.items()),
-        f"{'in all':32}{plan.total / GIB:8.2f}   {'fits into' if plan.total <= memory else 'does NOT fit into'} "
-        f"{memory / GIB:.0f}",
+        f"{'in all':32}{plan.total / GIB:8.2f}   {_verdict(plan, memory)} {memory / GIB:.0f}",
     ]
     if plan.measured is not None:
         alone = "measured here, nothing cut" if plan.config.training.num_processes > 1 else "measured here"
@@ -164,6 +168,14 @@ def format_plan(plan: Plan, name: str, memory: float) -> str:
             f"{days:.1f} days, {days * 24 * t.num_processes:.0f} GPU hours"
         )
     return "\n".join([*lines, UNSEEN])
+
+
+def _verdict(plan: Plan, memory: float) -> str:
+    if plan.total <= memory:
+        return "fits into"
+    if plan.counts_too_much:
+        return "counted as if not compiled, and compiled layers keep less; so counted it does NOT fit into"
+    return "does NOT fit into"
 
 
 def _collectives(plan: Plan) -> list[str]:

@@ -153,7 +153,7 @@ def test_gradients_from_bfloat16_are_unbiased(generator):
 
 def test_the_draw_does_not_depend_on_the_chunk(answers, monkeypatch):
     def drawn():
-        return draw(answers[0], torch.Generator().manual_seed(5), 0.8)[0]
+        return draw(answers[0], torch.Generator().manual_seed(5))[0]
 
     whole = drawn()
     for entries in (K, 5 * K):

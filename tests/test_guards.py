@@ -12,7 +12,8 @@ from dimo.distill import stages
 from dimo.distill.schedules import EntropyController
 from dimo.errors import DimoError, NonFiniteError
 from dimo.train.config import load_config
-from dimo.train.trainer import MEASURED, Trainer, step_through
+from dimo.train.metrics import MEASURED
+from dimo.train.trainer import Trainer, step_through
 
 SETTINGS = [
     "model.device=cpu", "distill.batch_size_per_gpu=2", "optim.optimizer=adamw", "distill.w_kd=0.1",
@@ -179,6 +180,7 @@ spoilers = {"teacher": lambda: spoil_output(n.teacher), "student": lambda: spoil
 spoilers["gradient"] = SpoilBackward
 for where, spoil in spoilers.items():
     before, skipped = learnt(trainer), trainer.guard.skipped
+    trainer.averages.take()  # what earlier steps measured
     hook = spoil() if engine.rank == 1 else None  # on one process only
     step, extra = trainer.step(1)
     now = learnt(trainer)

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,10 +14,11 @@ import psutil
 import pytest
 import yaml
 
+from dimo.cli import main
 from dimo.errors import DimoError
 from dimo.train import launch as launching
 from dimo.train.config import load_config
-from dimo.train.launch import launch, launch_command, needs_launch
+from dimo.train.launch import launch, launch_command, machine_of, needs_launch
 from dimo.train.runfolder import RunFolder
 from dimo.train.signals import Preempted
 
@@ -174,11 +176,34 @@ def test_the_command_names_engine_processes_and_a_free_port(tmp_path):
     after = dict(zip(words, words[1:]))
     assert after["--num_processes"] == "2" and after["--main_process_port"] == "0"
     assert Path(after["--config_file"]).name == "ddp.yaml" and words[-1] == f"config={tmp_path}/launch.yaml"
-    own = tmp_path / "mine.yaml"
-    two_machines = {"distributed_type": "MULTI_GPU", "num_machines": 2, "num_processes": 16, "main_process_port": 29501}
-    own.write_text(yaml.safe_dump(two_machines))
-    words = launch_command(load_config("smoke", [f"training.engine={own}", "model.device=cpu"]))
+    config = of_two_machines(tmp_path, 1, num_processes=16)
+    words = launch_command(config)
     assert dict(zip(words, words[1:]))["--num_processes"] == "16" and "--main_process_port" not in words
+    assert words[-1] == f"config={tmp_path}/run/launch-machine-1.yaml" and machine_of(config) == (1, 2)
+
+
+def of_two_machines(folder, rank, **more):
+    """The configuration on machine `rank`, with an engine file of its own."""
+    file = folder / f"machine{rank}.yaml"
+    given = {"distributed_type": "MULTI_GPU", "num_machines": 2, "num_processes": 2, "machine_rank": rank}
+    given |= {"main_process_ip": "127.0.0.1", "main_process_port": 29501}
+    file.write_text(yaml.safe_dump(given | more))
+    out = f"experiment.output_dir={folder}/run"
+    return load_config("smoke", [f"training.engine={file}", "model.device=cpu", out])
+
+
+def test_files_of_several_machines_that_cannot_work_are_refused(tmp_path):
+    for more, sentence in [
+        ({"num_processes": 3}, r"is for 2 machines, which do not share 3 process\(es\) evenly"),
+        ({"main_process_ip": None}, "is for 2 machines and needs main_process_ip"),
+    ]:
+        with pytest.raises(DimoError, match=sentence):
+            launch(of_two_machines(tmp_path, 0, **more))
+    for text in ("- a", "a: [", "only words"):
+        (tmp_path / "machine0.yaml").write_text(text)
+        with pytest.raises(DimoError, match="must be a YAML file of accelerate's `key: value` lines"):
+            launch(load_config("smoke", [f"training.engine={tmp_path}/machine0.yaml"]))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -274,6 +299,53 @@ def test_a_headless_run_of_two_processes_survives_signals_and_kills_at_every_lev
     assert done.returncode == 0, done.stderr[-3000:]
     assert steps(out) == list(range(1, 71))  # each step once, though eight runs made them
     assert RunFolder(out).status()["state"] == "finished" and (out / "report.html").exists()
+
+
+def test_two_machines_train_one_student_and_a_signal_to_one_stops_both(tmp_path, capsys):
+    """Two launchers that know of each other only by address, as on two machines that share a disk."""
+    out = tmp_path / "run"
+    settings = ["-c", "smoke", "model.device=cpu", "distill.batch_size_per_gpu=2", f"experiment.output_dir={out}"]
+    settings += ["training.max_train_steps=20", "experiment.log_every=1", "experiment.sample_every=99"]
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+
+    def start(*commands):
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        machines = []
+        for rank, command in zip((1, 0), commands):
+            of_two_machines(tmp_path, rank, main_process_port=port)
+            words = [
+                sys.executable,
+                "-m",
+                "dimo.cli",
+                *command,
+                *settings,
+                f"training.engine={tmp_path}/machine{rank}.yaml",
+            ]
+            machines.append(subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        return machines
+
+    joining = ["run", "--only", "03_train"]
+    machines = start(joining, ["train"])
+    wait_until(lambda: steps(out) or any(machine.poll() is not None for machine in machines))
+    machines[0].terminate()
+    said = [machine.communicate(timeout=120) for machine in machines]
+    assert [machine.returncode for machine in machines] == [75, 75], said
+    assert "trains with machine 0 when that comes to 03_train" in said[0][0]
+    (saved,), at = (out / "checkpoints").iterdir(), max(steps(out))
+    assert saved.name == f"step-{at:08d}" and at < 20 and RunFolder(out).status()["state"] == "preempted"
+    assert [f.name for f in sorted(saved.glob("rank-*"))] == ["rank-00000.pt", "rank-00001.pt"]
+    machines = start(["train"], ["train"])
+    said = [machine.communicate(timeout=120) for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], said
+    assert steps(out) == list(range(1, 21)) and RunFolder(out).status()["state"] == "finished"
+    assert (out / "checkpoints/final/student.pt").exists() and not (out / "notebooks").exists()
+    # each says what its own workers print, and rank 0 is machine 0's
+    assert "step 20/20" in (out / "launch.log").read_text()
+    assert "step 20/20" not in (out / "launch-machine-1.log").read_text()
+    assert main([*joining, *settings, f"training.engine={tmp_path}/machine1.yaml"]) == 0
+    assert "machine 1 of 2: nothing to train" in capsys.readouterr().out
 
 
 def test_a_run_in_one_process_stops_and_continues_too(tmp_path):

@@ -22,6 +22,11 @@ nets = [getattr(trainer.networks, name) for name in ("student", "aux", "ema")]
 weights = torch.cat([p.flatten() for net in nets for p in net.parameters()])
 first, second = e.everywhere((weights, trainer.baseline.value))
 samples = e.everywhere(step.x_hat)
+own = e.everywhere(float(step.entropy.mean()))
+trainer.averages.take()
+trainer.step(2)
+trainer.averages.sums["entropy/student"] = torch.tensor(1.0 + e.rank)
+assert trainer.metrics(step)["entropy/student"] == 1.5, "the mean over two processes"
 if e.rank == 0:
     print("RESULT", torch.equal(first[0], second[0]), torch.equal(first[1], second[1]), torch.equal(*samples))
 """
@@ -50,6 +55,36 @@ def test_a_run_of_two_processes_writes_one_folder_and_ends_with_one_student(tmp_
     assert student.keys() == ema.keys() and all(torch.equal(student[key], ema[key]) for key in ema)
     if engine == "ddp":  # nothing is left to do, and nothing is done twice
         assert run(tmp_path, out, "training.max_train_steps=4", "experiment.sample_every=4", engine=engine) == rows
+
+
+DIFFERENT = """
+import types
+import torch.distributed as dist
+from dimo.errors import DimoError
+from dimo.train import loop
+from dimo.train.config import load_config
+
+loop.SEEN_WITHIN_S = 0.5
+dist.init_process_group("gloo")
+open("config.yaml", "w").close()
+for own in ("optim.warmup_steps=20", "distill.prompt_source=captions.txt", "experiment.log_every=7",
+            "experiment.output_dir=elsewhere"):
+    words = ["experiment.output_dir=."] + ([own] if dist.get_rank() == 1 else [])
+    try:
+        loop._require_one_run(types.SimpleNamespace(config=load_config("smoke", words)))
+        said = "one run"
+    except DimoError as error:
+        said = str(error)
+    if dist.get_rank() == 0:
+        print(said)
+"""
+
+
+def test_ranks_of_different_commands_or_folders_are_refused(tmp_path):
+    lines = run_script(tmp_path, DIFFERENT).splitlines()
+    assert lines[0].startswith("rank 1: another configuration than rank 0's: optim.warmup_steps is 20, not ")
+    assert lines[1] == "one run" and lines[2].endswith("rank 0's: experiment.log_every is 7, not 5")
+    assert lines[3].startswith("rank 1: elsewhere on ") and lines[3].endswith(" is not the folder that rank 0 writes")
 
 
 # What two processes saved after two steps, taken up by as many processes as are started now.

@@ -217,6 +217,13 @@ Trainer(load_config("smoke", {settings!r})).train(progress=False)
 """
 
 
+def wait_until(true, seconds=60):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it took too long"
+        time.sleep(0.05)
+
+
 def answer(client, request):
     """The reply to this request: a slow kernel may still owe others."""
     while (message := client.get_shell_msg(timeout=60))["parent_header"]["msg_id"] != request:
@@ -230,16 +237,14 @@ def test_a_kernel_is_interrupted_and_goes_on(tmp_path):
     cell = CELL.format(settings=[*SETTINGS, f"experiment.output_dir={tmp_path}", "training.max_train_steps=200"])
     manager, client = start_new_kernel(kernel_name="python3")
     try:
-        request = client.execute(cell)
-        while RunFolder(tmp_path).status().get("step", 0) < 2:
-            time.sleep(0.05)
+        request = client.execute(cell, stop_on_error=False)  # else the next one, if it comes soon, is aborted with it
+        wait_until(lambda: RunFolder(tmp_path).status().get("step", 0) >= 2)
         manager.interrupt_kernel()
         reply = answer(client, request)
         assert reply["status"] == "error" and reply["ename"] == "Preempted", reply
         assert RunFolder(tmp_path).status()["state"] == "preempted" and steps_saved(tmp_path) >= 2
         request = client.execute(f"open({str(tmp_path / 'begun')!r}, 'w'); import time; time.sleep(60)")
-        while not (tmp_path / "begun").exists():
-            time.sleep(0.05)
+        wait_until((tmp_path / "begun").exists)
         manager.interrupt_kernel()
         assert answer(client, request)["ename"] == "KeyboardInterrupt"  # the kernel's own handler is back
     finally:

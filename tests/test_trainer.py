@@ -1,6 +1,7 @@
 """The training loop: a resumed run is the run, whatever killed it, and every metric can move."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -23,7 +24,7 @@ from dimo.worlds import checkpoint_folder
 SMALL = [
     "model.device=cpu", "distill.batch_size_per_gpu=4", "distill.p_corrupt=0.5", "distill.lambda_ent=0.01",
     "distill.entropy_floor=1.0", "distill.t_curriculum_steps=10", "distill.w_kd=0.1", "distill.w_reinforce=0.1",
-    "training.max_train_steps=16", "experiment.save_every=4", "experiment.log_every=2", "experiment.sample_every=1000",
+    "training.max_train_steps=16", "experiment.save_every=4", "experiment.log_every=3", "experiment.sample_every=1000",
 ]  # fmt: skip
 
 
@@ -63,6 +64,37 @@ def uninterrupted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     Trainer(config_for(folder)).train(progress=False)
     return folder
+
+
+def test_a_line_of_metrics_is_the_mean_over_its_steps_and_their_parts(tmp_path):
+    more = ["training.gradient_accumulation_steps=2", "distill.kd_every=2"]
+    trainer, seen = Trainer(config_for(tmp_path, *more)), []
+    inner = trainer._nine_stages
+    trainer._nine_stages = lambda index, steps: (seen.append(steps), inner(index, steps))[1]
+    for index in range(4):
+        step, _ = trainer.step(index)
+    got, parts = trainer.metrics(step), [part for steps in seen for part in steps]
+    assert len(parts) == 8
+    assert got["entropy/student"] == pytest.approx(sum(p.entropy.mean().item() for p in parts) / 8, rel=1e-5)
+    reward = torch.cat([p.reward for p in parts])
+    assert got["reward/mean"] == pytest.approx(reward.mean().item(), rel=1e-5)
+    assert got["reward/std"] == pytest.approx(reward.std(unbiased=False).item(), rel=1e-3)
+    kd = [p.kd.item() for p in parts if p.kd is not None]
+    assert len(kd) == 4 and got["loss/kd"] == pytest.approx(sum(kd) / 4, rel=1e-5)
+    step, _ = trainer.step(4)
+    assert trainer.metrics(step)["t/mean"] == pytest.approx(
+        (seen[-1][0].t.mean() + seen[-1][1].t.mean()).item() / 2, rel=1e-5
+    )  # the last line's steps are forgotten
+
+
+def test_weights_that_are_not_finite_are_not_saved_and_not_a_finished_run(tmp_path):
+    trainer = Trainer(config_for(tmp_path, "training.max_train_steps=2"))
+    inner = trainer.student.update
+    trainer.student.update = lambda norm: inner(norm * math.nan)  # no step comes after the last one to notice
+    with pytest.raises(DimoError, match="after step 2 .* of the student is not finite .* nothing was saved"):
+        trainer.train(progress=False)
+    assert not list(tmp_path.glob("checkpoints/*/*.safetensors")) and not (tmp_path / "checkpoints" / "final").exists()
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "failed"
 
 
 COMMAND = "import sys, torch; torch.set_num_threads(1); from dimo.cli import main; sys.exit(main())"
@@ -105,7 +137,7 @@ def test_a_finished_run_is_not_trained_again(uninterrupted):
     before = (uninterrupted / "checkpoints" / "final" / "student.pt").read_bytes()
     Trainer(config_for(uninterrupted)).train(progress=False)
     assert (uninterrupted / "checkpoints" / "final" / "student.pt").read_bytes() == before
-    assert [row["step"] for row in metrics_of(uninterrupted)] == list(range(2, 17, 2))
+    assert [row["step"] for row in metrics_of(uninterrupted)] == [3, 6, 9, 12, 15, 16]
 
 
 def test_every_metric_can_move(uninterrupted):

@@ -85,16 +85,16 @@ def draw_x_init(step: Step, x_init: XInit, num_visual_tokens: int, generator=Non
     step.x_init, step.txt_ids, step.corrupted = x_init(step.txt_ids, num_visual_tokens, generator)
 
 
-def student_pass(step: Step, student: UrsaTransformer, grid: Grid, temperature: float = 1.0, generator=None) -> None:
-    """Stage 3: one pass at x_init; x_hat ~ softmax(z_S / temperature), its log-probability and entropy per token."""
+def student_pass(step: Step, student: UrsaTransformer, grid: Grid, generator=None) -> None:
+    """Stage 3: one pass at x_init; x_hat ~ softmax(z_S), its log-probability and entropy per token."""
     if step.fused:
         step.student_logits = answer = visual_answer(student, step.txt_ids, step.x_init, grid)
-        step.x_hat, step.logp, step.entropy = draw(answer, generator, temperature)
+        step.x_hat, step.logp, step.entropy = draw(answer, generator)
         return require_finite("the student's logits", step.entropy)
     step.student_logits = visual_logits(student, step.txt_ids, step.x_init, grid)
     require_finite("the student's logits", step.student_logits)
     with torch.no_grad():
-        step.x_hat = draw_codes(step.student_logits, generator, temperature)
+        step.x_hat = draw_codes(step.student_logits, generator)
     step.logp = losses.log_prob(step.student_logits, step.x_hat)
     step.entropy = losses.token_entropy(step.student_logits)
 
@@ -169,11 +169,13 @@ def auxiliary_losses(
     empty_ids: torch.Tensor | None = None,
     generator=None,
     share_x_t: bool = False,
+    t_per: str = "sample",
 ) -> Iterator[torch.Tensor]:
     """Stage 6: the auxiliary's losses, one at a time, to be stepped on before the next is asked for.
 
-    `denoise` fits it to the student: cross-entropy of x_hat at a fresh re-noising of it, t uniform, some prompts
-    empty. `match_teacher` (preset `literal`) pulls it to the teacher: Jeffreys' divergence at x_t.
+    `denoise` fits it to the student: cross-entropy of x_hat at a fresh re-noising of it, some prompts empty; t is
+    uniform, and per sample or per frame as stage 4's, since the answer at x_t is only as good as the fit there.
+    `match_teacher` (preset `literal`) pulls it to the teacher: Jeffreys' divergence at x_t.
 
     With `share_x_t` the first pass is at x_t itself, under the step's own prompts, and its logits, from before the
     update, are the auxiliary's answer there: `auxiliary_pass` is not needed.
@@ -186,7 +188,7 @@ def auxiliary_losses(
         txt_ids, x = step.txt_ids, step.x_t
         at_x_t = objective == "match_teacher" or (share_x_t and index == 0)
         if not at_x_t:
-            t = sample_t_curriculum(batch, 0, 0, generator, device)
+            t = draw_t(batch, grid, 0, 0, t_per, generator, device)
             if empty_ids is not None and empty_share > 0:
                 drop = torch.rand(batch, generator=generator, device=device) < empty_share
                 txt_ids = torch.where(drop[:, None], empty_ids, txt_ids)

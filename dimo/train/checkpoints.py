@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dimo.errors import DimoError
-from dimo.files import PARTIALS, remove_folder, replace_folder, sync
+from dimo.files import PARTIALS, remove_folder, replace_folder, save_torch, sync
 from dimo.train.ranks import everywhere, raise_everywhere
 
 MANIFEST = "manifest.json"
@@ -169,12 +169,12 @@ class _Writing(threading.Thread):
                     file = self.partial / f"{name}.safetensors"
                     save_file(state_dict, file)
                     self._enter(file)
-                torch.save(self.whole["state"], self.partial / "state.pt")
+                save_torch(self.whole["state"], self.partial / "state.pt")
                 self._enter(self.partial / "state.pt")
             file = self.partial / f"rank-{self.rank:05d}.pt"
-            torch.save(self.rank_state, file)
+            save_torch(self.rank_state, file)
             self._enter(file)
-        except Exception as error:  # safetensors and torch have their own for a full disk
+        except Exception as error:  # safetensors has its own for a full disk
             self.error = error
         self.whole = self.rank_state = None
 

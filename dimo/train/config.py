@@ -59,7 +59,7 @@ RANGES = {  # null is no number, and every float must be finite besides
     ),
     "be positive": (
         lambda value: value > 0,
-        "distill.temperature distill.t_power optim.lr optim.aux_lr optim.muon_lr optim.max_grad_norm",
+        "distill.t_power optim.lr optim.aux_lr optim.muon_lr optim.max_grad_norm",
     ),
     "be at least 1": (
         lambda value: value >= 1,

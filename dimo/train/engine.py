@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from dimo.errors import DimoError
 from dimo.train.config import Config, device_of
 from dimo.train.optimizers import set_lr_factor
-from dimo.train.ranks import everywhere
+from dimo.train.ranks import count_ranks, everywhere
 
 BUCKET_ENTRIES = 2**26  # gradients averaged in one call: 256 MiB of float32
 
@@ -89,11 +89,7 @@ class Engine:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is up on any process. Collective, as all that follows."""
-        if self.world_size == 1:
-            return flag
-        count = torch.tensor(int(flag), device=self.device)
-        dist.all_reduce(count)
-        return bool(count)
+        return count_ranks([flag], self.device)[0] > 0
 
     def mean(self, value: torch.Tensor) -> torch.Tensor:
         """The mean over the processes."""
@@ -119,6 +115,7 @@ class Learner:
     def __init__(self, model: torch.nn.Module, optimizers: list[torch.optim.Optimizer], max_grad_norm: float):
         self.model, self.optimizers, self.max_grad_norm = model, optimizers, max_grad_norm
         self.sharded = isinstance(model, FSDPModule)
+        self.gradients: list[torch.Tensor] = []  # this process's pieces, averaged by `gradient_norm`
 
     def set_lr_factor(self, factor: float) -> None:
         set_lr_factor(self.optimizers, factor)
@@ -129,24 +126,24 @@ class Learner:
 
     def gradient_norm(self) -> torch.Tensor:
         """The norm of the gradient averaged over the processes, the same on each: NaN on one is NaN on all."""
-        gradients = [local(p.grad) for p in self.model.parameters() if p.grad is not None]
+        self.gradients = [local(p.grad) for p in self.model.parameters() if p.grad is not None]
         if dist.is_initialized() and not self.sharded:
-            average(gradients)
-        square = torch.stack(torch._foreach_norm(gradients)).square().sum()
+            average(self.gradients)
+        square = torch.stack(torch._foreach_norm(self.gradients)).square().sum()
         if self.sharded:
             dist.all_reduce(square)
         return square.sqrt()
 
     def update(self, norm: torch.Tensor) -> None:
-        """Clip to max_grad_norm and step."""
-        gradients = [local(p.grad) for p in self.model.parameters() if p.grad is not None]
-        torch._foreach_mul_(gradients, (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+        """Clip to max_grad_norm and step; after `gradient_norm`."""
+        torch._foreach_mul_(self.gradients, (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
         for optimizer in self.optimizers:
             optimizer.step()
         self.discard()
 
     def discard(self) -> None:
         """Forget the gradient."""
+        self.gradients = []
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         reshard(self.model)

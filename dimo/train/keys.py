@@ -89,7 +89,6 @@ class Distill:
     t_per: str = _key("sample", "one t per sample, or per latent frame")
     p_corrupt: float = _key(0.2, "share of x_init that is an earlier sample, corrupted")
     corrupt_ratio: float = _key(0.5, "share of its tokens that are replaced")
-    temperature: float = _key(1.0, "at which x_hat is sampled")
 
     def score_minimums(self) -> dict[str, float]:
         """{Koala-36M's score column: least value}, of those that are set."""

@@ -29,8 +29,6 @@ from dimo.train.signals import PREEMPTED, Preempted
 from dimo.train.trackers import require_trackers
 from dimo.worlds import checkpoint_folder
 
-LOG = "launch.log"
-
 
 def train(config: Config) -> RunFolder:
     """The whole run, in this process where one plain process does it, else through `launch`.
@@ -50,7 +48,7 @@ def train(config: Config) -> RunFolder:
         raise Preempted(f"stopped at step {run.status().get('step')} of {run.path}; the same command continues")
     if code != 0:
         reason = run.status().get("error") or "see what it printed"
-        raise DimoError(f"training ended with exit code {code}: {reason} ({run.path / LOG})")
+        raise DimoError(f"training ended with exit code {code}: {reason} ({launch_file(config, 'log')})")
     return run
 
 
@@ -77,8 +75,9 @@ def needs_launch(config: Config) -> bool:
 def launch(config: Config, grace_s: float = GRACE_S) -> int:
     """Train in `training.num_processes` processes under `training.engine`; wait for them; leave none behind.
 
-    What they print goes to `<run>/launch.log` and to stderr. SIGTERM and SIGINT are passed on to them as SIGTERM: they
-    finish the step and save. After `grace_s` seconds, or at a second Ctrl-C, they are killed.
+    What they print goes to `launch_file` and to stderr. SIGTERM and SIGINT are passed on to them as SIGTERM: they
+    finish the step and save. After `grace_s` seconds, or at a second Ctrl-C, they are killed. Where the engine's file
+    names several machines, each calls this, and starts its own share.
 
     Returns:
         0; 75 when they stopped because they were asked to; 1 for everything else, where status.json says `failed`.
@@ -87,12 +86,16 @@ def launch(config: Config, grace_s: float = GRACE_S) -> int:
         DimoError: before anything starts: no such engine, more processes than GPUs, or what `RunFolder.open` refuses.
     """
     command, c = launch_command(config), config.experiment
-    run = RunFolder.open(c.output_dir, to_yaml(config), c.resume, c.overwrite)
+    machine, _ = machine_of(config)
+    if machine == 0:
+        run = RunFolder.open(c.output_dir, to_yaml(config), c.resume, c.overwrite)
+    else:  # which is cleared or refused on machine 0
+        run = RunFolder(c.output_dir)
     opened = dataclasses.replace(config, experiment=dataclasses.replace(c, resume=True, overwrite=False))
-    write_text(run.path / "launch.yaml", to_yaml(opened))
+    write_text(launch_file(config, "yaml"), to_yaml(opened))
     asked: list[int] = []
-    with open(run.path / LOG, "ab") as log, _handling(lambda number, _: asked.append(number)):
-        follow = _Follower(run.path / LOG)
+    with open(launch_file(config, "log"), "ab") as log, _handling(lambda number, _: asked.append(number)):
+        follow = _Follower(launch_file(config, "log"))
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
         family = _Family(child)
         deadline = None
@@ -105,15 +108,16 @@ def launch(config: Config, grace_s: float = GRACE_S) -> int:
             time.sleep(0.1)
             follow()
         follow()
+    if machine > 0:  # the status is machine 0's
+        told = asked and child.returncode % 256 in (256 - signal.SIGTERM, 128 + signal.SIGTERM)
+        return 0 if child.returncode == 0 else PREEMPTED if told or child.returncode == PREEMPTED else 1
     return _exit_code(run, child.returncode, family, bool(asked))
 
 
 def launch_command(config: Config) -> list[str]:
     """The child's words. It is `lifeline` that runs accelerate, so that it cannot outlive this process."""
-    t, file = config.training, engine_file(config.training.engine)
-    given = yaml.safe_load(file.read_text()) or {}
-    device = device_of(config)
-    machines = given.get("num_machines", 1)
+    t, file, given = config.training, engine_file(config.training.engine), engine_settings(config.training.engine)
+    device, (_, machines) = device_of(config), machine_of(config)
     own = str(file) == t.engine and t.num_processes == 1  # a person's file knows its own number
     processes = given.get("num_processes", 1) if own else t.num_processes
     if device.type == "cuda" and processes > machines * torch.cuda.device_count():
@@ -121,14 +125,30 @@ def launch_command(config: Config) -> list[str]:
             f"training.num_processes is {processes}, and {machines} machine(s) with {torch.cuda.device_count()} GPU(s) "
             "each are there; one process a GPU"
         )
+    if processes % machines:
+        raise DimoError(f"{file} is for {machines} machines, which do not share {processes} process(es) evenly")
+    if machines > 1 and not given.get("main_process_ip"):
+        raise DimoError(f"{file} is for {machines} machines and needs main_process_ip, the address of machine 0")
     words = ["--config_file", str(file), "--num_processes", str(processes)]
     words += ["--mixed_precision", "no"]  # the trainer sees to it itself
     if machines == 1 and "main_process_port" not in given:
         words += ["--main_process_port", "0"]  # any free one, so that two runs share a machine
-    resolved = Path(config.experiment.output_dir) / "launch.yaml"
+    resolved = launch_file(config, "yaml")
     return [
         sys.executable, "-m", "dimo.train.lifeline", str(os.getpid()), *words, "-m", "dimo.train", f"config={resolved}",
     ]  # fmt: skip
+
+
+def launch_file(config: Config, ending: str) -> Path:
+    """launch.yaml, launch.log in the run folder; launch-machine-1.log on the second machine."""
+    machine, _ = machine_of(config)
+    return Path(config.experiment.output_dir) / f"launch{f'-machine-{machine}' if machine else ''}.{ending}"
+
+
+def machine_of(config: Config) -> tuple[int, int]:
+    """(which machine this is, of how many) by the engine's file. On machine 0 is rank 0, which writes the folder."""
+    given = engine_settings(config.training.engine)
+    return given.get("machine_rank") or 0, given.get("num_machines") or 1
 
 
 def engine_file(engine: str) -> Path:
@@ -140,9 +160,24 @@ def engine_file(engine: str) -> Path:
     return file
 
 
+def engine_settings(engine: str) -> dict:
+    """What that file says.
+
+    Raises:
+        DimoError: no such file, or not a mapping in YAML.
+    """
+    try:
+        given = yaml.safe_load(engine_file(engine).read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError):
+        given = None
+    if not isinstance(given, dict):
+        raise DimoError(f"training.engine {engine!r} must be a YAML file of accelerate's `key: value` lines")
+    return given
+
+
 def engine_kind(engine: str) -> str:
     """ddp, fsdp2 or deepspeed_zero2: what a preset, or a person's own file, asks for."""
-    asked = (yaml.safe_load(engine_file(engine).read_text()) or {}).get("distributed_type", "")
+    asked = engine_settings(engine).get("distributed_type", "")
     return {"FSDP": "fsdp2", "DEEPSPEED": "deepspeed_zero2"}.get(asked, "ddp")
 
 
@@ -207,7 +242,7 @@ def _exit_code(run: RunFolder, code: int, family: _Family, asked: bool) -> int:
         return PREEMPTED
     if ours and status["state"] != "failed":  # killed: it could not say so itself
         reason = f"killed {GRACE_S:.0f} s after it was asked to stop" if family.killed else "a process was killed"
-        lines = (run.path / LOG).read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = (run.path / "launch.log").read_text(encoding="utf-8", errors="replace").splitlines()
         run.write_status(state="failed", error=reason, last_lines=lines[-20:])
     return 1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import sys
 import time
 import traceback
@@ -13,9 +14,9 @@ import torch
 from safetensors import SafetensorError
 
 from dimo.errors import DimoError
-from dimo.files import whole_file, write_text
+from dimo.files import save_torch, whole_file, write_text
 from dimo.train.checkpoints import Checkpoints
-from dimo.train.config import to_yaml
+from dimo.train.config import to_flat, to_yaml
 from dimo.train.progress import Progress
 from dimo.train.ranks import count_ranks, everywhere, raise_everywhere
 from dimo.train.runfolder import RunFolder
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
     from dimo.train.trainer import Trainer
 
 FAILED = ".failed-rank-{}"  # what a rank other than 0 died of
+SEEN_WITHIN_S = 60.0  # a network file system may show a new file late
+# what may differ between the machines of one run; that `log_every` differs would be a wait without an end
+OWN_TO_A_MACHINE = {"experiment.output_dir", "experiment.resume", "experiment.overwrite", "training.engine"}
+OWN_TO_A_MACHINE |= {"distill.teacher_ckpt", "distill.prompt_source"}
 
 
 def run_training(trainer: Trainer, progress: bool = True) -> RunFolder:
@@ -71,8 +76,25 @@ def _open(trainer: Trainer) -> RunFolder:
     return run or RunFolder(c.output_dir, writes=False)
 
 
+def _require_one_run(trainer: Trainer) -> None:
+    """Refused on all ranks if one has another configuration or does not see the folder."""
+    file, error = Path(trainer.config.experiment.output_dir) / "config.yaml", None
+    mine = {k: v for k, v in to_flat(trainer.config).items() if k not in OWN_TO_A_MACHINE}
+    first = everywhere(mine)[0]
+    differ = [f"{key} is {mine[key]!r}, not {first[key]!r}" for key in mine if mine[key] != first[key]]
+    until = time.monotonic() + SEEN_WITHIN_S
+    while not differ and not file.exists() and time.monotonic() < until:
+        time.sleep(0.2)
+    if differ:
+        error = DimoError(f"another configuration than rank 0's: {'; '.join(differ[:3])}")
+    elif not file.exists():
+        error = DimoError(f"{file.parent} on {socket.gethostname()} is not the folder that rank 0 writes")
+    raise_everywhere(error)
+
+
 def _train(trainer: Trainer, run: RunFolder, checkpoints: Checkpoints, signals: Signals, progress: bool) -> None:
     c, last = trainer.config.experiment, trainer.config.training.max_train_steps
+    _require_one_run(trainer)
     first = _resume(trainer, run, checkpoints)
     run.cut_at(first)
     run.write_environment()
@@ -94,7 +116,7 @@ def _train(trainer: Trainer, run: RunFolder, checkpoints: Checkpoints, signals: 
             values = trainer.metrics(step) | {k: float(v) for k, v in extra.items()}
             seconds = (time.perf_counter() - clock) / (done - since)
             values["time/step_s"] = seconds
-            values["tokens_per_s"] = trainer.config.distill.batch_size_per_gpu * trainer.num_visual_tokens / seconds
+            values["tokens_per_s"] = trainer.tokens_per_step / seconds
             if trainer.device.type == "cuda":
                 values["memory/peak_gb"] = torch.cuda.max_memory_allocated() / 2**30
             run.log({"step": done, **values})
@@ -102,13 +124,14 @@ def _train(trainer: Trainer, run: RunFolder, checkpoints: Checkpoints, signals: 
             trainer.accelerator.log(values, step=done)
             bar.show(done, values)
             clock, since = time.perf_counter(), done
-        if done % c.sample_every == 0 or done == last:
-            write_samples(trainer, run, done)
         if done % c.save_every == 0 or done == last or told:
             _say_saved(run, checkpoints.finish())
             tensors, state = trainer.state()
+            _require_finite_weights(tensors, done)
             about = {"step": done, "num_processes": trainer.accelerator.num_processes}
             checkpoints.save(done, tensors, state | about, trainer.rank_state())
+        if done % c.sample_every == 0 or done == last:
+            write_samples(trainer, run, done)
         if told and done < last:
             _say_saved(run, checkpoints.finish())
             name = next(name for name in everywhere(signals.received) if name)
@@ -116,6 +139,8 @@ def _train(trainer: Trainer, run: RunFolder, checkpoints: Checkpoints, signals: 
             raise Preempted(f"{name} after step {done}, which is saved; the same command continues")
     _say_saved(run, checkpoints.finish())
     write_student(trainer, run)
+    if trainer.guard.skipped:
+        run.say(f"{trainer.guard.skipped} steps of {last} were skipped for values that are not finite", aloud=True)
     run.say(f"finished: step {last}")
     run.write_status(state="finished", step=last, max_steps=last)
     close_trackers(trainer.accelerator)
@@ -165,6 +190,17 @@ def _drain_events(trainer: Trainer, run: RunFolder) -> None:
     trainer.events.clear()
 
 
+def _require_finite_weights(tensors: dict[str, dict[str, torch.Tensor]], done: int) -> None:
+    """A checkpoint of NaNs would be the newest valid one; refused on all ranks, since one of them holds the weights."""
+    bad = [f"{name} of the {network}" for network, weights in tensors.items()
+           for name, weight in weights.items() if not torch.isfinite(weight.sum())]  # fmt: skip
+    error = DimoError(
+        f"after step {done} {bad[0]} is not finite ({len(bad)} tensors are not) and nothing was saved; the last "
+        "checkpoint stays. Lower optim.lr or optim.aux_lr"
+    ) if bad else None  # fmt: skip
+    raise_everywhere(error)
+
+
 def _say_saved(run: RunFolder, folder: Path | None) -> None:
     if folder is not None:
         run.say(f"saved: {folder.name}")
@@ -175,6 +211,7 @@ def _record_end(folder: str, error: BaseException, rank: int) -> None:
     run, stopped = RunFolder(folder), isinstance(error, KeyboardInterrupt)
     text = str(error) if isinstance(error, DimoError) else f"{type(error).__name__}: {error}"
     trace = "" if isinstance(error, DimoError) else "".join(traceback.format_exception(error))
+    run.free_reserve()
     try:
         if stopped and rank == 0:
             run.say(f"stopped: {error}")
@@ -191,7 +228,7 @@ def _record_end(folder: str, error: BaseException, rank: int) -> None:
                 text = others[0].read_text(encoding="utf-8")
             run.say(f"{trace}failed: {text}")
             run.write_status(state="failed", error=text, last_lines=run.last_lines())
-    except (DimoError, OSError) as also:  # the disk that stopped the run may refuse its status too
+    except (DimoError, OSError) as also:  # a folder that is gone, a disk that another program fills
         print(f"dimo: {also}", file=sys.stderr)
 
 
@@ -221,6 +258,6 @@ def write_student(trainer: Trainer, run: RunFolder) -> None:
     try:
         save_student(final / "student", trainer.networks.ema, state=weights, dtype=dtype)
         with whole_file(final / "student.pt") as beside:
-            torch.save(plain_state(weights, dtype), beside)
+            save_torch(plain_state(weights, dtype), beside)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise DimoError(f"{final} could not be written: {error}; the last checkpoint stays") from error

@@ -25,9 +25,10 @@ def everywhere(value: Any) -> list[Any]:
 
 def count_ranks(flags: list[bool], device: torch.device) -> list[int]:
     """For each flag, on how many ranks it is up."""
+    if _alone():
+        return [int(flag) for flag in flags]
     counts = torch.tensor([int(flag) for flag in flags], device=device)
-    if not _alone():
-        dist.all_reduce(counts)
+    dist.all_reduce(counts)
     return counts.tolist()
 
 

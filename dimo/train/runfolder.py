@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import fcntl
 import json
 import math
@@ -42,6 +43,7 @@ OWN_INSIDE = {  # patterns: people keep files of theirs in such folders
     "notebooks": ("0?_*.ipynb", "0?_*.html", PARTIALS),
 }
 LOCK = ".lock"
+RESERVE, RESERVE_BYTES = ".reserve", 2**16  # room for the last words of a run whose disk is full
 HISTORY = ("resumed", "damaged_checkpoint", "config_changed", "processes_changed")  # events of the folder, not of steps
 LAST_LINES = 20  # of train.log, in the status of a failed run
 
@@ -90,6 +92,8 @@ class RunFolder:
                 write_text(file, config_yaml)
             for partial in [*run.path.glob(PARTIALS), *(run.path / "samples").glob(PARTIALS)]:
                 partial.unlink(missing_ok=True)
+            if hold:
+                run._keep_reserve()
         except BaseException:
             run.close()
             raise
@@ -119,16 +123,31 @@ class RunFolder:
                     f"dimo: {self.path} cannot be locked ({error.strerror}); start one run in it only", file=sys.stderr
                 )
                 break
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        lock.flush()
         self._lock = lock
+        try:
+            os.truncate(lock.fileno(), 0)
+            os.write(lock.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        except OSError as error:
+            self.close()
+            raise self._refusal(LOCK, error) from error
 
     def close(self) -> None:
         """Let other processes have the folder."""
         if self._lock is not None:
+            self.free_reserve()
             self._lock.close()
             self._lock = None
+
+    def _keep_reserve(self) -> None:
+        try:
+            (self.path / RESERVE).write_bytes(os.urandom(RESERVE_BYTES))  # which no file system can compress
+        except OSError as error:
+            raise self._refusal(RESERVE, error) from error
+
+    def free_reserve(self) -> None:
+        """Give the disk RESERVE_BYTES back, for what is to be written next."""
+        with contextlib.suppress(OSError):
+            (self.path / RESERVE).unlink()
 
     def is_held(self) -> bool:
         """A living process trains in this folder."""
@@ -253,9 +272,13 @@ class RunFolder:
     def _append(self, name: str, line: str) -> None:
         if not self.writes:
             return
+        data = f"{line}\n".encode()
         try:
-            with open(self.path / name, "a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            with open(self.path / name, "ab", buffering=0) as file:
+                size = file.tell()
+                if file.write(data) < len(data):  # no part of a line on a disk that had room for no more
+                    file.truncate(size)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise self._refusal(name, error) from error
 

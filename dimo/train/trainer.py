@@ -17,18 +17,13 @@ from dimo.train.config import Config
 from dimo.train.engine import Engine, Learner, load_whole, local, reshard
 from dimo.train.guards import Guard
 from dimo.train.loop import run_training
+from dimo.train.metrics import MEASURED, Averages, measured
 from dimo.train.optimizers import lr_factor, make_optimizers
 from dimo.train.prompts import WorldPrompts, open_prompts
 from dimo.train.runfolder import RunFolder
 from dimo.ursa import Ursa, UrsaTransformer, load_ursa
 from dimo.ursa.cpu import keep_memory
 from dimo.worlds import checkpoint_folder, is_world, load_world, require_grid
-
-MEASURED = (
-    "loss/total", "loss/distill", "loss/aux", "loss/kd", "entropy/student", "entropy/aux", "entropy/teacher",
-    "reward/mean", "reward/std", "reward/baseline", "gap/aux_teacher_tv", "gap/student_teacher_kl", "t/mean",
-    "x_init/corrupt_share", "codes/used",
-)  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -59,6 +54,8 @@ class Trainer:
         self.path = self.ursa.path
         self.grid = self.ursa.latents_shape(d.num_frames, d.height, d.width)
         self.num_visual_tokens = math.prod(self.grid)
+        samples = d.batch_size_per_gpu * config.training.gradient_accumulation_steps * self.engine.world_size
+        self.tokens_per_step = samples * self.num_visual_tokens
         if is_world(self.ursa.folder):
             require_grid(load_world(self.ursa.folder), self.grid)
         self.prompts = prompts or open_prompts(config, self.ursa, self.engine.rank, self.engine.world_size)
@@ -87,9 +84,11 @@ class Trainer:
         self.beta = beta_of(d.divergence)
         self.generator = torch.Generator(self.device)
         self.lambda_ent = d.lambda_ent
-        # where the logits of a batch would be larger than 128 MiB, they are not made
-        self.fused = d.batch_size_per_gpu * self.num_visual_tokens * self.path.codebook_size > 2**25
+        # logits are not made where a batch's would be larger than 128 MiB, or bf16 would round them
+        large = d.batch_size_per_gpu * self.num_visual_tokens * self.path.codebook_size > 2**25
+        self.fused = large or config.training.mixed_precision == "bf16"
         self.guard = Guard(self.engine, config.training.max_bad_steps)
+        self.averages = Averages()
         self.events: list[dict] = []  # {"step", "event", ...}: whoever runs the steps takes them away
 
     def step(self, index: int) -> tuple[Step, dict[str, float]]:
@@ -114,6 +113,8 @@ class Trainer:
         try:
             norms["grad_norm/aux"], norms["grad_norm/student"] = self._nine_stages(index, steps)
             self.guard.count(None)
+            for step in steps:
+                self.averages.add(measured(step))
         except NonFiniteError as error:
             self.student.discard()
             self.aux.discard()
@@ -138,7 +139,7 @@ class Trainer:
                 before_pass.append(g.get_state())
                 passed = step if parts == 1 else dataclasses.replace(step)
                 with torch.set_grad_enabled(parts == 1):
-                    stages.student_pass(passed, n.student, grid, d.temperature, g)
+                    stages.student_pass(passed, n.student, grid, g)
                 step.x_hat, entropy = passed.x_hat, entropy + passed.entropy.detach().mean() / parts
                 self.x_init.remember(step.x_hat, step.txt_ids)
                 # 4 x_t
@@ -152,7 +153,7 @@ class Trainer:
         aux_losses = [
             stages.auxiliary_losses(
                 step, n.aux, self.path, grid, d.aux_objective, d.aux_steps, d.label_smoothing,
-                d.empty_prompt_share, self.empty_ids, g, d.aux_pass == "shared",
+                d.empty_prompt_share, self.empty_ids, g, d.aux_pass == "shared", d.t_per,
             )
             for step in steps
         ]  # fmt: skip
@@ -169,7 +170,7 @@ class Trainer:
                 again = torch.Generator(self.device)
                 again.set_state(before_pass[part])
                 with self.guard.agreed(), self.engine.autocast():
-                    stages.student_pass(step, n.student, grid, d.temperature, again)
+                    stages.student_pass(step, n.student, grid, again)
             if d.aux_pass == "own":
                 with self.guard.agreed(), self.engine.autocast():
                     stages.auxiliary_pass(step, n.aux, grid)
@@ -215,30 +216,24 @@ class Trainer:
 
     @torch.no_grad()
     def metrics(self, step: Step) -> dict[str, float]:
-        """The metrics of design: entropies and gaps at x_t, loss parts, reward. Costs one more pass of the student.
+        """Means over the steps since the last call, their parts and all processes; collective.
 
-        Of a step that was skipped they are all NaN.
+        What a step does not compute anyway is of `step`, the latest, alone: gaps and entropies at x_t where logits are
+        made whole, KL(p_T || p_St) without stage 7 (one more pass of the student), and codes/used. Where no step was
+        finite, or for these the latest was not, they are NaN.
         """
-        if self.guard.in_a_row:
-            return dict.fromkeys(MEASURED, math.nan) | {"lambda_ent": self.lambda_ent} | self.prompts.metrics()
-        with self.engine.autocast():
-            gaps = stages.gap_metrics(step, self.networks.student, self.grid)
-        values = {
-            "loss/total": step.loss,
-            "loss/distill": step.distill,
-            "loss/aux": torch.stack(step.aux_losses).mean(),
-            "loss/kd": gaps["gap/student_teacher_kl"],
-            "entropy/student": step.entropy.mean(),
-            "reward/mean": step.reward.mean(),
-            "reward/std": step.reward.std(unbiased=False),
-            "reward/baseline": step.baseline if step.baseline is not None else step.reward.mean(),
-            **gaps,
-            "t/mean": step.t.mean(),
-            "x_init/corrupt_share": step.corrupted.float().mean(),
-            "codes/used": torch.tensor(float(step.x_hat.unique().numel())),
-        }
-        values = {name: value.item() for name, value in values.items()}
-        return values | {"lambda_ent": self.lambda_ent} | self.prompts.metrics()
+        means = dict.fromkeys([*MEASURED, "reward/square"], torch.tensor(math.nan, device=self.device))
+        if not self.guard.in_a_row:
+            with self.engine.autocast():
+                means |= stages.gap_metrics(step, self.networks.student, self.grid)
+            means["codes/used"] = torch.tensor(float(step.x_hat.unique().numel()), device=self.device)
+            means |= measured(step)
+        means |= self.averages.take()
+        values = self.engine.mean(torch.stack([value.detach().float() for value in means.values()])).tolist()
+        means = dict(zip(means, values))
+        means["reward/std"] = math.sqrt(max(means.pop("reward/square") - means["reward/mean"] ** 2, 0.0))
+        means["loss/kd"] = means["gap/student_teacher_kl"]
+        return means | {"lambda_ent": self.lambda_ent} | self.prompts.metrics()
 
     def state(self) -> tuple[dict, dict]:
         """(tensors by network, all else that the processes share) of a checkpoint; whole, whatever the engine.
@@ -256,8 +251,8 @@ class Trainer:
         }
 
     def rank_state(self) -> dict:
-        """What is this process's own: the memory that x_init is drawn from."""
-        return {"x_init": self.x_init.state_dict()}
+        """What is this process's own: the memory that x_init is drawn from, and sums of metrics."""
+        return {"x_init": self.x_init.state_dict(), "averages": self.averages.state_dict()}
 
     def load_state(self, tensors: dict, state: dict, rank_state: dict | None) -> None:
         """Continue from `state()` and this rank's `rank_state()`, or None for a rank that the checkpoint has not.
@@ -272,6 +267,7 @@ class Trainer:
         if rank_state is not None:
             memory = {k: None if v is None else v.to(self.device) for k, v in rank_state["x_init"].items()}
             self.x_init.load_state_dict(memory)
+            self.averages.load_state_dict(rank_state["averages"], self.device)
         new = [rank for rank, is_new in enumerate(self.engine.everywhere(rank_state is None)) if is_new]
         if new:
             self.events.append({"step": state.get("step", 0), "event": "ranks_without_state", "ranks": new})

@@ -65,17 +65,17 @@ def logits_of(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return F.linear(hidden, weight).float()
 
 
-def _draw(logits: torch.Tensor, u: torch.Tensor, temperature: float) -> tuple[torch.Tensor, ...]:
-    """Codes (n,), their log-probability and the entropy at temperature 1, of logits (n, K)."""
-    x = pick(logits / temperature, u)
+def _draw(logits: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Codes (n,), their log-probability and the entropy, of logits (n, K)."""
+    x = pick(logits, u)
     log_z = logits.logsumexp(-1, keepdim=True)
     entropy = log_z.squeeze(-1) - ((logits - log_z).exp() * logits).sum(-1)
     return x, (logits.gather(-1, x.unsqueeze(-1)) - log_z).squeeze(-1), entropy
 
 
 @torch.no_grad()
-def draw(answer: Answer, generator: torch.Generator | None = None, temperature: float = 1.0):
-    """x (B, N) drawn from softmax(logits / temperature), and per token log p(x) and entropy in nats at temperature 1.
+def draw(answer: Answer, generator: torch.Generator | None = None):
+    """x (B, N) drawn from softmax(logits), and per token log p(x) and entropy in nats.
 
     One uniform number per token decides, drawn before any chunk is: the result does not depend on their size.
     """
@@ -84,7 +84,7 @@ def draw(answer: Answer, generator: torch.Generator | None = None, temperature: 
     u = torch.rand(len(hidden), generator=generator, device=hidden.device, dtype=torch.float64)
     one = on_device(_draw, hidden)
     size = tokens_at_once(len(answer.weight), hidden.device)
-    parts = [one(logits_of(h, answer.weight), v, temperature) for h, v in chunks(size, hidden, u)]
+    parts = [one(logits_of(h, answer.weight), v) for h, v in chunks(size, hidden, u)]
     return tuple(torch.cat(part).view(shape) for part in zip(*parts))
 
 

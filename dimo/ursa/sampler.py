@@ -37,9 +37,9 @@ def guide(cond: torch.Tensor, uncond: torch.Tensor, scale: torch.Tensor | float)
     return uncond + scale * (cond - uncond)
 
 
-def draw_codes(logits: torch.Tensor, generator: torch.Generator | None = None, temperature: float = 1.0):
-    """One code per token from softmax(logits / temperature): (B, N, K) -> (B, N)."""
-    return by_tokens(lambda z: categorical((z.float() / temperature).softmax(-1), generator), logits)
+def draw_codes(logits: torch.Tensor, generator: torch.Generator | None = None):
+    """One code per token from softmax(logits): (B, N, K) -> (B, N)."""
+    return by_tokens(lambda z: categorical(z.float().softmax(-1), generator), logits)
 
 
 def jump(
