@@ -7,7 +7,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from dimo.errors import DimoError
+from dimo.errors import DimoError, reason
 from dimo.sampling import Request, read_prompts, sample_to_folder
 from dimo.train.flags import RENAMED, split_flags
 from dimo.train.signals import PREEMPTED, Preempted
@@ -54,8 +54,8 @@ def main(argv: list[str] | None = None) -> int:
     except DimoError as error:
         print(f"dimo: {error}", file=sys.stderr)
         return 2
-    except OSError as error:  # a read-only folder, a full disk: the message names the file
-        print(f"dimo: {error}", file=sys.stderr)
+    except OSError as error:  # a read-only folder, a full disk
+        print(f"dimo: {reason(error)}", file=sys.stderr)
         return 2
     except Preempted as stopped:
         print(f"dimo: {stopped}", file=sys.stderr)

@@ -7,6 +7,8 @@ import sys
 import pytest
 
 from dimo.cli import main
+from dimo.errors import reason
+from dimo.files import write_text
 from dimo.train.config import config_keys
 
 
@@ -56,6 +58,10 @@ def test_config_lists_keys_and_resolves_presets(capsys):
         (["bench", "-c", "smoke", "-o", "x", "--generate", "0"], "numbers of passes that are at least 1, got [0]"),
         (["sample", "--teacher_ckpt", "", "--prompt", "x"], "teacher_ckpt must not be empty"),
         (["train", "-c", "smoke", "--out_dir", ""], "experiment.output_dir must not be empty"),
+        (["run", "-c", "smoke", "-p", "typo=1"], "has a parameter 'typo', and no configuration key is called so; the"),
+        (["run", "-c", "smoke", "-p", "min_share=["], "parameter min_share: '[' is not readable YAML"),
+        (["train", "-c", "smoke", "--out_dir", __file__], f"{__file__} is a file, a folder is needed"),
+        (["train", "-c", "smoke", "--out_dir", f"{__file__}/run"], f"{__file__} is a file, a folder is needed"),
         (["run", "-c", "smoke", "-p", "teacher_ckpt=["], "distill.teacher_ckpt: '[' is not readable YAML"),
         (["train", "-c", "smoke", "experiment.output_dir=/proc/nowhere"], "/proc/nowhere"),
     ],
@@ -65,6 +71,12 @@ def test_bad_input_is_a_sentence_and_exit_code_two(arguments, sentence, capsys, 
     code, _, err = run(capsys, *arguments)
     assert code == 2 and sentence in err and err.startswith("dimo: ") and "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_where_a_file_is_to_be_written_is_a_sentence(tmp_path):
+    with pytest.raises(OSError) as refused:
+        write_text(tmp_path, "x")
+    assert reason(refused.value) == f"{tmp_path} is a folder, a file is needed"
 
 
 def test_train_then_evaluate_then_train_again(tmp_path):
