@@ -32,6 +32,7 @@ examples:
 The same command again resumes a run. Run folders: runs/<name>/."""
 
 CONFIGURABLE = ("train", "run", "plan", "evaluate", "ablate", "bench", "config")
+NAMES = ("config", "folder", "out", "out_dir", "prompt_file", "student", "student_ckpt", "teacher_ckpt")
 RENAMED_HELP = "\n".join(f"  --{flag:12}  {key}" for flag, key in RENAMED.items())
 FLAGS_HELP = f"""\
 flags: every configuration key is also a flag by its last part (`--lr 5e-4` is optim.lr=5e-4); besides,
@@ -50,6 +51,9 @@ def main(argv: list[str] | None = None) -> int:
         args = parser.parse_args(argv)
         if flagged:
             args.overrides = [*args.overrides, *flagged]
+        for name in NAMES:  # of a shell variable that is not set; the default is not what was meant
+            if getattr(args, name, None) == "":
+                raise DimoError(f"{name} must not be empty")
         args.function(args)
     except DimoError as error:
         print(f"dimo: {error}", file=sys.stderr)
