@@ -7,7 +7,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from dimo.errors import DimoError
+from dimo.errors import DimoError, reason
 from dimo.sampling import Request, read_prompts, sample_to_folder
 from dimo.train.flags import RENAMED, split_flags
 from dimo.train.signals import PREEMPTED, Preempted
@@ -32,6 +32,7 @@ examples:
 The same command again resumes a run. Run folders: runs/<name>/."""
 
 CONFIGURABLE = ("train", "run", "plan", "evaluate", "ablate", "bench", "config")
+NAMES = ("config", "folder", "out", "out_dir", "prompt_file", "student", "student_ckpt", "teacher_ckpt")
 RENAMED_HELP = "\n".join(f"  --{flag:12}  {key}" for flag, key in RENAMED.items())
 FLAGS_HELP = f"""\
 flags: every configuration key is also a flag by its last part (`--lr 5e-4` is optim.lr=5e-4); besides,
@@ -50,12 +51,15 @@ def main(argv: list[str] | None = None) -> int:
         args = parser.parse_args(argv)
         if flagged:
             args.overrides = [*args.overrides, *flagged]
+        for name in NAMES:  # of a shell variable that is not set; the default is not what was meant
+            if getattr(args, name, None) == "":
+                raise DimoError(f"{name} must not be empty")
         args.function(args)
     except DimoError as error:
         print(f"dimo: {error}", file=sys.stderr)
         return 2
-    except OSError as error:  # a read-only folder, a full disk: the message names the file
-        print(f"dimo: {error}", file=sys.stderr)
+    except OSError as error:  # a read-only folder, a full disk
+        print(f"dimo: {reason(error)}", file=sys.stderr)
         return 2
     except Preempted as stopped:
         print(f"dimo: {stopped}", file=sys.stderr)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 
@@ -21,6 +23,28 @@ def nearest(name: str, known: Iterable[str]) -> str:
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else f"; there is {', '.join(known)}"
+
+
+def reason(error: BaseException) -> str:
+    """What an exception says, on one line: its first, a parser's problem with its line, a system's with its file."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    if mark is not None and problem:
+        return f"line {mark.line + 1}: {problem}"
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return _reason_of_system(error)
+    text = str(error).strip() or type(error).__name__
+    first = text.splitlines()[0].rstrip()
+    return " ".join(text.split()) if first.endswith(":") else first  # a list follows
+
+
+def _reason_of_system(error: OSError) -> str:
+    path = Path(os.fsdecode(error.filename2 or error.filename))  # of a rename, where to
+    if isinstance(error, FileExistsError | NotADirectoryError):
+        in_the_way = next((p for p in (path, *path.parents) if p.is_file()), path)
+        return f"{in_the_way} is a file, a folder is needed"
+    if isinstance(error, IsADirectoryError):
+        return f"{path} is a folder, a file is needed"
+    return f"{path}: {error.strerror}"
 
 
 def require_shape(name: str, tensor: torch.Tensor, shape: tuple) -> None:

@@ -25,7 +25,8 @@ def whole_file(file: str | Path) -> Iterator[Path]:
         sync(beside)
         os.replace(beside, file)
     except OSError as error:
-        error.filename = error.filename or str(file)  # a disk that is full while it writes names none
+        if error.errno and not error.filename:  # a disk that is full while it writes names none
+            error.filename = str(file)
         raise
     finally:
         beside.unlink(missing_ok=True)

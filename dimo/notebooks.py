@@ -114,16 +114,18 @@ def _parse_parameters(parameters: list[str], overrides: list[str], known: dict[s
         if not equals:
             raise DimoError(f"a parameter reads name=value, got {parameter!r}")
         if name in own:
-            extra[name] = yaml.safe_load(value)
+            try:
+                extra[name] = yaml.safe_load(value)
+            except yaml.YAMLError as error:
+                raise DimoError(f"parameter {name}: {value!r} is not readable YAML") from error
             if isinstance(own[name], int | float) != isinstance(extra[name], int | float):
                 raise DimoError(f"parameter {name} must be like its default {own[name]!r}, got {value!r}")
         elif name in keys or name in short:
             overrides.append(f"{short.get(name, name)}={value}")
         else:
-            raise DimoError(
-                f"no notebook has a parameter {name!r}, and no configuration key is called so"
-                f"{nearest(name, {*own, *keys, *short})}"
-            )
+            hint = nearest(name, {*own, *keys, *short})
+            hint = hint if "did you mean" in hint else f"; the notebooks have {', '.join(sorted(own))}"
+            raise DimoError(f"no notebook has a parameter {name!r}, and no configuration key is called so{hint}")
     return extra
 
 

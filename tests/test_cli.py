@@ -9,6 +9,8 @@ import sys
 import pytest
 
 from dimo.cli import main
+from dimo.errors import reason
+from dimo.files import write_text
 from dimo.train.config import config_keys
 
 
@@ -49,6 +51,25 @@ def test_config_lists_keys_and_resolves_presets(capsys):
         (["evaluate", "/nowhere/student.pt"], "weights file /nowhere/student.pt does not exist"),
         (["ablate", "--lrs", "big"], "--lrs must be numbers"),
         (["world", "train", "shapes", "-o", "x", "--frames", "1"], "at least 2 frames"),
+        (["world", "train", "shapes", "-o", "x", "--lr", "-1"], "lr must be positive and finite, got -1.0"),
+        (["world", "train", "shapes", "-o", "x", "--heads", "0"], "heads must be at least 1, got 0"),
+        (["world", "train", "shapes", "-o", "x", "--device", "gpu"], "device must be cpu or cuda, got 'gpu'"),
+        (["world", "train", "shapes", "-o", "x", "--seed", str(2**63)], "seed must lie in [0, 2^63)"),
+        (["bench", "-c", "smoke", "-o", "x", "--repeats", "0"], "repeats must be at least 1"),
+        (["bench", "-c", "smoke", "-o", "x", "--warmup", "-1"], "warmup not negative, got 5 and -1"),
+        (["bench", "-c", "smoke", "-o", "x", "--generate", "0"], "numbers of passes that are at least 1, got [0]"),
+        (["sample", "--teacher_ckpt", "", "--prompt", "x"], "teacher_ckpt must not be empty"),
+        (["sample", "--student_ckpt", "", "--prompt", "x"], "student_ckpt must not be empty"),
+        (["sample", "--prompt_file", "", "--prompt", "x"], "prompt_file must not be empty"),
+        (["evaluate", ""], "student must not be empty"),
+        (["evaluate", "-o", ""], "out must not be empty"),
+        (["train", "-c", ""], "config must not be empty"),
+        (["train", "-c", "smoke", "--out_dir", ""], "experiment.output_dir must not be empty"),
+        (["run", "-c", "smoke", "-p", "typo=1"], "has a parameter 'typo', and no configuration key is called so; the"),
+        (["run", "-c", "smoke", "-p", "min_share=["], "parameter min_share: '[' is not readable YAML"),
+        (["train", "-c", "smoke", "--out_dir", __file__], f"{__file__} is a file, a folder is needed"),
+        (["train", "-c", "smoke", "--out_dir", f"{__file__}/run"], f"{__file__} is a file, a folder is needed"),
+        (["run", "-c", "smoke", "-p", "teacher_ckpt=["], "distill.teacher_ckpt: '[' is not readable YAML"),
         (["train", "-c", "smoke", "experiment.output_dir=/proc/nowhere"], "/proc/nowhere"),
     ],
 )
@@ -57,6 +78,12 @@ def test_bad_input_is_a_sentence_and_exit_code_two(arguments, sentence, capsys, 
     code, _, err = run(capsys, *arguments)
     assert code == 2 and sentence in err and err.startswith("dimo: ") and "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_where_a_file_is_to_be_written_is_a_sentence(tmp_path):
+    with pytest.raises(OSError) as refused:
+        write_text(tmp_path, "x")
+    assert reason(refused.value) == f"{tmp_path} is a folder, a file is needed"
 
 
 def test_train_then_evaluate_then_train_again(tmp_path):

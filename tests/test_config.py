@@ -40,7 +40,14 @@ def test_every_key_says_what_it_means():
         (None, "training.max_train_steps=1.5", "training.max_train_steps: .*1.5"),
         (None, "optim.lr", "an override reads key=value"),
         (None, "optim.lr=0", "optim.lr must be positive"),
-        (None, "optim.lr=nan", "optim.lr must be positive"),
+        (None, "optim.lr=nan", "optim.lr must be a finite number"),
+        (None, "optim.lr=[1", "optim.lr: '.1' is not readable YAML"),
+        (None, "distill.teacher_ckpt=[", "distill.teacher_ckpt: '.' is not readable YAML"),
+        (None, "experiment.trackers=tensorbord", r"must be a list, .* got 'tensorbord'; did you mean '.tensorboard.'"),
+        (None, "experiment.trackers=[tensorbord]", "may not hold 'tensorbord'; did you mean 'tensorboard'"),
+        (None, "evaluation.teacher_steps=25", "evaluation.teacher_steps must be a list, such as .1, 2, 4, 8, 25."),
+        (None, "experiment.name=..", "experiment.name must name a folder inside runs/"),
+        (None, "distill.w_distill=0", "distill.w_distill and distill.w_kd are both 0"),
         (None, "distill.p_corrupt=1.2", r"distill.p_corrupt must lie in \[0, 1\]"),
         (None, "distill.estimator=soft", "distill.estimator must be one of dimo, reinforce"),
         (None, "distill.divergence=reversed", "divergence must be one of"),
@@ -54,13 +61,67 @@ def test_bad_input_is_refused_in_a_sentence(config, override, sentence):
         load_config(config, [override] if override else [])
 
 
+@pytest.mark.parametrize("key", [k for k, value in to_flat(load_config()).items() if isinstance(value, float)])
+def test_every_float_must_be_finite(key):
+    for value in ("nan", "inf", "-inf"):
+        with pytest.raises(DimoError, match=f"{key} must be a finite number, got {value}"):
+            load_config(None, [f"{key}={value}"])
+
+
+@pytest.mark.parametrize(
+    ("refused", "allowed"),
+    [
+        ("optim.weight_decay=-1", "0.1"),
+        ("optim.muon_weight_decay=-1", "0"),
+        ("optim.warmup_steps=-1", "0"),
+        ("optim.beta1=1", "0"),
+        ("optim.beta2=1", "0.999"),
+        ("optim.muon_momentum=1", "0.95"),
+        ("optim.ema_decay=1", "0"),
+        ("distill.baseline_decay=1", "0"),
+        ("distill.w_distill=-1", "0.5"),
+        ("distill.w_kd=-1", "0"),
+        ("distill.w_reinforce=-1", "1"),
+        ("distill.lambda_ent=-1", "0.01"),
+        ("distill.lambda_ent_high=-1", "0"),
+        ("distill.entropy_floor=-0.1", "1.5"),
+        ("distill.t_curriculum_steps=-1", "10"),
+        ("distill.ent_anneal_from=-1", "5"),
+        ("experiment.seed=-1", str(2**63 - 1)),
+        ("experiment.seed=99999999999999999999", "0"),
+        ("evaluation.seed=-9999999999999999999999", "7"),
+        *((f"{key}=' '", "x") for key in ("experiment.name", "experiment.output_dir", "training.engine")),
+        *((f"{key}=", "x") for key in ("distill.teacher_ckpt", "distill.prompt_source", "experiment.name")),
+    ],
+)
+def test_what_lies_outside_is_refused_and_what_lies_inside_is_not(refused, allowed):
+    key = refused.split("=")[0]
+    with pytest.raises(DimoError, match=f"^{key} must "):
+        load_config("smoke", [refused])
+    load_config("smoke", [f"{key}={allowed}"])
+
+
+def test_the_student_must_have_something_to_learn_from_and_a_fade_an_order():
+    load_config(None, ["distill.w_distill=0", "distill.w_kd=1"])
+    with pytest.raises(DimoError, match="w_reinforce is a part of what w_distill weighs"):
+        load_config(None, ["distill.w_distill=0", "distill.w_reinforce=1"])
+    load_config(None, ["distill.ent_anneal_from=5"])
+    load_config(None, ["distill.ent_anneal_from=5", "distill.ent_anneal_to=5"])
+    with pytest.raises(DimoError, match="ent_anneal_from must not lie behind ent_anneal_to, got 5 and 4"):
+        load_config(None, ["distill.ent_anneal_from=5", "distill.ent_anneal_to=4"])
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
         ("optim: {learning_rate: 1}", "unknown key 'optim.learning_rate'"),
-        ("optim: 3", "optim in .* must be a group of keys"),
-        ("- a", "must hold groups of keys"),
-        ("a: [", "is not readable YAML"),
+        ("optim: 3", "optim in .*mine.yaml must be a group of keys, got 3$"),
+        ("optm: 3", "must be a group of keys, got 3; did you mean 'optim'"),
+        ("- a", "must hold groups of keys, got list"),
+        ("", "must hold groups of keys, got nothing"),
+        ("optim: {lr: 1}\na: [", r"mine.yaml is not readable YAML: line 2: [^\n]*$"),
+        ("optim: {lr: '${'}", "optim.lr: "),
+        ("experiment: {trackers: wandb}", "experiment.trackers must be a list"),
     ],
 )
 def test_bad_files_are_refused_in_a_sentence(text, sentence, tmp_path):

@@ -199,7 +199,7 @@ def test_files_of_several_machines_that_cannot_work_are_refused(tmp_path):
     ]:
         with pytest.raises(DimoError, match=sentence):
             launch(of_two_machines(tmp_path, 0, **more))
-    for text in ("- a", "a: [", "only words"):
+    for text in ("- a", "a: [", "only words", "", "# nothing"):
         (tmp_path / "machine0.yaml").write_text(text)
         with pytest.raises(DimoError, match="must be a YAML file of accelerate's `key: value` lines"):
             launch(load_config("smoke", [f"training.engine={tmp_path}/machine0.yaml"]))

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ DATA = Path(__file__).parent / "data"
 TINY = DATA / "tiny-ursa"
 PROMPTS = ["a red ball", "Überraschung: 猫, 2 dogs & a cat that jump over the wall"]
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+BIN = "transformer/diffusion_pytorch_model.bin"
 OUTSIDE = "../vae/diffusion_pytorch_model.safetensors"  # exists
 CONFIG = "transformer/config.json"
 SHAPE, TEXT = (1, 6, 8), 24
@@ -149,7 +151,12 @@ def shard(folder, drop=0):
 
 def as_bin(folder, content):
     (folder / WEIGHTS).unlink()
-    torch.save(content, folder / "transformer" / "diffusion_pytorch_model.bin")
+    torch.save(content, folder / BIN)
+
+
+def edit(folder, key, change):
+    state = load_file(folder / WEIGHTS)
+    save_file(state | {key: change(state[key])}, folder / WEIGHTS)
 
 
 def retokenize(folder, **changes):
@@ -171,7 +178,18 @@ DAMAGE = {
         "1 of 1 shards .* are missing",
     ),
     "a cut shard": (lambda f: cut(shard(f).with_name("diffusion_pytorch_model-00002-of-00003.safetensors")), "damaged"),
-    "an empty weights file": (lambda f: (f / WEIGHTS).write_bytes(b""), "is damaged"),
+    "an empty weights file": (lambda f: (f / WEIGHTS).write_bytes(b""), r"is empty \(0 bytes\)"),
+    "an empty .bin": (lambda f: (as_bin(f, {}), (f / BIN).write_bytes(b"")), r"is empty \(0 bytes\)"),
+    "a .bin of nonsense": (lambda f: (as_bin(f, {}), (f / BIN).write_bytes(b"\0")), "as plain tensors: .+"),
+    "weights of integers": (lambda f: edit(f, "model.norm.weight", lambda v: v.long()),
+                            "model.norm.weight in .* must hold floating-point numbers, got torch.int64"),
+    "a weight that is NaN": (lambda f: edit(f, "lm_head.weight", lambda v: v.index_fill(0, torch.tensor(3), math.nan)),
+                             "lm_head.weight in .* must be finite, got NaN"),
+    "an infinite weight": (lambda f: edit(f, "lm_head.weight", lambda v: v.index_fill(1, torch.tensor(3), -math.inf)),
+                           "lm_head.weight in .* must be finite"),
+    "an infinite codebook": (lambda f: torch.save({"path.emb": torch.full((240, 6), math.inf)},
+                                                  f / "scheduler" / "scheduler_model.pth"), "'path.emb' in .* finite"),
+    "no tokenizer.json": (lambda f: (f / "tokenizer" / "tokenizer.json").unlink(), "no tokenizer.json; .* to a fast"),
     "an LFS pointer": (lambda f: (f / WEIGHTS).write_text("version https://git-lfs.example/spec/v1\noid sha256:0\n"),
                        "is a Git LFS pointer and not the file itself"),
     "code in a .bin": (lambda f: as_bin(f, {"lm_head.weight": Hostile(f / "executed")}),
@@ -308,6 +326,22 @@ def test_training_on_the_folder_leaves_the_averaged_student_in_the_dtype_asked_f
 def test_keys_out_of_range_are_refused(override, sentence):
     with pytest.raises(DimoError, match=sentence):
         load_config("smoke", [override])
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda file, state: file.write_bytes(b""), r"student.pt is empty \(0 bytes\)"),
+        (lambda file, state: torch.save({k: v.long() for k, v in state.items()}, file), "must hold floating-point"),
+        (lambda file, state: torch.save({k: v / 0 for k, v in state.items()}, file), "in the weights of .* be finite"),
+        (lambda file, state: torch.save(state, file.with_name("ema.safetensors")),
+         "does not exist, .*; name the file itself, there is ema.safetensors$"),
+    ],
+)  # fmt: skip
+def test_a_student_that_is_none_is_refused_in_a_sentence(tiny, tmp_path, make, sentence):
+    make(tmp_path / "student.pt", tiny.transformer.state_dict())
+    with pytest.raises(DimoError, match=sentence):
+        load_student(tiny, tmp_path)
 
 
 def test_the_student_of_another_model_is_refused(tiny, tmp_path, ursa):

@@ -177,10 +177,24 @@ def test_the_motion_prefix(folder, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "csv"])
-def test_a_byte_order_mark_and_bad_bytes(kind, tmp_path):
-    file = write(tmp_path / f"a.{kind}", ["one", "tXo"])
-    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"X", b"\xff"))
-    assert sorted(PromptStream(file).take(2)) == ["one", "t\ufffdo"]
+def test_a_byte_order_mark_is_read_over_and_what_is_no_utf_8_refused(kind, tmp_path):
+    file = write(tmp_path / f"a.{kind}", ["one", "tXo", "é"])
+    whole = file.read_bytes()
+    file.write_bytes(b"\xef\xbb\xbf" + whole.replace(b"X", "\ufffd".encode()))  # which is UTF-8 as well
+    assert sorted(PromptStream(file).take(3)) == ["one", "t\ufffdo", "é"]
+    line = 3 if kind == "csv" else 2
+    for bad, byte in ((whole.replace(b"X", b"\xff"), "0xff"), (whole.decode().replace("X", "ä").encode("l1"), "0xe4")):
+        file.write_bytes(bad)
+        with pytest.raises(DimoError, match=f"a.{kind} cannot be read as {kind}: line {line} is not UTF-8.* {byte}$"):
+            PromptStream(file)
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "csv"])
+def test_what_is_no_utf_8_is_refused_far_down_too(kind, tmp_path):
+    file = write(tmp_path / f"a.{kind}", [f"prompt {i}" for i in range(12_000)] + ["X"])
+    file.write_bytes(file.read_bytes().replace(b"X", b"\xe9"))
+    with pytest.raises(DimoError, match=f"line {12_002 if kind == 'csv' else 12_001} is not UTF-8 text"):
+        PromptStream(file, shuffle_buffer=10).take(12_001)
 
 
 def test_csv_as_it_is_found(tmp_path):
@@ -242,6 +256,7 @@ def make(tmp_path, name, content):
         ({"a.txt": b"\n  \n\r\n"}, "holds no prompt: none of its 3 rows"),
         ({"a.jsonl": b'{"caption": "x"}\nnonsense\n{"caption": "y"}\n'}, "as jsonl: line 2 is not a JSON object"),
         ({"a.jsonl": b'["x"]\n["y"]\n'}, "line 1 is not a JSON object"),
+        ({"a.jsonl": b"\n{'caption': 'x'}\n\n"}, "as jsonl: line 2 is not a JSON object"),
         ({"a.jsonl": b'{"title": "x"}\n'}, "no column caption, prompt or text; it has title"),
         ({"a.parquet": b"PAR1 half"}, "a.parquet cannot be read as parquet"),
     ],
@@ -254,6 +269,8 @@ def test_what_does_not_serve_is_refused_in_a_sentence(files, sentence, tmp_path)
 
 
 def test_wrong_arguments_are_refused(folder, tmp_path):
+    with pytest.raises(DimoError, match="its name is empty"):
+        PromptStream("")
     with pytest.raises(DimoError, match="there.csv does not exist"):
         PromptStream(tmp_path / "there.csv")
     make(tmp_path, "a.png", b"x")
@@ -335,7 +352,7 @@ def test_a_run_on_captions_to_its_end(folder, tmp_path):
         (["distill.min_clarity=0.5"], "for a file of captions, and distill.prompt_source is world"),
         (["distill.motion_prefix=9"], "for a file of captions, and distill.prompt_source is world"),
         (["distill.prompt_source=a.csv", "distill.motion_prefix=fast"], "must be none, score or a number, got 'fast'"),
-        (["distill.prompt_source=a.csv", "distill.min_motion=nan"], "distill.min_motion must be a number or null"),
+        (["distill.prompt_source=a.csv", "distill.min_motion=nan"], "min_motion must be a finite number, got nan"),
         (["distill.motion_share=2"], r"distill.motion_share must lie in \[0, 1\]"),
         (["distill.shuffle_buffer=0"], "distill.shuffle_buffer must be at least 1"),
     ],

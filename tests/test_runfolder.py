@@ -41,6 +41,61 @@ def test_a_folder_of_another_run_is_refused_and_shows_the_difference(tmp_path):
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
+def everything_in(folder):
+    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"config.yaml": "optim: {lr: 1}\n"},
+        {"config.yaml": "experiment: {}\ndistill: {}\noptim: {}\nserver: {}\n"},
+        {"config.yaml": "- a\n"},
+        {"config.yaml": "a: ["},
+        {"status.json": '{"state": "ok"}'},
+        {"config.yaml": "a: 1", "status.json": ""},
+    ],
+)
+def test_the_folder_of_something_else_is_left_as_it_is(tmp_path, files, overwrite):
+    for name, text in {**files, "notebooks/my.txt": "work", "samples/a.png": "work"}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    before = everything_in(tmp_path)
+    with pytest.raises(DimoError, match="is not a run folder of dimo"):
+        RunFolder.open(tmp_path, CONFIG, overwrite=overwrite)
+    assert everything_in(tmp_path) == before
+
+
+def test_starting_over_removes_what_dimo_wrote_and_nothing_else(tmp_path):
+    RunFolder.open(tmp_path, CONFIG).write_status(state="finished")
+    ours = ["checkpoints/step-00000050/ema.safetensors", "checkpoints/final/config.json", "samples/step-00000050.png"]
+    ours += ["checkpoints/.step-00000075.partial/state.pt", "notebooks/03_train.ipynb", "notebooks/03_train.html"]
+    ours += ["notebooks/03_train.failed.ipynb", "report.json", "sheet.png", "metrics.jsonl"]
+    theirs = ["checkpoints/best/student.pt", "samples/mine.png", "notebooks/my.txt", "notes.md"]
+    for name in ours + theirs:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "checkpoints" / "step-00000025").symlink_to(tmp_path / "elsewhere")
+    RunFolder.open(tmp_path, CONFIG, overwrite=True)
+    assert set(everything_in(tmp_path)) == {*theirs, "config.yaml", ".lock"}
+    assert not (tmp_path / "checkpoints" / "step-00000025").exists() and (tmp_path / "elsewhere").exists()
+
+
+def test_a_damaged_configuration_or_status_is_a_sentence_and_no_end(tmp_path):
+    RunFolder.open(tmp_path, CONFIG).write_status(state="running")
+    (tmp_path / "config.yaml").write_text("optim: [")
+    with pytest.raises(DimoError, match=r"config.yaml is not readable YAML: line 1: "):
+        RunFolder.open(tmp_path, CONFIG)
+    run = RunFolder.open(tmp_path, CONFIG, overwrite=True)
+    for text in ("", "{", "[]", '{"state": "r\xe9"}'):
+        (tmp_path / "status.json").write_text(text, encoding="latin-1")
+        with pytest.raises(DimoError, match="status.json .*; remove it, a run continues without"):
+            run.write_status(step=1)
+    RunFolder.open(tmp_path, CONFIG)
+
+
 def test_status_keeps_what_is_not_changed(tmp_path):
     run = RunFolder.open(tmp_path, CONFIG)
     run.write_status(state="running", step=3)
@@ -139,4 +194,4 @@ def test_a_read_only_folder_is_a_sentence():
         done = subprocess.run(words, capture_output=True, text=True)
         os.chmod(parent, 0o755)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    assert f"dimo: [Errno 13] Permission denied: '{parent}/run'" in done.stderr
+    assert f"dimo: {parent}/run: Permission denied" in done.stderr

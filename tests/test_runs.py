@@ -60,8 +60,11 @@ def test_a_dead_run_is_told_from_a_live_one(tmp_path, capsys):
 def test_a_run_itself_an_unreadable_one_and_none(tmp_path, capsys):
     run = ended(tmp_path / "a", "preempted", 3, 5)
     assert [(r.name, r.state) for r in list_runs(run.path)] == [(str(run.path), "preempted")]
-    (run.path / "status.json").write_text("[]")
-    assert [r.state for r in list_runs(tmp_path)] == ["unreadable"]
+    (run.path / "metrics.jsonl").write_text("[1]\n")
+    assert [r.state for r in list_runs(tmp_path)] == ["preempted"]
+    for text in ("[]", "", "{"):
+        (run.path / "status.json").write_text(text)
+        assert [(r.state, r.error) for r in list_runs(tmp_path)] == [("unreadable", "status.json cannot be read")]
     assert main(["runs", str(tmp_path / "a" / "checkpoints")]) == 2
     (tmp_path / "none").mkdir()
     assert main(["runs", str(tmp_path / "none")]) == 0 and capsys.readouterr().out.endswith("no runs\n")

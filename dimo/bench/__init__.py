@@ -18,7 +18,7 @@ import torch
 from dimo.bench.naive import naive_step
 from dimo.bench.parts import Clock, attention_alone, kernels_of, losses_alone, matrix_product, stage_times
 from dimo.bench.sizes import model_flops, passes_of, random_ursa
-from dimo.errors import DimoError, nearest
+from dimo.errors import DimoError, nearest, reason
 from dimo.files import write_text
 from dimo.train.config import Config, device_of, load_config
 from dimo.train.prompts import WorldPrompts
@@ -48,12 +48,17 @@ def bench(
         against: "naive", "upstream".
 
     Raises:
-        DimoError: an unknown part, or upstream where it is not installed or has no checkpoint to load.
+        DimoError: an unknown part, a number of runs or passes below what makes sense, or upstream where it is not
+            installed or has no checkpoint to load.
     """
     for given, known in ((parts, PARTS + MORE_PARTS), (against, ("naive", "upstream"))):
         for name in given:
             if name not in known:
                 raise DimoError(f"there is nothing called {name!r} to measure{nearest(name, known)}")
+    if repeats < 1 or warmup < 0:
+        raise DimoError(f"repeats must be at least 1 and warmup not negative, got {repeats} and {warmup}")
+    if "generate" in parts and (not generate_steps or min(generate_steps) < 1):
+        raise DimoError(f"generate needs numbers of passes that are at least 1, got {list(generate_steps)}")
     device = device_of(config)
     clock, d = Clock(device, repeats, warmup), config.distill
     report = {"device": _name(device), "torch": torch.__version__, "size": size or d.teacher_ckpt}
@@ -144,7 +149,7 @@ def _naive(config, kept: tuple, tflop: float, clock: Clock, report: dict, progre
     try:
         result = _rated(clock(naive_step(config, *kept, checkpointing)), tflop, report["product_tflops"])
     except torch.OutOfMemoryError as error:
-        progress(f"the naive step does not fit into this memory: {str(error).splitlines()[0][:120]}")
+        progress(f"the naive step does not fit into this memory: {reason(error)[:120]}")
         return {"fits": False}
     result["checkpointing"] = "full" if checkpointing else "none"
     progress(_line("naive step, no optimizer", result))

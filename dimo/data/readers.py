@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from dimo.errors import DimoError
+from dimo.errors import DimoError, reason
 
 KINDS = ("txt", "jsonl", "csv", "parquet")
 CAPTIONS = ("caption", "prompt", "text")  # the first of these that a file has
@@ -29,6 +29,8 @@ def list_files(path: str | Path) -> tuple[str, list[Path]]:
     Raises:
         DimoError: nothing there, another kind, mixed kinds, or an empty file.
     """
+    if not str(path).strip():
+        raise DimoError("prompts come from a file or a folder of them, and its name is empty")  # Path("") is "."
     path = Path(path)
     if path.is_dir():
         files = [f for f in path.iterdir() if f.is_file() and f.suffix[1:] in KINDS and not f.name.startswith(".")]
@@ -68,7 +70,7 @@ def read_rows(file: Path, kind: str, columns: list[str], skip: int = 0) -> Itera
     file is left out.
 
     Raises:
-        DimoError: the file cannot be read, or a line of it is broken.
+        DimoError: the file cannot be read, or a line of it is broken or no UTF-8.
     """
     read = {"txt": _read_lines, "jsonl": _read_jsonl, "csv": _read_csv, "parquet": _read_parquet}[kind]
     with _sentences(file, kind):
@@ -83,7 +85,7 @@ def _columns(file: Path, kind: str) -> list[str]:
 
         return read_schema(file).names
     if kind == "csv":
-        with open(file, encoding="utf-8-sig", errors="replace", newline="") as opened:
+        with open(file, encoding="utf-8-sig", newline="") as opened:
             rows = csv.reader(opened)
             columns = next(rows, [])
             for row in itertools.islice(rows, ROWS_A_PIECE):
@@ -113,12 +115,12 @@ def _stream(module: str, builder: str, file: Path, skip: int, **options) -> Iter
 
 
 def _read_lines(file: Path, columns: list[str], skip: int) -> Iterator[list[dict]]:
-    return _stream("text", "Text", file, skip, encoding="utf-8-sig", encoding_errors="replace", chunksize=1 << 20)
+    return _stream("text", "Text", file, skip, encoding="utf-8-sig", chunksize=1 << 20)
 
 
 def _read_jsonl(file: Path, columns: list[str] | None, skip: int) -> Iterator[list[dict]]:
     # line by line: the builder for JSON takes its types from the first piece and fails where a later one differs
-    number, broken = skip, None
+    number, broken, seen = skip, None, False
     for lines in _read_lines(file, ["text"], skip):
         rows = []
         for line in lines:
@@ -130,7 +132,10 @@ def _read_jsonl(file: Path, columns: list[str] | None, skip: int) -> Iterator[li
                 broken = broken or number
             else:
                 rows.append(row if columns is None else {c: row.get(c) for c in columns})
+        seen = seen or any(rows)
         yield rows
+    if broken and not seen and not skip:
+        raise ValueError(f"line {broken} is not a JSON object")
     if broken:
         logger.warning("%s: the last line (%d) is cut off and left out", file, broken)
 
@@ -155,7 +160,6 @@ def _read_csv(file: Path, columns: list[str], skip: int) -> Iterator[list[dict]]
         "keep_default_na": False,
         "skip_blank_lines": False,
         "encoding": "utf-8-sig",
-        "encoding_errors": "replace",
         "chunksize": 10 * ROWS_A_PIECE,
     }
     done = skip
@@ -191,9 +195,21 @@ def _sentences(file: Path, kind: str) -> Iterator[None]:
         yield
     except DimoError:
         raise
+    except UnicodeDecodeError as error:
+        raise DimoError(f"{file} cannot be read as {kind}: {_not_utf8(file)}") from error
     except (OSError, ValueError, NotImplementedError, csv.Error) as error:  # ValueErrors: pandas, pyarrow, Unicode
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise DimoError(f"{file} cannot be read as {kind}: {reason}") from error
+        raise DimoError(f"{file} cannot be read as {kind}: {reason(error)}") from error
+
+
+def _not_utf8(file: Path) -> str:
+    """Which line is not: the decoder, which gets pieces, knows no lines."""
+    with open(file, "rb") as opened:
+        for number, line in enumerate(opened, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                return f"line {number} is not UTF-8 text, it has the byte {line[error.start]:#04x}"
+    return "it is not UTF-8 text"
 
 
 def _either(names: tuple[str, ...]) -> str:

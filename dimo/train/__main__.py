@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from dimo.errors import DimoError
+from dimo.errors import DimoError, reason
 from dimo.train.config import load_config
 from dimo.train.flags import split_flags
 from dimo.train.lifeline import end_with_launcher
@@ -20,8 +20,11 @@ def main(arguments: list[str]) -> int:
         preset = [word.removeprefix("config=") for word in words if word.startswith("config=")]
         overrides += [word for word in words if not word.startswith("config=")]
         Trainer(load_config(preset[-1] if preset else None, overrides)).train()
-    except (DimoError, OSError) as error:
+    except DimoError as error:
         print(f"dimo: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"dimo: {reason(error)}", file=sys.stderr)
         return 2
     except Preempted as stopped:
         print(f"dimo: {stopped}", file=sys.stderr)

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dimo.distill.losses import beta_of
-from dimo.errors import DimoError, nearest
+from dimo.errors import DimoError, nearest, reason
 from dimo.train.keys import Config, Optim, config_keys, default_of, describe, to_flat
 from dimo.ursa.checkpoint import BACKENDS, DTYPES
 from dimo.ursa.inputs import latents_shape_for
@@ -40,6 +40,36 @@ __all__ = [
 ]
 PRESETS = Path(__file__).parent / "presets"
 TRACKERS = ("tensorboard", "wandb", "trackio")
+NAMES = ("experiment.name", "experiment.output_dir", "distill.teacher_ckpt", "distill.prompt_source", "training.engine")
+RANGES = {  # null is no number, and every float must be finite besides
+    "lie in [0, 1]": (
+        lambda value: 0 <= value <= 1,
+        "distill.empty_prompt_share distill.p_corrupt distill.corrupt_ratio distill.guidance_trunc "
+        "distill.motion_share optim.min_lr_share optim.aux_min_lr_share",
+    ),
+    "lie in [0, 1)": (
+        lambda value: 0 <= value < 1,
+        "distill.label_smoothing distill.baseline_decay optim.beta1 optim.beta2 optim.muon_momentum optim.ema_decay",
+    ),
+    "not be negative": (
+        lambda value: value >= 0,
+        "distill.w_distill distill.w_kd distill.w_reinforce distill.lambda_ent distill.lambda_ent_high "
+        "distill.entropy_floor distill.ent_anneal_from distill.ent_anneal_to distill.t_curriculum_steps "
+        "distill.max_prompt_length optim.weight_decay optim.muon_weight_decay optim.warmup_steps",
+    ),
+    "be positive": (
+        lambda value: value > 0,
+        "distill.t_power optim.lr optim.aux_lr optim.muon_lr optim.max_grad_norm",
+    ),
+    "be at least 1": (
+        lambda value: value >= 1,
+        "distill.guidance_scale distill.aux_steps distill.batch_size_per_gpu distill.shuffle_buffer distill.kd_every "
+        "experiment.log_every experiment.save_every experiment.sample_every experiment.keep_last "
+        "training.gradient_accumulation_steps training.max_bad_steps training.max_train_steps training.num_processes "
+        "evaluation.videos_per_prompt evaluation.batch_size",
+    ),
+    "lie in [0, 2^63)": (lambda value: 0 <= value < 2**63, "experiment.seed evaluation.seed"),
+}
 
 
 def load_config(config: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -53,20 +83,16 @@ def load_config(config: str | Path | None = None, overrides: Sequence[str] = ())
     """
     config = config or _default_preset(overrides)
     layers = [_read(config)] if config else []
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals:
-            raise DimoError(f"an override reads key=value, got {override!r}")
-        _check_known(key)
-        layers.append(OmegaConf.from_dotlist([override]) if value else OmegaConf.from_dotlist([f"{key}=''"]))
+    layers += [_read_override(override) for override in overrides]
     merged = OmegaConf.structured(Config)
     try:
         for layer in layers:
+            _require_lists(layer)
             merged = OmegaConf.merge(merged, layer)
         result = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         key = f"{error.full_key}: " if error.full_key else ""
-        raise DimoError(f"{key}{str(error).splitlines()[0]}") from error
+        raise DimoError(f"{key}{reason(error)}") from error
     validate(result)
     if result.distill.max_prompt_length == 0:
         result.distill.max_prompt_length = default_prompt_length(result.distill.teacher_ckpt)
@@ -112,47 +138,37 @@ def validate(config: Config) -> None:
     for key, allowed in choices.items():
         if flat[key] not in allowed:
             raise DimoError(f"{key} must be one of {', '.join(allowed)}, got {flat[key]!r}")
-    shares = "empty_prompt_share label_smoothing p_corrupt corrupt_ratio baseline_decay guidance_trunc".split()
-    optim_shares = ["optim.ema_decay", "optim.beta1", "optim.beta2", "optim.muon_momentum"]
-    optim_shares += ["optim.min_lr_share", "optim.aux_min_lr_share"]
-    for key in [f"distill.{s}" for s in [*shares, "motion_share"]] + optim_shares:
-        if not 0 <= flat[key] <= 1:
-            raise DimoError(f"{key} must lie in [0, 1], got {flat[key]}")
-    at_least_one = ["experiment.log_every", "experiment.save_every", "experiment.sample_every", "experiment.keep_last"]
-    at_least_one += ["distill.aux_steps", "distill.batch_size_per_gpu"]
-    at_least_one += ["distill.shuffle_buffer", "distill.kd_every"]
-    at_least_one += ["training.gradient_accumulation_steps", "training.max_bad_steps"]
-    at_least_one += ["training.max_train_steps", "evaluation.videos_per_prompt", "evaluation.batch_size"]
-    at_least_one += ["training.num_processes"]
     for tracker in flat["experiment.trackers"]:
         if tracker not in TRACKERS:
-            raise DimoError(f"experiment.trackers may hold {', '.join(TRACKERS)}, got {tracker!r}")
-    if flat["distill.max_prompt_length"] < 0:
-        raise DimoError(f"distill.max_prompt_length must not be negative, got {flat['distill.max_prompt_length']}")
-    for key in at_least_one:
-        if flat[key] is not None and flat[key] < 1:
-            raise DimoError(f"{key} must be at least 1, got {flat[key]}")
-    for key in (
-        "optim.lr",
-        "optim.aux_lr",
-        "optim.muon_lr",
-        "optim.max_grad_norm",
-        "distill.t_power",
-    ):
-        if not flat[key] > 0:
-            raise DimoError(f"{key} must be positive, got {flat[key]}")
-    if not flat["distill.guidance_scale"] >= 1:
-        raise DimoError(f"distill.guidance_scale must be at least 1 (1 is none), got {flat['distill.guidance_scale']}")
+            raise DimoError(f"experiment.trackers may not hold {tracker!r}{nearest(tracker, TRACKERS)}")
+    for key in NAMES:
+        if not flat[key].strip():
+            raise DimoError(f"{key} must not be empty, got {flat[key]!r}")
+    if flat["experiment.name"] in (".", ".."):
+        raise DimoError(f"experiment.name must name a folder inside runs/, got {flat['experiment.name']!r}")
+    for key, value in flat.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise DimoError(f"{key} must be a finite number, got {value}")
+    for phrase, (inside, keys) in RANGES.items():
+        for key in keys.split():
+            if flat[key] is not None and not inside(flat[key]):
+                raise DimoError(f"{key} must {phrase}, got {flat[key]}")
     if not flat["evaluation.teacher_steps"] or min(flat["evaluation.teacher_steps"]) < 1:
         raise DimoError(f"evaluation.teacher_steps must list numbers of passes, got {flat['evaluation.teacher_steps']}")
-    for key in ("min_clarity", "min_aesthetic", "min_motion", "min_suitability"):
-        if flat[f"distill.{key}"] is not None and not math.isfinite(flat[f"distill.{key}"]):
-            raise DimoError(f"distill.{key} must be a number or null, got {flat[f'distill.{key}']}")
     d = config.distill
     asks_for_captions = d.motion_value() is not None or bool(d.score_minimums())
     if d.prompt_source == "world" and asks_for_captions:
         raise DimoError(
             "distill.min_* and distill.motion_prefix are for a file of captions, and distill.prompt_source is world"
+        )
+    if d.w_distill == d.w_kd == 0:
+        raise DimoError(
+            "distill.w_distill and distill.w_kd are both 0, so that the student would learn nothing (w_reinforce is "
+            "a part of what w_distill weighs)"
+        )
+    if d.ent_anneal_to and d.ent_anneal_from > d.ent_anneal_to:
+        raise DimoError(
+            f"distill.ent_anneal_from must not lie behind ent_anneal_to, got {d.ent_anneal_from} and {d.ent_anneal_to}"
         )
     beta_of(config.distill.divergence)
     latents_shape_for(config.distill.num_frames, config.distill.height, config.distill.width)
@@ -166,23 +182,57 @@ def device_of(config: Config) -> torch.device:
     return torch.device(config.model.device)
 
 
-def _read(config: str | Path):
+def _read(config: str | Path) -> dict:
     presets = {p.stem: p for p in PRESETS.glob("*.yaml")}
     file = presets.get(str(config), Path(config))
     if not file.is_file():
         raise DimoError(f"{config!s} is neither a preset nor a YAML file{nearest(str(config), presets)}")
+    groups = read_groups(file)
+    for group, keys in groups.items():
+        for key in keys:
+            _check_known(f"{group}.{key}")
+    return groups
+
+
+def read_groups(file: Path) -> dict[str, dict]:
+    """The groups of keys in a YAML file.
+
+    Raises:
+        DimoError: it is no YAML in UTF-8, or holds something else.
+    """
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DimoError(f"{file} is not readable YAML: {error}") from error
+        raise DimoError(f"{file} is not readable YAML: {reason(error)}") from error
     if not isinstance(content, dict):
-        raise DimoError(f"{file} must hold groups of keys, got {type(content).__name__}")
+        got = "nothing" if content is None else type(content).__name__
+        raise DimoError(f"{file} must hold groups of keys, got {got}")
     for group, keys in content.items():
         if not isinstance(keys, dict):
-            raise DimoError(f"{group} in {file} must be a group of keys{nearest(str(group), _groups())}")
-        for key in keys:
-            _check_known(f"{group}.{key}")
-    return OmegaConf.create(content)
+            hint = "" if group in _groups() else nearest(str(group), _groups())
+            raise DimoError(f"{group} in {file} must be a group of keys, got {keys!r}{hint}")
+    return content
+
+
+def _read_override(override: str) -> dict:
+    key, equals, value = override.partition("=")
+    if not equals:
+        raise DimoError(f"an override reads key=value, got {override!r}")
+    _check_known(key)
+    try:
+        return OmegaConf.from_dotlist([override if value else f"{key}=''"])
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise DimoError(f"{key}: {value!r} is not readable YAML; in quotes of its own it is a text") from error
+
+
+def _require_lists(layer: dict) -> None:
+    """OmegaConf's own refusal names neither the key nor what it needs."""
+    for key, field in config_keys().items():
+        default, group, name = default_of(field), *key.split(".")
+        value = layer.get(group, {}).get(name)
+        if isinstance(default, list) and value is not None and not isinstance(value, list | ListConfig):
+            known = [f"[{tracker}]" for tracker in TRACKERS] if key == "experiment.trackers" else [str(default)]
+            raise DimoError(f"{key} must be a list, such as {known[0]}, got {value!r}{nearest(f'[{value}]', known)}")
 
 
 def _groups() -> list[str]:

@@ -74,12 +74,14 @@ class Distill:
     w_distill: float = _key(1.0, "weight of stage 8")
     w_kd: float = _key(0.0, "weight of stage 7")
     kd_every: int = _key(1, "stage 7 only in every so-many-th step")
-    w_reinforce: float = _key(0.0, "weight of the log-ratio policy gradient beside estimator dimo")
+    w_reinforce: float = _key(0.0, "weight, inside w_distill's, of the log-ratio policy gradient beside estimator dimo")
     baseline: str = _key("ema", "of estimator reinforce: ema or leave_one_out")
     baseline_decay: float = _key(0.99, "of the EMA baseline")
     lambda_ent: float = _key(0.0, "entropy bonus")
-    lambda_ent_high: float = _key(0.05, "entropy bonus once the entropy has fallen below the floor")
-    entropy_floor: float = _key(0.3, "share of the first steps' entropy under which the bonus rises")
+    lambda_ent_high: float = _key(0.05, "the bonus once the entropy is below the floor; no use while lambda_ent is 0")
+    entropy_floor: float = _key(
+        0.3, "share of the first steps' entropy under which the bonus rises; no use while lambda_ent is 0"
+    )
     ent_anneal_from: int = _key(0, "step at which the bonus starts to fade")
     ent_anneal_to: int = _key(0, "step at which the bonus is gone; 0: never")
     t_curriculum_steps: int = _key(0, "steps with t = 1 - (1-u)^2; 0: t uniform from the start")

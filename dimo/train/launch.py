@@ -167,7 +167,7 @@ def engine_settings(engine: str) -> dict:
         DimoError: no such file, or not a mapping in YAML.
     """
     try:
-        given = yaml.safe_load(engine_file(engine).read_text(encoding="utf-8")) or {}
+        given = yaml.safe_load(engine_file(engine).read_text(encoding="utf-8"))  # None of an empty file
     except (yaml.YAMLError, UnicodeDecodeError):
         given = None
     if not isinstance(given, dict):

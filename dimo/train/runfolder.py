@@ -23,7 +23,8 @@ import yaml
 import dimo
 from dimo.errors import DimoError
 from dimo.files import PARTIALS, write_text
-from dimo.train.config import config_keys, default_of
+from dimo.train.config import config_keys, default_of, read_groups
+from dimo.ursa.weights import read_json
 
 # What may differ between the run that began a folder and the command that resumes it: it changes neither what is learnt
 # nor in which order. max_train_steps may grow.
@@ -35,8 +36,12 @@ GROWING_KEYS = {"training.max_train_steps"}
 SILENT_KEYS = {"experiment.resume", "experiment.overwrite"}
 
 OWN = ("config.yaml", "environment.json", "status.json", "metrics.jsonl", "events.jsonl", "train.log")
-OWN += ("report.json", "report.html")
-OWN_FOLDERS = ("checkpoints", "samples", "notebooks")
+OWN += ("report.json", "report.html", "sheet.png", "curves.png", "codes.safetensors")
+OWN_INSIDE = {  # patterns: people keep files of theirs in such folders
+    "checkpoints": ("step-????????", "final", PARTIALS),
+    "samples": ("step-????????.png", PARTIALS),
+    "notebooks": ("0?_*.ipynb", "0?_*.html", PARTIALS),
+}
 LOCK = ".lock"
 RESERVE, RESERVE_BYTES = ".reserve", 2**16  # room for the last words of a run whose disk is full
 HISTORY = ("resumed", "damaged_checkpoint", "config_changed", "processes_changed")  # events of the folder, not of steps
@@ -62,17 +67,18 @@ class RunFolder:
         With `hold` the folder is this process's own until `close`, or until the process ends in whatever way.
 
         Raises:
-            DimoError: another process holds the folder, it belongs to another configuration, or it is used and
-                resume is off.
+            DimoError: another process holds the folder, it belongs to another configuration or not to dimo, or it is
+                used and resume is off.
         """
         run = cls(path)
+        run._require_own()
         run._acquire()
         try:
             file = run.path / "config.yaml"
             if file.exists() and overwrite:
                 run._clear()
             if file.exists():
-                changes = _changes(run.path, file.read_text(encoding="utf-8"), config_yaml)
+                changes = _changes(run.path, read_groups(file), config_yaml)
                 if not resume:
                     raise DimoError(
                         f"{run.path} holds a run already and experiment.resume is false; "
@@ -154,11 +160,31 @@ class RunFolder:
             return True
         return False
 
+    def _require_own(self) -> None:
+        """Raise where config.yaml and status.json are there and neither is a run's: many projects have such files."""
+        if not any((self.path / name).exists() for name in ("config.yaml", "status.json")):
+            return
+        with contextlib.suppress(DimoError, OSError):  # one of them may be damaged
+            groups = {key.split(".")[0] for key in config_keys()}
+            if {"experiment", "distill", "optim"} <= read_groups(self.path / "config.yaml").keys() <= groups:
+                return
+        with contextlib.suppress(DimoError, OSError):
+            if {"state", "pid", "host"} <= self.status().keys():
+                return
+        raise DimoError(
+            f"{self.path} is not a run folder of dimo: the config.yaml or status.json in it is something else's; "
+            "use another experiment.name or experiment.output_dir"
+        )
+
     def _clear(self) -> None:
+        """What dimo wrote goes, and nothing else."""
         for name in OWN:
             (self.path / name).unlink(missing_ok=True)
-        for name in OWN_FOLDERS:
-            shutil.rmtree(self.path / name, ignore_errors=True)
+        for name, patterns in OWN_INSIDE.items():
+            for old in [old for pattern in patterns for old in (self.path / name).glob(pattern)]:
+                shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+            with contextlib.suppress(OSError):  # not empty: the rest is somebody's
+                (self.path / name).rmdir()
 
     def write_status(self, **changes: Any) -> None:
         """Update status.json: state (starting, running, finished, failed, preempted), step, max_steps, error."""
@@ -173,8 +199,18 @@ class RunFolder:
             raise self._refusal("status.json", error) from error
 
     def status(self) -> dict:
+        """What status.json says; empty without one.
+
+        Raises:
+            DimoError: it is damaged.
+        """
         file = self.path / "status.json"
-        return json.loads(file.read_text()) if file.exists() else {}
+        if not file.exists():
+            return {}
+        try:
+            return read_json(file)
+        except DimoError as error:
+            raise DimoError(f"{error}; remove it, a run continues without") from error
 
     def log(self, metrics: dict[str, float]) -> None:
         """Append one line; what is not finite becomes null and is named under `non_finite`."""
@@ -229,6 +265,8 @@ class RunFolder:
                 rows.append(json.loads(line))
             except json.JSONDecodeError:
                 break
+            if not isinstance(rows[-1], dict) or "step" not in rows[-1]:
+                return rows[:-1]
         return rows
 
     def _append(self, name: str, line: str) -> None:
@@ -248,15 +286,14 @@ class RunFolder:
         return DimoError(f"{self.path / name} could not be written: {error.strerror}; checkpoints that are there stay")
 
 
-def _changes(path: Path, old: str, new: str) -> list[tuple[str, Any, Any]]:
+def _changes(path: Path, old: dict[str, dict], new: str) -> list[tuple[str, Any, Any]]:
     """(key, was, is) of what differs and may. A key that the old file does not know yet had its default."""
 
-    def flat(text):
-        groups = yaml.safe_load(text) or {}
+    def flat(groups):
         return {f"{g}.{k}": v for g, keys in groups.items() for k, v in keys.items()}
 
     known = {key: default_of(field) for key, field in config_keys().items()}
-    was, now = known | flat(old), known | flat(new)
+    was, now = known | flat(old), known | flat(yaml.safe_load(new))
     differ = [(k, was.get(k), now.get(k)) for k in sorted(was.keys() | now.keys()) if was.get(k) != now.get(k)]
     differ = [change for change in differ if change[0] not in SILENT_KEYS and change[0] != "experiment.output_dir"]
 

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from dimo.errors import DimoError, nearest
+from dimo.errors import DimoError, nearest, reason
 from dimo.files import whole_folder
 from dimo.ursa.inputs import SPATIAL_STRIDE, TEMPORAL_STRIDE, latents_shape_for
 from dimo.ursa.path import MetricPath, MixturePath
 from dimo.ursa.transformer import UrsaConfig, UrsaTransformer
-from dimo.ursa.weights import WEIGHTS, load_weights, read_json, read_pickle, read_weights
+from dimo.ursa.weights import WEIGHTS, load_weights, read_json, read_pickle, read_weights, require_numbers
 
 BACKENDS = ("native", "upstream")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -139,6 +139,7 @@ def load_path(folder: Path, codebook_size: int, device="cpu") -> tuple[MetricPat
             f"the scheduler's codebook in {folder} has {codebook.shape[0]} codes, "
             f"the transformer's config.json says {codebook_size}"
         )
+    require_numbers(codebook, f"'path.emb' in {pickled}")
     codebook = codebook.to(device).float()
     values = {"shift": 1.0, "eps": 1e-5} | {k: scheduler[k] for k in ("shift", "eps") if scheduler.get(k) is not None}
     mixture = scheduler.get("alpha") is None
@@ -167,7 +168,8 @@ def load_tokenizer(folder: Path, config: UrsaConfig):
             where, padding_side="left", local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # transformers and tokenizers raise what they like for a damaged file
-        raise DimoError(f"the tokenizer in {where} could not be read: {str(error).splitlines()[0]}") from error
+        lacks = "" if (where / "tokenizer.json").exists() else "there is no tokenizer.json; "
+        raise DimoError(f"the tokenizer in {where} could not be read: {lacks}{reason(error)}") from error
     if tokenizer.pad_token_id is None:
         raise DimoError(f"the tokenizer in {where} has no padding token, which prompts need on their left")
     ids = set(tokenizer.get_vocab().values())
@@ -254,8 +256,9 @@ def import_upstream():
     except ModuleNotFoundError as error:
         raise DimoError(f"diffnext cannot be used, {error.name} is not installed: {INSTALL}") from error
     except Exception as error:  # versions that do not go together fail in many ways
-        reason = str(error).splitlines()[0]
-        raise DimoError(f"diffnext cannot be imported ({reason}); versions that go together: {INSTALL}") from error
+        raise DimoError(
+            f"diffnext cannot be imported ({reason(error)}); versions that go together: {INSTALL}"
+        ) from error
     return upstream
 
 

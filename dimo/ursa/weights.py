@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from dimo.errors import DimoError
+from dimo.errors import DimoError, reason
 
 WEIGHTS = "diffusion_pytorch_model"
 LFS_POINTER = b"version https://git-lfs"
@@ -32,7 +32,11 @@ def weight_files(source: str | Path) -> list[Path]:
             return _shards(index)
         if (source / f"{WEIGHTS}{end}").exists():
             return [source / f"{WEIGHTS}{end}"]
-    raise DimoError(f"weights file {source / WEIGHTS}.safetensors does not exist, nor .bin, nor an index of shards")
+    others = sorted(f.name for f in source.iterdir() if f.suffix in (".safetensors", ".bin", ".pt"))
+    hint = f"; name the file itself, there is {', '.join(others)}" if others else ""
+    raise DimoError(
+        f"weights file {source / WEIGHTS}.safetensors does not exist, nor .bin, nor an index of shards{hint}"
+    )
 
 
 def _shards(index: Path) -> list[Path]:
@@ -80,7 +84,7 @@ def _read_safetensors(file: Path) -> dict[str, torch.Tensor]:
 
 
 def _damaged(file: Path, error: Exception) -> DimoError:
-    _refuse_pointer(file)
+    _refuse_what_is_none(file)
     return DimoError(f"weights file {file} is damaged (a copy that broke off?): {error}")
 
 
@@ -91,8 +95,8 @@ def read_pickle(file: Path) -> dict[str, torch.Tensor]:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen types for a damaged or hostile file
-        _refuse_pointer(file)
-        raise DimoError(f"{file} could not be read as plain tensors: {str(error).splitlines()[0]}") from error
+        _refuse_what_is_none(file)
+        raise DimoError(f"{file} could not be read as plain tensors: {reason(error)}") from error
     if not isinstance(content, dict):
         raise DimoError(f"{file} must hold a plain state dict, got {type(content).__name__}")
     for key, value in content.items():
@@ -101,19 +105,38 @@ def read_pickle(file: Path) -> dict[str, torch.Tensor]:
     return content
 
 
-def _refuse_pointer(file: Path) -> None:
+def _refuse_what_is_none(file: Path) -> None:
     with open(file, "rb") as content:
-        if content.read(len(LFS_POINTER)) == LFS_POINTER:
+        start = content.read(len(LFS_POINTER))
+        if not start:
+            raise DimoError(f"{file} is empty (0 bytes)")
+        if start == LFS_POINTER:
             raise DimoError(f"{file} is a Git LFS pointer and not the file itself; run `git lfs pull` there")
 
 
 def load_weights(transformer: torch.nn.Module, state: dict, where: str, assign: bool = False) -> None:
-    """load_state_dict(strict=True) whose refusal names the first keys or shapes that do not fit."""
-    own = {key: tuple(value.shape) for key, value in transformer.state_dict().items()}
-    problem = misfit(own, {key: tuple(value.shape) for key, value in state.items()})
+    """load_state_dict(strict=True) whose refusal names the first keys or shapes that do not fit.
+
+    Raises:
+        DimoError: they do not fit, are no floating-point numbers, or not finite.
+    """
+    own = transformer.state_dict()
+    problem = misfit(*({key: tuple(value.shape) for key, value in each.items()} for each in (own, state)))
     if problem:
         raise DimoError(f"the weights of {where} do not fit this model: {problem}")
+    for key, value in state.items():
+        if own[key].is_floating_point():  # an autoencoder also counts
+            require_numbers(value, f"{key} in the weights of {where}")
     transformer.load_state_dict(state, strict=True, assign=assign)
+
+
+def require_numbers(tensor: torch.Tensor, name: str) -> None:
+    """Raise unless the tensor holds finite floating-point numbers."""
+    if not tensor.is_floating_point():
+        raise DimoError(f"{name} must hold floating-point numbers, got {tensor.dtype}")
+    wide = tensor.dtype if tensor.element_size() > 2 else torch.float32  # no sum of finite weights overflows
+    if not tensor.sum(dtype=wide).isfinite():
+        raise DimoError(f"{name} must be finite, got NaN or infinity")
 
 
 def misfit(needed: dict[str, tuple], found: dict[str, tuple]) -> str:

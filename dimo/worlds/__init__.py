@@ -18,6 +18,8 @@ def built_in_worlds() -> list[str]:
 def checkpoint_folder(teacher_ckpt: str | Path) -> Path:
     """The folder behind `distill.teacher_ckpt`: a built-in world's name ("shapes"), or a path."""
     built_in = built_in_worlds()
+    if not str(teacher_ckpt).strip():
+        raise DimoError(f"teacher_ckpt must not be empty, got {str(teacher_ckpt)!r}")  # Path("") is the folder here
     if str(teacher_ckpt) in built_in:
         return DATA / str(teacher_ckpt)
     if not Path(teacher_ckpt).is_dir():

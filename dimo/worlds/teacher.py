@@ -134,12 +134,12 @@ def train_teacher(recipe: TeacherRecipe, progress: bool = True) -> UrsaTransform
 
 
 def make_teacher(recipe: TeacherRecipe, folder: Path, videos_per_prompt: int = 64) -> str:
-    """Train, write the checkpoint folder, score it; returns the scores as a table."""
-    if recipe.device == "cuda" and not torch.cuda.is_available():
-        raise DimoError("device is cuda, but PyTorch sees no GPU")
-    for name in ("steps", "batch_size", "layers"):
-        if getattr(recipe, name) < 1:
-            raise DimoError(f"{name} must be at least 1, got {getattr(recipe, name)}")
+    """Train, write the checkpoint folder, score it; returns the scores as a table.
+
+    Raises:
+        DimoError: before anything is trained, for a number out of range or a device that is not there.
+    """
+    _require_sense(recipe)
     transformer = train_teacher(recipe)
     write_checkpoint(folder, recipe.world(), transformer, recipe.alpha, recipe.c)
     ursa, world = load_ursa(folder, recipe.device), recipe.world()
@@ -152,6 +152,21 @@ def make_teacher(recipe: TeacherRecipe, folder: Path, videos_per_prompt: int = 6
         scores = score(world, codes, prompts)
         lines.append(f"{steps:6} {scores.valid.float().mean():9.4f} {scores.adherent.float().mean():10.4f}")
     return "\n".join(lines)
+
+
+def _require_sense(recipe: TeacherRecipe) -> None:
+    for name, value in dataclasses.asdict(recipe).items():
+        if name == "seed" and not 0 <= value < 2**63:
+            raise DimoError(f"seed must lie in [0, 2^63), got {value}")
+        if isinstance(value, int) and name != "seed" and value < 1:
+            raise DimoError(f"{name} must be at least 1, got {value}")
+        if isinstance(value, float) and not 0 < value < math.inf:
+            raise DimoError(f"{name} must be positive and finite, got {value}")
+    if recipe.device not in ("cpu", "cuda"):
+        raise DimoError(f"device must be cpu or cuda, got {recipe.device!r}")
+    if recipe.device == "cuda" and not torch.cuda.is_available():
+        raise DimoError("device is cuda, but PyTorch sees no GPU")
+    ursa_config(recipe)
 
 
 def encode(world: ShapesWorld, prompts: list[str]) -> torch.Tensor:
