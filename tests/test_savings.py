@@ -31,7 +31,9 @@ def run(trainer, steps=3):
     rows = []
     for index in range(steps):
         step, norms = trainer.step(index)
-        metrics = trainer.metrics(step)
+        with trainer.engine.autocast():  # of the last part in both forms; the fused one averages them over parts
+            gaps = stages.gap_metrics(step, trainer.networks.student, trainer.grid)
+        metrics = trainer.metrics(step) | {name: float(value) for name, value in gaps.items()}
         rows.append([metrics[name] for name in MEASURED] + [float(norms["grad_norm/student"])])
     return torch.tensor(rows)
 
