@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from matplotlib.figure import Figure
 
 from dimo.errors import DimoError, require_shape
+from dimo.views.figure import Figure
 
 # Okabe and Ito's palette, in an order whose neighbours differ in lightness too
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
