@@ -54,6 +54,11 @@ def test_bad_input_is_refused_in_a_sentence(config, override, sentence):
         load_config(config, [override] if override else [])
 
 
+def test_overrides_are_a_list_and_no_text():
+    with pytest.raises(DimoError, match="overrides must be a list, .* got 'optim.lr=1e-4'"):
+        load_config("smoke", "optim.lr=1e-4")  # what papermill's -p gives
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
