@@ -50,6 +50,7 @@ def test_all_five_execute_and_leave_a_report(executed):
     last = json.loads((run.path / "notebooks" / "05_evaluation.ipynb").read_text())
     printed = "".join(t for c in last["cells"] for o in c.get("outputs", []) for t in o.get("text", []))
     assert "ok   the teacher needs its passes" in printed and "FAIL" not in printed
+    assert "(reported, not checked: min_share is 0)" in printed and "the student reaches" not in printed
     assert last["metadata"]["papermill"]["parameters"]["overrides"][-1] == "evaluation.seed=3"
 
 
