@@ -64,8 +64,8 @@ def sample_to_folder(request: Request, prompts: list[str], out: str | Path) -> l
         raise DimoError(f"guidance_scale must be at least 1 (1 is none), got {r.guidance_scale}")
     if r.steps < 1:
         raise DimoError(f"steps must be at least 1, got {r.steps}")
-    if not -(2**63) <= r.seed < 2**64:
-        raise DimoError(f"seed must lie in [-2**63, 2**64), got {r.seed}")
+    if not 0 <= r.seed < 2**63:
+        raise DimoError(f"seed must lie in [0, 2**63), got {r.seed}")
     if r.max_prompt_length is not None and r.max_prompt_length < 0:
         raise DimoError(f"max_prompt_length must not be negative, got {r.max_prompt_length}")
     folder, device = checkpoint_folder(r.teacher_ckpt), _device(r.device)

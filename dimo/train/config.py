@@ -131,6 +131,9 @@ def validate(config: Config) -> None:
     for tracker in flat["experiment.trackers"]:
         if tracker not in TRACKERS:
             raise DimoError(f"experiment.trackers may hold {', '.join(TRACKERS)}, got {tracker!r}")
+    for key in ("experiment.seed", "evaluation.seed"):
+        if not 0 <= flat[key] < 2**63:
+            raise DimoError(f"{key} must lie in [0, 2**63), got {flat[key]}")
     if flat["distill.max_prompt_length"] < 0:
         raise DimoError(f"distill.max_prompt_length must not be negative, got {flat['distill.max_prompt_length']}")
     for key in at_least_one:
