@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from dimo.errors import DimoError, reason
+from dimo.examples import EXAMPLES, examples
 from dimo.sampling import Request, read_prompts, sample_to_folder
 from dimo.train.flags import RENAMED, split_flags
 from dimo.train.signals import PREEMPTED, Preempted
@@ -15,22 +16,6 @@ from dimo.worlds import DATA, checkpoint_folder
 from dimo.worlds.teacher import TeacherRecipe, make_teacher
 
 SHIPPED_STUDENT = DATA / "shapes" / "student"
-EPILOG = """\
-examples:
-  dimo run -c shapes                      the five notebooks, headless, into runs/shapes, with report.html
-  dimo train -c shapes optim.lr=5e-4 experiment.name=slow
-  dimo plan -c distill_dimo --size 1.7B --num_processes 8
-                                          memory per GPU and time, before anything starts
-  dimo evaluate runs/shapes               score a run's student beside its teacher
-  dimo evaluate                           score the student that ships with dimo
-  dimo runs                               every run under runs/, with state, steps, speed and age
-  dimo inspect FOLDER                     what a checkpoint folder holds, and what is missing
-  dimo sample --teacher_ckpt shapes --prompt "blue bar moving up" --steps 25
-  dimo config                             every key, its default and what it means
-  dimo config -c literal                  a preset, resolved
-
-The same command again resumes a run. Run folders: runs/<name>/."""
-
 CONFIGURABLE = ("train", "run", "plan", "evaluate", "ablate", "bench", "config")
 NAMES = ("config", "folder", "out", "out_dir", "prompt_file", "student", "student_ckpt", "teacher_ckpt")
 RENAMED_HELP = "\n".join(f"  --{flag:12}  {key}" for flag, key in RENAMED.items())
@@ -38,22 +23,14 @@ FLAGS_HELP = f"""\
 flags: every configuration key is also a flag by its last part (`--lr 5e-4` is optim.lr=5e-4); besides,
 {RENAMED_HELP}
 `dimo config` lists all keys with their meaning."""
+RESUMING = ("train", "run", "ablate")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0; 2 for bad input, said in a sentence; 75 for a run that was asked to stop; 130 for Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        parser, commands = _parser()
-        flagged = []
-        if argv and argv[0] in CONFIGURABLE:
-            argv, flagged = split_flags(argv, own=set(commands[argv[0]]._option_string_actions))
-        args = parser.parse_args(argv)
-        if flagged:
-            args.overrides = [*args.overrides, *flagged]
-        for name in NAMES:  # of a shell variable that is not set; the default is not what was meant
-            if getattr(args, name, None) == "":
-                raise DimoError(f"{name} must not be empty")
+        args = parse(argv)
         args.function(args)
     except DimoError as error:
         print(f"dimo: {error}", file=sys.stderr)
@@ -65,9 +42,42 @@ def main(argv: list[str] | None = None) -> int:
         print(f"dimo: {stopped}", file=sys.stderr)
         return PREEMPTED
     except KeyboardInterrupt:
-        print("dimo: interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
+        again = "; the same command resumes from the last checkpoint" if argv and argv[0] in RESUMING else ""
+        print(f"dimo: interrupted{again}", file=sys.stderr)
         return 130
     return 0
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line, where every `key=value` and every flag of a key, wherever it stands, is in `overrides`.
+
+    Raises:
+        DimoError: a flag or word that the command does not take, or an empty name.
+    """
+    parser, commands = _parser()
+    argv, flagged = [_underscored(argument) for argument in argv], []
+    if argv and argv[0] in CONFIGURABLE:
+        argv, flagged = split_flags(argv, own=set(commands[argv[0]]._option_string_actions))
+    args, left = parser.parse_known_args(argv)  # leaves the words that stand after an option
+    if "overrides" in args:
+        args.overrides = [*args.overrides, *(word for word in left if _is_override(word)), *flagged]
+        left = [word for word in left if not _is_override(word)]
+    if left:
+        raise DimoError(f"dimo {argv[0]} does not take {' '.join(left)}; see dimo {argv[0]} --help")
+    for name in NAMES:  # of a shell variable that is not set; the default is not what was meant
+        if getattr(args, name, None) == "":
+            raise DimoError(f"{name} must not be empty")
+    return args
+
+
+def _underscored(argument: str) -> str:
+    """--batch-size as --batch_size, as all flags are spelled."""
+    name, equals, value = argument.partition("=")
+    return f"--{name[2:].replace('-', '_')}{equals}{value}" if name.startswith("--") else argument
+
+
+def _is_override(word: str) -> bool:
+    return "=" in word and not word.startswith("-")
 
 
 def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
@@ -75,13 +85,14 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     parser = argparse.ArgumentParser(
         prog="dimo",
         description="Distil a discrete video diffusion model into a one-step generator.",
-        epilog=EPILOG,
+        epilog=examples([name for name in EXAMPLES if " " not in name], most=1)
+        + "\n\nThe same command again resumes a run. Run folders: runs/<name>/.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(metavar="command", required=True)
 
     def command(name: str, function, help: str, description: str = "", configurable: bool = True):
-        epilog = FLAGS_HELP if name in CONFIGURABLE else None
+        epilog = examples([name]) + (f"\n\n{FLAGS_HELP}" if name in CONFIGURABLE else "")
         sub = commands.add_parser(
             name, help=help, description=description or help, epilog=epilog, allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -111,7 +122,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
                   "takes where a GPU is there to try, and what to change if it does not fit.")  # fmt: skip
     sub.add_argument("--size", help="0.6B or 1.7B, in place of a folder in distill.teacher_ckpt")
     sub.add_argument("--memory", type=float, metavar="GIB", help="of one GPU (default: of the GPU here, else 80)")
-    sub.add_argument("--dry-run", action="store_true", help="only say whether the step goes through, on all ranks")
+    sub.add_argument("--dry_run", action="store_true", help="only say whether the step goes through, on all ranks")
     overrides(sub)
 
     sub = command("evaluate", _evaluate, "score a student at one step beside its teacher, on the same noise",
@@ -123,8 +134,8 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     sub.add_argument("--student_ckpt", help="the same, as a flag")
     sub.add_argument("-o", "--out", "--out_dir", help="folder for report.json and sheet.png (default: the run folder, "
                      "if it is one, else runs/evaluation)")  # fmt: skip
-    sub.add_argument("--set", action="append", default=[], dest="overrides", metavar="key=value",
-                     help="configuration, such as evaluation.videos_per_prompt=16; may be repeated")  # fmt: skip
+    sub.add_argument("--set", action="append", default=[], help=argparse.SUPPRESS)  # key=value, in its older spelling
+    overrides(sub)
 
     sub = command("ablate", _ablate, "the recipe against literal, reinforce and KD alone",
                   "Train every method at every learning rate on the tuning seed, then the best one on the report "
@@ -142,7 +153,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     sub.add_argument("folder", help="a checkpoint folder, or a built-in world's name")
     for name in ("num_frames", "height", "width"):
         sub.add_argument(f"--{name}", type=int, help="of the video (default: the world's, else 17x256x256)")
-    sub.add_argument("--max_prompt_length", type=int, default=320, help="text tokens (default: %(default)s)")
+    sub.add_argument("--max_prompt_length", type=int, help="text tokens (default: 4 for a world, else 320)")
 
     sub = command("sample", _sample, "make videos of prompts with a student or a teacher",
                   "Write 0000.mp4 (png for one frame) per prompt and 0000.json beside it: prompt, seed, settings. "
@@ -180,15 +191,14 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     actions = world.add_subparsers(metavar="action", required=True)
     sub = actions.add_parser("train", help="train the world's teacher and write a checkpoint folder in URSA's layout",
                              description="Train the teacher of a world by denoising its own videos; the defaults made "
-                             "the shipped one.")  # fmt: skip
+                             "the shipped one.", epilog=examples(["world train"]),
+                             formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     sub.set_defaults(function=_world_train)
     sub.add_argument("world", choices=["shapes"])
     sub.add_argument("-o", "--out", required=True, help="the checkpoint folder to write")
     for field in dataclasses.fields(TeacherRecipe):
         text = f"{field.metadata['help']} (default: {field.default})"
-        sub.add_argument(
-            f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default, help=text
-        )
+        sub.add_argument(f"--{field.name}", type=type(field.default), default=field.default, help=text)
     return parser, commands.choices
 
 
@@ -216,10 +226,12 @@ def _evaluate(args) -> None:
     from dimo.evaluation.evaluate import evaluate_to_folder, format_table
     from dimo.train.config import load_config
 
+    if args.student and _is_override(args.student) and not Path(args.student).exists():  # no student was named
+        args.student, args.overrides = None, [args.student, *args.overrides]
     source = Path(args.student_ckpt or args.student or SHIPPED_STUDENT)
     # the run that a student.pt lies in knows its teacher, sizes and prompts
     run = next((folder for folder in (source, *source.parents[:3]) if (folder / "config.yaml").exists()), None)
-    config = load_config(args.config or (run / "config.yaml" if run else None), args.overrides)
+    config = load_config(args.config or (run / "config.yaml" if run else None), [*args.set, *args.overrides])
     weights = source / "checkpoints" / "final" if source == run else source
     out = Path(args.out) if args.out else (run if source == run else Path("runs/evaluation"))
     print(format_table(evaluate_to_folder(config, weights, out)))

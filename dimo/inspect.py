@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from dimo.errors import DimoError
+from dimo.train.config import default_prompt_length
 from dimo.ursa import MixturePath, UrsaConfig, UrsaTransformer, latents_shape_for
 from dimo.ursa.checkpoint import import_upstream, load_path, load_tokenizer, read_config, vae_strides
 from dimo.ursa.weights import misfit, read_json, weight_files, weight_shapes
@@ -22,19 +23,21 @@ def inspect_folder(
     num_frames: int | None = None,
     height: int | None = None,
     width: int | None = None,
-    max_prompt_length: int = 320,
+    max_prompt_length: int | None = None,
 ) -> tuple[list[tuple[str, str]], list[str]]:
     """(what there is, as rows of name and text; what is missing or damaged, as sentences).
 
     Weights are not loaded: of safetensors only the headers are read. Sizes that are not given are a world's own, or
-    17x256x256.
+    17x256x256 and 320 text tokens. A folder without a VAE lacks nothing that training needs.
 
     Raises:
-        DimoError: no such folder, or a size that does not divide.
+        DimoError: no such folder, a size that does not divide, or a negative one.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise DimoError(f"checkpoint folder {folder} does not exist")
+    if max_prompt_length is not None and max_prompt_length < 0:
+        raise DimoError(f"max_prompt_length must not be negative, got {max_prompt_length}")
     rows, missing = [], []
 
     def part(function: Callable, *arguments):
@@ -53,7 +56,7 @@ def inspect_folder(
     if config and strides:
         given = zip((num_frames, height, width), video_size(folder))
         rows += _video(config, strides, *(default if size is None else size for size, default in given),
-                       max_prompt_length)  # fmt: skip
+                       max_prompt_length or default_prompt_length(folder))  # fmt: skip
     return rows, missing
 
 
@@ -92,6 +95,8 @@ def _tokenizer(folder: Path, config: UrsaConfig) -> list[tuple[str, str]]:
 
 
 def _vae(folder: Path) -> list[tuple[str, str]]:
+    if not (folder / "vae" / "config.json").exists():
+        return [("VAE", "none: not needed for training; of samples there are codes, and no frames")]
     config = read_json(folder / "vae" / "config.json")
     name, (time, space) = config.get("_class_name"), vae_strides(folder)
     weight_shapes(folder / "vae")

@@ -74,7 +74,7 @@ def run_notebooks(
         for name, path in chosen.items():
             own = shared | {k: v for k, v in extra.items() if k in known[name]}
             _execute(run, name, path, own, force, asked)
-    write_report_page(run, list(chosen))
+    write_report_page(run)
     print_summary(run)
     return run
 
@@ -202,8 +202,8 @@ def _write_html(notebook: Path, page: Path) -> None:
     write_text(page, text)
 
 
-def write_report_page(run: RunFolder, names: list[str]) -> Path:
-    """report.html: the table, the pictures, and links to the executed notebooks."""
+def write_report_page(run: RunFolder) -> Path:
+    """report.html: the table, the pictures, and links to all executed notebooks of the folder, which show theirs."""
     parts = [f"<h1>{html.escape(run.path.name)}</h1>"]
     report = run.path / "report.json"
     if report.exists():
@@ -220,6 +220,7 @@ def write_report_page(run: RunFolder, names: list[str]) -> Path:
         if picture.exists():
             relative = picture.relative_to(run.path).as_posix()
             parts.append(f'<h2>{html.escape(relative)}</h2><img src="{relative}" alt="{html.escape(relative)}">')
+    names = sorted(html.escape(p.stem) for p in (run.path / "notebooks").glob("0?_*.html"))
     links = "".join(f'<li><a href="notebooks/{n}.html">{n}</a></li>' for n in names)
     parts.append(f"<h2>Notebooks</h2><ul>{links}</ul><p><a href='config.yaml'>config.yaml</a></p>")
     style = (

@@ -16,7 +16,7 @@ import dimo
 from dimo.errors import DimoError, require_shape
 from dimo.files import whole_file, write_text
 from dimo.train.config import default_prompt_length
-from dimo.ursa import load_ursa, sample
+from dimo.ursa import Ursa, load_ursa, sample
 from dimo.ursa.checkpoint import DTYPES, load_student
 from dimo.worlds import checkpoint_folder, is_world, load_world, require_grid, video_size
 
@@ -41,7 +41,7 @@ class Request:
     guidance_scale: float = _flag(1.0, "1 is none, and needs half the work")
     guidance_trunc: float = _flag(0.9, "guidance is off where t >= this")
     negative_prompt: str = _flag("", "what guidance leads away from")
-    max_prompt_length: int | None = _flag(None, "text tokens; default: 4 for a world, else 320")
+    max_prompt_length: int | None = _flag(None, "text tokens, more are cut off; default: 4 for a world, else 320")
     seed: int = _flag(0, "of the noise and of every draw, the same for each prompt")
     device: str = _flag("auto", "auto, cpu or cuda")
     dtype: str = _flag("auto", "float32, bfloat16 or float16; auto: bfloat16 on a GPU, float32 on a CPU")
@@ -64,6 +64,10 @@ def sample_to_folder(request: Request, prompts: list[str], out: str | Path) -> l
         raise DimoError(f"guidance_scale must be at least 1 (1 is none), got {r.guidance_scale}")
     if r.steps < 1:
         raise DimoError(f"steps must be at least 1, got {r.steps}")
+    if not 0 <= r.seed < 2**63:
+        raise DimoError(f"seed must lie in [0, 2**63), got {r.seed}")
+    if r.max_prompt_length is not None and r.max_prompt_length < 0:
+        raise DimoError(f"max_prompt_length must not be negative, got {r.max_prompt_length}")
     folder, device = checkpoint_folder(r.teacher_ckpt), _device(r.device)
     r.device, r.dtype = device.type, _dtype(r.dtype, device)
     given = zip((r.num_frames, r.height, r.width), video_size(folder))
@@ -79,6 +83,8 @@ def sample_to_folder(request: Request, prompts: list[str], out: str | Path) -> l
     network = load_student(ursa, r.student_ckpt) if r.student_ckpt else ursa.transformer
     network.requires_grad_(False)
     uncond_ids = ursa.tokenize([r.negative_prompt], r.max_prompt_length)
+    if r.guidance_scale > 1:
+        _cut_to(ursa, r.negative_prompt, r.max_prompt_length)
 
     if ursa.vae is None:
         log.warning("codes will be written in place of frames: %s", ursa.no_vae)
@@ -86,13 +92,14 @@ def sample_to_folder(request: Request, prompts: list[str], out: str | Path) -> l
         raise DimoError("videos are written by imageio, which is missing: pip install imageio imageio-ffmpeg")
     written = []
     for i, prompt in enumerate(prompts):
+        kept = _cut_to(ursa, prompt, r.max_prompt_length)
         start, generator = time.perf_counter(), torch.Generator(device).manual_seed(r.seed)
         codes = sample(
             network, ursa.path, ursa.tokenize([prompt], r.max_prompt_length), grid, r.steps, shift=ursa.shift,
             guidance_scale=r.guidance_scale, guidance_trunc=r.guidance_trunc, uncond_ids=uncond_ids,
             generator=generator,
         ).view(-1, *grid)  # fmt: skip
-        made = {"seconds_sampling": time.perf_counter() - start}
+        made = {"prompt_cut_to": kept, "seconds_sampling": time.perf_counter() - start}
         if ursa.vae is None:
             file = Path(out) / f"{i:04d}.safetensors"
             with whole_file(file) as beside:
@@ -142,6 +149,17 @@ def read_prompts(file: str | Path) -> list[str]:
     if not prompts:
         raise DimoError(f"prompt_file {file} holds no prompt")
     return prompts
+
+
+def _cut_to(ursa: Ursa, prompt: str, max_prompt_length: int) -> str | None:
+    """What a prompt longer than its tokens keeps, after a warning; None where nothing was cut."""
+    length = len(ursa.tokenizer(prompt).input_ids)
+    if length <= max_prompt_length:
+        return None
+    kept = ursa.tokenizer.decode(ursa.tokenize([prompt], max_prompt_length)[0], skip_special_tokens=True)
+    log.warning("the prompt %r has %d tokens and max_prompt_length is %d: it is cut to %r", prompt, length,
+                max_prompt_length, kept)  # fmt: skip
+    return kept
 
 
 def _device(name: str) -> torch.device:

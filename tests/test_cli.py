@@ -2,14 +2,16 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 
 import pytest
 
-from dimo.cli import main
+from dimo.cli import main, parse
 from dimo.errors import reason
+from dimo.examples import EXAMPLES
 from dimo.files import write_text
 from dimo.train.config import config_keys
 
@@ -49,6 +51,9 @@ def test_config_lists_keys_and_resolves_presets(capsys):
         (["run", "-c", "smoke", "-p", "min_share"], "a parameter reads name=value"),
         (["run", "-c", "smoke", "--only", "06_more"], "there is no notebook '06_more'"),
         (["evaluate", "/nowhere/student.pt"], "weights file /nowhere/student.pt does not exist"),
+        (["evaluate", "evaluation.sed=1"], "unknown key 'evaluation.sed'; did you mean 'evaluation.seed'"),
+        (["evaluate", "a.pt", "b.pt"], "an override reads key=value, got 'b.pt'"),
+        (["sample", "--prompt", "x", "--sed", "1"], "dimo sample does not take --sed 1; see dimo sample --help"),
         (["ablate", "--lrs", "big"], "--lrs must be numbers"),
         (["world", "train", "shapes", "-o", "x", "--frames", "1"], "at least 2 frames"),
         (["world", "train", "shapes", "-o", "x", "--lr", "-1"], "lr must be positive and finite, got -1.0"),
@@ -84,6 +89,79 @@ def test_a_folder_where_a_file_is_to_be_written_is_a_sentence(tmp_path):
     with pytest.raises(OSError) as refused:
         write_text(tmp_path, "x")
     assert reason(refused.value) == f"{tmp_path} is a folder, a file is needed"
+
+
+@pytest.mark.parametrize(("name", "words"), [(name, words) for name in EXAMPLES for words in EXAMPLES[name]])
+def test_examples_of_the_help_are_taken(name, words, capsys, tmp_path, monkeypatch):
+    from dimo.train.config import load_config
+
+    (tmp_path / "FOLDER").mkdir()
+    monkeypatch.chdir(tmp_path)
+    args = parse(shlex.split(f"{name} {words}"))
+    if "overrides" in args and name != "evaluate":
+        load_config(args.config, args.overrides)
+    with pytest.raises(SystemExit):
+        main([*name.split(), "--help"])
+    assert f"dimo {name} {words}".strip() in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["train", "run", "plan", "ablate", "bench", "config"])
+def test_key_value_is_taken_wherever_it_stands(command):
+    args = parse([command, "optim.lr=1e-4", "-c", "smoke", "optim.aux_lr=2e-4", "--p_corrupt", "0.5", "distill.w_kd=1"])
+    assert (
+        set(args.overrides) == {"optim.lr=1e-4", "optim.aux_lr=2e-4", "distill.p_corrupt=0.5", "distill.w_kd=1"}
+        and args.config == "smoke"
+    )
+
+
+def test_evaluate_takes_key_value_with_and_without_a_student(tmp_path, monkeypatch, capsys):
+    asked = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        "dimo.evaluation.evaluate.evaluate_to_folder",
+        lambda config, weights, out: asked.append((config.evaluation, str(weights), str(out))) or {},
+    )
+    for words, student in (
+        (["run", "evaluation.seed=1"], "run"),
+        (["evaluation.seed=1"], None),
+        (["-o", "x", "evaluation.seed=1"], None),
+        (["run", "-o", "x", "evaluation.seed=1"], "run"),
+        (["run", "--set", "evaluation.seed=1"], "run"),
+    ):
+        assert main(["evaluate", *words]) == 0, capsys.readouterr().err
+        evaluation, weights, out = asked.pop()
+        assert evaluation.seed == 1 and out == ("x" if "x" in words else "runs/evaluation")
+        assert weights == student if student else weights.endswith("shapes/student")
+    (tmp_path / "lr=1").mkdir()
+    assert main(["evaluate", "lr=1"]) == 0 and asked.pop()[1] == "lr=1"  # a folder may be called so
+
+
+def test_flags_have_one_spelling_and_the_other_is_read():
+    words = ["world", "train", "shapes", "-o", "x"]
+    assert parse([*words, "--batch_size", "3"]).batch_size == parse([*words, "--batch-size=3"]).batch_size == 3
+    assert parse(["train", "--batch-size", "3"]).overrides == parse(["train", "--batch_size", "3"]).overrides
+    assert parse(["plan", "--dry-run"]).dry_run and parse(["plan", "--dry_run"]).dry_run
+    kept = "--a-b c-d"
+    assert parse(["sample", f"--negative-prompt={kept}", "--prompt", "e-f"]).negative_prompt == kept
+
+
+@pytest.mark.parametrize(
+    ("words", "function", "resumes"),
+    [
+        (["train", "-c", "smoke"], "dimo.train.launch.train", True),
+        (["run", "-c", "smoke"], "dimo.notebooks.run_notebooks", True),
+        (["evaluate"], "dimo.evaluation.evaluate.evaluate_to_folder", False),
+        (["sample", "--prompt", "x"], "dimo.cli.sample_to_folder", False),
+        (["runs"], "dimo.train.runs.list_runs", False),
+    ],
+)
+def test_ctrl_c_promises_to_resume_only_where_that_is_so(words, function, resumes, capsys, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(function, interrupted)
+    code, _, err = run(capsys, *words)
+    assert code == 130 and err.startswith("dimo: interrupted") and ("resumes" in err) == resumes
 
 
 def test_train_then_evaluate_then_train_again(tmp_path):

@@ -49,6 +49,8 @@ def test_every_key_says_what_it_means():
         (None, "experiment.name=..", "experiment.name must name a folder inside runs/"),
         (None, "distill.w_distill=0", "distill.w_distill and distill.w_kd are both 0"),
         (None, "distill.p_corrupt=1.2", r"distill.p_corrupt must lie in \[0, 1\]"),
+        (None, "experiment.seed=-1", r"experiment.seed must lie in \[0, 2\^63\), got -1"),
+        (None, f"evaluation.seed={2**63}", r"evaluation.seed must lie in \[0, 2\^63\)"),
         (None, "distill.estimator=soft", "distill.estimator must be one of dimo, reinforce"),
         (None, "distill.divergence=reversed", "divergence must be one of"),
         (None, "distill.height=30", "height must be a multiple of 8, got 30; the nearest are 24 or 32"),
@@ -109,6 +111,11 @@ def test_the_student_must_have_something_to_learn_from_and_a_fade_an_order():
     load_config(None, ["distill.ent_anneal_from=5", "distill.ent_anneal_to=5"])
     with pytest.raises(DimoError, match="ent_anneal_from must not lie behind ent_anneal_to, got 5 and 4"):
         load_config(None, ["distill.ent_anneal_from=5", "distill.ent_anneal_to=4"])
+
+
+def test_overrides_are_a_list_and_no_text():
+    with pytest.raises(DimoError, match="overrides must be a list, .* got 'optim.lr=1e-4'"):
+        load_config("smoke", "optim.lr=1e-4")  # what papermill's -p gives
 
 
 @pytest.mark.parametrize(

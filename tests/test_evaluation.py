@@ -63,6 +63,36 @@ def test_every_batch_of_every_row_starts_from_the_same_noise(world, ursa, monkey
     assert len(both.unique(dim=0)) == 2 * 48  # nor does any batch of the next seed
 
 
+def test_the_teacher_alone_is_guided_as_in_training(world, ursa, tmp_path, monkeypatch):
+    save_student(tmp_path / "student", ursa.transformer)
+    scored = []
+    monkeypatch.setattr("dimo.evaluation.evaluate.score", lambda w, c, p: scored.append(c) or score(w, c, p))
+
+    def codes_of(*overrides):
+        """Of every row of an evaluation under a configuration."""
+        scored.clear()
+        config = load_config("smoke", ["evaluation.videos_per_prompt=1", "evaluation.seed=5", *overrides])
+        rows = evaluate_to_folder(config, tmp_path / "student", tmp_path / "out", progress=False)
+        return dict(zip(rows, scored, strict=True))
+
+    def draw(steps, **guide):
+        noise = torch.Generator().manual_seed(5 * 1_000_003)
+        return sample(ursa.transformer, ursa.path, ids, (3, 4, 4), steps, shift=ursa.shift, generator=noise, **guide)
+
+    negative = "blue bar moving up"
+    ids = ursa.tokenize(world.prompts, 4)
+    options = {"guidance_scale": 3.0, "guidance_trunc": 0.6, "uncond_ids": ursa.tokenize([negative] * len(ids), 4)}
+    plain, guided = codes_of(), codes_of(
+        "distill.guidance_scale=3", "distill.guidance_trunc=0.6", f"distill.negative_prompt={negative}"
+    )  # fmt: skip
+    for steps in (1, 4):
+        name = f"teacher_{steps}"
+        assert torch.equal(plain[name], draw(steps)) and torch.equal(guided[name], draw(steps, **options))
+        assert not torch.equal(plain[name], guided[name])
+    for name in ("student_1", "student_1_argmax", "untrained_1", "untrained_1_argmax"):
+        assert torch.equal(plain[name], guided[name])
+
+
 def test_a_report_and_a_sheet_are_written(ursa, tmp_path):
     save_student(tmp_path / "student", ursa.transformer)
     config = load_config(

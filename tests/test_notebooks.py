@@ -50,7 +50,22 @@ def test_all_five_execute_and_leave_a_report(executed):
     last = json.loads((run.path / "notebooks" / "05_evaluation.ipynb").read_text())
     printed = "".join(t for c in last["cells"] for o in c.get("outputs", []) for t in o.get("text", []))
     assert "ok   the teacher needs its passes" in printed and "FAIL" not in printed
+    assert "(reported, not checked: min_share is 0)" in printed and "the student reaches" not in printed
     assert last["metadata"]["papermill"]["parameters"]["overrides"][-1] == "evaluation.seed=3"
+
+
+def test_every_figure_is_shown_as_a_picture(executed):
+    run, _ = executed
+    figures = {}
+    for name in NAMES:
+        notebook = json.loads((run.path / "notebooks" / f"{name}.ipynb").read_text())
+        data = [o.get("data", {}) for c in notebook["cells"] for o in c.get("outputs", [])]
+        figures[name] = [d for d in data if "".join(d.get("text/plain", "")).startswith("<Figure ")]
+        pictures = [d["image/png"] for d in data if "image/png" in d]
+        assert all("image/png" in d for d in figures[name]) and len(set(pictures)) == len(pictures)
+        page = (run.path / "notebooks" / f"{name}.html").read_text()
+        assert page.count('src="data:image/png') == len(pictures)
+    assert [len(shown) for shown in figures.values()] == [3, 3, 1, 2, 0]
 
 
 def test_a_second_time_nothing_is_executed_again(executed, capsys):
@@ -136,6 +151,8 @@ def test_from_only_and_force(executed, capsys):
     run_notebooks("smoke", settings, same, only=["04_diagnostics"], force=True)
     assert (run.path / "notebooks" / "04_diagnostics.ipynb").stat().st_mtime_ns > before
     assert run.status()["state"] == "finished"
+    report = (run.path / "report.html").read_text()  # not of this notebook alone
+    assert all(f'href="notebooks/{name}.html"' in report for name in NAMES)
 
 
 def test_a_short_name_is_the_key(tmp_path):

@@ -114,6 +114,18 @@ def test_without_a_decoder_the_codes_are_written_and_the_sentence_said(tmp_path,
     assert json.loads((tmp_path / "0000.json").read_text())["no_frames"] == "diffnext cannot be used here"
 
 
+def test_a_prompt_that_is_cut_is_said_on_stderr_and_in_its_json(ursa, world, tmp_path, caplog):
+    request = Request(max_prompt_length=2, guidance_scale=2.0, negative_prompt="pink square moving left")
+    files = sample_to_folder(request, ["blue bar moving up"], tmp_path / "cut")
+    assert [json.loads(f.with_suffix(".json").read_text())["prompt_cut_to"] for f in files] == ["blue bar"]
+    said = "the prompt {!r} has 4 tokens and max_prompt_length is 2: it is cut to {!r}"
+    wanted = [(request.negative_prompt, "pink square"), ("blue bar moving up", "blue bar")]
+    assert caplog.messages == [said.format(*pair) for pair in wanted]
+    caplog.clear()
+    file = sample_to_folder(Request(), ["blue bar moving up"], tmp_path / "whole")[0]
+    assert caplog.messages == [] and json.loads(file.with_suffix(".json").read_text())["prompt_cut_to"] is None
+
+
 @pytest.mark.parametrize("chunk", [10, 70, 10_000])  # entries: one token, seven, all
 def test_codes_are_drawn_where_their_logits_are_whatever_the_chunk(ursa, generator, monkeypatch, chunk):
     monkeypatch.setitem(chunks.ENTRIES, "cpu", chunk)
@@ -143,6 +155,8 @@ def test_guidance_below_one_is_refused_by_the_sampler_too(ursa, world):
             "height must be a multiple of 8, got 250; the nearest are 248",
         ),
         (["--prompt", PROMPTS[0], "--width", "64"], "this world's latents_shape is"),
+        (["--prompt", PROMPTS[0], "--max_prompt_length", "-3"], "max_prompt_length must not be negative, got -3"),
+        (["--prompt", PROMPTS[0], "--seed", str(2**70)], r"seed must lie in \[0, 2\*\*63\), got 11805"),
         (["--prompt", PROMPTS[0], "--device", "tpu"], "device must be one of auto, cpu, cuda"),
         (["--prompt", PROMPTS[0], "--dtype", "int8"], "dtype must be one of auto, float32"),
         (["--prompt", PROMPTS[0], "--backend", "upstream"], "heads of 128|diffnext"),
@@ -188,7 +202,7 @@ def test_inspect_of_ursa_1_7b_gives_its_published_sizes(tmp_path):
     rows, missing = inspect_folder(tmp_path, 49, 320, 512)
     assert "13x40x64 = 33,280 visual tokens; 33,601 positions" in dict(rows)["video"]
     assert dict(rows)["logits"].startswith("of one video: 3.97 GiB at bf16, 7.93")
-    assert len(missing) == 4 and all(str(tmp_path) in sentence for sentence in missing)
+    assert len(missing) == 3 and all(str(tmp_path) in sentence for sentence in missing)
 
 
 def test_inspect_says_all_that_is_missing_and_exits_with_two(tmp_path, capsys):
@@ -210,3 +224,23 @@ def test_inspect_says_all_that_is_missing_and_exits_with_two(tmp_path, capsys):
 def test_inspect_of_a_world_uses_its_only_size(capsys):
     assert main(["inspect", "shapes"]) == 0
     assert "9x32x32 -> latents 3x4x4 = 48 visual tokens" in capsys.readouterr().out
+
+
+def test_inspect_counts_the_text_as_training_does(capsys):
+    for words, positions in (([], 48 + 1 + 4), (["--max_prompt_length", "7"], 48 + 1 + 7)):
+        assert main(["inspect", "shapes", *words]) == 0
+        assert f"{positions} positions" in capsys.readouterr().out
+    assert main(["inspect", "shapes", "--max_prompt_length", "-400"]) == 2
+    out, error = capsys.readouterr()
+    assert out == "" and error == "dimo: max_prompt_length must not be negative, got -400\n"
+
+
+def test_a_folder_without_a_vae_lacks_nothing_that_training_needs(tmp_path, capsys):
+    folder = shutil.copytree(TINY, tmp_path / "bare", ignore=lambda _, names: {"vae"} & set(names))
+    assert main(["inspect", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert "VAE         none: not needed for training" in out and "missing     nothing" in out
+    shutil.copytree(TINY / "vae", folder / "vae")
+    for file in (folder / "vae").glob("*.safetensors"):
+        file.unlink()
+    assert main(["inspect", str(folder)]) == 2  # one that is there, and not whole

@@ -1,16 +1,22 @@
 """Figures are drawn from what they are given; their doors refuse the rest."""
 
+import io
 import logging
 import warnings
 
+import matplotlib
+import matplotlib.image
+import numpy
 import pytest
 import torch
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.core.pylabtools import select_figure_formats
 
 from dimo.errors import DimoError
 from dimo.train.runfolder import RunFolder
 from dimo.views import fonts
 from dimo.views.checks import Checks
-from dimo.views.figures import curves, histogram, input_map, lines, token_maps
+from dimo.views.figures import curves, histogram, input_map, lines, path_maps, token_maps
 from dimo.views.sheets import save_sheet, video_sheet
 from dimo.views.widgets import sample_slider
 
@@ -22,11 +28,91 @@ def test_curves_plot_the_rows_with_units():
     assert entropy.get_xdata().tolist() == [1, 2, 3]
     assert entropy.get_ydata().tolist() == pytest.approx([1.0, 0.75, (1 / 2 + 1 / 3) / 2])
     assert figure.axes[1].lines[0].get_xdata().tolist() == [1, 3]  # a missing value is left out, not drawn as zero
-    assert "nats per token" in figure.axes[0].get_title(loc="left") and figure.axes[0].get_xlabel() == "step"
+    assert "nats per token" in figure.axes[0].get_title(loc="left")
+    assert figure.axes[0].get_xlabel() == "step (means of 2 logged rows)"
     with pytest.raises(DimoError, match="at least one logged step"):
         curves([])
     with pytest.raises(DimoError, match="smooth must be at least 1"):
         curves(rows, 0)
+
+
+def pixels(figure):
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    return matplotlib.image.imread(io.BytesIO(picture.getvalue()))
+
+
+def test_a_figure_shows_itself_once_with_and_without_the_inline_backend():
+    figure = lines({"a": [1, 2]}, "step", "nats")
+    shell = InteractiveShell()
+    data, _ = shell.display_formatter.format(figure)
+    assert sorted(data) == ["image/png", "text/plain"]
+    shown = matplotlib.image.imread(io.BytesIO(data["image/png"]))
+    assert numpy.array_equal(shown, pixels(figure)) and shown.std() > 0
+    select_figure_formats(shell, {"png"})  # what `%matplotlib inline` does to IPython
+    data, _ = shell.display_formatter.format(figure)
+    assert sorted(data) == ["image/png", "text/plain"]
+
+
+def test_a_baseline_is_drawn_only_where_there_is_one():
+    def names(baseline):
+        rows = [{"step": s, "reward/mean": -s, "reward/baseline": baseline(s)} for s in (1, 2, 3)]
+        return [line.get_label() for line in curves(rows).axes[2].lines]
+
+    assert names(lambda s: -s) == ["reward/mean"]  # as estimator dimo logs it
+    assert names(lambda s: -s + 0.1) == names(lambda s: -1) == ["reward/mean", "reward/baseline"]
+
+
+def test_no_text_of_a_figure_lies_on_another_or_is_cut():
+    maps = {f"entropy of the {net}": torch.rand(3, 4, 4) for net in ("student at x_init", "teacher at x_t")}
+    inputs = input_map(torch.arange(53), torch.rand(53, 3), 4)
+    for figure in (token_maps(maps, "nats per token"), inputs, path_maps({0.0: torch.full((4, 9), 1 / 9)})):
+        figure.draw_without_rendering()
+        boxes = [axis.yaxis.label.get_window_extent() for axis in figure.axes if axis.get_ylabel()]
+        boxes += [axis.get_legend().get_window_extent() for axis in figure.axes if axis.get_legend()]
+        assert len(boxes) > 1 and not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+        assert all(b.x0 >= 0 and b.y0 >= 0 and b.x1 <= figure.bbox.x1 and b.y1 <= figure.bbox.y1 for b in boxes)
+    for axis in inputs.axes:  # beside what is drawn, not on it
+        assert not axis.get_legend().get_window_extent().overlaps(axis.get_window_extent())
+
+
+def test_an_input_map_gives_every_meaning_a_colour_of_its_own():
+    def colour(handle):
+        found = handle.get_color() if hasattr(handle, "get_color") else handle.get_facecolor()
+        return matplotlib.colors.to_hex(found if isinstance(found, str) else numpy.ravel(found))
+
+    figure = input_map(torch.arange(53), torch.rand(53, 3), 4)
+    meanings = {(name, colour(h)) for a in figure.axes for h, name in zip(*a.get_legend_handles_labels())}
+    assert len(meanings) == len(dict(meanings)) == len({c for _, c in meanings}) == 6
+
+
+def test_equal_lines_are_both_seen():
+    """The one drawn last covers the other, but for its gaps."""
+    figure = lines({"right": [0, 0, 0], "before": [1, 2, 3], "after": [1, 2, 3]}, "t", "nats", x=[0.1, 0.2, 0.9])
+    assert [line.get_xdata().tolist() for line in figure.axes[0].lines] == [[0.1, 0.2, 0.9]] * 3
+    figure.axes[0].get_legend().remove()
+    image = pixels(figure)[..., :3]
+    for line in figure.axes[0].lines:
+        colour = numpy.array(matplotlib.colors.to_rgb(line.get_color()))
+        assert (abs(image - colour).max(-1) < 0.02).sum() > 100, line.get_label()
+    with pytest.raises(DimoError, match=r"series\['a'\] must have a value for each of the 3 of x, got 2"):
+        lines({"a": [1, 2]}, "t", "nats", x=[1, 2, 3])
+    with pytest.raises(DimoError, match="series must name 1 to 3 lines, got 4"):
+        lines({c: [1] for c in "abcd"}, "t", "nats")
+
+
+def test_path_maps_draw_the_first_codes_of_every_t():
+    prob = {t: torch.rand(4, 9).softmax(-1) for t in (0.0, 0.7)}
+    figure = path_maps(prob)
+    for axis, (t, p) in zip(figure.axes, prob.items()):
+        assert torch.equal(torch.tensor(axis.images[0].get_array().data), p[:, :4])
+        assert (axis.get_title(), axis.get_xlabel()) == (f"t = {t:g}", "x (code)")
+        assert axis.images[0].get_clim() == pytest.approx((0.01 / 9, 1))
+    assert figure.axes[0].get_ylabel() == "x_1 (code)" and figure.axes[2].get_ylabel() == "p_t(x | x_1)"
+    with pytest.raises(DimoError, match=r"prob\[0.7\] must have shape \(4, 9\)"):
+        path_maps(prob | {0.7: torch.rand(3, 9)})
+    with pytest.raises(DimoError, match="at least one t"):
+        path_maps({})
 
 
 def test_token_maps_share_one_scale():

@@ -41,33 +41,41 @@ def evaluate(
     seed: int = 1234,
     batch_size: int = 512,
     max_prompt_length: int = 4,
+    guidance_scale: float = 1.0,
+    guidance_trunc: float = 0.9,
+    negative_prompt: str = "",
     progress: bool = True,
 ) -> tuple[dict, dict[str, torch.Tensor]]:
     """Score every sampler on every prompt of the world -> (rows by name, codes (B, N) by name).
 
     Every batch starts from noise of its own, derived from (seed, batch index) and the same in every row. Rows:
-    student_1, student_1_argmax, untrained_1 (what the student started from), untrained_1_argmax, teacher_<steps>.
+    student_1, student_1_argmax, untrained_1 (what the student started from), untrained_1_argmax, each one unguided
+    pass, and teacher_<steps>, guided.
     """
     prompts = [p for p in world.prompts for _ in range(videos_per_prompt)]
     txt_ids = ursa.tokenize(prompts, max_prompt_length)
+    uncond_ids = ursa.tokenize([negative_prompt], max_prompt_length)
     teacher = ursa.transformer
+    guided = {"guidance_scale": guidance_scale, "guidance_trunc": guidance_trunc}
     samplers = {
-        "student_1": (student, 1, False),
-        "student_1_argmax": (student, 1, True),
-        "untrained_1": (teacher, 1, False),
-        "untrained_1_argmax": (teacher, 1, True),
+        "student_1": (student, 1, {}),
+        "student_1_argmax": (student, 1, {"argmax": True}),
+        "untrained_1": (teacher, 1, {}),
+        "untrained_1_argmax": (teacher, 1, {"argmax": True}),
     }
-    samplers |= {f"teacher_{n}": (teacher, n, False) for n in teacher_steps}
+    samplers |= {f"teacher_{n}": (teacher, n, guided) for n in teacher_steps}
     rows, codes = {}, {}
     bar = tqdm(samplers.items(), desc="evaluate", unit="sampler", disable=not progress)
-    for name, (network, steps, argmax) in bar:
+    for name, (network, steps, options) in bar:
         bar.set_postfix_str(name)
         parts, start = [], time.perf_counter()
         for i, ids in enumerate(txt_ids.split(batch_size)):
             # not one generator for all batches: rows draw different numbers on their way from one to the next
             g = torch.Generator(ursa.path.device).manual_seed((seed * 1_000_003 + i) % 2**63)
-            options = {"shift": ursa.shift, "argmax": argmax, "generator": g}
-            parts.append(sample(network, ursa.path, ids, world.latents_shape, steps, **options))
+            parts.append(sample(
+                network, ursa.path, ids, world.latents_shape, steps, shift=ursa.shift, generator=g,
+                uncond_ids=uncond_ids.expand_as(ids), **options,
+            ))  # fmt: skip
         codes[name] = torch.cat(parts).cpu()  # waits for the GPU, so the clock is right
         seconds = time.perf_counter() - start
         rows[name] = summarise(world, score(world, codes[name], prompts))
@@ -107,7 +115,10 @@ def evaluate_to_folder(config: Config, weights: str | Path, out: Path, progress:
     ursa = load_ursa(folder, device_of(config), dtype, config.model.backend)
     grid = ursa.latents_shape(d.num_frames, d.height, d.width)
     steps = tuple(sorted({1, *e.teacher_steps}))
-    options = {"teacher_steps": steps, "seed": e.seed, "max_prompt_length": d.max_prompt_length, "progress": progress}
+    options = {
+        "teacher_steps": steps, "seed": e.seed, "max_prompt_length": d.max_prompt_length, "progress": progress,
+        "guidance_scale": d.guidance_scale, "guidance_trunc": d.guidance_trunc, "negative_prompt": d.negative_prompt,
+    }  # fmt: skip
     if world is not None:
         require_grid(world, grid)
         prompts, copies = world.prompts, e.videos_per_prompt or 64
@@ -116,10 +127,7 @@ def evaluate_to_folder(config: Config, weights: str | Path, out: Path, progress:
     else:
         prompts, copies = open_prompts(config, ursa).examples, e.videos_per_prompt or 2
         student = load_student(ursa, weights)
-        rows, codes = unscored.compare(
-            ursa, student, prompts, grid, videos_per_prompt=copies, guidance_scale=d.guidance_scale,
-            guidance_trunc=d.guidance_trunc, negative_prompt=d.negative_prompt, **options,
-        )  # fmt: skip
+        rows, codes = unscored.compare(ursa, student, prompts, grid, videos_per_prompt=copies, **options)
         unscored.save_codes(out / "codes.safetensors", codes, [p for p in prompts for _ in range(copies)], grid)
     first = {name: c[::copies].view(-1, *grid) for name, c in codes.items()}
     _write_sheet(out / "sheet.png", ursa, first, prompts, steps[-1])

@@ -81,6 +81,10 @@ def load_config(config: str | Path | None = None, overrides: Sequence[str] = ())
     Raises:
         DimoError: unknown preset or key (the nearest is named), a value of the wrong type or out of range.
     """
+    if isinstance(overrides, str):  # papermill's -p gives a string; its letters are no overrides
+        raise DimoError(
+            f"overrides must be a list, as papermill's -y 'overrides: [optim.lr=1e-4]' gives, got {overrides!r}"
+        )
     config = config or _default_preset(overrides)
     layers = [_read(config)] if config else []
     layers += [_read_override(override) for override in overrides]

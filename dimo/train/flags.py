@@ -41,7 +41,9 @@ def split_flags(arguments: list[str], own: set[str]) -> tuple[list[str], list[st
             others.append(argument)
             continue
         if name[2:] not in known:
-            raise DimoError(f"there is no flag {name}{nearest(name, own | {f'--{flag}' for flag in known})}")
+            several = [f"{key}=..." for key in config_keys() if key.split(".")[1] == name[2:]]
+            hint = f"; say which: {' or '.join(several)}" if several else nearest(name, own | {f"--{f}" for f in known})
+            raise DimoError(f"there is no flag {name}{hint}")
         if not equals:
             value = next(rest, None)
             if value is None or value.startswith("--"):

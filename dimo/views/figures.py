@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable
 
 import torch
-from matplotlib.figure import Figure
+from matplotlib.colors import LogNorm
+from matplotlib.ticker import MaxNLocator
 
 from dimo.errors import DimoError, require_shape
+from dimo.views.figure import Figure
 
 # Okabe and Ito's palette, in an order whose neighbours differ in lightness too
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+STYLES = ("-", (0, (5, 4)), (0, (1.5, 2)))  # where two lines are equal, one shows through the gaps of the other
 PANELS = {
     "entropy (nats per token)": ("entropy/student", "entropy/aux", "entropy/teacher"),
     "loss (nats per token)": ("loss/aux", "loss/kd", "loss/distill"),
@@ -22,23 +26,28 @@ PANELS = {
 
 
 def curves(rows: list[dict], smooth: int = 1) -> Figure:
-    """The rows of metrics.jsonl as six panels over steps; `smooth` averages so many neighbouring rows."""
+    """The rows of metrics.jsonl as six panels over steps; `smooth` averages so many neighbouring rows.
+
+    A reward's baseline is drawn where there is one: without, the rows repeat the reward.
+    """
     if not rows:
         raise DimoError("rows must hold at least one logged step; has the run started?")
     if smooth < 1:
         raise DimoError(f"smooth must be at least 1, got {smooth}")
+    left_out = {"reward/baseline"} if all(r.get("reward/baseline") == r.get("reward/mean") for r in rows) else set()
     figure = Figure(figsize=(13, 6.2), layout="constrained")
     for axis, (title, names) in zip(figure.subplots(2, 3).flat, PANELS.items()):
-        for name, colour in zip(names, COLOURS):
-            points = [(r["step"], r[name]) for r in rows if r.get(name) is not None]
+        for name, colour, style in zip(names, COLOURS, STYLES):
+            points = [(r["step"], r[name]) for r in rows if r.get(name) is not None and name not in left_out]
             if points:
                 steps, values = zip(*points)
-                axis.plot(steps, _running_mean(values, smooth), color=colour, label=name, linewidth=1.2)
+                values = _running_mean(values, smooth)
+                axis.plot(steps, values, color=colour, label=name, linewidth=1.4, linestyle=style)
         if title.startswith("gradient"):
             axis.set_yscale("log")
         axis.set_title(title, fontsize=9, loc="left")
-        axis.set_xlabel("step", fontsize=8)
-        axis.tick_params(labelsize=8)
+        axis.set_xlabel("step" if smooth == 1 else f"step (means of {smooth} logged rows)", fontsize=8)
+        axis.tick_params(which="both", labelsize=8)
         axis.grid(alpha=0.3)
         if axis.lines:
             axis.legend(fontsize=8, frameon=False)
@@ -58,7 +67,7 @@ def token_maps(maps: dict[str, torch.Tensor], unit: str) -> Figure:
         require_shape(f"maps[{name!r}]", values, (frames, "H", "W"))
     everything = torch.cat([m.flatten().float() for m in maps.values()])
     low, high = min(0.0, everything.min().item()), everything.max().item()
-    figure = Figure(figsize=(1.5 + 1.7 * frames, 0.4 + 1.6 * len(maps)), layout="constrained")
+    figure = Figure(figsize=(2.3 + 1.7 * frames, 0.4 + 1.6 * len(maps)), layout="constrained")
     axes = figure.subplots(len(maps), frames, squeeze=False)
     for r, (name, values) in enumerate(maps.items()):
         for f in range(frames):
@@ -67,8 +76,32 @@ def token_maps(maps: dict[str, torch.Tensor], unit: str) -> Figure:
             axes[r][f].set_yticks([])
             if r == 0:
                 axes[r][f].set_title(f"latent frame {f}", fontsize=8)
-        axes[r][0].set_ylabel(name, fontsize=8)
+        axes[r][0].set_ylabel(textwrap.fill(name, 16), fontsize=8, rotation=0, ha="right", va="center")
     figure.colorbar(image, ax=axes, label=unit)
+    return figure
+
+
+def path_maps(prob: dict[float, torch.Tensor]) -> Figure:
+    """p_t(x | x_1) of the first n codes x_1, (n, K) by t: a panel per t, of n x n codes, one logarithmic scale for all.
+
+    The scale ends at a hundredth of 1 / K, so that it shows which codes are confused, and in which order.
+    """
+    if not prob:
+        raise DimoError("prob must hold at least one t")
+    shape = tuple(next(iter(prob.values())).shape)
+    figure = Figure(figsize=(1.2 + 2.3 * len(prob), 2.8), layout="constrained")
+    axes = figure.subplots(1, len(prob), squeeze=False)[0]
+    for axis, (t, p) in zip(axes, prob.items()):
+        require_shape(f"prob[{t}]", p, shape if len(shape) == 2 else ("n", "K"))
+        shown = p[:, : len(p)].float().cpu().numpy()
+        image = axis.imshow(shown, norm=LogNorm(0.01 / shape[1], 1, clip=True), cmap="cividis")
+        axis.set_title(f"t = {t:g}", fontsize=9)
+        axis.set_xlabel("x (code)", fontsize=8)
+        for ticks in (axis.xaxis, axis.yaxis):
+            ticks.set_major_locator(MaxNLocator(5, integer=True))
+        axis.tick_params(labelsize=8)
+    axes[0].set_ylabel("x_1 (code)", fontsize=8)
+    figure.colorbar(image, ax=axes, label="p_t(x | x_1)", extend="min")
     return figure
 
 
@@ -76,22 +109,26 @@ def input_map(input_ids: torch.Tensor, rope_pos: torch.Tensor, text_length: int)
     """One row's ids (S,) and positions (S, 3) over the sequence, and where the visual logits are read."""
     require_shape("input_ids", input_ids, ("S",))
     require_shape("rope_pos", rope_pos, (len(input_ids), 3))
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True)
-    top.scatter(range(len(input_ids)), input_ids.tolist(), s=12, color=COLOURS[0])
-    top.set_ylabel("token id")
     for axis in (top, bottom):
-        axis.axvspan(-0.5, text_length - 0.5, color=COLOURS[1], alpha=0.15, label="text")
-        axis.axvspan(text_length - 0.5, text_length + 0.5, color=COLOURS[5], alpha=0.35, label="BOV")
+        axis.axvspan(-0.5, text_length - 0.5, color="0.92", label="text")
+        axis.axvspan(text_length - 0.5, text_length + 0.5, color="0.7", label="BOV")
+    top.scatter(range(len(input_ids)), input_ids.tolist(), s=12, color=COLOURS[0])
+    top.margins(y=0.15)
     top.hlines(
-        -1.5, text_length - 0.5, len(input_ids) - 1.5, color=COLOURS[2], linewidth=4, label="logits are read here"
-    )
-    top.legend(fontsize=8, frameon=False, ncols=3)
+        0.05, text_length - 0.5, len(input_ids) - 1.5, color=COLOURS[5], linewidth=4, label="logits are read here",
+        transform=top.get_xaxis_transform(),
+    )  # fmt: skip
+    top.set_ylabel("token id")
     for i, (name, colour) in enumerate(zip(("t", "y", "x"), COLOURS)):
-        bottom.step(range(len(rope_pos)), rope_pos[:, i].tolist(), where="mid", color=colour, label=f"position {name}")
+        # thinner than the one under it: of the text all three are equal
+        bottom.step(range(len(rope_pos)), rope_pos[:, i].tolist(), where="mid", color=colour, linewidth=3.4 - i,
+                    label=f"position {name}")  # fmt: skip
     bottom.set_ylabel("RoPE position")
     bottom.set_xlabel("place in the sequence")
-    bottom.legend(fontsize=8, frameon=False, ncols=5)
+    for axis in (top, bottom):  # above, where nothing is drawn
+        axis.legend(fontsize=8, frameon=False, ncols=5, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)
     return figure
 
 
@@ -109,12 +146,17 @@ def histogram(values: torch.Tensor, density: Callable[[torch.Tensor], torch.Tens
     return figure
 
 
-def lines(series: dict[str, list[float]], xlabel: str, ylabel: str) -> Figure:
-    """Named series over their index."""
+def lines(series: dict[str, list[float]], xlabel: str, ylabel: str, x: list[float] | None = None) -> Figure:
+    """One to three named series over their index, or over `x`."""
+    if not 1 <= len(series) <= len(STYLES):
+        raise DimoError(f"series must name 1 to {len(STYLES)} lines, got {len(series)}")
     figure = Figure(figsize=(7, 3), layout="constrained")
     axis = figure.subplots()
-    for (name, values), colour in zip(series.items(), COLOURS):
-        axis.plot(values, color=colour, label=name, linewidth=1.3)
+    for (name, values), colour, style in zip(series.items(), COLOURS, STYLES):
+        if x is not None and len(values) != len(x):
+            raise DimoError(f"series[{name!r}] must have a value for each of the {len(x)} of x, got {len(values)}")
+        places = range(len(values)) if x is None else x
+        axis.plot(places, values, color=colour, label=name, linewidth=1.6, linestyle=style)
     axis.set_xlabel(xlabel)
     axis.set_ylabel(ylabel)
     axis.grid(alpha=0.3)

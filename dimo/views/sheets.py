@@ -6,10 +6,10 @@ import textwrap
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 
 from dimo.errors import DimoError, require_shape
 from dimo.files import whole_file
+from dimo.views.figure import Figure
 from dimo.views.fonts import families, legible
 
 LABEL = 24  # characters beside a row: four escapes
