@@ -139,6 +139,6 @@ def test_a_notebook_that_cannot_be_written_is_a_sentence_and_not_done(disk, caps
     assert capsys.readouterr().err.endswith(f"dimo: {sentence}\n")
     assert RunFolder(disk.path / "run").status()["error"] == sentence
     assert list((disk.path / "run" / "notebooks").iterdir()) == []
-    disk.resize(2**17)
+    disk.resize(2**18)
     assert main(words) == 2 and "No space left on device" in capsys.readouterr().err
     assert [f.name for f in (disk.path / "run" / "notebooks").iterdir()] == [".01_inputs.partial.ipynb"]
