@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from dimo.errors import DimoError
+from dimo.errors import DimoError, reason
 from dimo.files import PARTIALS, remove_folder, replace_folder, save_torch, sync
 from dimo.train.ranks import everywhere, raise_everywhere
 
@@ -131,7 +131,7 @@ class Checkpoints:
             ranks = sorted(folder.glob("rank-*.pt"))
             own = torch.load(ranks[self.rank % len(ranks)], map_location="cpu", weights_only=True)
         except Exception as error:
-            raise DimoError(f"checkpoint {folder} does not load: {str(error).splitlines()[0]}") from error
+            raise DimoError(f"checkpoint {folder} does not load: {reason(error)}") from error
         return tensors, state, own
 
     def all(self) -> list[Path]:
