@@ -145,6 +145,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     sub.add_argument("--lrs", default="3e-4,1e-3,2e-3", help="student lrs to tune over (default: %(default)s)")
     sub.add_argument("--method", action="append", dest="methods", metavar="NAME",
                      help="only this method, such as reinforce; may be repeated")  # fmt: skip
+    sub.add_argument("--jobs", type=int, default=1, help="runs side by side (default: %(default)s)")
     overrides(sub)
 
     sub = command("inspect", _inspect, "what a checkpoint folder in URSA's layout holds, and what is missing",
@@ -246,7 +247,7 @@ def _ablate(args) -> None:
         lrs = [float(lr) for lr in args.lrs.split(",")]
     except ValueError:
         raise DimoError(f"--lrs must be numbers with commas between them, got {args.lrs!r}") from None
-    print(ablate(Path(args.out), args.config, args.overrides, lrs, args.seeds, args.methods))
+    print(ablate(Path(args.out), args.config, args.overrides, lrs, args.seeds, args.methods, args.jobs))
 
 
 def _inspect(args) -> None:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dimo.errors import DimoError
 from dimo.evaluation.ablate import ablate, format_ablation
@@ -158,8 +159,28 @@ def test_ablation_tunes_on_one_seed_reports_on_others_and_continues(tmp_path):
     assert len(written) == 8
     assert ablate(tmp_path, "smoke", small, [1e-4, 2e-4], 2, ["recipe", "literal"]) == table
     assert written == {f: f.stat().st_mtime_ns for f in tmp_path.glob("*/report.json")}
+    longer = [key for key in small if "max_train_steps" not in key] + ["training.max_train_steps=3"]
+    ablate(tmp_path, "smoke", longer, [1e-4], 1, ["recipe"])  # a report of fewer steps does not stand for it
+    renewed = {f.parent.name for f, when in written.items() if f.stat().st_mtime_ns != when}
+    assert renewed == {"recipe-lr0.0001-seed100", "recipe-lr0.0001-seed0"}
     with pytest.raises(DimoError, match="there is no method 'magic'"):
         ablate(tmp_path, "smoke", small, [1e-4], 1, ["magic"])
+
+
+def test_runs_of_an_ablation_side_by_side_are_the_same_runs(tmp_path):
+    small = ["training.max_train_steps=2", "evaluation.videos_per_prompt=1", "distill.batch_size_per_gpu=2",
+             "model.device=cpu"]  # fmt: skip
+    for jobs in (1, 2):
+        ablate(tmp_path / str(jobs), "smoke", small, [1e-4], 1, ["recipe"], jobs)
+    one, other = (
+        load_file(
+            tmp_path / str(jobs) / "recipe-lr0.0001-seed0/checkpoints/final/student/diffusion_pytorch_model.safetensors"
+        )
+        for jobs in (1, 2)
+    )
+    assert all(torch.allclose(one[name], other[name], atol=1e-6) for name in one)
+    with pytest.raises(DimoError, match="another configuration"):
+        ablate(tmp_path / "2", "smoke", [*small, "distill.p_corrupt=0.5"], [1e-4], 1, ["recipe"], 2)
 
 
 def test_the_ablation_table_by_hand():

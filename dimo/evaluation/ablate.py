@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import multiprocessing
+import os
 import statistics
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from dimo.errors import DimoError
 from dimo.evaluation.evaluate import evaluate_to_folder
 from dimo.files import write_text
-from dimo.train.config import load_config
+from dimo.train.config import Config, load_config, to_yaml
 from dimo.train.trainer import Trainer
 
 TUNING_SEED = 100  # never among the seeds that are reported
@@ -23,7 +28,7 @@ METHODS = {
     "AdamW": ["optim.optimizer=adamw"],
     "forward KL": ["distill.divergence=forward"],
     "Jeffreys": ["distill.divergence=jeffreys"],
-    "shared pass": ["distill.aux_pass=shared"],
+    "own pass": ["distill.aux_pass=own"],
     "embeddings kept": ["model.train_embeddings=false"],
     "KD beside": ["distill.w_kd=0.1"],
     "KD every 4th": ["distill.w_kd=0.1", "distill.kd_every=4"],
@@ -37,47 +42,93 @@ METHODS = {
 COLUMNS = ("validity", "adherence", "coverage")
 
 
-def ablate(out: Path, config: str | None, overrides: list[str], lrs: list[float], seeds: int, methods=None) -> str:
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training: a method at a learning rate and a seed, in `folder`. `config` and `overrides` are the command's."""
+
+    method: str
+    lr: float
+    seed: int
+    folder: Path
+    config: str | None
+    overrides: tuple[str, ...]
+
+    def settings(self) -> Config:
+        """The method's, with all rates in the proportions of the command's own configuration."""
+        base = load_config(self.config, list(self.overrides))
+        o, half = base.optim, base.training.max_train_steps // 2
+        rates = {"lr": self.lr, "aux_lr": self.lr * o.aux_lr / o.lr, "muon_lr": self.lr * o.muon_lr / o.lr}
+        own = [switch.format(half=half) for switch in METHODS[self.method]]
+        own += [f"optim.{name}={rate}" for name, rate in rates.items()] + [f"experiment.seed={self.seed}"]
+        own += [f"experiment.output_dir={self.folder}", "experiment.name=ablation", "evaluation.teacher_steps=[1]"]
+        return load_config(self.config, [*self.overrides, *own])
+
+    def __call__(self) -> dict:
+        """Train and score, unless that is done already; the student's row."""
+        settings, report, done = self.settings(), self.folder / "report.json", self.folder / "config.yaml"
+        if not report.exists() or done.read_text(encoding="utf-8") != to_yaml(settings):
+            Trainer(settings).train(progress=False)
+            evaluate_to_folder(settings, self.folder / "checkpoints" / "final", self.folder, progress=False)
+        return json.loads(report.read_text(encoding="utf-8"))["student_1"]
+
+
+def ablate(
+    out: Path, config: str | None, overrides: list[str], lrs: list[float], seeds: int, methods=None, jobs: int = 1
+) -> str:
     """Tune every method's learning rate on one seed, report it on others; returns the table, writes ablation.json.
 
     The auxiliary's rate and Muon's keep their ratios to the student's. A finished run is not run again, so the
     command may be killed and repeated. `validity` is the one-step student's, sampled; coverage counts as 0 where it is
-    undefined.
+    undefined. `jobs` runs go side by side, each a process with its share of the cores.
     """
     methods = list(methods or METHODS)
     for method in methods:
         if method not in METHODS:
             raise DimoError(f"there is no method {method!r}; there is {', '.join(METHODS)}")
-    if seeds < 1 or not lrs or min(lrs) <= 0:
-        raise DimoError(f"seeds must be at least 1 and lrs positive, got {seeds} and {lrs}")
-    base = load_config(config, overrides)
-    o, half = base.optim, base.training.max_train_steps // 2
-    result = {}
-    bar = tqdm(total=len(methods) * (len(lrs) + seeds), desc="ablate", unit="run")
+    if seeds < 1 or jobs < 1 or not lrs or min(lrs) <= 0:
+        raise DimoError(f"seeds and jobs must be at least 1 and lrs positive, got {seeds}, {jobs} and {lrs}")
 
-    def run(method: str, lr: float, seed: int) -> dict:
+    def run(method: str, lr: float, seed: int) -> Run:
         folder = out / f"{method.replace(' ', '_')}-lr{lr:g}-seed{seed}"
-        bar.set_postfix_str(folder.name)
-        report = folder / "report.json"
-        if not report.exists():
-            switches = [switch.format(half=half) for switch in METHODS[method]]
-            rates = {"lr": lr, "aux_lr": lr * o.aux_lr / o.lr, "muon_lr": lr * o.muon_lr / o.lr}
-            own = [f"optim.{name}={rate}" for name, rate in rates.items()] + [f"experiment.seed={seed}"]
-            own += [f"experiment.output_dir={folder}", "experiment.name=ablation", "evaluation.teacher_steps=[1]"]
-            settings = load_config(config, [*overrides, *switches, *own])
-            Trainer(settings).train(progress=False)
-            evaluate_to_folder(settings, folder / "checkpoints" / "final", folder, progress=False)
-        bar.update()
-        return json.loads(report.read_text())["student_1"]
+        return Run(method, lr, seed, folder, config, tuple(overrides))
 
-    for method in methods:
-        tuning = {lr: run(method, lr, TUNING_SEED)["validity"] for lr in lrs}
-        best = max(tuning, key=tuning.get)
-        rows = [run(method, best, seed) for seed in range(seeds)]
-        result[method] = {"lr": best, "tuning": {f"{lr:g}": v for lr, v in tuning.items()}, "seeds": rows}
-        write_text(out / "ablation.json", json.dumps(result, indent=2) + "\n")
-    bar.close()
+    with tqdm(total=len(methods) * (len(lrs) + seeds), desc="ablate", unit="run") as bar:
+        found = _all([run(method, lr, TUNING_SEED) for method in methods for lr in lrs], jobs, bar)
+        tuning = {method: dict(zip(lrs, found[i * len(lrs) :])) for i, method in enumerate(methods)}
+        best = {method: max(lrs, key=lambda lr: tuning[method][lr]["validity"]) for method in methods}
+        found = _all([run(method, best[method], seed) for method in methods for seed in range(seeds)], jobs, bar)
+    result = {
+        method: {
+            "lr": best[method],
+            "tuning": {f"{lr:g}": row["validity"] for lr, row in tuning[method].items()},
+            "seeds": found[i * seeds : (i + 1) * seeds],
+        }
+        for i, method in enumerate(methods)
+    }
+    write_text(out / "ablation.json", json.dumps(result, indent=2) + "\n")
     return format_ablation(result)
+
+
+def _all(runs: list[Run], jobs: int, bar: tqdm) -> list[dict]:
+    """The row of every run, in order."""
+    if jobs == 1:
+        rows = []
+        for one in runs:
+            rows.append(one())
+            bar.update()
+        return rows
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    spawn = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
+    with ProcessPoolExecutor(jobs, spawn, torch.set_num_threads, (threads,)) as pool:
+        futures = [pool.submit(run) for run in runs]
+        try:
+            for future in as_completed(futures):
+                future.result()  # the first that fails ends them all
+                bar.update()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+        return [future.result() for future in futures]
 
 
 def format_ablation(result: dict) -> str:
