@@ -197,6 +197,24 @@ def test_what_is_no_utf_8_is_refused_far_down_too(kind, tmp_path):
         PromptStream(file, shuffle_buffer=10).take(12_001)
 
 
+def test_bytes_in_parquet_are_read_as_text_and_what_is_no_utf_8_refused(tmp_path):
+    file, texts = tmp_path / "a.parquet", [f"prömpt {i}" for i in range(2500)]
+    data = [text.encode() for text in texts]
+    pq.write_table(pa.table({"n": range(2500), "caption": pa.array(data, pa.binary())}), file)
+    assert sorted(PromptStream(file).take(2500)) == sorted(texts)
+    stream = PromptStream(file, shuffle_buffer=700)
+    stream.take(1900)
+    resumed = PromptStream(file, shuffle_buffer=700)
+    resumed.load_state_dict(stream.state_dict())
+    assert resumed.take(600) == stream.take(600)
+    data[2100] = "prömpt".encode("latin-1")
+    made = pa.array(data, pa.binary())
+    for column in (made, pa.Array.from_buffers(pa.string(), len(made), made.buffers())):  # text only by its type
+        pq.write_table(pa.table({"n": range(2500), "caption": column}), file)
+        with pytest.raises(DimoError, match="a.parquet cannot be read .* row 2101 of column caption is not .* 0xf6$"):
+            PromptStream(file, shuffle_buffer=10).take(2500)
+
+
 def test_csv_as_it_is_found(tmp_path):
     file = tmp_path / "odd [name] * {}.csv"
     file.write_bytes(b'id,"caption",n\n1,a\n2,"b, ""c""\r\nd",,,\n\n3,,7\n4,e,1\n5,"cut off in the')
