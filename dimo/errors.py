@@ -87,6 +87,12 @@ def require_finite(name: str, tensor: torch.Tensor) -> None:
         raise NonFiniteError(f"{name} must be finite, got {bad} of {tensor.numel()} entries NaN or infinite")
 
 
+def are_finite(weights: torch.Tensor) -> bool:
+    """Whether no entry is NaN or infinite, by their sum, which in float32 is finite where all weights are."""
+    wide = weights.dtype if weights.element_size() > 2 else torch.float32
+    return bool(weights.sum(dtype=wide).isfinite())
+
+
 def _capturing(tensor: torch.Tensor) -> bool:
     """Values cannot be read back while a CUDA graph is captured; the warm-up steps before it have checked them."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()

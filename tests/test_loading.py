@@ -12,7 +12,7 @@ import torch
 from hostile import Hostile
 from safetensors.torch import load_file, save_file
 
-from dimo.errors import DimoError
+from dimo.errors import DimoError, are_finite
 from dimo.train.config import load_config
 from dimo.train.trainer import Trainer
 from dimo.ursa import build_ursa_inputs, load_ursa, save_student, visual_logits
@@ -75,6 +75,16 @@ def test_the_dtype_is_that_of_the_transformer_and_not_of_the_path(dtype):
     ursa = load_ursa(TINY, dtype=dtype)
     assert {p.dtype for p in ursa.transformer.parameters()} == {dtype}
     assert ursa.path.codebook.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int64])
+def test_weights_are_finite_also_where_their_sum_is_too_large_for_their_dtype(dtype):
+    weights = torch.full((100, 100), 60_000, dtype=dtype)
+    assert are_finite(weights) and are_finite(weights[:0])
+    for bad in ([math.nan], [math.inf], [-math.inf], [math.inf, -math.inf]) if dtype.is_floating_point else ():
+        spoilt = weights.clone()
+        spoilt[0, : len(bad)] = torch.tensor(bad)
+        assert not are_finite(spoilt)
 
 
 def test_bfloat16_is_close_to_float32_and_so_is_autocast(tiny, recorded):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import SafetensorError
 
-from dimo.errors import DimoError
+from dimo.errors import DimoError, are_finite
 from dimo.files import save_torch, whole_file, write_text
 from dimo.train.checkpoints import Checkpoints
 from dimo.train.config import to_flat, to_yaml
@@ -193,7 +193,7 @@ def _drain_events(trainer: Trainer, run: RunFolder) -> None:
 def _require_finite_weights(tensors: dict[str, dict[str, torch.Tensor]], done: int) -> None:
     """A checkpoint of NaNs would be the newest valid one; refused on all ranks, since one of them holds the weights."""
     bad = [f"{name} of the {network}" for network, weights in tensors.items()
-           for name, weight in weights.items() if not torch.isfinite(weight.sum())]  # fmt: skip
+           for name, weight in weights.items() if not are_finite(weight)]  # fmt: skip
     error = DimoError(
         f"after step {done} {bad[0]} is not finite ({len(bad)} tensors are not) and nothing was saved; the last "
         "checkpoint stays. Lower optim.lr or optim.aux_lr"
