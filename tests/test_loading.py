@@ -51,6 +51,17 @@ def test_prompts_become_the_ids_of_upstreams_pipeline(tiny, recorded):
     assert (want[0] == 0).sum() > 5 and not (want[1] == 0).any()  # one is padded, one cut
 
 
+def test_the_prompts_that_are_cut_are_counted(tiny, monkeypatch):
+    lengths = [len(ids) for ids in tiny.tokenizer(PROMPTS).input_ids]
+    longest = max(lengths)
+    for length in (1, min(lengths), longest - 1, longest, longest + 1):
+        want = sum(each > length for each in lengths)
+        assert tiny.tokenize_and_count([*PROMPTS, ""], length)[1] == want
+        with monkeypatch.context() as patch:  # as of a tokenizer in plain Python
+            patch.setattr("transformers.BatchEncoding.encodings", None)
+            assert tiny.tokenize_and_count([*PROMPTS, ""], length)[1] == want
+
+
 @pytest.mark.parametrize("call", [0, 2])
 def test_the_pipelines_calls_are_reproduced(tiny, recorded, call):
     want = recorded[f"{call}.input_ids"]

@@ -354,6 +354,19 @@ def test_a_resumed_run_trains_on_the_next_prompts(world, tmp_path):
         assert torch.equal(a, b)
 
 
+def test_the_share_of_prompts_that_are_cut_is_a_metric_and_survives_a_resume(world, tmp_path):
+    cut = [f"{prompt} and more" for prompt in world.prompts[:6]]
+    file = write(tmp_path / "a.csv", world.prompts[:12] + cut)
+    trainer = Trainer(config_for(tmp_path / "a", file, "training.max_train_steps=9"))
+    for index, _, metrics in step_through(trainer, 9):  # two epochs
+        text = PromptStream(file, shuffle_buffer=64).take(4 * (index + 1))
+        assert metrics["prompts/cut_share"] == sum(prompt in cut for prompt in text) / len(text)
+    assert metrics["prompts/cut_share"] == 1 / 3
+    resumed = Trainer(config_for(tmp_path / "b", file))
+    resumed.load_state(*trainer.state(), trainer.rank_state())
+    assert resumed.prompts.metrics() == trainer.prompts.metrics()
+
+
 def test_a_run_on_captions_to_its_end(folder, tmp_path):
     more = ["distill.motion_prefix=3.5", "distill.motion_share=1", "distill.min_clarity=0.1"]
     trainer = Trainer(config_for(tmp_path, folder, "training.max_train_steps=2", *more))
