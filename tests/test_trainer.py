@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from safetensors.torch import load_file
 
 from dimo.errors import DimoError
 from dimo.train.config import load_config
+from dimo.train.loop import write_samples
+from dimo.train.runfolder import RunFolder
 from dimo.train.trainer import Trainer, step_through
 from dimo.ursa import load_ursa
 from dimo.ursa.checkpoint import load_transformer
@@ -95,6 +98,17 @@ def test_weights_that_are_not_finite_are_not_saved_and_not_a_finished_run(tmp_pa
         trainer.train(progress=False)
     assert not list(tmp_path.glob("checkpoints/*/*.safetensors")) and not (tmp_path / "checkpoints" / "final").exists()
     assert json.loads((tmp_path / "status.json").read_text())["state"] == "failed"
+
+
+def test_pictures_are_made_by_as_many_at_once_and_in_the_precision_as_training_has(tmp_path):
+    trainer, seen, drawn = Trainer(config_for(tmp_path, "training.mixed_precision=bf16")), [], []
+    trainer.networks.ema.register_forward_hook(lambda module, args, out: seen.append((len(args[0]), out.dtype)))
+    decode = trainer.ursa.vae.decode
+    trainer.ursa.vae = SimpleNamespace(decode=lambda codes: (drawn.append(codes), decode(codes))[1])
+    for step in (1, 2):
+        write_samples(trainer, RunFolder(tmp_path), step)
+    assert seen == 4 * [(4, torch.bfloat16)] and (tmp_path / "samples" / "step-00000001.png").exists()
+    assert len(drawn[0]) == 8 and torch.equal(*drawn) and not torch.equal(*drawn[0].chunk(2))
 
 
 COMMAND = "import sys, torch; torch.set_num_threads(1); from dimo.cli import main; sys.exit(main())"
