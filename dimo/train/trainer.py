@@ -110,6 +110,7 @@ class Trainer:
         self.aux.set_lr_factor(lr_factor(c.optim, index, last, c.optim.aux_min_lr_share))
         steps = [Step(fused=self.fused) for _ in range(c.training.gradient_accumulation_steps)]
         norms = {"grad_norm/student": math.nan, "grad_norm/aux": math.nan}
+        baseline = self.baseline.state_dict() if self.baseline else None
         try:
             norms["grad_norm/aux"], norms["grad_norm/student"] = self._nine_stages(index, steps)
             self.guard.count(None)
@@ -118,6 +119,8 @@ class Trainer:
         except NonFiniteError as error:
             self.student.discard()
             self.aux.discard()
+            if self.baseline:
+                self.baseline.load_state_dict(baseline)  # a moving average never forgets a NaN
             self.events.append({"step": index + 1, "event": "step_skipped", **self.guard.count(error)})
             self.guard.stop_if_hopeless(c.experiment.output_dir, index, seed, steps)
         return steps[-1], norms | {"optim/lr": c.optim.lr * factor, "guard/skipped": self.guard.skipped}
