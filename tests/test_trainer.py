@@ -19,7 +19,7 @@ from dimo.train.config import load_config
 from dimo.train.loop import write_samples
 from dimo.train.runfolder import RunFolder
 from dimo.train.trainer import Trainer, step_through
-from dimo.ursa import load_ursa
+from dimo.ursa import load_ursa, visual_logits
 from dimo.ursa.checkpoint import load_transformer
 from dimo.worlds import checkpoint_folder
 
@@ -88,6 +88,21 @@ def test_a_line_of_metrics_is_the_mean_over_its_steps_and_their_parts(tmp_path):
     assert trainer.metrics(step)["t/mean"] == pytest.approx(
         (seen[-1][0].t.mean() + seen[-1][1].t.mean()).item() / 2, rel=1e-5
     )  # the last line's steps are forgotten
+
+
+@pytest.mark.parametrize(("precision", "most"), [("no", 7), ("bf16", 8)])  # plain and fused
+def test_a_step_looks_at_few_values(tmp_path, monkeypatch, precision, most):
+    trainer = Trainer(config_for(tmp_path, f"training.mixed_precision={precision}", "distill.aux_steps=1"))
+    trainer.step(0)
+    looks = []
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__"):
+        inner = getattr(torch.Tensor, name)
+        look = lambda tensor, name=name, inner=inner: (looks.append(name), inner(tensor))[1]  # noqa: E731
+        monkeypatch.setattr(torch.Tensor, name, look)
+    step, _ = trainer.step(1)
+    assert 0 < len(looks) <= most, looks
+    with pytest.raises(DimoError, match="visual_tokens must lie in"):  # for others all doors are shut
+        visual_logits(trainer.networks.student, step.txt_ids, step.x_hat + 16, trainer.grid)
 
 
 def test_weights_that_are_not_finite_are_not_saved_and_not_a_finished_run(tmp_path):
