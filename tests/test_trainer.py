@@ -88,6 +88,8 @@ def test_a_line_of_metrics_is_the_mean_over_its_steps_and_their_parts(tmp_path):
     assert trainer.metrics(step)["t/mean"] == pytest.approx(
         (seen[-1][0].t.mean() + seen[-1][1].t.mean()).item() / 2, rel=1e-5
     )  # the last line's steps are forgotten
+    again = trainer.metrics(step)
+    assert again["t/mean"] == pytest.approx(step.t.mean().item()) and not any(map(math.isnan, again.values()))
 
 
 @pytest.mark.parametrize(("precision", "most"), [("no", 7), ("bf16", 8)])  # plain and fused

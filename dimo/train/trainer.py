@@ -231,7 +231,7 @@ class Trainer:
             with self.engine.autocast():
                 means |= stages.gap_metrics(step, self.networks.student, self.grid)
             means["codes/used"] = torch.tensor(float(step.x_hat.unique().numel()), device=self.device)
-            means |= measured(step)
+            means |= measured(step)  # for who asks a second time of one step, when there is nothing left to average
         means |= self.averages.take()
         values = self.engine.mean(torch.stack([value.detach().float() for value in means.values()])).tolist()
         means = dict(zip(means, values))
