@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import difflib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
+
+_trusted = contextvars.ContextVar("trusted", default=False)
 
 
 class DimoError(ValueError):
@@ -62,7 +66,7 @@ def require_ids(name: str, ids: torch.Tensor, upper: int) -> None:
     """Raise unless `ids` holds integers in [0, upper)."""
     if ids.is_floating_point() or ids.dtype == torch.bool:
         raise DimoError(f"{name} must hold integer ids, got {ids.dtype}")
-    if ids.numel() and not _capturing(ids):
+    if ids.numel() and not _trusted.get() and not _capturing(ids):
         low, high = torch.stack(ids.aminmax()).tolist()
         if low < 0 or high >= upper:
             raise DimoError(f"{name} must lie in [0, {upper}), got values from {low} to {high}")
@@ -70,12 +74,25 @@ def require_ids(name: str, ids: torch.Tensor, upper: int) -> None:
 
 def require_time(name: str, t: torch.Tensor | float) -> None:
     """Raise unless every time is a number in [0, 1): 0 is noise, 1 (excluded) is data."""
-    if isinstance(t, torch.Tensor) and _capturing(t):
+    if isinstance(t, torch.Tensor) and (_trusted.get() or _capturing(t)):
         return
     inside = (t >= 0) & (t < 1) if isinstance(t, torch.Tensor) else 0 <= t < 1
     if not bool(inside.all() if isinstance(inside, torch.Tensor) else inside):
         shown = t if not isinstance(t, torch.Tensor) else f"{t.min().item():.4g} to {t.max().item():.4g}"
         raise DimoError(f"{name} must lie in [0, 1), got {shown}")
+
+
+@contextlib.contextmanager
+def trusted_values() -> Iterator[None]:
+    """Inside, ids and times of tensors are not read back by `require_ids` and `require_time`; types and shapes are.
+
+    For a caller who has drawn them in range: on a GPU every look at a value waits for all that was asked before it.
+    """
+    token = _trusted.set(True)
+    try:
+        yield
+    finally:
+        _trusted.reset(token)
 
 
 def require_finite(name: str, tensor: torch.Tensor) -> None:
@@ -85,6 +102,12 @@ def require_finite(name: str, tensor: torch.Tensor) -> None:
     if not bool(torch.isfinite(torch.stack(tensor.detach().aminmax())).all()):  # NaN wins in both; one pass, no copy
         bad = int((~torch.isfinite(tensor)).sum())
         raise NonFiniteError(f"{name} must be finite, got {bad} of {tensor.numel()} entries NaN or infinite")
+
+
+def are_finite(weights: torch.Tensor) -> bool:
+    """Whether no entry is NaN or infinite, by their sum, which in float32 is finite where all weights are."""
+    wide = weights.dtype if weights.element_size() > 2 else torch.float32
+    return bool(weights.sum(dtype=wide).isfinite())
 
 
 def _capturing(tensor: torch.Tensor) -> bool:

@@ -68,17 +68,18 @@ def write_text(file: str | Path, text: str) -> None:
 
 
 def save_torch(value: Any, file: str | Path) -> None:
-    """`torch.save`, but where the disk refuses, with the system's reason: torch's is a position in its archive.
+    """`torch.save`, whose bytes depend on the value alone: given a name, it would write it into the archive.
 
     Raises:
         OSError: the disk is full, or refuses otherwise.
     """
-    try:
-        torch.save(value, file)
-    except RuntimeError:
-        with open(file, "ab") as handle:
-            handle.write(bytes(2**20))
-        raise
+    with open(file, "wb") as handle:  # each tensor is written from where it lies
+        try:
+            torch.save(value, handle)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # torch's own word is a position in its archive
+                raise error.__context__ from None
+            raise
 
 
 def sync(path: str | Path) -> None:

@@ -23,6 +23,19 @@ def test_overrides_come_last_and_keep_their_type():
     assert config.training.max_train_steps == 50
 
 
+@pytest.mark.parametrize("text", ["no", "off", "true", "007", "1e3", "1_000", "0.10"])
+def test_a_text_stays_as_it_is_written(text):
+    assert load_config("smoke", [f"experiment.name={text}"]).experiment.output_dir == f"runs/{text}"
+
+
+def test_no_mixed_precision_can_be_asked_for(tmp_path):
+    assert load_config("distill_dimo", ["training.mixed_precision=no"]).training.mixed_precision == "no"
+    file = tmp_path / "mine.yaml"
+    file.write_text("training: {mixed_precision: no}\nmodel: {compile: yes}")
+    config = load_config(file)
+    assert config.training.mixed_precision == "no" and config.model.compile is True
+
+
 def test_every_key_says_what_it_means():
     text = describe()
     for key, field in config_keys().items():

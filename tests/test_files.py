@@ -4,8 +4,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from dimo.files import PARTIALS, whole_file, whole_folder, write_text
+from dimo.files import PARTIALS, save_torch, whole_file, whole_folder, write_text
 
 
 def test_write_text_leaves_the_old_file_when_it_fails(tmp_path):
@@ -43,6 +44,15 @@ def test_a_folder_is_replaced_as_a_whole_and_stays_after_an_error(tmp_path):
     with whole_folder(folder) as beside:
         (beside / "new").touch()
     assert [f.name for f in folder.iterdir()] == ["new"] and list(tmp_path.iterdir()) == [folder]
+
+
+def test_the_bytes_of_a_saved_value_do_not_depend_on_the_files_name(tmp_path):
+    values = {"w": torch.arange(5.0), "n": 3, "state": {"x": None}}
+    for name in ("a.pt", ".another.123.partial.pt"):
+        save_torch(values, tmp_path / name)
+    assert (tmp_path / "a.pt").read_bytes() == (tmp_path / ".another.123.partial.pt").read_bytes()
+    loaded = torch.load(tmp_path / "a.pt", weights_only=True)
+    assert torch.equal(loaded.pop("w"), torch.arange(5.0)) and loaded == {"n": 3, "state": {"x": None}}
 
 
 KILLED = """

@@ -72,6 +72,20 @@ def test_nan_logits_update_nothing_and_the_next_step_is_whole(tmp_path, where):
     assert all(value == value for value in (trainer.metrics(step) | extra).values())
 
 
+@pytest.mark.parametrize("precision", ["no", "bf16"])  # fused steps find a teacher's NaN only after the reward
+def test_a_skipped_step_leaves_the_baseline_of_the_reward(tmp_path, precision):
+    trainer = trainer_for(tmp_path, "distill.estimator=reinforce", f"training.mixed_precision={precision}")
+    list(step_through(trainer, 2))
+    before, scale = trainer.baseline.value.clone(), trainer.networks.teacher.model.norm.weight
+    healthy = scale.detach().clone()
+    scale.data.fill_(float("nan"))
+    trainer.step(2)
+    scale.data.copy_(healthy)
+    assert trainer.guard.in_a_row == 1 and torch.equal(trainer.baseline.value, before)
+    trainer.step(3)
+    assert trainer.guard.in_a_row == 0 and not torch.equal(trainer.baseline.value, before)
+
+
 def test_what_is_measured_is_what_is_nan_when_skipped(tmp_path):
     trainer = trainer_for(tmp_path)
     step, _ = trainer.step(0)

@@ -12,7 +12,7 @@ import torch
 from hostile import Hostile
 from safetensors.torch import load_file, save_file
 
-from dimo.errors import DimoError
+from dimo.errors import DimoError, are_finite
 from dimo.train.config import load_config
 from dimo.train.trainer import Trainer
 from dimo.ursa import build_ursa_inputs, load_ursa, save_student, visual_logits
@@ -51,6 +51,17 @@ def test_prompts_become_the_ids_of_upstreams_pipeline(tiny, recorded):
     assert (want[0] == 0).sum() > 5 and not (want[1] == 0).any()  # one is padded, one cut
 
 
+def test_the_prompts_that_are_cut_are_counted(tiny, monkeypatch):
+    lengths = [len(ids) for ids in tiny.tokenizer(PROMPTS).input_ids]
+    longest = max(lengths)
+    for length in (1, min(lengths), longest - 1, longest, longest + 1):
+        want = sum(each > length for each in lengths)
+        assert tiny.tokenize_and_count([*PROMPTS, ""], length)[1] == want
+        with monkeypatch.context() as patch:  # as of a tokenizer in plain Python
+            patch.setattr("transformers.BatchEncoding.encodings", None)
+            assert tiny.tokenize_and_count([*PROMPTS, ""], length)[1] == want
+
+
 @pytest.mark.parametrize("call", [0, 2])
 def test_the_pipelines_calls_are_reproduced(tiny, recorded, call):
     want = recorded[f"{call}.input_ids"]
@@ -75,6 +86,16 @@ def test_the_dtype_is_that_of_the_transformer_and_not_of_the_path(dtype):
     ursa = load_ursa(TINY, dtype=dtype)
     assert {p.dtype for p in ursa.transformer.parameters()} == {dtype}
     assert ursa.path.codebook.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int64])
+def test_weights_are_finite_also_where_their_sum_is_too_large_for_their_dtype(dtype):
+    weights = torch.full((100, 100), 60_000, dtype=dtype)
+    assert are_finite(weights) and are_finite(weights[:0])
+    for bad in ([math.nan], [math.inf], [-math.inf], [math.inf, -math.inf]) if dtype.is_floating_point else ():
+        spoilt = weights.clone()
+        spoilt[0, : len(bad)] = torch.tensor(bad)
+        assert not are_finite(spoilt)
 
 
 def test_bfloat16_is_close_to_float32_and_so_is_autocast(tiny, recorded):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dimo.errors import DimoError
-from dimo.ursa import MetricPath, MixturePath, categorical, chunks
+from dimo.ursa import MetricPath, MixturePath, categorical, chunks, draw_codes
 from dimo.ursa import path as path_module
 
 CODEBOOK = torch.tensor([[3.0, 0.0], [0.0, 1.0], [1.0, 1.0], [-1.0, 0.2]])
@@ -65,6 +65,18 @@ def test_jump_follows_the_rates(generator):
     want[3] = math.exp(-dt * rate.sum())
     share = torch.bincount(path.jump(x_1, x_t, t, dt, generator), minlength=4) / len(x_1)
     assert torch.allclose(share, want, atol=0.01)
+
+
+@pytest.mark.parametrize("path", [MetricPath(CODEBOOK, ALPHA, C), MixturePath(CODEBOOK)])
+def test_a_seed_gives_the_same_draws_in_chunks_of_any_size(path, monkeypatch):
+    x_1, x_t = torch.randint(4, (2, 3, 50), generator=torch.Generator().manual_seed(1))
+    logits, made = torch.randn(3, 50, 4, generator=torch.Generator().manual_seed(2)), []
+    for tokens in (1000, 13, 1):  # on a GPU the memory that is free decides
+        monkeypatch.setitem(chunks.ENTRIES, "cpu", 4 * tokens)
+        g = torch.Generator().manual_seed(0)
+        made.append([path.jump(x_1, x_t, 0.3, 0.4, g), path.sample(x_1, 0.3, g), draw_codes(logits, g)])
+    assert all(torch.equal(*pair) for one in made[1:] for pair in zip(one, made[0]))
+    assert not torch.equal(made[0][0], x_t)
 
 
 def test_many_codes_take_the_same_values_as_the_table(monkeypatch):

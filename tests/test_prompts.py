@@ -197,6 +197,24 @@ def test_what_is_no_utf_8_is_refused_far_down_too(kind, tmp_path):
         PromptStream(file, shuffle_buffer=10).take(12_001)
 
 
+def test_bytes_in_parquet_are_read_as_text_and_what_is_no_utf_8_refused(tmp_path):
+    file, texts = tmp_path / "a.parquet", [f"prömpt {i}" for i in range(2500)]
+    data = [text.encode() for text in texts]
+    pq.write_table(pa.table({"n": range(2500), "caption": pa.array(data, pa.binary())}), file)
+    assert sorted(PromptStream(file).take(2500)) == sorted(texts)
+    stream = PromptStream(file, shuffle_buffer=700)
+    stream.take(1900)
+    resumed = PromptStream(file, shuffle_buffer=700)
+    resumed.load_state_dict(stream.state_dict())
+    assert resumed.take(600) == stream.take(600)
+    data[2100] = "prömpt".encode("latin-1")
+    made = pa.array(data, pa.binary())
+    for column in (made, pa.Array.from_buffers(pa.string(), len(made), made.buffers())):  # text only by its type
+        pq.write_table(pa.table({"n": range(2500), "caption": column}), file)
+        with pytest.raises(DimoError, match="a.parquet cannot be read .* row 2101 of column caption is not .* 0xf6$"):
+            PromptStream(file, shuffle_buffer=10).take(2500)
+
+
 def test_csv_as_it_is_found(tmp_path):
     file = tmp_path / "odd [name] * {}.csv"
     file.write_bytes(b'id,"caption",n\n1,a\n2,"b, ""c""\r\nd",,,\n\n3,,7\n4,e,1\n5,"cut off in the')
@@ -334,6 +352,19 @@ def test_a_resumed_run_trains_on_the_next_prompts(world, tmp_path):
     assert resumed.prompts.examples == straight.prompts.examples
     for a, b in zip(straight.networks.student.parameters(), resumed.networks.student.parameters()):
         assert torch.equal(a, b)
+
+
+def test_the_share_of_prompts_that_are_cut_is_a_metric_and_survives_a_resume(world, tmp_path):
+    cut = [f"{prompt} and more" for prompt in world.prompts[:6]]
+    file = write(tmp_path / "a.csv", world.prompts[:12] + cut)
+    trainer = Trainer(config_for(tmp_path / "a", file, "training.max_train_steps=9"))
+    for index, _, metrics in step_through(trainer, 9):  # two epochs
+        text = PromptStream(file, shuffle_buffer=64).take(4 * (index + 1))
+        assert metrics["prompts/cut_share"] == sum(prompt in cut for prompt in text) / len(text)
+    assert metrics["prompts/cut_share"] == 1 / 3
+    resumed = Trainer(config_for(tmp_path / "b", file))
+    resumed.load_state(*trainer.state(), trainer.rank_state())
+    assert resumed.prompts.metrics() == trainer.prompts.metrics()
 
 
 def test_a_run_on_captions_to_its_end(folder, tmp_path):

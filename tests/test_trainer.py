@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,8 +16,10 @@ from safetensors.torch import load_file
 
 from dimo.errors import DimoError
 from dimo.train.config import load_config
+from dimo.train.loop import write_samples
+from dimo.train.runfolder import RunFolder
 from dimo.train.trainer import Trainer, step_through
-from dimo.ursa import load_ursa
+from dimo.ursa import load_ursa, visual_logits
 from dimo.ursa.checkpoint import load_transformer
 from dimo.worlds import checkpoint_folder
 
@@ -85,6 +88,23 @@ def test_a_line_of_metrics_is_the_mean_over_its_steps_and_their_parts(tmp_path):
     assert trainer.metrics(step)["t/mean"] == pytest.approx(
         (seen[-1][0].t.mean() + seen[-1][1].t.mean()).item() / 2, rel=1e-5
     )  # the last line's steps are forgotten
+    again = trainer.metrics(step)
+    assert again["t/mean"] == pytest.approx(step.t.mean().item()) and not any(map(math.isnan, again.values()))
+
+
+@pytest.mark.parametrize(("precision", "most"), [("no", 7), ("bf16", 8)])  # plain and fused
+def test_a_step_looks_at_few_values(tmp_path, monkeypatch, precision, most):
+    trainer = Trainer(config_for(tmp_path, f"training.mixed_precision={precision}", "distill.aux_steps=1"))
+    trainer.step(0)
+    looks = []
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__"):
+        inner = getattr(torch.Tensor, name)
+        look = lambda tensor, name=name, inner=inner: (looks.append(name), inner(tensor))[1]  # noqa: E731
+        monkeypatch.setattr(torch.Tensor, name, look)
+    step, _ = trainer.step(1)
+    assert 0 < len(looks) <= most, looks
+    with pytest.raises(DimoError, match="visual_tokens must lie in"):  # for others all doors are shut
+        visual_logits(trainer.networks.student, step.txt_ids, step.x_hat + 16, trainer.grid)
 
 
 def test_weights_that_are_not_finite_are_not_saved_and_not_a_finished_run(tmp_path):
@@ -95,6 +115,17 @@ def test_weights_that_are_not_finite_are_not_saved_and_not_a_finished_run(tmp_pa
         trainer.train(progress=False)
     assert not list(tmp_path.glob("checkpoints/*/*.safetensors")) and not (tmp_path / "checkpoints" / "final").exists()
     assert json.loads((tmp_path / "status.json").read_text())["state"] == "failed"
+
+
+def test_pictures_are_made_by_as_many_at_once_and_in_the_precision_as_training_has(tmp_path):
+    trainer, seen, drawn = Trainer(config_for(tmp_path, "training.mixed_precision=bf16")), [], []
+    trainer.networks.ema.register_forward_hook(lambda module, args, out: seen.append((len(args[0]), out.dtype)))
+    decode = trainer.ursa.vae.decode
+    trainer.ursa.vae = SimpleNamespace(decode=lambda codes: (drawn.append(codes), decode(codes))[1])
+    for step in (1, 2):
+        write_samples(trainer, RunFolder(tmp_path), step)
+    assert seen == 4 * [(4, torch.bfloat16)] and (tmp_path / "samples" / "step-00000001.png").exists()
+    assert len(drawn[0]) == 8 and torch.equal(*drawn) and not torch.equal(*drawn[0].chunk(2))
 
 
 COMMAND = "import sys, torch; torch.set_num_threads(1); from dimo.cli import main; sys.exit(main())"

@@ -171,7 +171,6 @@ class PromptStream:
 
 def _text(value: object) -> str:
     """A caption without white space around it, as valid Unicode; empty for what is no text."""
-    value = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
     return value.strip().encode("utf-8", "replace").decode() if isinstance(value, str) else ""
 
 

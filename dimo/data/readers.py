@@ -70,7 +70,7 @@ def read_rows(file: Path, kind: str, columns: list[str], skip: int = 0) -> Itera
     file is left out.
 
     Raises:
-        DimoError: the file cannot be read, or a line of it is broken or no UTF-8.
+        DimoError: the file cannot be read, or a line or a text of it is broken or no UTF-8.
     """
     read = {"txt": _read_lines, "jsonl": _read_jsonl, "csv": _read_csv, "parquet": _read_parquet}[kind]
     with _sentences(file, kind):
@@ -183,10 +183,26 @@ def _read_parquet(file: Path, columns: list[str], skip: int) -> Iterator[list[di
 
     # not the builder of `datasets`: it decodes a row group at once, and pandas writes a million rows into one
     with ParquetFile(file, buffer_size=1 << 20, pre_buffer=False) as opened:
+        read = 0
         for batch in opened.iter_batches(ROWS_A_PIECE, columns=columns):
-            if skip < len(batch):
-                yield batch.slice(skip).to_pylist()
-            skip = max(0, skip - len(batch))
+            rest = batch.slice(min(max(0, skip - read), len(batch)))
+            read += len(batch)
+            if len(rest):
+                values = [_texts(rest.column(name), name, read - len(rest)) for name in columns]
+                yield [dict(zip(columns, row)) for row in zip(*values)]
+
+
+def _texts(column, name: str, before: int) -> list:
+    """A column's values, bytes as the text they are; `before` rows of the file come before it."""
+    values = []
+    for row, value in enumerate(column, before + 1):
+        try:
+            value = value.as_py()
+            values.append(value.decode() if isinstance(value, bytes) else value)
+        except UnicodeDecodeError as error:
+            byte = error.object[error.start]
+            raise ValueError(f"row {row} of column {name} is not UTF-8 text, it has the byte {byte:#04x}") from error
+    return values
 
 
 @contextlib.contextmanager

@@ -147,10 +147,9 @@ class Checkpoints:
         return self.folder / f".step-{step:08d}.partial"
 
     def _refusal(self, step: int, error: Exception) -> DimoError:
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
         last = self.all()[-1:]
         stays = f"{last[0].name} stays, and the same command continues from it" if last else "there is no older one"
-        return DimoError(f"checkpoint of step {step} could not be written to {self.folder}: {text}; {stays}")
+        return DimoError(f"checkpoint of step {step} could not be written to {self.folder}: {reason(error)}; {stays}")
 
 
 class _Writing(threading.Thread):

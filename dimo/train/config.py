@@ -193,8 +193,10 @@ def _read(config: str | Path) -> dict:
         raise DimoError(f"{config!s} is neither a preset nor a YAML file{nearest(str(config), presets)}")
     groups = read_groups(file)
     for group, keys in groups.items():
-        for key in keys:
-            _check_known(f"{group}.{key}")
+        for name, value in keys.items():
+            _check_known(f"{group}.{name}")
+            if isinstance(value, bool) and _is_text(f"{group}.{name}"):
+                keys[name] = "yes" if value else "no"  # which YAML takes for true and false
     return groups
 
 
@@ -223,10 +225,18 @@ def _read_override(override: str) -> dict:
     if not equals:
         raise DimoError(f"an override reads key=value, got {override!r}")
     _check_known(key)
+    group, name = key.split(".")
     try:
-        return OmegaConf.from_dotlist([override if value else f"{key}=''"])
+        read = OmegaConf.from_dotlist([override if value else f"{key}=''"])
+        if _is_text(key) and isinstance(OmegaConf.to_container(read)[group][name], bool | int | float):
+            return {group: {name: value}}  # `no`, `007` and `1e3` as they stand
+        return read
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise DimoError(f"{key}: {value!r} is not readable YAML; in quotes of its own it is a text") from error
+
+
+def _is_text(key: str) -> bool:
+    return isinstance(default_of(config_keys()[key]), str)
 
 
 def _require_lists(layer: dict) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import SafetensorError
 
-from dimo.errors import DimoError
+from dimo.errors import DimoError, are_finite
 from dimo.files import save_torch, whole_file, write_text
 from dimo.train.checkpoints import Checkpoints
 from dimo.train.config import to_flat, to_yaml
@@ -193,7 +193,7 @@ def _drain_events(trainer: Trainer, run: RunFolder) -> None:
 def _require_finite_weights(tensors: dict[str, dict[str, torch.Tensor]], done: int) -> None:
     """A checkpoint of NaNs would be the newest valid one; refused on all ranks, since one of them holds the weights."""
     bad = [f"{name} of the {network}" for network, weights in tensors.items()
-           for name, weight in weights.items() if not torch.isfinite(weight.sum())]  # fmt: skip
+           for name, weight in weights.items() if not are_finite(weight)]  # fmt: skip
     error = DimoError(
         f"after step {done} {bad[0]} is not finite ({len(bad)} tensors are not) and nothing was saved; the last "
         "checkpoint stays. Lower optim.lr or optim.aux_lr"
@@ -233,13 +233,24 @@ def _record_end(folder: str, error: BaseException, rank: int) -> None:
 
 
 def write_samples(trainer: Trainer, run: RunFolder, done: int) -> None:
-    """One-step videos of the EMA student for the first prompts, the same noise every time: tokens and a picture."""
+    """A picture of the EMA student's one-step videos of the first prompts, from the same noise every time.
+
+    As many at once and in the precision that training has, since memory is planned for no more.
+    """
     if trainer.ursa.vae is None:
         return
     g = torch.Generator(trainer.device).manual_seed(trainer.config.experiment.seed)
     examples, ids = trainer.prompts.examples, trainer.prompts.example_ids
     rows = torch.linspace(0, len(ids) - 1, min(8, len(ids))).long().to(trainer.device)
-    codes = sample(trainer.networks.ema, trainer.path, ids[rows], trainer.grid, 1, generator=g)  # on every rank: cut
+    x_init = torch.randint(
+        trainer.path.codebook_size, (len(rows), trainer.num_visual_tokens), generator=g, device=trainer.device
+    )
+    size = trainer.config.distill.batch_size_per_gpu
+    with trainer.engine.autocast():
+        codes = torch.cat([
+            sample(trainer.networks.ema, trainer.path, ids[part], trainer.grid, 1, x_init=x, generator=g)
+            for part, x in zip(rows.split(size), x_init.split(size))  # on every rank: the network may be cut
+        ])  # fmt: skip
     if not run.writes:
         return
     from dimo.views.sheets import save_sheet  # matplotlib only when a picture is made

@@ -27,7 +27,7 @@ class WorldPrompts:
         rows = torch.randint(len(self.example_ids), (size,), generator=generator, device=self.example_ids.device)
         return self.example_ids[rows]
 
-    def metrics(self) -> dict[str, int]:
+    def metrics(self) -> dict[str, float]:
         return {}
 
     def state_dict(self) -> dict:
@@ -44,19 +44,26 @@ class StreamedPrompts:
         self.stream, self.ursa, self.max_prompt_length = stream, ursa, max_prompt_length
         self.examples = stream.first(SHOWN)
         self.example_ids = tokenise(ursa.tokenize, self.examples, max_prompt_length)
+        self.taken = self.cut = 0  # by this rank, and how many of those are longer than max_prompt_length
 
     def batch(self, size: int, generator: torch.Generator) -> torch.Tensor:
         """txt_ids (size, L); the stream has its own order, so `generator` draws nothing."""
-        return tokenise(self.ursa.tokenize, self.stream.take(size), self.max_prompt_length)
+        ids, cut = self.ursa.tokenize_and_count(self.stream.take(size), self.max_prompt_length)
+        self.taken, self.cut = self.taken + size, self.cut + cut
+        return ids
 
-    def metrics(self) -> dict[str, int]:
-        return {f"prompts/{name}": count for name, count in self.stream.counts().items()}
+    def metrics(self) -> dict[str, float]:
+        """Counts of the stream, and the share of the prompts that were cut to max_prompt_length, since the start."""
+        counts = {f"prompts/{name}": count for name, count in self.stream.counts().items()}
+        return counts | {"prompts/cut_share": self.cut / max(1, self.taken)}
 
     def state_dict(self) -> dict:
-        return self.stream.state_dict()
+        return self.stream.state_dict() | {"taken": self.taken, "cut": self.cut}
 
     def load_state_dict(self, state: dict) -> None:
-        self.stream.load_state_dict(state)
+        position = dict(state)
+        self.taken, self.cut = (position.pop(name, 0) for name in ("taken", "cut"))  # older checkpoints have neither
+        self.stream.load_state_dict(position)
 
 
 def open_prompts(config: Config, ursa: Ursa, rank: int = 0, world_size: int = 1) -> WorldPrompts | StreamedPrompts:

@@ -12,7 +12,7 @@ from dimo.distill import stages
 from dimo.distill.losses import beta_of
 from dimo.distill.schedules import Baseline, EntropyController, XInit
 from dimo.distill.stages import Step
-from dimo.errors import NonFiniteError, require_finite
+from dimo.errors import NonFiniteError, require_finite, trusted_values
 from dimo.train.config import Config
 from dimo.train.engine import Engine, Learner, load_whole, local, reshard
 from dimo.train.guards import Guard
@@ -110,14 +110,18 @@ class Trainer:
         self.aux.set_lr_factor(lr_factor(c.optim, index, last, c.optim.aux_min_lr_share))
         steps = [Step(fused=self.fused) for _ in range(c.training.gradient_accumulation_steps)]
         norms = {"grad_norm/student": math.nan, "grad_norm/aux": math.nan}
+        baseline = self.baseline.state_dict() if self.baseline else None
         try:
-            norms["grad_norm/aux"], norms["grad_norm/student"] = self._nine_stages(index, steps)
+            with trusted_values():  # a tokenizer's ids, which were checked when it was loaded, and what the step draws
+                norms["grad_norm/aux"], norms["grad_norm/student"] = self._nine_stages(index, steps)
             self.guard.count(None)
             for step in steps:
                 self.averages.add(measured(step))
         except NonFiniteError as error:
             self.student.discard()
             self.aux.discard()
+            if self.baseline:
+                self.baseline.load_state_dict(baseline)  # a moving average never forgets a NaN
             self.events.append({"step": index + 1, "event": "step_skipped", **self.guard.count(error)})
             self.guard.stop_if_hopeless(c.experiment.output_dir, index, seed, steps)
         return steps[-1], norms | {"optim/lr": c.optim.lr * factor, "guard/skipped": self.guard.skipped}
@@ -227,7 +231,7 @@ class Trainer:
             with self.engine.autocast():
                 means |= stages.gap_metrics(step, self.networks.student, self.grid)
             means["codes/used"] = torch.tensor(float(step.x_hat.unique().numel()), device=self.device)
-            means |= measured(step)
+            means |= measured(step)  # for who asks a second time of one step, when there is nothing left to average
         means |= self.averages.take()
         values = self.engine.mean(torch.stack([value.detach().float() for value in means.values()])).tolist()
         means = dict(zip(means, values))

@@ -23,10 +23,11 @@ def categorical(prob: torch.Tensor, generator: torch.Generator | None = None) ->
     The inverse of the distribution function at one uniform number per row, in float64: at 64,000 codes `multinomial`,
     which draws a number per entry, takes half of a training step on a CPU.
     """
-    return _inverse(prob, torch.rand(prob.shape[:-1], generator=generator, device=prob.device, dtype=torch.float64))
+    return inverse_cdf(prob, torch.rand(prob.shape[:-1], generator=generator, device=prob.device, dtype=torch.float64))
 
 
-def _inverse(prob: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+def inverse_cdf(prob: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """The index (...) at which the sum of prob (..., K) first exceeds u (...) of the whole, u float64 in [0, 1)."""
     cumulative = prob.cumsum(-1, dtype=torch.float64)
     at = u.unsqueeze(-1) * cumulative[..., -1:]
     return torch.searchsorted(cumulative, at, right=True).squeeze(-1).clamp(max=prob.shape[-1] - 1)
@@ -65,7 +66,7 @@ class _Path:
         return torch.cat([self._draw(*part) for part in parts]).view(x_1.shape)
 
     def _draw(self, x_1: torch.Tensor, t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-        return _inverse(self._prob(x_1, t), u)
+        return inverse_cdf(self._prob(x_1, t), u)
 
     def velocity(self, x_1: torch.Tensor, x_t: torch.Tensor, t: float) -> torch.Tensor:
         """Rates (B, ..., K) of jumping from x_t to each code, given the predicted clean token x_1 (both (B, ...))."""
@@ -76,14 +77,18 @@ class _Path:
         return self._velocity(x_1, x_t, float(t))
 
     def jump(self, x_1: torch.Tensor, x_t: torch.Tensor, t: float, dt: float, generator=None) -> torch.Tensor:
-        """Let every token jump with probability 1 - exp(-dt * its total rate), to a code drawn by rate."""
-        out = []
-        chunk = tokens_at_once(self.codebook_size, x_1.device)
-        for one, now in zip(x_1.flatten().split(chunk), x_t.flatten().split(chunk)):
+        """Let every token jump with probability 1 - exp(-dt * its total rate), to a code drawn by rate.
+
+        Two uniform numbers a token decide, whatever the size of chunks.
+        """
+        out, n, device = [], x_1.numel(), x_1.device
+        whether = torch.rand(n, generator=generator, device=device)
+        where = torch.rand(n, generator=generator, device=device, dtype=torch.float64)
+        size = tokens_at_once(self.codebook_size, device)
+        for one, now, u, v in chunks(size, x_1.flatten(), x_t.flatten(), whether, where):
             rate = self._velocity(one, now, t).scatter(-1, now[:, None], 0)
-            total = rate.sum(-1)
-            jumps = torch.rand(total.shape, device=total.device, generator=generator) < -torch.expm1(-dt * total)
-            out.append(torch.where(jumps, categorical(rate, generator), now))
+            jumps = u < -torch.expm1(-dt * rate.sum(-1))
+            out.append(torch.where(jumps, inverse_cdf(rate, v), now))
         return torch.cat(out).view(x_t.shape)
 
 

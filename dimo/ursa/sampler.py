@@ -11,7 +11,7 @@ from dimo.errors import DimoError, require_finite, require_shape
 from dimo.ursa.answer import Answer, draw, guide_answer, most_likely, visual_answer
 from dimo.ursa.chunks import FEW_CODES, by_tokens
 from dimo.ursa.inputs import visual_logits
-from dimo.ursa.path import MetricPath, MixturePath, categorical
+from dimo.ursa.path import MetricPath, MixturePath, inverse_cdf
 
 
 @dataclasses.dataclass
@@ -38,8 +38,9 @@ def guide(cond: torch.Tensor, uncond: torch.Tensor, scale: torch.Tensor | float)
 
 
 def draw_codes(logits: torch.Tensor, generator: torch.Generator | None = None):
-    """One code per token from softmax(logits): (B, N, K) -> (B, N)."""
-    return by_tokens(lambda z: categorical(z.float().softmax(-1), generator), logits)
+    """One code per token from softmax(logits): (B, N, K) -> (B, N). One uniform number a token decides."""
+    u = torch.rand(logits.shape[:-1], generator=generator, device=logits.device, dtype=torch.float64)
+    return by_tokens(lambda z, u: inverse_cdf(z.float().softmax(-1), u), logits, u)
 
 
 def jump(

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from dimo.errors import DimoError, reason
+from dimo.errors import DimoError, are_finite, reason
 
 WEIGHTS = "diffusion_pytorch_model"
 LFS_POINTER = b"version https://git-lfs"
@@ -134,8 +134,7 @@ def require_numbers(tensor: torch.Tensor, name: str) -> None:
     """Raise unless the tensor holds finite floating-point numbers."""
     if not tensor.is_floating_point():
         raise DimoError(f"{name} must hold floating-point numbers, got {tensor.dtype}")
-    wide = tensor.dtype if tensor.element_size() > 2 else torch.float32  # no sum of finite weights overflows
-    if not tensor.sum(dtype=wide).isfinite():
+    if not are_finite(tensor):
         raise DimoError(f"{name} must be finite, got NaN or infinity")
 
 
