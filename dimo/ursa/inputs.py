@@ -57,8 +57,9 @@ def latents_shape_for(
 def rope_positions(text_length: int, latents_shape: tuple[int, int, int], device=None) -> torch.Tensor:
     """(L+1+N, 3) int64 positions of text, BOV and the visual grid in (t, y, x) order."""
     head = torch.arange(text_length + 1, device=device).view(-1, 1).expand(-1, 3)
-    grid = torch.cartesian_prod(*(torch.arange(n, device=device) for n in latents_shape)).view(-1, 3)
-    return torch.cat([head, grid + torch.tensor([text_length + 1, 0, 0], device=device)])
+    starts = (text_length + 1, 0, 0)
+    axes = (torch.arange(start, start + n, device=device) for start, n in zip(starts, latents_shape))
+    return torch.cat([head, torch.cartesian_prod(*axes).view(-1, 3)])
 
 
 def build_ursa_inputs(
