@@ -34,6 +34,7 @@ class Graph:
         self.trainer, c = trainer, trainer.config
         self.device, self.samples = trainer.device, c.distill.batch_size_per_gpu
         assert c.distill.aux_pass == "own" and c.distill.w_kd == 0 and c.distill.lambda_ent == 0 and not trainer.fused
+        assert self.samples >= trainer.x_init.capacity, "the memory of x_hat must be full after one step"
         self.factors = {name: torch.ones((), device=self.device) for name in ("student", "aux")}
         self.emas = emas
         self.averages = [[p.detach().clone() for p in trainer.networks.student.parameters()] for _ in emas]
@@ -177,7 +178,7 @@ def main() -> None:
     parser.add_argument("--emas", default="", help="further decays of moving averages to score, such as 0.9998,0.9999")
     parser.add_argument("--name", default="recipe")
     parser.add_argument("keys", nargs="*", metavar="key=value")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     begin = time.time()
     out = Path("runs") / f"{args.name}-{args.seed}"
     config = load_config("shapes_long", [f"experiment.seed={args.seed}", f"experiment.output_dir={out}", *args.keys])
@@ -188,7 +189,8 @@ def main() -> None:
     world, first = load_world(trainer.ursa.folder), time.time()
 
     def scores(at: int) -> None:
-        for decay, average in zip(emas, graph.averages):
+        """Of the moving average that is the trainer's; at the end, of the others too."""
+        for decay, average in list(zip(emas, graph.averages))[: None if at == last else 1]:
             for p, value in zip(trainer.networks.ema.parameters(), average):
                 p.data.copy_(value)
             rows, _ = evaluate(world, trainer.ursa, trainer.networks.ema, teacher_steps=(), progress=False)
@@ -209,7 +211,7 @@ def main() -> None:
             if args.minutes:
                 last = int((60 * args.minutes - (time.time() - begin) - 30) / each)
             print(f"seed {args.seed}: {1e3 * each:.2f} ms a step, {last} steps", flush=True)
-        if index > 500 and index % max(1, last // 8) == 0 and index < last - 100:
+        if index > 500 and index % max(1, last // 5) == 0 and index < last - 100:
             scores(index)
     scores(last)
     assert math.isfinite(graph.loss.item())

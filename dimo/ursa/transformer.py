@@ -273,8 +273,9 @@ class UrsaTransformer(nn.Module):
         require_ids("input_ids", input_ids, self.config.vocab_size)
         cos, sin = rope_table(rope_pos, self.config.rope_theta, self.config.head_dim)
         x = self.model.embed_tokens(input_ids)
-        if not torch.is_autocast_enabled(x.device.type):
-            x = x.to(self.lm_head.weight.dtype)  # embeddings shared with a bfloat16 teacher
+        # embeddings may be shared with a bfloat16 teacher, or be float32 beside it: what runs through the layers is one
+        autocast = torch.is_autocast_enabled(x.device.type)
+        x = x.to(torch.get_autocast_dtype(x.device.type) if autocast else self.lm_head.weight.dtype)
         for layer in self.model.layers:
             x = layer(x, cos, sin)
         return self.model.norm(x)
