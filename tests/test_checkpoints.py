@@ -13,7 +13,7 @@ import torch
 
 from dimo.errors import DimoError
 from dimo.train import checkpoints as module
-from dimo.train.checkpoints import Checkpoints
+from dimo.train.checkpoints import Checkpoints, HostCopies
 
 FILES = ["student.safetensors", "state.pt", "rank-00000.pt"]
 
@@ -198,3 +198,17 @@ def test_a_full_disk_stops_with_a_sentence_and_keeps_the_older_checkpoint(tmp_pa
     assert "checkpoint of step 8 could not be written to " in done.stdout
     assert "step-00000004 stays, and the same command continues from it" in done.stdout
     assert names(tmp_path) == ["step-00000004"] and Checkpoints(tmp_path).newest() == (older, {})
+
+
+def test_host_copies_are_copies_in_memory_that_is_used_again():
+    on_host, live = HostCopies(), {"w": torch.arange(6.0).view(2, 3).T, "n": [torch.tensor(1), 7], "none": None}
+    copy = on_host(live)
+    live["w"].zero_()
+    assert torch.equal(copy["w"], torch.arange(6.0).view(2, 3).T) and copy["w"].is_contiguous()
+    assert copy["n"] == [torch.tensor(1), 7] and copy["none"] is None
+    memory = copy["w"].data_ptr()
+    again = on_host(live)
+    assert again["w"].data_ptr() == memory and not again["w"].any()
+    longer = on_host(live | {"w": torch.ones(4, dtype=torch.float64)})  # another shape: other memory
+    assert longer["w"].dtype == torch.float64 and longer["w"].tolist() == [1] * 4
+    assert on_host({"w": torch.ones(4, requires_grad=True)})["w"].requires_grad is False

@@ -33,6 +33,7 @@ class Checkpoints:
     def __init__(self, folder: str | Path, keep_last: int = 2, rank: int = 0):
         self.folder, self.keep_last, self.rank = Path(folder), keep_last, rank
         self._damaged: set[Path] = set()
+        self._on_host = HostCopies()
         self._writing: _Writing | None = None
 
     def save(self, step: int, tensors: dict[str, dict[str, torch.Tensor]], state: dict, rank_state: dict) -> None:
@@ -51,8 +52,9 @@ class Checkpoints:
                 error = self._refusal(step, refused)
         raise_everywhere(error)
         # copies: the next step changes these tensors while they are being written
-        whole = _on_host({"tensors": tensors, "state": state}) if self.rank == 0 else None
-        self._writing = _Writing(step, partial, whole, _on_host(rank_state), self.rank)
+        whole = {"tensors": tensors, "state": state} if self.rank == 0 else None
+        whole, rank_state = self._on_host([whole, rank_state])
+        self._writing = _Writing(step, partial, whole, rank_state, self.rank)
         self._writing.start()
 
     def written(self) -> bool:
@@ -214,12 +216,33 @@ def what_is_wrong(folder: Path) -> str | None:
     return None
 
 
-def _on_host(value: Any) -> Any:
-    """A copy of a tree of dicts, lists and tensors, the tensors in host memory."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-    if isinstance(value, dict):
-        return {key: _on_host(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_on_host(each) for each in value)
-    return value
+class HostCopies:
+    """Copies of trees of dicts, lists and tensors, the tensors in host memory that the next copy uses again.
+
+    Fresh memory costs more than the copy: the system hands it out page by page, and a GPU writes at full speed only
+    into pages that are pinned, which takes longer still. A copy is good until the next call.
+    """
+
+    def __init__(self):
+        self._kept: dict[tuple, torch.Tensor] = {}
+
+    def __call__(self, tree: Any) -> Any:
+        used: dict[tuple, torch.Tensor] = {}
+        copy = self._copy(tree, (), used)
+        self._kept = used  # what the tree no longer holds is let go
+        if any(memory.is_pinned() for memory in used.values()):
+            torch.cuda.synchronize()  # copies into pinned memory do not wait by themselves
+        return copy
+
+    def _copy(self, value: Any, at: tuple, used: dict) -> Any:
+        if isinstance(value, torch.Tensor):
+            memory = self._kept.get(at)
+            if memory is None or memory.shape != value.shape or memory.dtype != value.dtype:
+                memory = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+            used[at] = memory
+            return memory.copy_(value.detach(), non_blocking=True)
+        if isinstance(value, dict):
+            return {key: self._copy(each, (*at, key), used) for key, each in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(self._copy(each, (*at, index), used) for index, each in enumerate(value))
+        return value
