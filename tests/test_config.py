@@ -149,3 +149,17 @@ def test_bad_files_are_refused_in_a_sentence(text, sentence, tmp_path):
     file.write_text(text)
     with pytest.raises(DimoError, match=sentence):
         load_config(file)
+
+
+@pytest.mark.parametrize(
+    ("size", "batch", "kept"),
+    [((17, 256, 256), 1, "none"), ((49, 320, 512), 1, "selective"), ((49, 320, 512), 2, "full")],
+)
+def test_a_folder_without_a_preset_is_trained_with_what_fits(tmp_path, size, batch, kept):
+    own = [f"distill.teacher_ckpt={tmp_path}", f"distill.batch_size_per_gpu={batch}"]
+    own += [f"distill.{name}={value}" for name, value in zip(("num_frames", "height", "width"), size)]
+    assert load_config(None, own).model.activation_checkpointing == kept
+    asked = [*own, "model.activation_checkpointing=selective"]
+    assert load_config(None, asked).model.activation_checkpointing == "selective"
+    assert load_config("distill_dimo", own).model.activation_checkpointing == "none"  # a preset is what it says
+    assert load_config().model.activation_checkpointing == "none"
