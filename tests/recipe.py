@@ -37,10 +37,10 @@ class Graph:
         assert self.samples >= trainer.x_init.capacity, "the memory of x_hat must be full after one step"
         self.factors = {name: torch.ones((), device=self.device) for name in ("student", "aux")}
         self.emas = emas
-        self.averages = [[p.detach().clone() for p in trainer.networks.student.parameters()] for _ in emas]
         self.keep = [torch.zeros((), device=self.device) for _ in emas]
         self.loss = torch.zeros((), device=self.device)
         trainer.step(0)  # fills the optimizers' state and the memory of x_hat
+        self.averages = [[p.detach().clone() for p in trainer.networks.ema.parameters()] for _ in emas]
         self.memory = trainer.x_init
         before = self._snapshot()
         self.graph = torch.cuda.CUDAGraph()
