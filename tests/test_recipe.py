@@ -32,6 +32,7 @@ def test_the_graph_of_the_recipe_makes_the_trainers_steps(monkeypatch, tmp_path)
             graph._step()
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Replayed)
+    monkeypatch.setattr(recipe, "CHECKED", 1)
     keys = ["model.device=cpu", "training.max_train_steps=40", "optim.warmup_steps=1", "optim.weight_decay=0.1"]
     trainer = Trainer(load_config("shapes_long", [*keys, f"experiment.output_dir={tmp_path}"]))
     graph = recipe.Graph(trainer, [0.5, 0.9])
