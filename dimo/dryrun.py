@@ -72,7 +72,7 @@ def empty_ursa(size: str | None, teacher_ckpt: str, device: str | torch.device =
         transformer, codebook = UrsaTransformer(config), torch.rand(config.codebook_size, 6)
 
     def tokenizer(prompts, max_length, **_):
-        return types.SimpleNamespace(input_ids=torch.ones(len(prompts), max_length, dtype=torch.long), encodings=[])
+        return types.SimpleNamespace(input_ids=torch.ones(len(prompts), max_length, dtype=torch.long))
 
     path = MetricPath(codebook, 1.0, 5.0)
     return Ursa(transformer, path, tokenizer, None, 1.0, folder, "a dry run decodes nothing", strides)

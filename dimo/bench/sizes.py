@@ -29,7 +29,7 @@ class RandomIds:
     def __call__(self, prompts: list[str], max_length: int, **_):
         rows = [torch.Generator().manual_seed(len(prompt)) for prompt in prompts]
         ids = [torch.randint(self.lm_vocab_size, (max_length,), generator=row) for row in rows]
-        return dataclasses.make_dataclass("Encoding", ["input_ids", "encodings"])(torch.stack(ids), [])
+        return dataclasses.make_dataclass("Encoding", ["input_ids"])(torch.stack(ids))
 
 
 def random_ursa(size: str, device: torch.device) -> Ursa:

@@ -44,18 +44,21 @@ class Ursa:
 
     def tokenize(self, prompts: list[str], max_prompt_length: int, device=None) -> torch.Tensor:
         """txt_ids (B, max_prompt_length), left-padded and truncated as URSA's pipeline does."""
-        return self.tokenize_and_count(prompts, max_prompt_length, device)[0]
+        return self._encode(prompts, max_prompt_length).input_ids.to(device or self.path.device)
 
     def tokenize_and_count(self, prompts: list[str], max_prompt_length: int, device=None) -> tuple[torch.Tensor, int]:
         """The same, and how many of the prompts were longer, so that their ends are cut off."""
-        encoded = self.tokenizer(
-            prompts, max_length=max_prompt_length, padding="max_length", truncation=True, return_tensors="pt"
-        )
+        encoded = self._encode(prompts, max_prompt_length)
         if encoded.encodings is None:  # a tokenizer in plain Python does not keep what it cuts off
             cut = sum(len(ids) > max_prompt_length for ids in self.tokenizer(prompts).input_ids)
         else:
             cut = sum(bool(one.overflowing) for one in encoded.encodings)
         return encoded.input_ids.to(device or self.path.device), cut
+
+    def _encode(self, prompts: list[str], max_prompt_length: int):
+        return self.tokenizer(
+            prompts, max_length=max_prompt_length, padding="max_length", truncation=True, return_tensors="pt"
+        )
 
     def latents_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
         """(T, H, W) of a video of this size under this folder's VAE."""
