@@ -19,7 +19,7 @@ from dimo.distill import stages
 from dimo.distill.stages import Step
 from dimo.evaluation.evaluate import evaluate
 from dimo.train.config import load_config
-from dimo.train.optimizers import Muon, lr_factor, orthogonalise
+from dimo.train.optimizers import Muon, lr_factor, orthogonalise, warm_ema_decay
 from dimo.train.trainer import Trainer
 from dimo.ursa import save_student
 from dimo.worlds import load_world
@@ -63,7 +63,6 @@ class Graph:
         step.txt_ids = t.prompts.batch(self.samples, g)
         stages.draw_x_init(step, t.x_init, t.num_visual_tokens, g)
         stages.student_pass(step, n.student, grid, g)
-        kept = min(self.memory.capacity, self.samples)
         time_ = stages.draw_t(self.samples, grid, 10**9, 0, d.t_per, g, self.device, d.t_power)
         stages.renoise(step, t.path, time_, g)
         stages.teacher_pass(step, n.teacher, grid)
@@ -81,8 +80,8 @@ class Graph:
         self._update(t.student, self.factors["student"])
         with torch.no_grad():
             self.loss.copy_(step.loss)
-            self.memory.x_hat.copy_(step.x_hat[:kept])
-            self.memory.txt_ids.copy_(step.txt_ids[:kept])
+            self.memory.x_hat.copy_(step.x_hat[: self.memory.capacity])
+            self.memory.txt_ids.copy_(step.txt_ids[: self.memory.capacity])
             student = [p.detach() for p in n.student.parameters()]
             for average, keep in zip(self.averages, self.keep):
                 torch._foreach_mul_(average, keep)
@@ -146,11 +145,11 @@ class Graph:
     def step(self, index: int, last: int) -> None:
         """Step `index` of `last`, as `Trainer.step` makes it."""
         c = self.trainer.config
-        self.trainer.generator.manual_seed(((c.experiment.seed * 1_000_003 + index) * 4099) % 2**63)
+        self.trainer.generator.manual_seed(self.trainer.seed_of(index))
         self.factors["student"].fill_(lr_factor(c.optim, index, last, c.optim.min_lr_share))
         self.factors["aux"].fill_(lr_factor(c.optim, index, last, c.optim.aux_min_lr_share))
         for keep, decay in zip(self.keep, self.emas):
-            keep.fill_(min(decay, (1 + index) / (10 + index)))
+            keep.fill_(warm_ema_decay(decay, index))
         self.graph.replay()
 
     def check(self) -> float:

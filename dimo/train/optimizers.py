@@ -83,6 +83,11 @@ def set_lr_factor(optimizers: list[torch.optim.Optimizer], factor: float) -> Non
             group["lr"] = group["initial_lr"] * factor
 
 
+def warm_ema_decay(decay: float, step: int) -> float:
+    """The moving average's decay at a step: shorter at first, so that it does not hold on to where training began."""
+    return min(decay, (1 + step) / (10 + step))
+
+
 def lr_factor(optim: Optim, step: int, max_steps: int, least: float) -> float:
     """Linear warm-up, then the decay from 1 to `least` over max_steps.
 

@@ -18,7 +18,7 @@ from dimo.train.engine import Engine, Learner, load_whole, local, reshard
 from dimo.train.guards import Guard
 from dimo.train.loop import run_training
 from dimo.train.metrics import MEASURED, Averages, measured
-from dimo.train.optimizers import lr_factor, make_optimizers
+from dimo.train.optimizers import lr_factor, make_optimizers, warm_ema_decay
 from dimo.train.prompts import WorldPrompts, open_prompts
 from dimo.train.runfolder import RunFolder
 from dimo.ursa import Ursa, UrsaTransformer, load_ursa
@@ -101,8 +101,7 @@ class Trainer:
             DimoError: training.max_bad_steps steps in a row were of that kind; their last batch is saved for replay.
         """
         c, g = self.config, self.generator
-        # derived from (seed, rank, step), so that a resumed run draws what the run would have drawn
-        seed = ((c.experiment.seed * 1_000_003 + index) * 4099 + self.engine.rank) % 2**63
+        seed = self.seed_of(index)
         g.manual_seed(seed)
         last = c.training.max_train_steps
         factor = lr_factor(c.optim, index, last, c.optim.min_lr_share)
@@ -125,6 +124,10 @@ class Trainer:
             self.events.append({"step": index + 1, "event": "step_skipped", **self.guard.count(error)})
             self.guard.stop_if_hopeless(c.experiment.output_dir, index, seed, steps)
         return steps[-1], norms | {"optim/lr": c.optim.lr * factor, "guard/skipped": self.guard.skipped}
+
+    def seed_of(self, index: int) -> int:
+        """Of (seed, rank, step), so that a resumed run draws what the run would have drawn."""
+        return ((self.config.experiment.seed * 1_000_003 + index) * 4099 + self.engine.rank) % 2**63
 
     def _nine_stages(self, index: int, steps: list[Step]) -> tuple[torch.Tensor, torch.Tensor]:
         """The gradient norms of auxiliary and student. `steps` are the parts of the batch."""
@@ -212,7 +215,7 @@ class Trainer:
 
     @torch.no_grad()
     def _update_ema(self, index: int) -> None:
-        decay = min(self.config.optim.ema_decay, (1 + index) / (10 + index))
+        decay = warm_ema_decay(self.config.optim.ema_decay, index)
         reshard(self.networks.ema)
         pairs = zip(self.networks.ema.parameters(), self.networks.student.parameters())
         ema, student = zip(*((local(e), local(s)) for e, s in pairs if s.requires_grad))
