@@ -174,7 +174,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("seed", type=int)
     parser.add_argument("--minutes", type=float, help="as many steps as fit, in place of training.max_train_steps")
-    parser.add_argument("--emas", default="", help="further decays of moving averages to score, such as 0.9998,0.9999")
+    parser.add_argument("--emas", default="", help="further moving averages to score: 0.9998,0.9999; 0: the weights")
+    parser.add_argument("--evaluations", type=int, default=5, help="how often on the way (default: 5)")
     parser.add_argument("--name", default="recipe")
     parser.add_argument("keys", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args()
@@ -188,8 +189,7 @@ def main() -> None:
     world, first = load_world(trainer.ursa.folder), time.time()
 
     def scores(at: int) -> None:
-        """Of the moving average that is the trainer's; at the end, of the others too."""
-        for decay, average in list(zip(emas, graph.averages))[: None if at == last else 1]:
+        for decay, average in zip(emas, graph.averages):
             for p, value in zip(trainer.networks.ema.parameters(), average):
                 p.data.copy_(value)
             rows, _ = evaluate(world, trainer.ursa, trainer.networks.ema, teacher_steps=(), progress=False)
@@ -208,9 +208,9 @@ def main() -> None:
             torch.cuda.synchronize()
             each = (time.time() - first) / 499
             if args.minutes:
-                last = int((60 * args.minutes - (time.time() - begin) - 30) / each)
+                last = int((60 * args.minutes - (time.time() - begin) - 15) / each)
             print(f"seed {args.seed}: {1e3 * each:.2f} ms a step, {last} steps", flush=True)
-        if index > 500 and index % max(1, last // 5) == 0 and index < last - 100:
+        if index > 500 and index % max(1, last // args.evaluations) == 0 and index < last - 100:
             scores(index)
     scores(last)
     assert math.isfinite(graph.loss.item())

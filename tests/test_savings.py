@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dimo.bench import bench, bench_config, write_report
-from dimo.bench.sizes import model_flops
+from dimo.bench.sizes import model_flops, random_ursa
 from dimo.distill import stages
 from dimo.distill.stages import Step
 from dimo.errors import DimoError
@@ -202,7 +202,7 @@ def test_bench_measures_what_runs(tmp_path):
         "distill.max_prompt_length=4", "distill.divergence=forward",
     ])  # fmt: skip
     lines = []
-    parts = ("step", "generate", "path", "losses", "attention", "kernels")
+    parts = ("step", "generate", "path", "losses", "attention", "kernels", "save")
     report = bench(config, "tiny", parts, against=("naive",), repeats=1, warmup=0, generate_steps=(1, 2),
                    progress=lines.append)  # fmt: skip
     assert report["passes"] == {"student at x_init": 3, "teacher": 2, "auxiliary's fit": 3, "auxiliary at x_t": 0,
@@ -213,6 +213,11 @@ def test_bench_measures_what_runs(tmp_path):
     assert {"draw", "auxiliary", "student", "all"} < report["losses"].keys() and any("naive" in line for line in lines)
     assert report["attention"]["flash, grouped"]["seconds"] > 0 and report["attention"]["cudnn, grouped"] is None
     assert report["kernels"]["aten::mm"][1] > 10
+    network = random_ursa("tiny", torch.device("cpu")).transformer
+    frozen = network.model.embed_tokens.weight.numel()
+    trained = sum(p.numel() for p in network.parameters()) - frozen
+    # both networks with AdamW's two moments, and the average, in float32; the embeddings of each in bfloat16
+    assert 28 * trained + 6 * frozen < 1e9 * report["save"]["gb"] < 1.01 * (28 * trained + 6 * frozen)
     write_report(report, tmp_path / "deep" / "bench.json")
     assert json.loads((tmp_path / "deep" / "bench.json").read_text())["tokens"] == 8
     assert [f.name for f in (tmp_path / "deep").iterdir()] == ["bench.json"]

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from dimo.bench.naive import naive_step
-from dimo.bench.parts import Clock, attention_alone, kernels_of, losses_alone, matrix_product, stage_times
+from dimo.bench.parts import Clock, attention_alone, kernels_of, losses_alone, matrix_product, saving, stage_times
 from dimo.bench.sizes import model_flops, passes_of, random_ursa
 from dimo.errors import DimoError, nearest, reason
 from dimo.files import write_text
@@ -27,7 +27,7 @@ from dimo.ursa import sample
 from dimo.ursa.checkpoint import INSTALL
 
 PARTS = ("step", "generate", "path", "losses")
-MORE_PARTS = ("attention", "kernels")
+MORE_PARTS = ("attention", "kernels", "save")
 
 
 def bench(
@@ -136,6 +136,10 @@ def _other_parts(trainer: Trainer, text, parts, generate_steps, clock: Clock, pr
         report["kernels"] = kernels_of(trainer, clock)
         for name, (seconds, calls) in list(report["kernels"].items())[:30]:
             progress(f"    {1e3 * seconds:9.2f} ms {calls:6} x {name[:100]}")
+    if "save" in parts:
+        result = report["save"] = saving(trainer, clock)
+        progress(_line("a checkpoint's copy into host memory", result))
+        progress(f"    {result['gb']:.1f} GB; the first time {1e3 * result['first']:.1f} ms")
     if "attention" in parts:
         report["attention"] = {}
         for name, result in attention_alone(trainer, len(text), text.shape[1], clock):

@@ -14,6 +14,7 @@ from torch.nn.attention import sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
 from dimo.distill import fused, stages
+from dimo.train.checkpoints import HostCopies
 from dimo.train.trainer import Trainer
 from dimo.ursa.answer import Answer, draw
 from dimo.ursa.transformer import ATTENTION
@@ -170,6 +171,30 @@ def losses_alone(trainer: Trainer, batch: int, clock: Clock) -> dict[str, dict]:
     if device.type == "cuda":
         times["all"]["extra_gb"] = times["all"]["peak_gb"] - base / 1e9
     return times
+
+
+def saving(trainer: Trainer, clock: Clock) -> dict[str, float]:
+    """What a checkpoint holds the training up: its copy into host memory, which is new the first time."""
+    copies = HostCopies()
+
+    def copy():
+        tensors, state = trainer.state()
+        return copies([tensors, state, trainer.rank_state()])
+
+    trainer.step(0)  # moments exist from here on
+    clock.wait()
+    begin = time.perf_counter()
+    size = sum(x.nbytes for x in _tensors(copy()))
+    first = time.perf_counter() - begin
+    return clock(copy) | {"first": first, "gb": size / 1e9}
+
+
+def _tensors(tree) -> Iterator[torch.Tensor]:
+    if isinstance(tree, torch.Tensor):
+        yield tree
+    elif isinstance(tree, (dict, list, tuple)):
+        for each in tree.values() if isinstance(tree, dict) else tree:
+            yield from _tensors(each)
 
 
 def attention_alone(trainer: Trainer, batch: int, text: int, clock: Clock) -> Iterator[tuple[str, dict | None]]:
