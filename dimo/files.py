@@ -41,6 +41,8 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
     beside.mkdir(parents=True)
     try:
         yield beside
+        for path in (*beside.rglob("*"), beside):
+            sync(path)
         replace_folder(beside, folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)

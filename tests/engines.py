@@ -20,8 +20,7 @@ from pathlib import Path
 import torch
 
 from dimo.bench import bench_config
-from dimo.bench.sizes import random_ursa
-from dimo.train.prompts import WorldPrompts
+from dimo.bench.sizes import random_prompts, random_ursa
 from dimo.train.trainer import Trainer
 
 KEYS = ("loss/aux", "loss/total", "grad_norm/aux", "grad_norm/student")
@@ -37,8 +36,7 @@ def train(out: Path, size: str, steps: int, keys: list[str]) -> None:
     own = ["optim.lr=1e-4", "optim.aux_lr=2e-4", "optim.warmup_steps=1", "model.compile=false"]
     config = bench_config(None, size, [*own, f"experiment.output_dir={out}", *keys])
     ursa = random_ursa(size, device)
-    texts = ["a red ball rolls over green grass" + "." * i for i in range(64)]
-    trainer = Trainer(config, ursa, WorldPrompts(texts, ursa, config.distill.max_prompt_length))
+    trainer = Trainer(config, ursa, random_prompts(ursa, config.distill.max_prompt_length))
     rows, seconds = [], []
     for index in range(steps):
         begin = time.perf_counter()

@@ -1,11 +1,13 @@
 """Whole or not at all: what an error or a kill leaves of a file and of a folder."""
 
+import os
 import subprocess
 import sys
 
 import pytest
 import torch
 
+from dimo import files
 from dimo.files import PARTIALS, save_torch, whole_file, whole_folder, write_text
 
 
@@ -44,6 +46,16 @@ def test_a_folder_is_replaced_as_a_whole_and_stays_after_an_error(tmp_path):
     with whole_folder(folder) as beside:
         (beside / "new").touch()
     assert [f.name for f in folder.iterdir()] == ["new"] and list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_folder_takes_its_name_when_all_in_it_is_on_the_disk(monkeypatch, tmp_path):
+    done = []
+    monkeypatch.setattr(files, "sync", lambda path: done.append(path.name))
+    monkeypatch.setattr(os, "rename", lambda old, new: done.append(f"to {new.name}"))
+    with whole_folder(tmp_path / "x") as beside:
+        (beside / "sub").mkdir()
+        (beside / "sub" / "file").touch()
+    assert sorted(done[:2]) == ["file", "sub"] and done[2:] == [".x.partial", "to x"]
 
 
 def test_the_bytes_of_a_saved_value_do_not_depend_on_the_files_name(tmp_path):

@@ -17,11 +17,10 @@ import torch
 
 from dimo.bench.naive import naive_step
 from dimo.bench.parts import Clock, attention_alone, kernels_of, losses_alone, matrix_product, saving, stage_times
-from dimo.bench.sizes import model_flops, passes_of, random_ursa
+from dimo.bench.sizes import model_flops, passes_of, random_prompts, random_ursa
 from dimo.errors import DimoError, nearest, reason
 from dimo.files import write_text
 from dimo.train.config import Config, device_of, load_config
-from dimo.train.prompts import WorldPrompts
 from dimo.train.trainer import Trainer
 from dimo.ursa import sample
 from dimo.ursa.checkpoint import INSTALL
@@ -69,8 +68,7 @@ def bench(
     ursa = prompts = None
     if size:
         ursa = random_ursa(size, device)
-        texts = ["a red ball rolls over green grass" + "." * i for i in range(64)]
-        prompts = WorldPrompts(texts, ursa, d.max_prompt_length)
+        prompts = random_prompts(ursa, d.max_prompt_length)
     trainer = Trainer(config, ursa, prompts)
     network = trainer.networks.student.config
     text = trainer.prompts.batch(d.batch_size_per_gpu, trainer.generator.manual_seed(0)).to(device)

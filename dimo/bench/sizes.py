@@ -10,6 +10,7 @@ import torch
 
 from dimo.errors import DimoError, nearest
 from dimo.train.config import Config
+from dimo.train.prompts import WorldPrompts
 from dimo.ursa import MetricPath, Ursa, UrsaConfig, UrsaTransformer
 
 SIZES = {
@@ -46,6 +47,12 @@ def random_ursa(size: str, device: torch.device) -> Ursa:
         transformer = UrsaTransformer(config)
         path = MetricPath(torch.randn(config.codebook_size, 32), alpha=0.9, c=3.0)
     return Ursa(transformer, path, RandomIds(config.lm_vocab_size), None, 1.0, Path(tempfile.gettempdir()), "random")
+
+
+def random_prompts(ursa: Ursa, max_prompt_length: int) -> WorldPrompts:
+    """Prompts for `random_ursa`, of 64 lengths, since each length is another prompt to it."""
+    texts = ["a red ball rolls over green grass" + "." * i for i in range(64)]
+    return WorldPrompts(texts, ursa, max_prompt_length)
 
 
 def model_flops(config: UrsaConfig, sequence: int, tokens: int) -> float:
