@@ -112,6 +112,26 @@ def test_student_losses(answers, chunked, generator, case):
     assert_gradients(torch.autograd.grad(2 * made.total, leaves), torch.autograd.grad(2 * total, wanted))
 
 
+def test_hidden_states_feel_the_same_under_a_head_that_stays(answers, chunked, generator):
+    student, teacher, aux, at_t = answers
+    x, logp, entropy = draw(student, generator)
+
+    def gradients(heads_learn):
+        a, b = (Answer(answer.hidden, answer.weight.detach().requires_grad_(heads_learn)) for answer in (student, aux))
+        later = Answer(at_t.hidden, a.weight)
+        made = fused.student_losses(a, teacher, b, x, logp, entropy, beta=0.5, student_at_t=later, w_kd=0.3)
+        (made.total + fused.denoising(b, x)).backward()
+        leaves = (a.hidden, later.hidden, b.hidden)
+        found = [h.grad for h in leaves]
+        for h in leaves:
+            h.grad = None
+        return found, [a.weight.grad, b.weight.grad]
+
+    (learning, head_gradients), (staying, none) = gradients(True), gradients(False)
+    assert all(torch.equal(a, b) for a, b in zip(learning, staying, strict=True))
+    assert none == [None, None] and all(g.abs().max() > 0 for g in head_gradients)
+
+
 def test_gaps_are_the_readable_ones(answers, chunked, generator):
     _, teacher, aux, _ = answers
     x = torch.randint(K, (B, N), generator=generator)

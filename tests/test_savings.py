@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dimo.bench import bench, bench_config, write_report
-from dimo.bench.sizes import model_flops, random_ursa
+from dimo.bench.sizes import SIZES, model_flops, random_ursa, step_flops
 from dimo.distill import stages
 from dimo.distill.stages import Step
 from dimo.errors import DimoError
@@ -116,22 +116,29 @@ def test_knowledge_is_distilled_every_so_many_steps(tmp_path, monkeypatch):
         load_config("smoke", ["distill.kd_every=0"])
 
 
-def test_frozen_embeddings_are_one_tensor_and_change_nothing_else(tmp_path):
-    # no clipping by a norm that embeddings are part of; the auxiliary answers before its embeddings have moved, so that
-    # the entropy bonus alone moves the student
+@pytest.mark.parametrize(
+    "key, part, stays", [("train_embeddings", "model.embed_tokens", ()), ("train_head", "lm_head", ("model.norm",))]
+)
+def test_a_frozen_part_is_one_tensor_and_changes_nothing_else(tmp_path, key, part, stays):
+    # no clipping by a norm that the part is in; the auxiliary answers before its own part has moved, so that the
+    # entropy bonus alone moves the student
     loose = ["optim.max_grad_norm=1e9", "distill.aux_pass=shared", "distill.aux_steps=1", "distill.lambda_ent=0.01"]
-    own, shared = trainer_for(tmp_path, *loose), trainer_for(tmp_path, *loose, "model.train_embeddings=false")
-    teacher = shared.networks.teacher.model.embed_tokens.weight.clone()
+    own, shared = (trainer_for(tmp_path, *loose, f"model.{key}={learns}") for learns in ("true", "false"))
+    teacher = {name: p.clone() for name, p in shared.networks.teacher.named_parameters()}
     for trainer in (own, shared):
         trainer.step(0)
     n = shared.networks
-    assert len({net.model.embed_tokens.weight.data_ptr() for net in vars(n).values()}) == 1
-    assert torch.equal(n.ema.model.embed_tokens.weight, teacher)
-    assert not torch.equal(own.networks.student.model.embed_tokens.weight, teacher)
+    assert len({net.get_submodule(part).weight.data_ptr() for net in vars(n).values()}) == 1
     trained = {id(p) for o in shared.student.optimizers for group in o.param_groups for p in group["params"]}
-    assert id(n.student.model.embed_tokens.weight) not in trained and len(trained) > 30
-    for (name, a), (_, b) in zip(own.networks.student.named_parameters(), n.student.named_parameters()):
-        assert "embed_tokens" in name or torch.allclose(a, b, atol=1e-6), name
+    assert len(trained) > 30
+    frozen = [f"{name}.weight" for name in (part, *stays)]
+    for (name, a), (_, b) in zip(own.networks.student.named_parameters(), n.student.named_parameters(), strict=True):
+        if name in frozen:
+            assert not torch.equal(a, b) and id(b) not in trained
+            for network in vars(n).values():
+                assert torch.equal(network.get_parameter(name), teacher[name])
+        else:
+            assert torch.allclose(a, b, atol=1e-6), name
 
 
 def small(seed):
@@ -234,6 +241,13 @@ def test_the_count_of_operations_is_torchs(generator):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.randint(25, (1, 12), generator=generator), rope_positions(3, (2, 2, 2)), last=8)
     assert model_flops(model.config, 12, 8) == counter.get_total_flops()
+
+
+def test_a_head_that_stays_has_no_gradient_to_count():
+    own, stays = (bench_config(None, "tiny", [f"model.train_head={learns}"]) for learns in ("true", "false"))
+    network = UrsaConfig.from_dict(SIZES["tiny"])
+    gradients = 2 * 3 * 2 * network.hidden_size * 4096 * 8  # batch 2; at x_init, at x_t, and the auxiliary's
+    assert step_flops(own, network, 2, 12, 8) - step_flops(stays, network, 2, 12, 8) == gradients
 
 
 def test_bf16_fused_losses_follow_the_float32_ones(tmp_path):

@@ -17,7 +17,7 @@ import torch
 
 from dimo.bench.naive import naive_step
 from dimo.bench.parts import Clock, attention_alone, kernels_of, losses_alone, matrix_product, saving, stage_times
-from dimo.bench.sizes import model_flops, passes_of, random_prompts, random_ursa
+from dimo.bench.sizes import model_flops, passes_of, random_prompts, random_ursa, step_flops
 from dimo.errors import DimoError, nearest, reason
 from dimo.files import write_text
 from dimo.train.config import Config, device_of, load_config
@@ -76,7 +76,7 @@ def bench(
     forward = d.batch_size_per_gpu * model_flops(network, sequence, trainer.num_visual_tokens)
     passes = passes_of(config)
     report |= {"tokens": trainer.num_visual_tokens, "forward_tflop": forward / 1e12, "passes": passes}
-    tflop = forward * sum(passes.values()) / 1e12
+    tflop = step_flops(config, network, d.batch_size_per_gpu, sequence, trainer.num_visual_tokens) / 1e12
     if "step" in parts:
         counter = iter(range(10**9))
         begin = time.perf_counter()

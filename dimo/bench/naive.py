@@ -37,6 +37,7 @@ def naive_step(
     for network in (teacher, student, aux):
         network.run_with(False, how)
         network.model.embed_tokens.requires_grad_(False)
+        network.lm_head.requires_grad_(network is not teacher and config.model.train_head)
     n = grid[0] * grid[1] * grid[2]
     size, device, codes = (len(txt_ids), n), txt_ids.device, path.codebook_size
 

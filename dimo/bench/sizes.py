@@ -64,6 +64,15 @@ def model_flops(config: UrsaConfig, sequence: int, tokens: int) -> float:
     return layers + 2 * config.hidden_size * config.lm_head_size * tokens
 
 
+def step_flops(config: Config, network: UrsaConfig, batch: int, sequence: int, tokens: int) -> float:
+    """Of the passes of a step, each network's own work; a head that stays has no gradient of its own."""
+    passes = passes_of(config).values()
+    flops = sum(passes) * model_flops(network, sequence, tokens)
+    if not config.model.train_head:
+        flops -= sum(n // 3 for n in passes) * 2 * network.hidden_size * network.lm_head_size * tokens
+    return batch * flops
+
+
 def passes_of(config: Config) -> dict[str, int]:
     """Passes of a step, in forwards: a gradient is two more. What checkpointing computes again does not count."""
     d = config.distill

@@ -140,8 +140,7 @@ class _MeanLoss(torch.autograd.Function):
     def forward(ctx, hidden, weight, function, row):
         learns = any(ctx.needs_input_grad)
         own, flat = weight.detach().to(hidden.dtype), hidden.detach().flatten(0, 1)
-        d_hidden = torch.empty_like(flat)
-        d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if learns else None
+        d_hidden, d_weight = torch.empty_like(flat), _gradient_of(weight, ctx.needs_input_grad[1])
         values = []
         for h, d_h, r in chunks(tokens_at_once(len(own), own.device), flat, d_hidden, row):
             d_z, value = function(logits_of(h, own), r)
@@ -157,7 +156,7 @@ class _MeanLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         (d_hidden, d_weight), ctx.gradients = ctx.gradients, None
-        return d_hidden.mul_(grad), d_weight.mul_(grad), None, None
+        return d_hidden.mul_(grad), None if d_weight is None else d_weight.mul_(grad), None, None
 
 
 @dataclasses.dataclass
@@ -184,7 +183,7 @@ class _StudentLosses(torch.autograd.Function):
         own, zero = weight.detach().to(hidden.dtype), torch.zeros((), device=weight.device)
         flat, flat_at_t = (None if x is None else x.detach().flatten(0, 1) for x in (hidden, hidden_at_t))
         d_flat, d_flat_at_t = (None if x is None else torch.zeros_like(x) for x in (flat, flat_at_t))
-        d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        d_weight = _gradient_of(weight, ctx.needs_input_grad[2])
         compare, with_own, distil = (on_device(f, flat) for f in (_compare, _own, _kl))
         share, token, kd, rows = 1 / len(flat), [zero], [zero], []
         pieces = chunks(
@@ -230,8 +229,15 @@ def _flat(answer: Answer) -> torch.Tensor:
     return answer.hidden.flatten(0, 1)
 
 
-def _add_product(total: torch.Tensor, d_z: torch.Tensor, hidden: torch.Tensor, scale: float) -> None:
-    """total (K, D) float32 += scale d_z^T hidden, summed in float32."""
+def _gradient_of(weight: torch.Tensor, learns: bool) -> torch.Tensor | None:
+    """Zeros to add to in float32; None for a head that stays as it is."""
+    return torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if learns else None
+
+
+def _add_product(total: torch.Tensor | None, d_z: torch.Tensor, hidden: torch.Tensor, scale: float) -> None:
+    """total (K, D) float32 += scale d_z^T hidden, summed in float32; nothing where total is None."""
+    if total is None:
+        return
     if d_z.is_cuda and d_z.dtype != torch.float32:
         torch.addmm(total, d_z.T, hidden, torch.float32, alpha=scale, out=total)
     else:

@@ -74,6 +74,10 @@ class Engine:
             register_fsdp_forward_method(model, "hidden")
         return model
 
+    def frozen(self, own: torch.nn.Module, teachers: torch.nn.Module) -> torch.nn.Module:
+        """A network's part that stays the teacher's: one for all; under fsdp2, which has cut them, each its own."""
+        return own.requires_grad_(False) if self.kind == "fsdp2" else teachers
+
     def learner(self, model: torch.nn.Module, make: Callable[[torch.nn.Module], list]) -> Learner:
         """The model with the optimizers that `make` gives for it."""
         if self.kind == "deepspeed_zero2":

@@ -41,6 +41,9 @@ class Model:
         "none", "none, selective (keep attention, compute the rest again) or full; backend native"
     )
     train_embeddings: bool = _key(True, "false: they stay the teacher's, one copy for all networks")
+    train_head: bool = _key(
+        True, "false: head and last norm stay the teacher's, which keeps logits from growing without end"
+    )
 
 
 @dataclasses.dataclass

@@ -67,11 +67,12 @@ class Trainer:
         if config.training.mixed_precision == "bf16":
             teacher.bfloat16()  # it never learns, so it needs no more
         self.networks = Networks(teacher, student, aux, ema)
-        for network in (student, aux, ema) if not config.model.train_embeddings else ():
-            if self.engine.kind == "fsdp2":  # cut already: each has its own, frozen
-                network.model.embed_tokens.requires_grad_(False)
-            else:
-                network.model.embed_tokens = teacher.model.embed_tokens
+        for network in (student, aux, ema):
+            if not config.model.train_embeddings:
+                network.model.embed_tokens = self.engine.frozen(network.model.embed_tokens, teacher.model.embed_tokens)
+            if not config.model.train_head:
+                network.lm_head = self.engine.frozen(network.lm_head, teacher.lm_head)
+                network.model.norm.requires_grad_(False)  # small: each has its own, in its own precision
         for network in (teacher, student, aux, ema) if config.model.backend == "native" else ():
             network.run_with(config.model.compile and self.device.type == "cuda", config.model.activation_checkpointing)
         self.student = self.engine.learner(student, lambda net: make_optimizers(net, o.lr, o.muon_lr, o))
