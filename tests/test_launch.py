@@ -161,6 +161,17 @@ def test_kill_9_of_the_launcher_lets_the_workers_save_and_leaves_none(tmp_path):
     assert code == -9 and status["state"] == "preempted"
 
 
+def test_only_what_a_notebook_left_is_waited_for_and_killed():
+    sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+    with subprocess.Popen(sleep) as other:
+        others = psutil.Process().children(recursive=True)
+        left = subprocess.Popen(sleep)
+        launching.wait_for_children(others, 0.1)
+        assert not psutil.pid_exists(left.pid) and other.poll() is None
+        launching.wait_for_children(others, 1000)
+        other.kill()
+
+
 # ------------------------------------------------------------------ without processes
 
 
