@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from processes import Ranks
 
 from dimo.ursa import load_ursa
 from dimo.worlds import checkpoint_folder, load_world
@@ -22,6 +23,13 @@ def ursa():
     loaded = load_ursa(checkpoint_folder("shapes"))
     loaded.transformer.requires_grad_(False)
     return loaded
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    made = Ranks()
+    yield made
+    made.end()
 
 
 @pytest.fixture
