@@ -12,6 +12,14 @@ from dimo.worlds import checkpoint_folder, load_world
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # also in the kernels and processes that tests start
 
+LONG = ("launch", "notebooks", "signals", "resume", "plan", "evaluation", "processes", "trainer", "engine")
+
+
+def pytest_collection_modifyitems(items):
+    """Files that take long come first: side by side, none of them is left alone at the end."""
+    first = {f"test_{name}": i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: first.get(item.path.stem, len(LONG)))
+
 
 @pytest.fixture(scope="session")
 def world():

@@ -40,6 +40,12 @@ def launch(folder, *command, engine="ddp", processes=2):
     return subprocess.run([*words, *command], capture_output=True, text=True, cwd=folder, env=env, timeout=300)
 
 
+def import_all():
+    """What a run imports at once or later, each a second or two."""
+    for name in ("dimo.train.trainer", "dimo.views.sheets", "torch._dynamo", "transformers.models.auto", "datasets"):
+        importlib.import_module(name)
+
+
 class Ranks:
     """What `launch` would start, sooner: forked from a process that has imported everything, and trained nothing."""
 
@@ -110,7 +116,5 @@ def _serve():
 
 
 if __name__ == "__main__":
-    # what a run imports at once or later, each a second or two
-    for name in ("dimo.train.trainer", "dimo.views.sheets", "torch._dynamo", "transformers.models.auto"):
-        importlib.import_module(name)
+    import_all()
     _serve()
