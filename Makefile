@@ -4,8 +4,9 @@ BIN := .venv/bin
 
 .PHONY: demo test lint clean
 
+# two files side by side; conftest.py says which come first
 test: .venv/installed lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/installed
 	$(BIN)/ruff check

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 from dimo.errors import DimoError, nearest
@@ -139,7 +140,7 @@ def _execute(run: RunFolder, name: str, source: Path, parameters: dict, force: b
     working = done.with_name(f".{name}.partial.ipynb")
     failed = done.with_name(f"{name}.failed.ipynb")
     print(f"{name} ...", flush=True)
-    problem = None
+    problem, others = None, psutil.Process().children(recursive=True)  # whose process this is may have its own
     try:
         papermill.execute_notebook(
             str(source),
@@ -160,7 +161,7 @@ def _execute(run: RunFolder, name: str, source: Path, parameters: dict, force: b
     except OSError as error:  # a full disk: papermill writes after every cell
         working.unlink(missing_ok=True)
         problem, stopped = f"notebook {name} could not be written to {done.parent}: {error}", False
-    wait_for_children()  # of a dead kernel: they are saving
+    wait_for_children(others)  # of a dead kernel: they are saving
     if problem:
         _write_ending(run, problem, stopped)
     failed.unlink(missing_ok=True)

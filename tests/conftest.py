@@ -4,12 +4,21 @@ import os
 
 import pytest
 import torch
+from processes import Ranks
 
 from dimo.ursa import load_ursa
 from dimo.worlds import checkpoint_folder, load_world
 
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # also in the kernels and processes that tests start
+
+LONG = ("launch", "notebooks", "signals", "resume", "plan", "evaluation", "processes", "trainer", "engine")
+
+
+def pytest_collection_modifyitems(items):
+    """Files that take long come first: side by side, none of them is left alone at the end."""
+    first = {f"test_{name}": i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: first.get(item.path.stem, len(LONG)))
 
 
 @pytest.fixture(scope="session")
@@ -22,6 +31,13 @@ def ursa():
     loaded = load_ursa(checkpoint_folder("shapes"))
     loaded.transformer.requires_grad_(False)
     return loaded
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    made = Ranks()
+    yield made
+    made.end()
 
 
 @pytest.fixture

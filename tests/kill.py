@@ -2,7 +2,7 @@
 
 Per number of processes: one run of 40 steps that nobody disturbs, then `--points` runs that are killed, half of them
 while a checkpoint is being written, some of them twice, and continued. Weights, moments, memories and metrics must be
-equal bit for bit. The processes are forked from this one, so that a kill costs a second and not an import of torch.
+equal bit for bit. The processes are forked from this one, so that a kill costs a second and not imports.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"  # accelerate would choose a number itself, and sums depend on it
 
 import torch
+from processes import import_all
 from safetensors.torch import load_file
 
 import dimo.train.trainer
@@ -146,6 +147,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    import_all()
     draw, failures = random.Random(args.seed), 0
     with tempfile.TemporaryDirectory() as temporary:
         captions = Path(temporary, "captions.txt")

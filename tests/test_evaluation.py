@@ -141,7 +141,13 @@ def test_each_alarm_rings_once_for_its_own_reason(name, changes):
         assert any(ch.isdigit() or "/" in ch for ch in found[0].sentence) and found[0].step > 0
 
 
-def test_ablation_tunes_on_one_seed_reports_on_others_and_continues(tmp_path):
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """To draw one takes longer than a run of two steps."""
+    monkeypatch.setattr("dimo.views.sheets.save_sheet", lambda *_: None)
+
+
+def test_ablation_tunes_on_one_seed_reports_on_others_and_continues(tmp_path, no_pictures):
     small = [
         "training.max_train_steps=2",
         "evaluation.videos_per_prompt=1",

@@ -47,13 +47,18 @@ def wait_until(true, seconds=120):
 # ------------------------------------------------------------------ a stand-in for the workers
 
 WORKER = """
-import os, signal, sys, time
-from dimo.train.runfolder import RunFolder
+import json, os, signal, sys, time
 from dimo.train.lifeline import end_with_launcher
 
 end_with_launcher()
 out, mode = sys.argv[1:]
-run = RunFolder(out)
+
+
+def write_status(**status):  # as RunFolder does, without the seconds that importing it takes
+    beside = f"{out}/status.{os.getpid()}"
+    with open(beside, "w") as file:
+        json.dump({**status, "pid": os.getpid()}, file)
+    os.replace(beside, f"{out}/status.json")
 
 
 def stop(*_):
@@ -61,7 +66,7 @@ def stop(*_):
         return
     print("saving", flush=True)
     time.sleep(0.5)
-    run.write_status(state="preempted", step=3)
+    write_status(state="preempted", step=3)
     os._exit(75)
 
 
@@ -69,13 +74,13 @@ signal.signal(signal.SIGTERM, stop)
 if mode == "early":
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 else:
-    run.write_status(state="running", step=1)
+    write_status(state="running", step=1)
 print("ready", flush=True)
 if mode == "fails":
     sys.exit(2)
 while mode != "done":
     time.sleep(0.1)
-run.write_status(state="finished", step=9)
+write_status(state="finished", step=9)
 """
 
 LAUNCHER = """
@@ -159,6 +164,17 @@ def test_kill_9_of_the_launcher_lets_the_workers_save_and_leaves_none(tmp_path):
     run.process.kill()
     code, status, _ = run.end()
     assert code == -9 and status["state"] == "preempted"
+
+
+def test_only_what_a_notebook_left_is_waited_for_and_killed():
+    sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+    with subprocess.Popen(sleep) as other:
+        others = psutil.Process().children(recursive=True)
+        left = subprocess.Popen(sleep)
+        launching.wait_for_children(others, 0.1)
+        assert not psutil.pid_exists(left.pid) and other.poll() is None
+        launching.wait_for_children(others, 1000)
+        other.kill()
 
 
 # ------------------------------------------------------------------ without processes
@@ -262,6 +278,7 @@ def test_a_headless_run_of_two_processes_survives_signals_and_kills_at_every_lev
     out = tmp_path / "run"
     same = ["-c", "smoke", f"experiment.output_dir={out}", "--num_steps", "70", "--log_every", "1"]
     same += ["model.device=cpu", "experiment.save_every=4", "experiment.sample_every=99"]
+    same += ["evaluation.videos_per_prompt=1"]
     headless = [sys.executable, "-m", "dimo.cli", "run", *same, "-p", "num_processes=2"]
     # below the kernel everything is the same under `dimo train`, which starts sooner
     alone = [sys.executable, "-m", "dimo.cli", "train", *same, "--num_processes", "2"]

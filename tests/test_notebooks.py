@@ -34,7 +34,7 @@ def test_notebooks_are_thin_and_carry_no_output(name):
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "smoke"
-    settings = [f"experiment.output_dir={folder}", "model.device=cpu"]
+    settings = [f"experiment.output_dir={folder}", "model.device=cpu", "distill.batch_size_per_gpu=2"]
     run = run_notebooks("smoke", settings, ["min_share=0.0", "evaluation.seed=3"])
     return run, settings
 

@@ -1,6 +1,8 @@
 """What `dimo plan` counts, against real tensors, the allocator's own record, and arithmetic by hand."""
 
+import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from dimo.plan import GIB, alternatives, make_plan, parts_of
 from dimo.train.config import load_config
 from dimo.train.trainer import Trainer
 from dimo.ursa import UrsaConfig, UrsaTransformer
+from dimo.worlds import checkpoint_folder
 
 pytestmark = pytest.mark.filterwarnings("error:Accessing the data pointer of FakeTensor")  # `dimo plan` showed it
 
@@ -23,6 +26,15 @@ def optimizer_bytes(trainer):
     states = [state for optimizer in optimizers for state in optimizer.state.values()]
     tensors = {id(t): t for state in states for t in state.values() if isinstance(t, torch.Tensor)}
     return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+@pytest.fixture
+def one_layer(tmp_path):
+    """Overrides: the built-in world with one layer and one update of the auxiliary, which is gone through sooner."""
+    folder = shutil.copytree(checkpoint_folder("shapes"), tmp_path / "one-layer")
+    file = folder / "transformer" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_hidden_layers": 1}))
+    return [f"distill.teacher_ckpt={folder}", "distill.aux_steps=1"]
 
 
 SAVING = ["model.activation_checkpointing=selective", "model.train_embeddings=false", "training.mixed_precision=bf16"]
@@ -64,12 +76,12 @@ def test_the_sizes_are_ursas():
         assert sum(p.numel() for p in model.parameters()) == parameters
 
 
-def test_all_ranks_send_their_gradients():
-    run = dry_run(load_config("smoke", ["distill.aux_steps=2"]), num_processes=8)
+def test_all_ranks_send_their_gradients(one_layer):
+    run = dry_run(load_config("smoke", [*one_layer, "distill.aux_steps=2"]), num_processes=8)
     one = run.trained["student"]
     sent = sum(run.collectives.values())
     assert 3 * one <= sent < 3 * one + 4096  # the student's once, the auxiliary's twice, and a few numbers
-    assert dry_run(load_config("smoke")).collectives == {}
+    assert dry_run(load_config("smoke", one_layer)).collectives == {}
     assert not torch.distributed.is_initialized()
     assert Trainer(load_config("smoke", ["model.device=cpu"])).accelerator.num_processes == 1  # nothing is left behind
 
@@ -94,8 +106,8 @@ def test_more_video_is_more_memory_and_the_rest_stays():
     assert large.peak == pytest.approx(4 * small.peak, rel=0.1)
 
 
-def test_what_to_change_is_gone_through_too():
-    overrides = ["training.num_processes=2", "distill.batch_size_per_gpu=16"]
+def test_what_to_change_is_gone_through_too(one_layer):
+    overrides = [*one_layer, "training.num_processes=2", "distill.batch_size_per_gpu=16"]
     plan = make_plan(load_config("smoke", overrides), memory_gib=1e-4, probe=False)
     found = alternatives(plan, None, "smoke", overrides)
     assert plan.seconds is None and plan.total > 1e-4 * GIB
@@ -109,15 +121,15 @@ def test_what_to_change_is_gone_through_too():
     assert found[" ".join([*single, zero])] == min(found.values())
 
 
-def test_the_command(capsys):
-    words = ["plan", "-c", "smoke", "--num_processes", "4", "--num_steps", "1000", "--batch_size", "2"]
+def test_the_command(capsys, one_layer):
+    words = ["plan", "-c", "smoke", *one_layer, "--num_processes", "4", "--num_steps", "1000", "--batch_size", "2"]
     assert main([*words, "--memory", "1"]) == 0
     text = capsys.readouterr().out
     tokens = math.prod((1000, 2, 4, 48))
     assert f"{tokens:.3g} tokens" in text and "fits into 1" in text and "not seen: " in text
     if not torch.cuda.is_available():
         assert "not measured (no GPU here)" in text
-    assert main([*words, "--memory", "0.001"]) == 0
+    assert main([*words, *SAVING, "--memory", "0.0001"]) == 0
     assert "does NOT fit" in (text := capsys.readouterr().out) and "training.engine=deepspeed_zero2" in text
     assert main([*words, "--dry-run"]) == 0
     assert "went through on rank 0 of 4" in capsys.readouterr().out

@@ -264,9 +264,10 @@ def children_told_to_stop():
         yield asked
 
 
-def wait_for_children(grace_s: float = GRACE_S) -> None:
-    """Return when no process that descends from this one is left; after `grace_s` the rest are killed."""
-    _, late = psutil.wait_procs(psutil.Process().children(recursive=True), grace_s)
+def wait_for_children(others: list[psutil.Process], grace_s: float = GRACE_S) -> None:
+    """Return when no process that descends from this one is left, but for `others`; after `grace_s` they are killed."""
+    ours = [process for process in psutil.Process().children(recursive=True) if process not in others]
+    _, late = psutil.wait_procs(ours, grace_s)
     _send(late, kill=True)
     psutil.wait_procs(late, 10)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch.overrides import TorchFunctionMode
 
 from dimo.errors import DimoError, nearest, reason
 from dimo.files import whole_folder
@@ -118,10 +119,19 @@ def load_transformer(
     if backend == "upstream":
         transformer = import_upstream().empty_transformer(config)
     else:
-        with torch.device("meta"):
+        with torch.device("meta"), _NoFirstValues():
             transformer = UrsaTransformer(config)
     load_weights(transformer, read_weights(folder), where=str(folder), assign=True)
     return transformer.to(device, dtype)
+
+
+class _NoFirstValues(TorchFunctionMode):
+    """Modules that are made inside are not initialised: on the meta device that alone would import torch._dynamo."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
 
 
 def read_config(folder: Path) -> UrsaConfig:
