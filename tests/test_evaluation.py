@@ -129,6 +129,7 @@ def rows_with(count=40, **changes):
         ("entropy_floor", {"lambda_ent": lambda i: 0.05 if i >= 20 else 0.01}),
         ("aux_lags", {"loss__aux": lambda i: 0.5 if i < 15 else 0.9}),
         ("codes_lost", {"codes__used": lambda i: 10 if i < 20 else 4}),
+        ("logits_run_away", {"logits__std": lambda i: 5.0 if i < 9 else 160.0}),
         ("gradient_spike", {"grad_norm__student": lambda i: 30.0 if i == 25 else 1.0}),
         ("steps_skipped", {"guard__skipped": lambda i: 0 if i < 7 else 2}),
         ("non_finite", {"non_finite": lambda i: ["loss/total"] if i == 3 else []}),

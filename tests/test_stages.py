@@ -31,6 +31,10 @@ def test_student_pass_is_one_pass_at_x_init(step, ursa):
     assert torch.equal(step.student_logits, z)
     assert torch.allclose(step.logp, p.gather(-1, step.x_hat[..., None])[..., 0].log(), atol=1e-5)
     assert torch.allclose(step.entropy, -(p * p.log()).sum(-1), atol=1e-5)
+    spread = (z[0] - z[0].mean(-1, keepdim=True)).square().sum(-1).div(z.shape[-1] - 1).sqrt().mean()
+    fused = Step(txt_ids=step.txt_ids, x_init=step.x_init, fused=True)
+    stages.student_pass(fused, ursa.transformer, GRID)
+    assert step.logits_std.item() == pytest.approx(spread.item(), rel=1e-5) == fused.logits_std.item()
 
 
 def test_x_hat_is_drawn_from_the_students_softmax(ursa, generator):

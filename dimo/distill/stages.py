@@ -39,6 +39,7 @@ class Step:
     x_hat: torch.Tensor | None = None  # 3: (B, N)
     logp: torch.Tensor | None = None  # 3: (B, N)
     entropy: torch.Tensor | None = None  # 3: (B, N), nats
+    logits_std: torch.Tensor | None = None  # 3: scalar, nats; of a few tokens, over the codes
     t: torch.Tensor | None = None  # 4: (B,) or (B, N)
     x_t: torch.Tensor | None = None  # 4: (B, N)
     teacher_logits: torch.Tensor | None = None  # 5: (B, N, K)
@@ -90,6 +91,7 @@ def student_pass(step: Step, student: UrsaTransformer, grid: Grid, generator=Non
     if step.fused:
         step.student_logits = answer = visual_answer(student, step.txt_ids, step.x_init, grid)
         step.x_hat, step.logp, step.entropy = draw(answer, generator)
+        step.logits_std = Answer(answer.hidden[:1, :128], answer.weight).detach().logits.std(-1).mean()
         return require_finite("the student's logits", step.entropy)
     step.student_logits = visual_logits(student, step.txt_ids, step.x_init, grid)
     require_finite("the student's logits", step.student_logits)
@@ -97,6 +99,7 @@ def student_pass(step: Step, student: UrsaTransformer, grid: Grid, generator=Non
         step.x_hat = draw_codes(step.student_logits, generator)
     step.logp = losses.log_prob(step.student_logits, step.x_hat)
     step.entropy = losses.token_entropy(step.student_logits)
+    step.logits_std = step.student_logits[:1, :128].detach().std(-1).mean()
 
 
 def draw_t(

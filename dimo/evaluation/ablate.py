@@ -30,6 +30,7 @@ METHODS = {
     "Jeffreys": ["distill.divergence=jeffreys"],
     "own pass": ["distill.aux_pass=own"],
     "embeddings kept": ["model.train_embeddings=false"],
+    "head kept": ["model.train_head=false"],
     "KD beside": ["distill.w_kd=0.1"],
     "KD every 4th": ["distill.w_kd=0.1", "distill.kd_every=4"],
     "reinforce": ["distill.estimator=reinforce"],

@@ -7,7 +7,7 @@ import statistics
 
 WINDOW = 10  # rows averaged before anything is compared
 MEMORY = 200  # rows whose median a spike is compared with
-AUX_LAG, SPIKE = 1.3, 10.0
+AUX_LAG, SPIKE, RUNAWAY = 1.3, 10.0, 30.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,11 +22,13 @@ def alarms(rows: list[dict]) -> list[Alarm]:
 
     non_finite: a metric was NaN or infinite. entropy_floor: the entropy bonus was raised. aux_lags: the auxiliary's
     loss rose by 30% over its least smoothed value, so it follows the student no more. codes_lost: a batch uses less
-    than half as many codes as the first did. gradient_spike: ten times the median of the last 200 rows. steps_skipped:
-    values that are not finite kept steps from updating, also between the rows.
+    than half as many codes as the first did. logits_run_away: the student's logits spread 30 times as far as at first,
+    so that a token's decision is hardly reversed any more (`model.train_head`). gradient_spike: ten times the median of
+    the last 200 rows. steps_skipped: values that are not finite kept steps from updating, also between the rows.
     """
     found = []
-    least, raised, spiking, lagging, lost, skipped = float("inf"), False, False, False, False, 0
+    least, skipped = float("inf"), 0
+    raised = spiking = lagging = lost = away = False
     for i, row in enumerate(rows):
         step, window = row["step"], rows[max(0, i - WINDOW + 1) : i + 1]
         if row.get("non_finite"):
@@ -51,6 +53,13 @@ def alarms(rows: list[dict]) -> list[Alarm]:
             if codes < first_codes / 2 and not lost:
                 found.append(Alarm(step, "codes_lost", f"a batch uses {codes:g} codes, the first used {first_codes:g}"))
             lost = codes < first_codes / 2
+        spread, first_spread = row.get("logits/std"), rows[0].get("logits/std")
+        if spread is not None and first_spread:
+            if spread > RUNAWAY * first_spread and not away:
+                found.append(
+                    Alarm(step, "logits_run_away", f"logits/std is {spread:.3g} nats, the first was {first_spread:.3g}")
+                )
+            away = spread > RUNAWAY * first_spread
         norms = [
             r["grad_norm/student"] for r in rows[max(0, i - MEMORY) : i + 1] if r.get("grad_norm/student") is not None
         ]

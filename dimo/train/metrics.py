@@ -9,7 +9,7 @@ from dimo.distill.stages import Step
 MEASURED = (
     "loss/total", "loss/distill", "loss/aux", "loss/kd", "entropy/student", "entropy/aux", "entropy/teacher",
     "reward/mean", "reward/std", "reward/baseline", "gap/aux_teacher_tv", "gap/student_teacher_kl", "t/mean",
-    "x_init/corrupt_share", "codes/used",
+    "x_init/corrupt_share", "codes/used", "logits/std",
 )  # fmt: skip
 
 
@@ -20,6 +20,7 @@ def measured(step: Step) -> dict[str, torch.Tensor]:
         "loss/distill": step.distill,
         "loss/aux": torch.stack(step.aux_losses).mean(),
         "entropy/student": step.entropy.mean(),
+        "logits/std": step.logits_std,
         "reward/mean": step.reward.mean(),
         "reward/square": step.reward.square().mean(),
         "reward/baseline": step.baseline if step.baseline is not None else step.reward.mean(),
