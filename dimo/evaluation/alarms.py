@@ -26,9 +26,15 @@ def alarms(rows: list[dict]) -> list[Alarm]:
     so that a token's decision is hardly reversed any more (`model.train_head`). gradient_spike: ten times the median of
     the last 200 rows. steps_skipped: values that are not finite kept steps from updating, also between the rows.
     """
-    found = []
+    found, on = [], set()
+
+    def ring(name: str, now: bool, sentence: str) -> None:
+        """Once for as long as it is so."""
+        if now and name not in on:
+            found.append(Alarm(step, name, sentence))
+        (on.add if now else on.discard)(name)
+
     least, skipped = float("inf"), 0
-    raised = spiking = lagging = lost = away = False
     for i, row in enumerate(rows):
         step, window = row["step"], rows[max(0, i - WINDOW + 1) : i + 1]
         if row.get("non_finite"):
@@ -36,40 +42,28 @@ def alarms(rows: list[dict]) -> list[Alarm]:
         if row.get("guard/skipped", 0) > skipped:
             found.append(Alarm(step, "steps_skipped", f"{row['guard/skipped'] - skipped:g} steps were not finite"))
             skipped = row["guard/skipped"]
-        bonus, first_bonus = row.get("lambda_ent"), rows[0].get("lambda_ent")
-        if bonus is not None and first_bonus is not None:
-            if bonus > first_bonus and not raised:
-                found.append(Alarm(step, "entropy_floor", f"lambda_ent rose from {first_bonus:g} to {bonus:g}"))
-            raised = bonus > first_bonus
+        bonus, first = row.get("lambda_ent"), rows[0].get("lambda_ent")
+        if bonus is not None and first is not None:
+            ring("entropy_floor", bonus > first, f"lambda_ent rose from {first:g} to {bonus:g}")
         aux = _mean(window, "loss/aux")
         if aux is not None and i + 1 >= WINDOW:
-            if aux > AUX_LAG * least and not lagging:
-                found.append(
-                    Alarm(step, "aux_lags", f"loss/aux is {aux:.3g}, its least was {least:.3g} nats per token")
-                )
-            lagging, least = aux > AUX_LAG * least, min(least, aux)
-        codes, first_codes = row.get("codes/used"), rows[0].get("codes/used")
-        if codes is not None and first_codes:
-            if codes < first_codes / 2 and not lost:
-                found.append(Alarm(step, "codes_lost", f"a batch uses {codes:g} codes, the first used {first_codes:g}"))
-            lost = codes < first_codes / 2
-        spread, first_spread = row.get("logits/std"), rows[0].get("logits/std")
-        if spread is not None and first_spread:
-            if spread > RUNAWAY * first_spread and not away:
-                found.append(
-                    Alarm(step, "logits_run_away", f"logits/std is {spread:.3g} nats, the first was {first_spread:.3g}")
-                )
-            away = spread > RUNAWAY * first_spread
+            lags = f"loss/aux is {aux:.3g}, its least was {least:.3g} nats per token"
+            ring("aux_lags", aux > AUX_LAG * least, lags)
+            least = min(least, aux)
+        codes, first = row.get("codes/used"), rows[0].get("codes/used")
+        if codes is not None and first:
+            ring("codes_lost", codes < first / 2, f"a batch uses {codes:g} codes, the first used {first:g}")
+        spread, first = row.get("logits/std"), rows[0].get("logits/std")
+        if spread is not None and first:
+            wide = f"logits/std is {spread:.3g} nats, the first was {first:.3g}"
+            ring("logits_run_away", spread > RUNAWAY * first, wide)
         norms = [
             r["grad_norm/student"] for r in rows[max(0, i - MEMORY) : i + 1] if r.get("grad_norm/student") is not None
         ]
         if len(norms) >= WINDOW:
             median = statistics.median(norms)
-            if norms[-1] > SPIKE * median and not spiking:
-                found.append(
-                    Alarm(step, "gradient_spike", f"grad_norm/student is {norms[-1]:.3g}, median {median:.3g}")
-                )
-            spiking = norms[-1] > SPIKE * median
+            spike = f"grad_norm/student is {norms[-1]:.3g}, median {median:.3g}"
+            ring("gradient_spike", norms[-1] > SPIKE * median, spike)
     return found
 
 
