@@ -52,6 +52,7 @@ def replace_folder(beside: Path, folder: Path) -> None:
     """Rename `beside` to `folder`; an older one steps aside first, for no rename replaces a folder with files in it."""
     remove_folder(folder)
     os.rename(beside, folder)
+    sync(folder.parent)
 
 
 def remove_folder(folder: Path) -> None:

@@ -55,7 +55,7 @@ def test_a_folder_takes_its_name_when_all_in_it_is_on_the_disk(monkeypatch, tmp_
     with whole_folder(tmp_path / "x") as beside:
         (beside / "sub").mkdir()
         (beside / "sub" / "file").touch()
-    assert sorted(done[:2]) == ["file", "sub"] and done[2:] == [".x.partial", "to x"]
+    assert sorted(done[:2]) == ["file", "sub"] and done[2:] == [".x.partial", "to x", tmp_path.name]
 
 
 def test_the_bytes_of_a_saved_value_do_not_depend_on_the_files_name(tmp_path):

@@ -92,7 +92,6 @@ class Checkpoints:
         sync(partial / MANIFEST)
         sync(partial)
         replace_folder(partial, folder)
-        sync(folder.parent)
         self._damaged.discard(folder)
         whole = [f for f in self.all() if f not in self._damaged]  # the one just written is
         for old in self.all():
