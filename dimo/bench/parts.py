@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention import sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._pytree import tree_leaves
 
 from dimo.distill import fused, stages
 from dimo.train.checkpoints import HostCopies
@@ -184,17 +185,10 @@ def saving(trainer: Trainer, clock: Clock) -> dict[str, float]:
     trainer.step(0)  # moments exist from here on
     clock.wait()
     begin = time.perf_counter()
-    size = sum(x.nbytes for x in _tensors(copy()))
+    made = copy()
     first = time.perf_counter() - begin
+    size = sum(x.nbytes for x in tree_leaves(made) if isinstance(x, torch.Tensor))
     return clock(copy) | {"first": first, "gb": size / 1e9}
-
-
-def _tensors(tree) -> Iterator[torch.Tensor]:
-    if isinstance(tree, torch.Tensor):
-        yield tree
-    elif isinstance(tree, (dict, list, tuple)):
-        for each in tree.values() if isinstance(tree, dict) else tree:
-            yield from _tensors(each)
 
 
 def attention_alone(trainer: Trainer, batch: int, text: int, clock: Clock) -> Iterator[tuple[str, dict | None]]:

@@ -61,7 +61,12 @@ def model_flops(config: UrsaConfig, sequence: int, tokens: int) -> float:
     kv_width = config.num_key_value_heads * config.head_dim
     layer = config.hidden_size * (2 * attention_width + 2 * kv_width + 3 * config.intermediate_size)
     layers = config.num_hidden_layers * (2 * layer * sequence + 4 * sequence**2 * attention_width)
-    return layers + 2 * config.hidden_size * config.lm_head_size * tokens
+    return layers + head_flops(config, tokens)
+
+
+def head_flops(config: UrsaConfig, tokens: int) -> float:
+    """Of the head's product for one sample; of its gradient too."""
+    return 2 * config.hidden_size * config.lm_head_size * tokens
 
 
 def step_flops(config: Config, network: UrsaConfig, batch: int, sequence: int, tokens: int) -> float:
@@ -69,7 +74,7 @@ def step_flops(config: Config, network: UrsaConfig, batch: int, sequence: int, t
     passes = passes_of(config).values()
     flops = sum(passes) * model_flops(network, sequence, tokens)
     if not config.model.train_head:
-        flops -= sum(n // 3 for n in passes) * 2 * network.hidden_size * network.lm_head_size * tokens
+        flops -= sum(n // 3 for n in passes) * head_flops(network, tokens)
     return batch * flops
 
 

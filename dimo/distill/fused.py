@@ -155,8 +155,8 @@ class _MeanLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        (d_hidden, d_weight), ctx.gradients = ctx.gradients, None
-        return d_hidden.mul_(grad), None if d_weight is None else d_weight.mul_(grad), None, None
+        gradients, ctx.gradients = ctx.gradients, None
+        return *(None if g is None else g.mul_(grad) for g in gradients), None, None
 
 
 @dataclasses.dataclass

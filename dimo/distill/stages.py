@@ -22,6 +22,7 @@ from dimo.ursa import MetricPath, MixturePath, UrsaTransformer, draw_codes, guid
 from dimo.ursa.answer import Answer, draw, guide_answer, visual_answer
 
 Grid = tuple[int, int, int]
+LOOKED_AT = 128  # tokens of the first sample whose logits are measured
 
 
 @dataclasses.dataclass
@@ -90,8 +91,9 @@ def student_pass(step: Step, student: UrsaTransformer, grid: Grid, generator=Non
     """Stage 3: one pass at x_init; x_hat ~ softmax(z_S), its log-probability and entropy per token."""
     if step.fused:
         step.student_logits = answer = visual_answer(student, step.txt_ids, step.x_init, grid)
-        step.x_hat, step.logp, step.entropy = draw(answer, generator)
-        step.logits_std = Answer(answer.hidden[:1, :128], answer.weight).detach().logits.std(-1).mean()
+        fixed = answer.detach()  # the head is rounded once for both
+        step.x_hat, step.logp, step.entropy = draw(fixed, generator)
+        step.logits_std = Answer(fixed.hidden[:1, :LOOKED_AT], fixed.weight).logits.std(-1).mean()
         return require_finite("the student's logits", step.entropy)
     step.student_logits = visual_logits(student, step.txt_ids, step.x_init, grid)
     require_finite("the student's logits", step.student_logits)
@@ -99,7 +101,7 @@ def student_pass(step: Step, student: UrsaTransformer, grid: Grid, generator=Non
         step.x_hat = draw_codes(step.student_logits, generator)
     step.logp = losses.log_prob(step.student_logits, step.x_hat)
     step.entropy = losses.token_entropy(step.student_logits)
-    step.logits_std = step.student_logits[:1, :128].detach().std(-1).mean()
+    step.logits_std = step.student_logits[:1, :LOOKED_AT].detach().std(-1).mean()
 
 
 def draw_t(
