@@ -55,7 +55,8 @@ class Ranks:
         self.server = subprocess.Popen(words, env=os.environ | ENVIRONMENT, **pipes)
 
     def launch(self, folder, *command, engine="ddp", processes=2):
-        """The CompletedProcess of a script or `-m module` in `folder`; its exit code is that of the first that failed.
+        """The CompletedProcess of a script or `-m module` in `folder`: the exit code of the first rank that failed, whose
+        output comes last, since the others' may only say that it is gone.
 
         They meet in a store that is here, as torchrun's workers do in its own: no port has to be free a moment later.
         """
@@ -63,8 +64,9 @@ class Ranks:
         env = ENGINES[engine] | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
         env |= {"WORLD_SIZE": str(processes), "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
         print(json.dumps([str(folder), list(map(str, command)), env]), file=self.server.stdin, flush=True)
-        code = int(self.server.stdout.readline())
-        said = ["".join(Path(folder, f"rank{r}.{name}").read_text() for r in range(processes)) for name in NAMES]
+        code, first = map(int, self.server.stdout.readline().split())
+        ranks = sorted(range(processes), key=lambda rank: rank == first)
+        said = ["".join(Path(folder, f"rank{rank}.{name}").read_text() for rank in ranks) for name in NAMES]
         return subprocess.CompletedProcess(command, code, *said)
 
     def run_script(self, folder, text, *arguments, **more):
@@ -97,22 +99,25 @@ def _fork(rank, folder, command, env):
 
 
 def _serve():
-    """A line of JSON asks for a launch; the answer is its exit code. When a rank has failed, the others have 10 s."""
+    """A line of JSON asks for a launch; the answer is its exit code and the rank that failed first, or 0 and -1.
+
+    When a rank has failed, the others have 10 s.
+    """
     for line in sys.stdin:
         folder, command, env = json.loads(line)
-        ranks = {_fork(rank, folder, command, env) for rank in range(int(env["WORLD_SIZE"]))}
-        code, until = 0, time.monotonic() + 300
+        ranks = {_fork(rank, folder, command, env): rank for rank in range(int(env["WORLD_SIZE"]))}
+        code, first, until = 0, -1, time.monotonic() + 300
         while ranks:
             process, status = os.waitpid(-1, os.WNOHANG)
             if process:
-                ranks.remove(process)
-                code = code or os.waitstatus_to_exitcode(status)
-                until = time.monotonic() + 10 if code else until
+                rank, failed = ranks.pop(process), os.waitstatus_to_exitcode(status)
+                if failed and not code:
+                    code, first, until = failed, rank, time.monotonic() + 10
             elif time.monotonic() > until:
-                for rank in ranks:
-                    os.kill(rank, signal.SIGKILL)
+                for process in ranks:
+                    os.kill(process, signal.SIGKILL)
             time.sleep(0.02)
-        print(code, flush=True)
+        print(code, first, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
-"""A one-step student of the built-in world, trained to its end on a GPU: the trainer's stages as one CUDA graph.
+"""One-step students of the built-in world, trained to their end on a GPU: the trainer's stages as one CUDA graph.
 
-`python tests/recipe.py SEED [--minutes M] [KEY=VALUE ...]` trains preset `shapes_long`, a step of which is some 2,000
-small kernels that a GPU waits for; replayed as a graph they take a tenth of the time. First a few steps are
-compared with `Trainer.step`. Several seeds may share a GPU. Writes runs/recipe-SEED/student-EMA and report-EMA.json.
+`python tests/recipe.py SEED [SEED ...] [--minutes M] [KEY=VALUE ...]` trains preset `shapes_long`, a step of which is
+some 2,000 small kernels that a GPU waits for; replayed as a graph they take a tenth of the time, and graphs of several
+seeds run beside each other, each on a stream of its own. First a few steps are compared with `Trainer.step`. Writes
+runs/recipe-SEED/student-EMA and report-EMA.json, of the student as `checkpoints/final` would hold it.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import time
@@ -23,6 +25,7 @@ from dimo.train.optimizers import Muon, lr_factor, orthogonalise, warm_ema_decay
 from dimo.train.trainer import Trainer
 from dimo.ursa import save_student
 from dimo.worlds import load_world
+from dimo.worlds.shapes import ShapesWorld
 
 CHECKED = 3  # steps that graph and trainer both make
 
@@ -33,26 +36,29 @@ class Graph:
     def __init__(self, trainer: Trainer, emas: list[float]):
         self.trainer, c = trainer, trainer.config
         self.device, self.samples = trainer.device, c.distill.batch_size_per_gpu
-        assert c.distill.aux_pass == "own" and c.distill.w_kd == 0 and c.distill.lambda_ent == 0 and not trainer.fused
-        assert self.samples >= trainer.x_init.capacity, "the memory of x_hat must be full after one step"
+        assert c.distill.w_kd == 0 and c.distill.lambda_ent == 0 and not trainer.fused
         self.factors = {name: torch.ones((), device=self.device) for name in ("student", "aux")}
         self.emas = emas
         self.keep = [torch.zeros((), device=self.device) for _ in emas]
         self.loss = torch.zeros((), device=self.device)
-        trainer.step(0)  # fills the optimizers' state and the memory of x_hat
-        self.averages = [[p.detach().clone() for p in trainer.networks.ema.parameters()] for _ in emas]
+        self.first = math.ceil(trainer.x_init.capacity / self.samples)
+        for index in range(self.first):  # these fill the memory of x_hat and the optimizers' state
+            trainer.step(index)
+        n = trainer.networks
+        pairs = zip(n.ema.parameters(), n.student.parameters())
+        self.averaged, self.learning = zip(*((e, s.detach()) for e, s in pairs if s.requires_grad))
+        self.averages = [[p.detach().clone() for p in self.averaged] for _ in emas]
         self.memory = trainer.x_init
         before = self._snapshot()
-        self.graph = torch.cuda.CUDAGraph()
+        self.graph, self.stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         self.graph.register_generator_state(trainer.generator)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
             for _ in range(3):
                 self._step()
-        torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
-        with torch.cuda.graph(self.graph, capture_error_mode="relaxed"):  # chunks ask for free memory
+        # chunks ask for free memory; a stream of its own has a workspace of its own, which graphs side by side need
+        with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="relaxed"):
             self._step()
         self._restore(before)
         self.before = before
@@ -68,24 +74,24 @@ class Graph:
         stages.teacher_pass(step, n.teacher, grid)
         fits = stages.auxiliary_losses(
             step, n.aux, t.path, grid, d.aux_objective, d.aux_steps, d.label_smoothing, d.empty_prompt_share,
-            t.empty_ids, g, False, d.t_per,
+            t.empty_ids, g, d.aux_pass == "shared", d.t_per,
         )  # fmt: skip
         for loss in fits:
             loss.backward()
             self._update(t.aux, self.factors["aux"])
-        stages.auxiliary_pass(step, n.aux, grid)
+        if d.aux_pass == "own":
+            stages.auxiliary_pass(step, n.aux, grid)
         stages.distillation_loss(step, d.estimator, t.beta, None, d.w_reinforce)
         stages.total_loss(step, d.w_distill)
         step.loss.backward()
         self._update(t.student, self.factors["student"])
         with torch.no_grad():
             self.loss.copy_(step.loss)
-            self.memory.x_hat.copy_(step.x_hat[: self.memory.capacity])
-            self.memory.txt_ids.copy_(step.txt_ids[: self.memory.capacity])
-            student = [p.detach() for p in n.student.parameters()]
+            for kept, new in ((self.memory.x_hat, step.x_hat), (self.memory.txt_ids, step.txt_ids)):
+                kept.copy_(torch.cat([new, kept])[: len(kept)])
             for average, keep in zip(self.averages, self.keep):
                 torch._foreach_mul_(average, keep)
-                torch._foreach_add_(average, torch._foreach_mul(student, 1 - keep))
+                torch._foreach_add_(average, torch._foreach_mul(self.learning, 1 - keep))
 
     @torch.no_grad()
     def _update(self, learner, factor: torch.Tensor) -> None:
@@ -143,24 +149,26 @@ class Graph:
             x.copy_(value)
 
     def step(self, index: int, last: int) -> None:
-        """Step `index` of `last`, as `Trainer.step` makes it."""
+        """Step `index` of `last`, as `Trainer.step` makes it; does not wait for it."""
         c = self.trainer.config
-        self.trainer.generator.manual_seed(self.trainer.seed_of(index))
-        self.factors["student"].fill_(lr_factor(c.optim, index, last, c.optim.min_lr_share))
-        self.factors["aux"].fill_(lr_factor(c.optim, index, last, c.optim.aux_min_lr_share))
-        for keep, decay in zip(self.keep, self.emas):
-            keep.fill_(warm_ema_decay(decay, index))
-        self.graph.replay()
+        with torch.cuda.stream(self.stream):
+            self.trainer.generator.manual_seed(self.trainer.seed_of(index))
+            self.factors["student"].fill_(lr_factor(c.optim, index, last, c.optim.min_lr_share))
+            self.factors["aux"].fill_(lr_factor(c.optim, index, last, c.optim.aux_min_lr_share))
+            for keep, decay in zip(self.keep, self.emas):
+                keep.fill_(warm_ema_decay(decay, index))
+            self.graph.replay()
 
     def check(self) -> float:
         """The largest difference of the student's weights after a few steps from what the trainer makes of them."""
         last = self.trainer.config.training.max_train_steps
-        for index in range(1, 1 + CHECKED):
+        for index in range(self.first, self.first + CHECKED):
             self.step(index, last)
+        torch.cuda.synchronize()
         got = [p.detach().clone() for p in self.trainer.networks.student.parameters()]
         self._restore(self.before)
         memory = self.memory.state_dict()
-        for index in range(1, 1 + CHECKED):
+        for index in range(self.first, self.first + CHECKED):
             self.trainer.step(index)
         want = [p.detach() for p in self.trainer.networks.student.parameters()]
         moved = max((a - b).abs().max().item() for a, b in zip(want, self.before))
@@ -169,51 +177,60 @@ class Graph:
         self._restore(self.before)
         return error
 
+    def scores(self, world: ShapesWorld, out: Path, at: int, last: int) -> None:
+        """Print and write the figures of every average after `at` steps, and the students."""
+        t, m = self.trainer, self.trainer.config.model
+        for decay, average in zip(self.emas, self.averages):
+            for p, value in zip(self.averaged, average):
+                p.data.copy_(value)
+            final = copy.deepcopy(t.networks.ema)
+            final.model.norm.weight.data.mul_(m.final_logit_gain / m.logit_gain)
+            rows, _ = evaluate(world, t.ursa, final, teacher_steps=(), progress=False)
+            keys = ("validity", "adherence", "coverage")
+            row = {name: {k: rows[name][k] for k in keys} for name in ("student_1", "student_1_argmax")}
+            line = {"seed": t.config.experiment.seed, "step": at, "of": last, "ema": decay} | row
+            print(json.dumps(line), flush=True)
+            save_student(out / f"student-{decay:g}", final)
+            (out / f"report-{decay:g}.json").write_text(json.dumps(line))
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("seed", type=int)
+    parser.add_argument("words", nargs="+", metavar="SEED | KEY=VALUE")
     parser.add_argument("--minutes", type=float, help="as many steps as fit, in place of training.max_train_steps")
     parser.add_argument("--emas", default="", help="further moving averages to score: 0.9998,0.9999; 0: the weights")
-    parser.add_argument("--evaluations", type=int, default=5, help="how often on the way (default: 5)")
+    parser.add_argument("--evaluations", type=int, default=5, help="how often, the end included (default: 5)")
     parser.add_argument("--name", default="recipe")
-    parser.add_argument("keys", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args()
-    begin = time.time()
-    out = Path("runs") / f"{args.name}-{args.seed}"
-    config = load_config("shapes_long", [f"experiment.seed={args.seed}", f"experiment.output_dir={out}", *args.keys])
-    trainer = Trainer(config)
-    emas = [config.optim.ema_decay, *(float(x) for x in args.emas.split(",") if x)]
-    graph, last = Graph(trainer, emas), config.training.max_train_steps
-    print(f"seed {args.seed}: {CHECKED} steps differ by {graph.check():.1e} of what they moved", flush=True)
-    world, first = load_world(trainer.ursa.folder), time.time()
-
-    def scores(at: int) -> None:
-        for decay, average in zip(emas, graph.averages):
-            for p, value in zip(trainer.networks.ema.parameters(), average):
-                p.data.copy_(value)
-            rows, _ = evaluate(world, trainer.ursa, trainer.networks.ema, teacher_steps=(), progress=False)
-            keys = ("validity", "adherence", "coverage")
-            row = {name: {k: rows[name][k] for k in keys} for name in ("student_1", "student_1_argmax")}
-            line = {"seed": args.seed, "step": at, "of": last, "ema": decay, "seconds": time.time() - begin} | row
-            print(json.dumps(line), flush=True)
-            save_student(out / f"student-{decay:g}", trainer.networks.ema)
-            (out / f"report-{decay:g}.json").write_text(json.dumps(line))
-
-    index = 1
+    begin, graphs = time.time(), {}
+    torch._dynamo.config.recompile_limit = 64  # the networks of every seed are compiled anew
+    for seed in (word for word in args.words if "=" not in word):
+        out = Path("runs") / f"{args.name}-{seed}"
+        own = [f"experiment.seed={seed}", f"experiment.output_dir={out}"]
+        config = load_config("shapes_long", own + [word for word in args.words if "=" in word])
+        emas = [config.optim.ema_decay, *(float(x) for x in args.emas.split(",") if x)]
+        graphs[out] = graph = Graph(Trainer(config), emas)
+        print(f"seed {seed}: {CHECKED} steps differ by {graph.check():.1e} of what they moved", flush=True)
+    world, last = load_world(graph.trainer.ursa.folder), config.training.max_train_steps
+    first, measured_after = time.time(), 500
+    index = graph.first
     while index < last:
-        graph.step(index, last)
+        for graph in graphs.values():
+            graph.step(index, last)
         index += 1
-        if index == 500:
-            torch.cuda.synchronize()
-            each = (time.time() - first) / 499
+        if index % 20 == 0:
+            torch.cuda.synchronize()  # or the CPU runs ahead of the GPU without end
+        if index == measured_after:
+            each = (time.time() - first) / (measured_after - graph.first)
             if args.minutes:
-                last = int((60 * args.minutes - (time.time() - begin) - 15) / each)
-            print(f"seed {args.seed}: {1e3 * each:.2f} ms a step, {last} steps", flush=True)
-        if index > 500 and index % max(1, last // args.evaluations) == 0 and index < last - 100:
-            scores(index)
-    scores(last)
-    assert math.isfinite(graph.loss.item())
+                scoring = 1.0 * len(graphs) * len(graph.emas) * args.evaluations
+                last = int((60 * args.minutes - (time.time() - begin) - scoring) / each)
+            print(f"{1e3 * each:.2f} ms a step of {len(graphs)} seeds, {last} steps", flush=True)
+        if index == last or index > measured_after and index % (last // args.evaluations) == 0 and index < last - 100:
+            torch.cuda.synchronize()
+            for out, graph in graphs.items():
+                graph.scores(world, out, index, last)
+    assert all(math.isfinite(graph.loss.item()) for graph in graphs.values())
 
 
 if __name__ == "__main__":

@@ -123,6 +123,7 @@ def test_a_frozen_part_is_one_tensor_and_changes_nothing_else(tmp_path, key, par
     # no clipping by a norm that the part is in; the auxiliary answers before its own part has moved, so that the
     # entropy bonus alone moves the student
     loose = ["optim.max_grad_norm=1e9", "distill.aux_pass=shared", "distill.aux_steps=1", "distill.lambda_ent=0.01"]
+    loose += ["model.train_head=true", "model.logit_gain=1"]
     own, shared = (trainer_for(tmp_path, *loose, f"model.{key}={learns}") for learns in ("true", "false"))
     teacher = {name: p.clone() for name, p in shared.networks.teacher.named_parameters()}
     for trainer in (own, shared):
@@ -139,6 +140,21 @@ def test_a_frozen_part_is_one_tensor_and_changes_nothing_else(tmp_path, key, par
                 assert torch.equal(network.get_parameter(name), teacher[name])
         else:
             assert torch.allclose(a, b, atol=1e-6), name
+
+
+def test_a_student_starts_with_the_teachers_logits_times_the_gain(tmp_path):
+    trainer = trainer_for(tmp_path, "model.logit_gain=3")
+    n, x = trainer.networks, torch.randint(trainer.path.codebook_size, (4, trainer.num_visual_tokens))
+    student, aux, ema, teacher = (
+        visual_logits(net, trainer.empty_ids.expand(4, -1), x, trainer.grid)
+        for net in (n.student, n.aux, n.ema, n.teacher)
+    )
+    assert torch.allclose(student, 3 * teacher, atol=1e-4) and torch.equal(student, ema) and torch.equal(aux, teacher)
+    for _ in range(3):
+        trainer.step(0)
+    assert torch.equal(n.ema.model.norm.weight, n.student.model.norm.weight)
+    with pytest.raises(DimoError, match="model.logit_gain must be positive, got 0"):
+        load_config("smoke", ["model.logit_gain=0"])
 
 
 def small(seed):
@@ -221,9 +237,9 @@ def test_bench_measures_what_runs(tmp_path):
     assert report["attention"]["flash, grouped"]["seconds"] > 0 and report["attention"]["cudnn, grouped"] is None
     assert report["kernels"]["aten::mm"][1] > 10
     network = random_ursa("tiny", torch.device("cpu")).transformer
-    frozen = network.model.embed_tokens.weight.numel()
+    frozen = sum(part.weight.numel() for part in (network.model.embed_tokens, network.model.norm, network.lm_head))
     trained = sum(p.numel() for p in network.parameters()) - frozen
-    # both networks with AdamW's two moments, and the average, in float32; the embeddings of each in bfloat16
+    # both networks with AdamW's two moments, and the average, in float32; what is frozen of each in bfloat16
     assert 28 * trained + 6 * frozen < 1e9 * report["save"]["gb"] < 1.01 * (28 * trained + 6 * frozen)
     write_report(report, tmp_path / "deep" / "bench.json")
     assert json.loads((tmp_path / "deep" / "bench.json").read_text())["tokens"] == 8

@@ -158,9 +158,13 @@ def test_the_student_out_is_the_ema_and_loads_strictly(uninterrupted):
     tensors, _ = final_state(uninterrupted)
     final = uninterrupted / "checkpoints" / "final"
     student = load_transformer(final / "student")
-    assert_same(tensors["ema"], dict(student.state_dict()))
-    assert_same(tensors["ema"], torch.load(final / "student.pt", weights_only=True))
-    teacher = load_ursa(checkpoint_folder("shapes")).transformer
+    teacher, last = load_ursa(checkpoint_folder("shapes")).transformer, "model.norm.weight"
+    norm = teacher.get_parameter(last).detach()  # with the head it stays the teacher's, but for logit_gain
+    assert_same(tensors["ema"][last], 3 * norm)
+    want = tensors["ema"] | {last: tensors["ema"][last] * 4}  # final_logit_gain is 12
+    assert_same(want, dict(student.state_dict()))
+    assert_same(want, torch.load(final / "student.pt", weights_only=True))
+    assert_same(student.lm_head.weight.detach(), teacher.lm_head.weight.detach())
     assert any(not torch.equal(a, b) for a, b in zip(teacher.state_dict().values(), student.state_dict().values()))
 
 

@@ -20,6 +20,7 @@ from dimo.train.config import Config, load_config, to_yaml
 from dimo.train.trainer import Trainer
 
 TUNING_SEED = 100  # never among the seeds that are reported
+PLAIN = ["model.logit_gain=1", "model.final_logit_gain=1"]  # the student as it is, where it is to match the teacher
 METHODS = {
     "recipe": [],
     "no x_init mix": ["distill.p_corrupt=0"],
@@ -30,14 +31,15 @@ METHODS = {
     "Jeffreys": ["distill.divergence=jeffreys"],
     "own pass": ["distill.aux_pass=own"],
     "embeddings kept": ["model.train_embeddings=false"],
-    "head kept": ["model.train_head=false"],
+    "head trained": ["model.train_head=true", *PLAIN],
+    "gain 1": PLAIN,
     "KD beside": ["distill.w_kd=0.1"],
     "KD every 4th": ["distill.w_kd=0.1", "distill.kd_every=4"],
     "reinforce": ["distill.estimator=reinforce"],
-    "KD alone": ["distill.w_distill=0", "distill.w_kd=1"],
+    "KD alone": ["distill.w_distill=0", "distill.w_kd=1", *PLAIN],
     "literal": [
         "distill.estimator=reinforce", "distill.aux_objective=match_teacher", "distill.aux_steps=1", "distill.w_kd=1",
-        "distill.lambda_ent=0.01", "distill.t_curriculum_steps=10000",
+        "distill.lambda_ent=0.01", "distill.t_curriculum_steps=10000", *PLAIN,
     ],
 }  # fmt: skip
 COLUMNS = ("validity", "adherence", "coverage")

@@ -59,7 +59,8 @@ RANGES = {  # null is no number, and every float must be finite besides
     ),
     "be positive": (
         lambda value: value > 0,
-        "distill.t_power optim.lr optim.aux_lr optim.muon_lr optim.max_grad_norm",
+        "distill.t_power optim.lr optim.aux_lr optim.muon_lr optim.max_grad_norm model.logit_gain "
+        "model.final_logit_gain",
     ),
     "be at least 1": (
         lambda value: value >= 1,

@@ -42,8 +42,10 @@ class Model:
     )
     train_embeddings: bool = _key(True, "false: they stay the teacher's, one copy for all networks")
     train_head: bool = _key(
-        True, "false: head and last norm stay the teacher's, which keeps logits from growing without end"
+        False, "true: head and last norm learn too, and the student's logits grow without end (docs/experiments.md)"
     )
+    logit_gain: float = _key(3.0, "the student's last norm is the teacher's times this: its logits have room to be sure")
+    final_logit_gain: float = _key(12.0, "the same in checkpoints/final, whose draws are then nearly its arg-max")
 
 
 @dataclasses.dataclass
@@ -126,8 +128,8 @@ class Optim:
     muon_weight_decay: float = _key(0.02, "Muon: a matrix shrinks by its muon_lr times this a step")
     warmup_steps: int = _key(50, "linear warm-up of both")
     decay: str = _key("linear", "linear, cosine, wsd (constant, then linear in the last fifth) or constant")
-    min_lr_share: float = _key(0.02, "share of the peak at which the student's decay ends")
-    aux_min_lr_share: float = _key(0.2, "the same for the auxiliary, which has to follow to the end")
+    min_lr_share: float = _key(0.2, "share of the peak at which the student's decay ends")
+    aux_min_lr_share: float = _key(0.4, "the same for the auxiliary, which has to follow to the end")
     beta1: float = _key(0.0, "AdamW")
     beta2: float = _key(0.99, "AdamW")
     weight_decay: float = _key(0.0, "AdamW")

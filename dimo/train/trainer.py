@@ -73,6 +73,8 @@ class Trainer:
             if not config.model.train_head:
                 network.lm_head = self.engine.frozen(network.lm_head, teacher.lm_head)
                 network.model.norm.requires_grad_(False)  # small: each has its own, in its own precision
+        for network in (student, ema):
+            network.model.norm.weight.data.mul_(config.model.logit_gain)
         for network in (teacher, student, aux, ema) if config.model.backend == "native" else ():
             network.run_with(config.model.compile and self.device.type == "cuda", config.model.activation_checkpointing)
         self.student = self.engine.learner(student, lambda net: make_optimizers(net, o.lr, o.muon_lr, o))
