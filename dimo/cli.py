@@ -175,8 +175,11 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
                   "Median of several runs after a warm-up, peak memory, TFLOP/s beside a matrix product of the same "
                   "machine; writes JSON. -c shapes is for a CPU.")  # fmt: skip
     sub.add_argument("--size", help="random weights of URSA's sizes, 0.6B or 1.7B (or tiny), and no checkpoint")
-    sub.add_argument("--parts", default="step,generate,path,losses",
-                     help="of step, generate, path, losses, save, attention, kernels (default: %(default)s)")
+    sub.add_argument(
+        "--parts",
+        default="step,generate,path,losses",
+        help="of step, generate, path, losses, save, attention, kernels (default: %(default)s)",
+    )
     sub.add_argument("--against", default="", help="naive, upstream, or both with a comma: measured in the same run")
     sub.add_argument("--repeats", type=int, default=5, help="runs of which the median is taken (default: %(default)s)")
     sub.add_argument("--warmup", type=int, default=2, help="runs before (default: %(default)s)")

@@ -55,8 +55,8 @@ class Ranks:
         self.server = subprocess.Popen(words, env=os.environ | ENVIRONMENT, **pipes)
 
     def launch(self, folder, *command, engine="ddp", processes=2):
-        """The CompletedProcess of a script or `-m module` in `folder`: the exit code of the first rank that failed, whose
-        output comes last, since the others' may only say that it is gone.
+        """The CompletedProcess of a script or `-m module` in `folder`: the exit code is of the first rank that failed,
+        whose output comes last, since the others' may only say that it is gone.
 
         They meet in a store that is here, as torchrun's workers do in its own: no port has to be free a moment later.
         """

@@ -202,12 +202,15 @@ def main() -> None:
     parser.add_argument("--evaluations", type=int, default=5, help="how often, the end included (default: 5)")
     parser.add_argument("--name", default="recipe")
     args = parser.parse_intermixed_args()
+    keys, seeds = ([word for word in args.words if ("=" in word) == is_key] for is_key in (True, False))
+    if not seeds:
+        parser.error("give a seed, or several")
     begin, graphs = time.time(), {}
     torch._dynamo.config.recompile_limit = 64  # the networks of every seed are compiled anew
-    for seed in (word for word in args.words if "=" not in word):
+    for seed in seeds:
         out = Path("runs") / f"{args.name}-{seed}"
         own = [f"experiment.seed={seed}", f"experiment.output_dir={out}"]
-        config = load_config("shapes_long", own + [word for word in args.words if "=" in word])
+        config = load_config("shapes_long", own + keys)
         emas = [config.optim.ema_decay, *(float(x) for x in args.emas.split(",") if x)]
         graphs[out] = graph = Graph(Trainer(config), emas)
         print(f"seed {seed}: {CHECKED} steps differ by {graph.check():.1e} of what they moved", flush=True)

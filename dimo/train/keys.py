@@ -44,7 +44,7 @@ class Model:
     train_head: bool = _key(
         False, "true: head and last norm learn too, and the student's logits grow without end (docs/experiments.md)"
     )
-    logit_gain: float = _key(3.0, "the student's last norm is the teacher's times this: its logits have room to be sure")
+    logit_gain: float = _key(3.0, "the student's last norm is the teacher's times this, so that logits have room")
     final_logit_gain: float = _key(12.0, "the same in checkpoints/final, whose draws are then nearly its arg-max")
 
 
