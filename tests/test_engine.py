@@ -17,7 +17,8 @@ BATCH, W_KD, LAMBDA, AUX_STEPS = 2, 0.3, 0.02, 2
 SETTINGS = [
     "model.device=cpu", f"distill.batch_size_per_gpu={BATCH}", f"distill.w_kd={W_KD}", f"distill.lambda_ent={LAMBDA}",
     f"distill.aux_steps={AUX_STEPS}", "distill.divergence=jeffreys", "optim.optimizer=adamw",
-    "distill.guidance_scale=2", "distill.p_corrupt=0", "optim.warmup_steps=1",
+    "distill.guidance_scale=2", "distill.p_corrupt=0", "optim.warmup_steps=1", "model.train_head=true",
+    "model.logit_gain=1",
 ]  # fmt: skip
 
 # One step in float64 of a Trainer with `parts` parts; what was drawn and what was stepped on goes to a file per rank.

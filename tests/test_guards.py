@@ -45,7 +45,7 @@ def spoil_gradient(model, value=float("nan")):
         gradient.view(-1)[0] = value
         return gradient
 
-    return model.model.norm.weight.register_hook(hook)
+    return model.model.layers[0].input_layernorm.weight.register_hook(hook)
 
 
 def spoil_output(model):
