@@ -179,12 +179,11 @@ class Graph:
 
     def scores(self, world: ShapesWorld, out: Path, at: int, last: int) -> None:
         """Print and write the figures of every average after `at` steps, and the students."""
-        t, m = self.trainer, self.trainer.config.model
+        t, final = self.trainer, copy.deepcopy(self.trainer.networks.ema)
         for decay, average in zip(self.emas, self.averages):
             for p, value in zip(self.averaged, average):
                 p.data.copy_(value)
-            final = copy.deepcopy(t.networks.ema)
-            final.model.norm.weight.data.mul_(m.final_logit_gain / m.logit_gain)
+            final.load_state_dict(t.final_weights())
             rows, _ = evaluate(world, t.ursa, final, teacher_steps=(), progress=False)
             keys = ("validity", "adherence", "coverage")
             row = {name: {k: rows[name][k] for k in keys} for name in ("student_1", "student_1_argmax")}
@@ -215,6 +214,12 @@ def main() -> None:
         graphs[out] = graph = Graph(Trainer(config), emas)
         print(f"seed {seed}: {CHECKED} steps differ by {graph.check():.1e} of what they moved", flush=True)
     world, last = load_world(graph.trainer.ursa.folder), config.training.max_train_steps
+
+    def score(at: int) -> None:
+        torch.cuda.synchronize()
+        for out, graph in graphs.items():
+            graph.scores(world, out, at, last)
+
     first, measured_after = time.time(), 500
     index = graph.first
     while index < last:
@@ -229,10 +234,9 @@ def main() -> None:
                 scoring = 1.0 * len(graphs) * len(graph.emas) * args.evaluations
                 last = int((60 * args.minutes - (time.time() - begin) - scoring) / each)
             print(f"{1e3 * each:.2f} ms a step of {len(graphs)} seeds, {last} steps", flush=True)
-        if index == last or index > measured_after and index % (last // args.evaluations) == 0 and index < last - 100:
-            torch.cuda.synchronize()
-            for out, graph in graphs.items():
-                graph.scores(world, out, index, last)
+        if index > measured_after and index % max(1, last // args.evaluations) == 0 and index < last - 100:
+            score(index)
+    score(last)
     assert all(math.isfinite(graph.loss.item()) for graph in graphs.values())
 
 

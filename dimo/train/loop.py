@@ -261,17 +261,11 @@ def write_samples(trainer: Trainer, run: RunFolder, done: int) -> None:
 
 
 def write_student(trainer: Trainer, run: RunFolder) -> None:
-    """checkpoints/final: student.pt (plain state dict) and student/ (config.json + safetensors), EMA weights.
-
-    There its last norm has final_logit_gain in the place of logit_gain. In training its draws must stay open to be led;
-    at the end they differ from the arg-max by single tokens, each of which spoils a video.
-    """
-    weights = trainer.engine.whole_state(trainer.networks.ema)  # gathered by all ranks
+    """checkpoints/final: student.pt (plain state dict) and student/ (config.json + safetensors), the final weights."""
+    weights = trainer.final_weights()  # gathered by all ranks
     if not run.writes:
         return
     final, dtype = run.path / "checkpoints" / "final", DTYPES[trainer.config.experiment.student_dtype]
-    m, norm = trainer.config.model, "model.norm.weight"
-    weights[norm] = weights[norm] * (m.final_logit_gain / m.logit_gain)
     try:
         save_student(final / "student", trainer.networks.ema, state=weights, dtype=dtype)
         with whole_file(final / "student.pt") as beside:

@@ -260,6 +260,17 @@ class Trainer:
             "guard": self.guard.state_dict(),
         }
 
+    def final_weights(self) -> dict[str, torch.Tensor]:
+        """The EMA's, whole, with final_logit_gain in its last norm in the place of logit_gain. Collective.
+
+        On the ranks that hold none, where the engine cuts networks, it is empty. In training the student's draws must
+        stay open to be led; at the end they differ from the arg-max by single tokens, each of which spoils a video.
+        """
+        m, weights, norm = self.config.model, self.engine.whole_state(self.networks.ema), "model.norm.weight"
+        if norm in weights:
+            weights[norm] = weights[norm] * (m.final_logit_gain / m.logit_gain)
+        return weights
+
     def rank_state(self) -> dict:
         """What is this process's own: the memory that x_init is drawn from, and sums of metrics."""
         return {"x_init": self.x_init.state_dict(), "averages": self.averages.state_dict()}
