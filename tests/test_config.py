@@ -60,6 +60,8 @@ def test_every_key_says_what_it_means():
         (None, "experiment.trackers=[tensorbord]", "may not hold 'tensorbord'; did you mean 'tensorboard'"),
         (None, "evaluation.teacher_steps=25", "evaluation.teacher_steps must be a list, such as .1, 2, 4, 8, 25."),
         (None, "experiment.name=..", "experiment.name must name a folder inside runs/"),
+        (None, "distill.t_draws=0", "distill.t_draws must be at least 1"),
+        (None, "distill.aux_pass=shared", "needs an auxiliary's fit for each draw of t, got distill.t_draws=4 and"),
         (None, "distill.w_distill=0", "distill.w_distill and distill.w_kd are both 0"),
         (None, "distill.p_corrupt=1.2", r"distill.p_corrupt must lie in \[0, 1\]"),
         (None, "experiment.seed=-1", r"experiment.seed must lie in \[0, 2\^63\), got -1"),

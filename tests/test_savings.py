@@ -60,7 +60,13 @@ def passes_in(monkeypatch, trainer, index=0):
         ["distill.w_reinforce=0.1"],
         ["distill.estimator=reinforce", "distill.divergence=jeffreys"],
         ["distill.aux_objective=match_teacher", "distill.aux_steps=1", "distill.aux_pass=shared"],
-        ["distill.t_per=frame", "distill.aux_pass=shared", "training.gradient_accumulation_steps=2"],
+        [
+            "distill.t_per=frame",
+            "distill.aux_pass=shared",
+            "distill.t_draws=2",
+            "training.gradient_accumulation_steps=2",
+        ],
+        ["distill.aux_pass=shared", "distill.t_draws=1"],
     ],
 )
 def test_the_fused_step_is_the_plain_one(tmp_path, more):
@@ -79,9 +85,9 @@ def test_a_fused_step_can_be_looked_at(tmp_path):
     trainer = trainer_for(tmp_path)
     trainer.fused = True
     step, _ = trainer.step(0)
-    want = visual_logits(trainer.networks.teacher, step.txt_ids, step.x_t, trainer.grid)
+    want = visual_logits(trainer.networks.teacher, step.txt_ids.repeat(4, 1), step.x_t, trainer.grid)
     assert torch.allclose(step.teacher_logits, want, atol=1e-5)
-    assert step.student_logits.shape == step.aux_logits.shape == want.shape
+    assert step.aux_logits.shape == want.shape and step.student_logits.shape == (4, *want.shape[1:])
 
 
 def test_no_unconditional_pass_where_no_t_asks_for_guidance(ursa, generator, monkeypatch):
@@ -97,18 +103,26 @@ def test_no_unconditional_pass_where_no_t_asks_for_guidance(ursa, generator, mon
 
 def test_a_shared_pass_of_the_auxiliary_is_its_answer_from_before_the_update(tmp_path, monkeypatch):
     for fused in (False, True):
-        trainer = trainer_for(tmp_path, "distill.aux_pass=shared", "distill.aux_steps=1")
+        trainer = trainer_for(tmp_path, "distill.aux_pass=shared", "distill.aux_steps=1", "distill.t_draws=1")
         trainer.fused, before = fused, copy.deepcopy(trainer.networks.aux)
         step, counts = passes_in(monkeypatch, trainer)
         assert counts == {"student": 1, "teacher": 1, "aux": 1}
         want = visual_logits(before, step.txt_ids, step.x_t, trainer.grid)
         assert torch.allclose(step.aux_logits, want, atol=1e-5)
-    _, counts = passes_in(monkeypatch, trainer_for(tmp_path, "distill.aux_steps=1"))
+    _, counts = passes_in(monkeypatch, trainer_for(tmp_path, "distill.aux_steps=1", "distill.t_draws=1"))
     assert counts == {"student": 1, "teacher": 1, "aux": 2}
 
 
+def test_what_further_draws_of_t_cost(tmp_path, monkeypatch):
+    """In passes of a batch: a draw more is one of the teacher, and one of the auxiliary unless a fit is its answer."""
+    _, counts = passes_in(monkeypatch, trainer_for(tmp_path, "distill.t_draws=3"))
+    assert counts == {"student": 1, "teacher": 3, "aux": 2 + 3}
+    _, counts = passes_in(monkeypatch, trainer_for(tmp_path, "distill.t_draws=2", "distill.aux_pass=shared"))
+    assert counts == {"student": 1, "teacher": 2, "aux": 2}
+
+
 def test_knowledge_is_distilled_every_so_many_steps(tmp_path, monkeypatch):
-    trainer = trainer_for(tmp_path, "distill.w_kd=0.1", "distill.kd_every=2")
+    trainer = trainer_for(tmp_path, "distill.w_kd=0.1", "distill.kd_every=2", "distill.t_draws=1")
     counts = [passes_in(monkeypatch, trainer, index) for index in range(3)]
     assert [count["student"] for _, count in counts] == [2, 1, 2]
     assert [step.kd is not None for step, _ in counts] == [True, False, True]
@@ -123,7 +137,7 @@ def test_a_frozen_part_is_one_tensor_and_changes_nothing_else(tmp_path, key, par
     # no clipping by a norm that the part is in; the auxiliary answers before its own part has moved, so that the
     # entropy bonus alone moves the student
     loose = ["optim.max_grad_norm=1e9", "distill.aux_pass=shared", "distill.aux_steps=1", "distill.lambda_ent=0.01"]
-    loose += ["model.train_head=true", "model.logit_gain=1"]
+    loose += ["distill.t_draws=1", "model.train_head=true", "model.logit_gain=1"]
     own, shared = (trainer_for(tmp_path, *loose, f"model.{key}={learns}") for learns in ("true", "false"))
     teacher = {name: p.clone() for name, p in shared.networks.teacher.named_parameters()}
     for trainer in (own, shared):

@@ -100,6 +100,76 @@ def test_what_the_student_feels_is_the_token_gradient(step, ursa, generator):
     assert torch.allclose(felt.double(), want, atol=1e-8)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(("estimator", "w_reinforce"), [("dimo", 0.0), ("dimo", 0.3), ("reinforce", 0.0)])
+def test_draws_of_t_are_averaged(ursa, generator, fused, estimator, w_reinforce):
+    """Gradient and reward of three draws at once are the means of what each draw gives by itself."""
+    ids = ursa.tokenize(["blue bar moving up", "pink square moving left"], 4)
+    teacher, student, aux = (copy.deepcopy(ursa.transformer) for _ in range(3))
+    with torch.no_grad():
+        for network in (student, aux):
+            for p in network.parameters():
+                p += 0.02 * torch.randn(p.shape, generator=generator)
+    x_init = torch.randint(10, (2, 48), generator=generator)
+    t = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9, 0.2])
+    student.requires_grad_(True)
+    x_hat = x_t = None  # drawn by the first
+
+    def passed(rows):
+        nonlocal x_hat, x_t
+        step = Step(txt_ids=ids, x_init=x_init, fused=fused)
+        stages.student_pass(step, student, GRID, torch.Generator().manual_seed(3))
+        if x_t is None:
+            stages.renoise(step, ursa.path, t, generator)
+            x_hat, x_t = step.x_hat, step.x_t
+            assert x_t.shape == (6, 48)
+        assert torch.equal(step.x_hat, x_hat)
+        step.t, step.x_t = t[rows], x_t[rows]
+        stages.teacher_pass(step, teacher, GRID)
+        stages.auxiliary_pass(step, aux, GRID)
+        stages.distillation_loss(step, estimator, "time", None, w_reinforce)
+        stages.total_loss(step)
+        step.loss.backward()
+        gradients = torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None])
+        student.zero_grad()
+        return gradients, step.reward
+
+    together, reward = passed(slice(None))
+    each = [passed(slice(i, i + 2)) for i in (0, 2, 4)]
+    want = torch.stack([gradient for gradient, _ in each]).mean(0)
+    assert want.norm() > 1e-4 and (together - want).norm() < 1e-4 * want.norm()
+    assert torch.allclose(reward, torch.stack([r for _, r in each]).mean(0), rtol=1e-5)
+
+
+def test_fits_at_x_t_are_the_answers_to_its_draws(ursa, generator):
+    """The auxiliary's answer to a draw is from before the update that the draw leads to; then fits are elsewhere."""
+    ids = ursa.tokenize(["blue bar moving up", "pink square moving left"], 4)
+    for fused in (False, True):
+        step = Step(txt_ids=ids, x_hat=torch.randint(10, (2, 48), generator=generator), fused=fused)
+        stages.renoise(step, ursa.path, torch.tensor([0.1, 0.4, 0.6, 0.8]), generator)
+        aux, want = copy.deepcopy(ursa.transformer).requires_grad_(True), []
+        aux.lm_head.requires_grad_(False)
+        fits = stages.auxiliary_losses(step, aux, ursa.path, GRID, "denoise", 3, generator=generator, share_x_t=True)
+        for draw in (*step.x_t.split(2), None):
+            before = None if draw is None else visual_logits(aux, ids, draw, GRID).detach()
+            loss = next(fits)
+            if draw is not None:
+                want.append(before)
+                cross_entropy = torch.nn.functional.cross_entropy(before.flatten(0, 1), step.x_hat.flatten())
+                assert loss.item() == pytest.approx(cross_entropy.item(), rel=1e-4)
+            loss.backward()
+            with torch.no_grad():
+                for p in aux.parameters():
+                    if p.grad is not None:
+                        p -= 0.1 * p.grad
+                        p.grad = None
+        assert torch.allclose(step.aux_logits, torch.cat(want), atol=1e-4)
+    with pytest.raises(DimoError, match="aux_steps must be at least 2"):
+        next(stages.auxiliary_losses(step, aux, ursa.path, GRID, "denoise", 1, share_x_t=True))
+    with pytest.raises(DimoError, match="t must have a multiple of 2 rows, as x_hat has, got 3"):
+        stages.renoise(step, ursa.path, torch.tensor([0.1, 0.4, 0.6]), generator)
+
+
 @pytest.mark.parametrize("baseline", ["leave_one_out", "ema"])
 def test_reinforce_is_the_exact_policy_gradient_on_average(baseline):
     """One token, three codes, a known reward per code: the mean over draws is d/dz sum_x p(x) r(x)."""

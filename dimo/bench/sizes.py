@@ -71,11 +71,14 @@ def head_flops(config: UrsaConfig, tokens: int) -> float:
 
 def step_flops(config: Config, network: UrsaConfig, batch: int, sequence: int, tokens: int) -> float:
     """Of the passes of a step, each network's own work; a head that stays has no gradient of its own."""
-    passes = passes_of(config).values()
-    flops = sum(passes) * model_flops(network, sequence, tokens)
+    passes = passes_of(config)
+    flops = sum(passes.values()) * model_flops(network, sequence, tokens)
     if not config.model.train_head:
-        flops -= sum(n // 3 for n in passes) * head_flops(network, tokens)
+        flops -= sum(passes[name] // 3 for name in LEARNING) * head_flops(network, tokens)
     return batch * flops
+
+
+LEARNING = ("student at x_init", "auxiliary's fit", "student at x_t")
 
 
 def passes_of(config: Config) -> dict[str, int]:
@@ -83,8 +86,8 @@ def passes_of(config: Config) -> dict[str, int]:
     d = config.distill
     return {
         "student at x_init": 3,
-        "teacher": 1 if d.guidance_scale == 1 else 2,
-        "auxiliary's fit": 3 * d.aux_steps,
-        "auxiliary at x_t": 1 if d.aux_pass == "own" else 0,
-        "student at x_t": 3 if d.w_kd > 0 and d.kd_every == 1 else 0,
+        "teacher": d.t_draws * (1 if d.guidance_scale == 1 else 2),
+        "auxiliary's fit": 3 * d.aux_steps * (d.t_draws if d.aux_objective == "match_teacher" else 1),
+        "auxiliary at x_t": d.t_draws if d.aux_pass == "own" else 0,
+        "student at x_t": 3 * d.t_draws if d.w_kd > 0 and d.kd_every == 1 else 0,
     }

@@ -41,11 +41,11 @@ class Step:
     logp: torch.Tensor | None = None  # 3: (B, N)
     entropy: torch.Tensor | None = None  # 3: (B, N), nats
     logits_std: torch.Tensor | None = None  # 3: scalar, nats; of a few tokens, over the codes
-    t: torch.Tensor | None = None  # 4: (B,) or (B, N)
-    x_t: torch.Tensor | None = None  # 4: (B, N)
-    teacher_logits: torch.Tensor | None = None  # 5: (B, N, K)
+    t: torch.Tensor | None = None  # 4: (R B,) or (R B, N), R = distill.t_draws
+    x_t: torch.Tensor | None = None  # 4: (R B, N), all samples once for each draw of t
+    teacher_logits: torch.Tensor | None = None  # 5: (R B, N, K)
     aux_losses: list[torch.Tensor] = dataclasses.field(default_factory=list)  # 6
-    aux_logits: torch.Tensor | None = None  # 6: (B, N, K), after the auxiliary's updates
+    aux_logits: torch.Tensor | None = None  # 6: (R B, N, K), after the auxiliary's updates
     student_at_t: Answer | None = None  # 7: fused only
     kd: torch.Tensor | None = None  # 7: scalar; fused: after 9
     felt: dict = dataclasses.field(default_factory=dict)  # 8: fused only, what `fused.student_losses` is to do
@@ -71,6 +71,17 @@ def _logits_of(name: str) -> property:
 
 for _name in ("student", "teacher", "aux"):
     setattr(Step, f"{_name}_logits", _logits_of(_name))
+
+
+def for_each_draw(value: torch.Tensor, at_t: torch.Tensor) -> torch.Tensor:
+    """`value` (B, ...) once for each draw of t, as `at_t` (R B, ...) has its rows."""
+    draws = len(at_t) // len(value)
+    return value if draws == 1 else value.repeat(draws, *[1] * (value.dim() - 1))
+
+
+def over_draws(value: torch.Tensor, samples: int) -> torch.Tensor:
+    """The mean over the draws of t: (R B, ...) -> (B, ...)."""
+    return value if len(value) == samples else value.view(-1, samples, *value.shape[1:]).mean(0)
 
 
 def tokenise(tokenize, prompts: list[str], max_prompt_length: int) -> torch.Tensor:
@@ -130,8 +141,14 @@ def draw_t(
 
 
 def renoise(step: Step, path: MetricPath | MixturePath, t: torch.Tensor, generator=None) -> None:
-    """Stage 4: x_t ~ p_t(. | x_hat)."""
-    step.t, step.x_t = t, path.sample(step.x_hat, t, generator)
+    """Stage 4: x_t ~ p_t(. | x_hat), for t (B,) or (B, N), or R times as many rows: R draws for every x_hat.
+
+    The gradient on x_hat is a mean over t and x_t; one draw of them is a noisy estimate of it, and a further one costs
+    a pass of the teacher and of the auxiliary, the cheapest of the step.
+    """
+    if len(t) % len(step.x_hat):
+        raise DimoError(f"t must have a multiple of {len(step.x_hat)} rows, as x_hat has, got {len(t)}")
+    step.t, step.x_t = t, path.sample(for_each_draw(step.x_hat, t), t, generator)
 
 
 @torch.no_grad()
@@ -151,10 +168,11 @@ def teacher_pass(
     if guidance_scale != 1 and uncond_ids is None:
         raise DimoError("uncond_ids is needed when guidance_scale is not 1: the ids of the empty prompt, (1, L)")
     ask, combine = (visual_answer, guide_answer) if step.fused else (visual_logits, guide)
+    txt_ids = for_each_draw(step.txt_ids, step.x_t)
     if guidance_scale == 1 or not bool((step.t < guidance_trunc).any()):
-        step.teacher_logits = ask(teacher, step.txt_ids, step.x_t, grid)
+        step.teacher_logits = ask(teacher, txt_ids, step.x_t, grid)
     else:
-        ids = torch.cat([step.txt_ids, uncond_ids.expand_as(step.txt_ids)])
+        ids = torch.cat([txt_ids, uncond_ids.expand_as(txt_ids)])
         cond, uncond = ask(teacher, ids, step.x_t.repeat(2, 1), grid).chunk(2)
         w = torch.where(step.t < guidance_trunc, guidance_scale, 1.0)
         step.teacher_logits = combine(cond, uncond, w.view(len(w), -1, 1))
@@ -182,17 +200,25 @@ def auxiliary_losses(
     uniform, and per sample or per frame as stage 4's, since the answer at x_t is only as good as the fit there.
     `match_teacher` (preset `literal`) pulls it to the teacher: Jeffreys' divergence at x_t.
 
-    With `share_x_t` the first pass is at x_t itself, under the step's own prompts, and its logits, from before the
-    update, are the auxiliary's answer there: `auxiliary_pass` is not needed.
+    With `share_x_t` the first pass is at x_t itself (of several draws of t, the first passes are, one each), under the
+    step's own prompts, and its logits, from before the update, are the auxiliary's answer there: `auxiliary_pass` is
+    not needed.
     """
     if objective not in ("denoise", "match_teacher"):
         raise DimoError(f"aux_objective must be 'denoise' or 'match_teacher', got {objective!r}")
     ask, one = (visual_answer, fused) if step.fused else (visual_logits, losses)
     batch, device = len(step.txt_ids), step.txt_ids.device
+    draws, answers = step.x_t.split(batch), []
+    if share_x_t and objective == "denoise" and len(draws) > aux_steps:
+        raise DimoError(f"aux_steps must be at least {len(draws)}, x_t's draws, where x_t is shared, got {aux_steps}")
     for index in range(aux_steps):
-        txt_ids, x = step.txt_ids, step.x_t
-        at_x_t = objective == "match_teacher" or (share_x_t and index == 0)
-        if not at_x_t:
+        txt_ids = step.txt_ids
+        at_x_t = objective == "match_teacher" or (share_x_t and index < len(draws))
+        if objective == "match_teacher":
+            txt_ids, x = for_each_draw(txt_ids, step.x_t), step.x_t
+        elif at_x_t:
+            x = draws[index]
+        else:
             t = draw_t(batch, grid, 0, 0, t_per, generator, device)
             if empty_ids is not None and empty_share > 0:
                 drop = torch.rand(batch, generator=generator, device=device) < empty_share
@@ -200,7 +226,9 @@ def auxiliary_losses(
             x = path.sample(step.x_hat, t, generator)
         answer = ask(aux, txt_ids, x, grid)
         if share_x_t and at_x_t:
-            step.aux_logits = answer.detach(copy=True) if step.fused else answer.detach()
+            answers = [answer] if objective == "match_teacher" else [*answers, answer]
+            answers[-1] = answer.detach(copy=True) if step.fused else answer.detach()
+            step.aux_logits = _join(answers)
         if objective == "match_teacher":
             loss = one.jeffreys(step.answers["teacher"], answer).mean()
         else:
@@ -209,20 +237,31 @@ def auxiliary_losses(
         yield loss
 
 
+def _join(answers: list[torch.Tensor] | list[Answer]) -> torch.Tensor | Answer:
+    """The auxiliary's answers at the draws of t as one."""
+    if len(answers) == 1:
+        return answers[0]
+    if isinstance(answers[0], Answer):
+        return Answer(torch.cat([answer.hidden for answer in answers]), answers[-1].weight)
+    return torch.cat(answers)
+
+
 @torch.no_grad()
 def auxiliary_pass(step: Step, aux: UrsaTransformer, grid: Grid) -> None:
     """Stage 6, its end: the updated auxiliary at x_t."""
-    step.aux_logits = (visual_answer if step.fused else visual_logits)(aux, step.txt_ids, step.x_t, grid)
+    txt_ids = for_each_draw(step.txt_ids, step.x_t)
+    step.aux_logits = (visual_answer if step.fused else visual_logits)(aux, txt_ids, step.x_t, grid)
     if not step.fused:
         require_finite("the auxiliary's logits", step.aux_logits)
 
 
 def distil_knowledge(step: Step, student: UrsaTransformer, grid: Grid) -> None:
     """Stage 7: KL(p_T || p_St) with the student at x_t, mean over tokens."""
+    txt_ids = for_each_draw(step.txt_ids, step.x_t)
     if step.fused:
-        step.student_at_t = visual_answer(student, step.txt_ids, step.x_t, grid)
+        step.student_at_t = visual_answer(student, txt_ids, step.x_t, grid)
         return
-    step.kd = losses.kl(step.teacher_logits, visual_logits(student, step.txt_ids, step.x_t, grid)).mean()
+    step.kd = losses.kl(step.teacher_logits, visual_logits(student, txt_ids, step.x_t, grid)).mean()
 
 
 def distillation_loss(
@@ -239,26 +278,30 @@ def distillation_loss(
     the data, where tokens must agree. `w_reinforce` adds a policy gradient whose reward per token is
     log p_T(x_hat) - log p_A(x_hat).
     `reinforce`: reward per sample -Jeffreys(p_T, p_A), with an EMA baseline or (baseline None) leave-one-out.
+    Gradients and rewards are means over the draws of t.
     """
     if estimator not in ("dimo", "reinforce"):
         raise DimoError(f"estimator must be 'dimo' or 'reinforce', got {estimator!r}")
     if beta == "time":
-        beta = step.t.view(len(step.t), -1, 1)  # (B, 1 or N, 1)
+        beta = step.t.view(len(step.t), -1, 1)  # (R B, 1 or N, 1)
     if step.fused:
         _choose(step, estimator, beta, baseline, w_reinforce)
         return
-    require_shape("aux_logits", step.aux_logits, tuple(step.student_logits.shape))
+    samples = len(step.student_logits)
+    require_shape("aux_logits", step.aux_logits, (len(step.teacher_logits), *step.student_logits.shape[1:]))
     with torch.no_grad():
-        step.reward = -losses.jeffreys(step.teacher_logits, step.aux_logits).mean(1)
+        step.reward = over_draws(-losses.jeffreys(step.teacher_logits, step.aux_logits).mean(1), samples)
     if estimator == "reinforce":
         advantage, step.baseline = _advantage(step.reward, baseline)
         step.distill = -(advantage[:, None] * step.logp).mean()
         return
-    gradient = losses.token_gradient(step.teacher_logits, step.aux_logits, beta)
+    gradient = over_draws(losses.token_gradient(step.teacher_logits, step.aux_logits, beta), samples)
     step.distill = (gradient * step.student_logits).sum(-1).mean()
     if w_reinforce > 0:
         with torch.no_grad():
-            ratio = losses.log_prob(step.teacher_logits, step.x_hat) - losses.log_prob(step.aux_logits, step.x_hat)
+            x_hat = for_each_draw(step.x_hat, step.teacher_logits)
+            ratio = losses.log_prob(step.teacher_logits, x_hat) - losses.log_prob(step.aux_logits, x_hat)
+            ratio = over_draws(ratio, samples)
         step.distill = step.distill - w_reinforce * (losses.leave_one_out(ratio) * step.logp).mean()
 
 
@@ -268,12 +311,15 @@ def _choose(step: Step, estimator: str, beta, baseline: Baseline | None, w_reinf
     step.felt = {"w_policy": 1.0 if by_policy else w_reinforce}
     step.felt["beta"] = None if by_policy else beta.squeeze(-1) if isinstance(beta, torch.Tensor) else beta
     if by_policy or w_reinforce > 0:
-        step.felt["known"] = gaps = fused.gaps(step.answers["teacher"], step.answers["aux"], step.x_hat)
+        x_hat, samples = for_each_draw(step.x_hat, step.answers["teacher"].hidden), len(step.x_hat)
+        step.felt["known"] = gaps = fused.gaps(step.answers["teacher"], step.answers["aux"], x_hat)
         if by_policy:
-            advantage, step.baseline = _advantage(-(gaps.forward + gaps.reverse).mean(1), baseline)
-            step.felt["advantage"] = advantage[:, None]
+            reward = over_draws(-(gaps.forward + gaps.reverse).mean(1), samples)
+            advantage, step.baseline = _advantage(reward, baseline)
+            advantage = advantage[:, None]
         else:
-            step.felt["advantage"] = losses.leave_one_out(gaps.log_ratio)
+            advantage = losses.leave_one_out(over_draws(gaps.log_ratio, samples))
+        step.felt["advantage"] = for_each_draw(advantage, x_hat)
 
 
 def _advantage(reward: torch.Tensor, baseline: Baseline | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -286,12 +332,16 @@ def _advantage(reward: torch.Tensor, baseline: Baseline | None) -> tuple[torch.T
 def total_loss(step: Step, w_distill: float = 1.0, w_kd: float = 0.0, lambda_ent: float | torch.Tensor = 0.0) -> None:
     """Stage 9: L = w_distill L_8 + w_kd L_7 - lambda_ent H, whose gradient updates the student."""
     if step.fused:
+        student, teacher, aux = (step.answers[name] for name in ("student", "teacher", "aux"))
+        # of several draws of t each meets the student's answer, so that the means over samples are over draws too
+        repeated = (for_each_draw(x, teacher.hidden) for x in (student.hidden, step.x_hat, step.logp, step.entropy))
+        hidden, x_hat, logp, entropy = repeated
         made = fused.student_losses(
-            *(step.answers[name] for name in ("student", "teacher", "aux")), step.x_hat, step.logp, step.entropy,
+            Answer(hidden, student.weight), teacher, aux, x_hat, logp, entropy,
             student_at_t=step.student_at_t, w_distill=w_distill, w_kd=w_kd, lambda_ent=float(lambda_ent), **step.felt,
         )  # fmt: skip
         step.loss, step.distill, step.kd, step.gaps = made.total, made.distill, made.kd, made.gaps
-        step.reward = -(made.gaps.forward + made.gaps.reverse).mean(1)
+        step.reward = over_draws(-(made.gaps.forward + made.gaps.reverse).mean(1), len(step.x_hat))
     else:
         step.loss = w_distill * step.distill - lambda_ent * step.entropy.mean()
         if step.kd is not None:
@@ -313,7 +363,8 @@ def gap_metrics(step: Step, student: UrsaTransformer, grid: Grid) -> dict[str, t
     ask, one = (visual_answer, fused) if step.fused else (visual_logits, losses)
     kd = step.kd
     if kd is None:
-        kd = one.kl(step.answers["teacher"], ask(student, step.txt_ids, step.x_t, grid))
+        txt_ids = for_each_draw(step.txt_ids, step.x_t)
+        kd = one.kl(step.answers["teacher"], ask(student, txt_ids, step.x_t, grid))
     return {
         "entropy/teacher": teacher.mean(),
         "entropy/aux": aux.mean(),

@@ -27,6 +27,7 @@ METHODS = {
     "t curriculum": ["distill.t_curriculum_steps={half}"],
     "entropy bonus": ["distill.lambda_ent=0.01"],
     "AdamW": ["optim.optimizer=adamw"],
+    "one draw of t": ["distill.t_draws=1"],
     "forward KL": ["distill.divergence=forward"],
     "Jeffreys": ["distill.divergence=jeffreys"],
     "own pass": ["distill.aux_pass=own"],
@@ -39,7 +40,7 @@ METHODS = {
     "KD alone": ["distill.w_distill=0", "distill.w_kd=1", *PLAIN],
     "literal": [
         "distill.estimator=reinforce", "distill.aux_objective=match_teacher", "distill.aux_steps=1", "distill.w_kd=1",
-        "distill.lambda_ent=0.01", "distill.t_curriculum_steps=10000", *PLAIN,
+        "distill.lambda_ent=0.01", "distill.t_curriculum_steps=10000", "distill.t_draws=1", *PLAIN,
     ],
 }  # fmt: skip
 COLUMNS = ("validity", "adherence", "coverage")

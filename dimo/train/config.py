@@ -64,7 +64,8 @@ RANGES = {  # null is no number, and every float must be finite besides
     ),
     "be at least 1": (
         lambda value: value >= 1,
-        "distill.guidance_scale distill.aux_steps distill.batch_size_per_gpu distill.shuffle_buffer distill.kd_every "
+        "distill.guidance_scale distill.aux_steps distill.t_draws distill.batch_size_per_gpu "
+        "distill.shuffle_buffer distill.kd_every "
         "experiment.log_every experiment.save_every experiment.sample_every experiment.keep_last "
         "training.gradient_accumulation_steps training.max_bad_steps training.max_train_steps training.num_processes "
         "evaluation.videos_per_prompt evaluation.batch_size",
@@ -179,6 +180,11 @@ def validate(config: Config) -> None:
     if d.prompt_source == "world" and asks_for_captions:
         raise DimoError(
             "distill.min_* and distill.motion_prefix are for a file of captions, and distill.prompt_source is world"
+        )
+    if d.aux_pass == "shared" and d.aux_objective == "denoise" and d.t_draws > d.aux_steps:
+        raise DimoError(
+            f"distill.aux_pass=shared needs an auxiliary's fit for each draw of t, got distill.t_draws={d.t_draws} and "
+            f"distill.aux_steps={d.aux_steps}; use distill.aux_pass=own"
         )
     if d.w_distill == d.w_kd == 0:
         raise DimoError(

@@ -73,7 +73,7 @@ class Distill:
     aux_objective: str = _key("denoise", "denoise (fit the student) or match_teacher (preset literal)")
     aux_steps: int = _key(2, "updates of the auxiliary per step of the student")
     aux_pass: str = _key(
-        "own", "own, or shared: the auxiliary's first fit is at x_t and is its answer there; a pass less"
+        "own", "own, or shared: the auxiliary's first t_draws fits are at x_t and its answers there; no pass of its own"
     )
     label_smoothing: float = _key(0.0, "of the auxiliary's cross-entropy")
     w_distill: float = _key(1.0, "weight of stage 8")
@@ -91,6 +91,7 @@ class Distill:
     ent_anneal_to: int = _key(0, "step at which the bonus is gone; 0: never")
     t_curriculum_steps: int = _key(0, "steps with t = 1 - (1-u)^2; 0: t uniform from the start")
     t_power: float = _key(1.25, "t is then raised to it: above 1 leans to the noise, where coverage is decided")
+    t_draws: int = _key(4, "draws of t and x_t for each x_hat; a further one costs two passes that need no gradient")
     t_per: str = _key("sample", "one t per sample, or per latent frame")
     p_corrupt: float = _key(0.2, "share of x_init that is an earlier sample, corrupted")
     corrupt_ratio: float = _key(0.5, "share of its tokens that are replaced")
@@ -121,15 +122,15 @@ class Distill:
 @dataclasses.dataclass
 class Optim:
     optimizer: str = _key("muon", "muon (matrices of the layers; AdamW for the rest) or adamw")
-    lr: float = _key(1e-3, "of the student, AdamW")
+    lr: float = _key(1.5e-3, "of the student, AdamW")
     aux_lr: float = _key(8e-3, "of the auxiliary, AdamW; its muon_lr keeps the same ratio to the student's")
-    muon_lr: float = _key(5e-3, "of the student's matrices, Muon")
+    muon_lr: float = _key(7.5e-3, "of the student's matrices, Muon")
     muon_momentum: float = _key(0.9, "Muon")
     muon_weight_decay: float = _key(0.02, "Muon: a matrix shrinks by its muon_lr times this a step")
     warmup_steps: int = _key(50, "linear warm-up of both")
     decay: str = _key("linear", "linear, cosine, wsd (constant, then linear in the last fifth) or constant")
-    min_lr_share: float = _key(0.2, "share of the peak at which the student's decay ends")
-    aux_min_lr_share: float = _key(0.4, "the same for the auxiliary, which has to follow to the end")
+    min_lr_share: float = _key(0.05, "share of the peak at which the student's decay ends")
+    aux_min_lr_share: float = _key(0.2, "the same for the auxiliary, which has to follow to the end")
     beta1: float = _key(0.0, "AdamW")
     beta2: float = _key(0.99, "AdamW")
     weight_decay: float = _key(0.0, "AdamW")

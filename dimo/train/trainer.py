@@ -88,7 +88,7 @@ class Trainer:
         self.generator = torch.Generator(self.device)
         self.lambda_ent = d.lambda_ent
         # logits are not made where a batch's would be larger than 128 MiB, or bf16 would round them
-        large = d.batch_size_per_gpu * self.num_visual_tokens * self.path.codebook_size > 2**25
+        large = d.t_draws * d.batch_size_per_gpu * self.num_visual_tokens * self.path.codebook_size > 2**25
         self.fused = large or config.training.mixed_precision == "bf16"
         self.guard = Guard(self.engine, config.training.max_bad_steps)
         self.averages = Averages()
@@ -153,9 +153,8 @@ class Trainer:
                 step.x_hat, entropy = passed.x_hat, entropy + passed.entropy.detach().mean() / parts
                 self.x_init.remember(step.x_hat, step.txt_ids)
                 # 4 x_t
-                t = stages.draw_t(
-                    d.batch_size_per_gpu, grid, index, d.t_curriculum_steps, d.t_per, g, self.device, d.t_power
-                )
+                draws = d.t_draws * d.batch_size_per_gpu
+                t = stages.draw_t(draws, grid, index, d.t_curriculum_steps, d.t_per, g, self.device, d.t_power)
                 stages.renoise(step, self.path, t, g)
                 # 5 teacher
                 stages.teacher_pass(step, n.teacher, grid, d.guidance_scale, d.guidance_trunc, self.uncond_ids)
