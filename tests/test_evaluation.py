@@ -161,7 +161,7 @@ def test_ablation_tunes_on_one_seed_reports_on_others_and_continues(tmp_path, no
     assert len(list(tmp_path.glob("*-seed100"))) == 4 and len(table.splitlines()) == 3
     for lr in (1e-4, 2e-4):  # all rates move together, in the preset's proportions
         optim = load_config(tmp_path / f"recipe-lr{lr:g}-seed100" / "config.yaml").optim
-        assert (optim.lr, optim.aux_lr, optim.muon_lr) == pytest.approx((lr, 8 * lr, 5 * lr))
+        assert (optim.lr, optim.aux_lr, optim.muon_lr) == pytest.approx((lr, 16 / 3 * lr, 5 * lr))
     written = {f: f.stat().st_mtime_ns for f in tmp_path.glob("*/report.json")}
     assert len(written) == 8
     assert ablate(tmp_path, "smoke", small, [1e-4, 2e-4], 2, ["recipe", "literal"]) == table
@@ -193,4 +193,6 @@ def test_runs_of_an_ablation_side_by_side_are_the_same_runs(tmp_path):
 def test_the_ablation_table_by_hand():
     seeds = [{"validity": v, "adherence": 1.0, "coverage": c} for v, c in ((0.5, 0.9), (0.7, None))]
     text = format_ablation({"recipe": {"lr": 0.001, "seeds": seeds}})
-    assert "0.600 +- 0.141" in text and "0.450 +- 0.636" in text
+    assert "0.600 +- 0.141" in text and "0.900 +- 0.000 (1 of 2)" in text
+    never = [seed | {"coverage": None} for seed in seeds]
+    assert "undefined" in format_ablation({"recipe": {"lr": 0.001, "seeds": never}})

@@ -82,8 +82,8 @@ def ablate(
     """Tune every method's learning rate on one seed, report it on others; returns the table, writes ablation.json.
 
     The auxiliary's rate and Muon's keep their ratios to the student's. A finished run is not run again, so the
-    command may be killed and repeated. `validity` is the one-step student's, sampled; coverage counts as 0 where it is
-    undefined. `jobs` runs go side by side, each a process with its share of the cores.
+    command may be killed and repeated. `validity` is the one-step student's, sampled; coverage is of the seeds on
+    which it is defined. `jobs` runs go side by side, each a process with its share of the cores.
     """
     methods = list(methods or METHODS)
     for method in methods:
@@ -136,13 +136,14 @@ def _all(runs: list[Run], jobs: int, bar: tqdm) -> list[dict]:
 
 
 def format_ablation(result: dict) -> str:
-    """Mean and standard deviation over seeds, as text."""
-    lines = [f"{'method':16}{'lr':>8}" + "".join(f"{c:>18}" for c in COLUMNS)]
+    """Mean and standard deviation over seeds, as text; of fewer seeds where a figure is undefined on some."""
+    lines = [f"{'method':16}{'lr':>8}" + "".join(f"{c:>26}" for c in COLUMNS)]
     for method, row in result.items():
         cells = []
         for column in COLUMNS:
-            values = [seed[column] or 0.0 for seed in row["seeds"]]
+            values = [seed[column] for seed in row["seeds"] if seed[column] is not None]
+            some = f" ({len(values)} of {len(row['seeds'])})" if len(values) < len(row["seeds"]) else ""
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            cells.append(f"{statistics.mean(values):.3f} +- {spread:.3f}")
-        lines.append(f"{method:16}{row['lr']:>8g}" + "".join(f"{c:>18}" for c in cells))
+            cells.append(f"{statistics.mean(values):.3f} +- {spread:.3f}{some}" if values else "undefined")
+        lines.append(f"{method:16}{row['lr']:>8g}" + "".join(f"{c:>26}" for c in cells))
     return "\n".join(lines)
