@@ -13,12 +13,12 @@ from dimo.train.trainer import Trainer, step_through
 from dimo.ursa import load_ursa, visual_logits
 from dimo.worlds import checkpoint_folder
 
-BATCH, W_KD, LAMBDA, AUX_STEPS = 2, 0.3, 0.02, 2
+BATCH, W_KD, LAMBDA, AUX_STEPS, T_DRAWS = 2, 0.3, 0.02, 2, 3
 SETTINGS = [
     "model.device=cpu", f"distill.batch_size_per_gpu={BATCH}", f"distill.w_kd={W_KD}", f"distill.lambda_ent={LAMBDA}",
     f"distill.aux_steps={AUX_STEPS}", "distill.divergence=jeffreys", "optim.optimizer=adamw",
     "distill.guidance_scale=2", "distill.p_corrupt=0", "optim.warmup_steps=1", "model.train_head=true",
-    "model.logit_gain=1",
+    "model.logit_gain=1", f"distill.t_draws={T_DRAWS}",
 ]  # fmt: skip
 
 # One step in float64 of a Trainer with `parts` parts; what was drawn and what was stepped on goes to a file per rank.
@@ -77,8 +77,9 @@ assert bool(sent) == (trainer.engine.kind == "ddp")
 
 
 def naive_student_loss(student, teacher, aux, draws, uncond, grid):
-    """The design's stages 5, 7, 8 and 9 on one batch, in float64."""
-    cat = {key: torch.cat([d[key] for d in draws]) for key in draws[0]}
+    """The design's stages 5, 7, 8 and 9 on one batch, in float64; every draw of t is a row of its own."""
+    rows = [{k: v if k in ("t", "x_t") else v.repeat(T_DRAWS, 1) for k, v in d.items()} for d in draws]
+    cat = {key: torch.cat([row[key] for row in rows]) for key in rows[0]}
     with torch.no_grad():
         cond = visual_logits(teacher, cat["txt_ids"], cat["x_t"], grid)
         free = visual_logits(teacher, uncond.expand_as(cat["txt_ids"]), cat["x_t"], grid)

@@ -226,8 +226,8 @@ def auxiliary_losses(
             x = path.sample(step.x_hat, t, generator)
         answer = ask(aux, txt_ids, x, grid)
         if share_x_t and at_x_t:
-            answers = [answer] if objective == "match_teacher" else [*answers, answer]
-            answers[-1] = answer.detach(copy=True) if step.fused else answer.detach()
+            kept = answer.detach(copy=True) if step.fused else answer.detach()
+            answers = [kept] if objective == "match_teacher" else [*answers, kept]
             step.aux_logits = _join(answers)
         if objective == "match_teacher":
             loss = one.jeffreys(step.answers["teacher"], answer).mean()
@@ -238,7 +238,7 @@ def auxiliary_losses(
 
 
 def _join(answers: list[torch.Tensor] | list[Answer]) -> torch.Tensor | Answer:
-    """The auxiliary's answers at the draws of t as one."""
+    """The auxiliary's answers at the draws of t as one; of a head that learns, under its last state."""
     if len(answers) == 1:
         return answers[0]
     if isinstance(answers[0], Answer):
