@@ -185,7 +185,7 @@ class Graph:
                 p.data.copy_(value)
             final.load_state_dict(t.final_weights())
             rows, _ = evaluate(world, t.ursa, final, teacher_steps=(), progress=False)
-            keys = ("validity", "adherence", "coverage")
+            keys = ("validity", "adherence", "coverage", "coverage_detail")
             row = {name: {k: rows[name][k] for k in keys} for name in ("student_1", "student_1_argmax")}
             line = {"seed": t.config.experiment.seed, "step": at, "of": last, "ema": decay} | row
             print(json.dumps(line), flush=True)
