@@ -113,18 +113,20 @@ def test_draws_of_t_are_averaged(ursa, generator, fused, estimator, w_reinforce)
     x_init = torch.randint(10, (2, 48), generator=generator)
     t = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9, 0.2])
     student.requires_grad_(True)
-    x_hat = x_t = None  # drawn by the first
 
-    def passed(rows):
-        nonlocal x_hat, x_t
+    def sampled():
         step = Step(txt_ids=ids, x_init=x_init, fused=fused)
         stages.student_pass(step, student, GRID, torch.Generator().manual_seed(3))
-        if x_t is None:
-            stages.renoise(step, ursa.path, t, generator)
-            x_hat, x_t = step.x_hat, step.x_t
-            assert x_t.shape == (6, 48)
-        assert torch.equal(step.x_hat, x_hat)
-        step.t, step.x_t = t[rows], x_t[rows]
+        return step
+
+    drawn = sampled()
+    stages.renoise(drawn, ursa.path, t, generator)
+    assert drawn.x_t.shape == (6, 48)
+
+    def passed(rows):
+        step = sampled()
+        assert torch.equal(step.x_hat, drawn.x_hat)
+        step.t, step.x_t = t[rows], drawn.x_t[rows]
         stages.teacher_pass(step, teacher, GRID)
         stages.auxiliary_pass(step, aux, GRID)
         stages.distillation_loss(step, estimator, "time", None, w_reinforce)

@@ -21,6 +21,9 @@ SIZES = {
 }  # fmt: skip
 
 
+LEARNING = ("student at x_init", "auxiliary's fit", "student at x_t")  # passes with a gradient, of `passes_of`
+
+
 class RandomIds:
     """In a tokenizer's place where there is none: a prompt becomes ids drawn from its own length."""
 
@@ -76,9 +79,6 @@ def step_flops(config: Config, network: UrsaConfig, batch: int, sequence: int, t
     if not config.model.train_head:
         flops -= sum(passes[name] // 3 for name in LEARNING) * head_flops(network, tokens)
     return batch * flops
-
-
-LEARNING = ("student at x_init", "auxiliary's fit", "student at x_t")
 
 
 def passes_of(config: Config) -> dict[str, int]:

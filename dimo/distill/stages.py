@@ -60,6 +60,11 @@ class Step:
         """{"student": ..., "teacher": ..., "aux": ...}, as set: logits, or an `Answer`."""
         return self.__dict__.setdefault("_answers", {})
 
+    @property
+    def txt_ids_at_t(self) -> torch.Tensor:
+        """(R B, L): the prompts as x_t has its rows."""
+        return for_each_draw(self.txt_ids, self.x_t)
+
 
 def _logits_of(name: str) -> property:
     def read(step: Step) -> torch.Tensor | None:
@@ -168,7 +173,7 @@ def teacher_pass(
     if guidance_scale != 1 and uncond_ids is None:
         raise DimoError("uncond_ids is needed when guidance_scale is not 1: the ids of the empty prompt, (1, L)")
     ask, combine = (visual_answer, guide_answer) if step.fused else (visual_logits, guide)
-    txt_ids = for_each_draw(step.txt_ids, step.x_t)
+    txt_ids = step.txt_ids_at_t
     if guidance_scale == 1 or not bool((step.t < guidance_trunc).any()):
         step.teacher_logits = ask(teacher, txt_ids, step.x_t, grid)
     else:
@@ -208,18 +213,17 @@ def auxiliary_losses(
         raise DimoError(f"aux_objective must be 'denoise' or 'match_teacher', got {objective!r}")
     ask, one = (visual_answer, fused) if step.fused else (visual_logits, losses)
     batch, device = len(step.txt_ids), step.txt_ids.device
-    draws, answers = step.x_t.split(batch), []
-    if share_x_t and objective == "denoise" and len(draws) > aux_steps:
+    draws, answers = step.x_t.split(batch) if share_x_t else (), []
+    if objective == "match_teacher":
+        draws = [step.x_t] * aux_steps  # all draws in every fit
+    if len(draws) > aux_steps:
         raise DimoError(f"aux_steps must be at least {len(draws)}, x_t's draws, where x_t is shared, got {aux_steps}")
     for index in range(aux_steps):
-        txt_ids = step.txt_ids
-        at_x_t = objective == "match_teacher" or (share_x_t and index < len(draws))
-        if objective == "match_teacher":
-            txt_ids, x = for_each_draw(txt_ids, step.x_t), step.x_t
-        elif at_x_t:
-            x = draws[index]
+        at_x_t = index < len(draws)
+        if at_x_t:
+            x, txt_ids = draws[index], for_each_draw(step.txt_ids, draws[index])
         else:
-            t = draw_t(batch, grid, 0, 0, t_per, generator, device)
+            txt_ids, t = step.txt_ids, draw_t(batch, grid, 0, 0, t_per, generator, device)
             if empty_ids is not None and empty_share > 0:
                 drop = torch.rand(batch, generator=generator, device=device) < empty_share
                 txt_ids = torch.where(drop[:, None], empty_ids, txt_ids)
@@ -249,19 +253,17 @@ def _join(answers: list[torch.Tensor] | list[Answer]) -> torch.Tensor | Answer:
 @torch.no_grad()
 def auxiliary_pass(step: Step, aux: UrsaTransformer, grid: Grid) -> None:
     """Stage 6, its end: the updated auxiliary at x_t."""
-    txt_ids = for_each_draw(step.txt_ids, step.x_t)
-    step.aux_logits = (visual_answer if step.fused else visual_logits)(aux, txt_ids, step.x_t, grid)
+    step.aux_logits = (visual_answer if step.fused else visual_logits)(aux, step.txt_ids_at_t, step.x_t, grid)
     if not step.fused:
         require_finite("the auxiliary's logits", step.aux_logits)
 
 
 def distil_knowledge(step: Step, student: UrsaTransformer, grid: Grid) -> None:
     """Stage 7: KL(p_T || p_St) with the student at x_t, mean over tokens."""
-    txt_ids = for_each_draw(step.txt_ids, step.x_t)
     if step.fused:
-        step.student_at_t = visual_answer(student, txt_ids, step.x_t, grid)
+        step.student_at_t = visual_answer(student, step.txt_ids_at_t, step.x_t, grid)
         return
-    step.kd = losses.kl(step.teacher_logits, visual_logits(student, txt_ids, step.x_t, grid)).mean()
+    step.kd = losses.kl(step.teacher_logits, visual_logits(student, step.txt_ids_at_t, step.x_t, grid)).mean()
 
 
 def distillation_loss(
@@ -314,12 +316,16 @@ def _choose(step: Step, estimator: str, beta, baseline: Baseline | None, w_reinf
         x_hat, samples = for_each_draw(step.x_hat, step.answers["teacher"].hidden), len(step.x_hat)
         step.felt["known"] = gaps = fused.gaps(step.answers["teacher"], step.answers["aux"], x_hat)
         if by_policy:
-            reward = over_draws(-(gaps.forward + gaps.reverse).mean(1), samples)
-            advantage, step.baseline = _advantage(reward, baseline)
+            advantage, step.baseline = _advantage(_reward(gaps, samples), baseline)
             advantage = advantage[:, None]
         else:
             advantage = losses.leave_one_out(over_draws(gaps.log_ratio, samples))
         step.felt["advantage"] = for_each_draw(advantage, x_hat)
+
+
+def _reward(gaps: fused.Gaps, samples: int) -> torch.Tensor:
+    """(B,): -Jeffreys(p_T, p_A), the mean over tokens and draws of t."""
+    return over_draws(-(gaps.forward + gaps.reverse).mean(1), samples)
 
 
 def _advantage(reward: torch.Tensor, baseline: Baseline | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -334,14 +340,14 @@ def total_loss(step: Step, w_distill: float = 1.0, w_kd: float = 0.0, lambda_ent
     if step.fused:
         student, teacher, aux = (step.answers[name] for name in ("student", "teacher", "aux"))
         # of several draws of t each meets the student's answer, so that the means over samples are over draws too
-        repeated = (for_each_draw(x, teacher.hidden) for x in (student.hidden, step.x_hat, step.logp, step.entropy))
-        hidden, x_hat, logp, entropy = repeated
+        of_student = (student.hidden, step.x_hat, step.logp, step.entropy)
+        hidden, x_hat, logp, entropy = (for_each_draw(x, teacher.hidden) for x in of_student)
         made = fused.student_losses(
             Answer(hidden, student.weight), teacher, aux, x_hat, logp, entropy,
             student_at_t=step.student_at_t, w_distill=w_distill, w_kd=w_kd, lambda_ent=float(lambda_ent), **step.felt,
         )  # fmt: skip
         step.loss, step.distill, step.kd, step.gaps = made.total, made.distill, made.kd, made.gaps
-        step.reward = over_draws(-(made.gaps.forward + made.gaps.reverse).mean(1), len(step.x_hat))
+        step.reward = _reward(made.gaps, len(step.x_hat))
     else:
         step.loss = w_distill * step.distill - lambda_ent * step.entropy.mean()
         if step.kd is not None:
@@ -363,8 +369,7 @@ def gap_metrics(step: Step, student: UrsaTransformer, grid: Grid) -> dict[str, t
     ask, one = (visual_answer, fused) if step.fused else (visual_logits, losses)
     kd = step.kd
     if kd is None:
-        txt_ids = for_each_draw(step.txt_ids, step.x_t)
-        kd = one.kl(step.answers["teacher"], ask(student, txt_ids, step.x_t, grid))
+        kd = one.kl(step.answers["teacher"], ask(student, step.txt_ids_at_t, step.x_t, grid))
     return {
         "entropy/teacher": teacher.mean(),
         "entropy/aux": aux.mean(),
