@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from dimo.distill import stages
+from dimo.distill.schedules import faded
 from dimo.distill.stages import Step
 from dimo.evaluation.evaluate import evaluate
 from dimo.train.config import load_config
@@ -31,7 +32,7 @@ CHECKED = 3  # steps that graph and trainer both make
 
 
 class Graph:
-    """A trainer's step as a CUDA graph; learning rates and the EMAs' weights are tensors, set before a replay."""
+    """A trainer's step as a CUDA graph; what varies from step to step is a tensor, set before a replay."""
 
     def __init__(self, trainer: Trainer, emas: list[float]):
         self.trainer, c = trainer, trainer.config
@@ -49,6 +50,7 @@ class Graph:
         self.averaged, self.learning = zip(*((e, s.detach()) for e, s in pairs if s.requires_grad))
         self.averages = [[p.detach().clone() for p in self.averaged] for _ in emas]
         self.memory = trainer.x_init
+        self.memory.p_corrupt = self.p_corrupt = torch.zeros((), device=self.device)
         before = self._snapshot()
         self.graph, self.stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         self.graph.register_generator_state(trainer.generator)
@@ -69,7 +71,7 @@ class Graph:
         step.txt_ids = t.prompts.batch(self.samples, g)
         stages.draw_x_init(step, t.x_init, t.num_visual_tokens, g)
         stages.student_pass(step, n.student, grid, g)
-        time_ = stages.draw_t(d.t_draws * self.samples, grid, 10**9, 0, d.t_per, g, self.device, d.t_power)
+        time_ = stages.draw_t(self.samples, grid, 10**9, 0, d.t_per, g, self.device, d.t_power, d.t_draws)
         stages.renoise(step, t.path, time_, g)
         stages.teacher_pass(step, n.teacher, grid)
         fits = stages.auxiliary_losses(
@@ -155,6 +157,7 @@ class Graph:
             self.trainer.generator.manual_seed(self.trainer.seed_of(index))
             self.factors["student"].fill_(lr_factor(c.optim, index, last, c.optim.min_lr_share))
             self.factors["aux"].fill_(lr_factor(c.optim, index, last, c.optim.aux_min_lr_share))
+            self.p_corrupt.fill_(faded(c.distill.p_corrupt, index, last, c.distill.p_corrupt_fade))
             for keep, decay in zip(self.keep, self.emas):
                 keep.fill_(warm_ema_decay(decay, index))
             self.graph.replay()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dimo.distill.schedules import Baseline, EntropyController, XInit, sample_t_curriculum
+from dimo.distill.schedules import T_MAX, Baseline, EntropyController, XInit, faded, sample_t_curriculum
 from dimo.errors import DimoError
 
 
@@ -15,6 +15,28 @@ def test_t_has_the_quantiles_of_its_equation(step, quantile, generator):
     assert 0 <= t.min() and t.max() <= 0.999
     for u in (0.1, 0.5, 0.9):
         assert t.quantile(u).item() == pytest.approx(0.999 * quantile(u), abs=0.006)
+
+
+def test_draws_of_t_are_stratified_and_each_is_uniform(generator):
+    t = sample_t_curriculum(3000, 0, 0, generator, draws=4).view(4, 3000) / T_MAX
+    for sample in t.T[:200].tolist():  # one in each quarter
+        assert sorted(int(4 * u) for u in sample) == [0, 1, 2, 3]
+    for draw in t:
+        assert torch.histc(draw, 10, 0, 1) / 3000 == pytest.approx(torch.full((10,), 0.1), abs=0.02)
+        assert torch.histc(draw[:100], 4, 0, 1).min() > 10  # the order differs from sample to sample
+    free = sample_t_curriculum(4 * 3000, 0, 0, generator).view(4, 3000) / T_MAX
+    # Var of a mean of R uniforms: 1 / (12 R), and 1 / (12 R^3) where each has a part of its own
+    assert free.mean(0).var().item() == pytest.approx(1 / 48, rel=0.1)
+    assert t.mean(0).var().item() == pytest.approx(1 / (12 * 64), rel=0.1)
+    early = sample_t_curriculum(3000, 0, 10, generator, draws=2).view(2, 3000) / T_MAX
+    assert ((early.min(0).values <= 0.75) & (early.max(0).values >= 0.75)).all()  # 1 - (1 - 1/2)^2
+    with pytest.raises(DimoError, match="draws must be at least 1, got 0"):
+        sample_t_curriculum(2, 0, draws=0)
+
+
+def test_the_mix_fades():
+    assert [faded(0.2, step, 100, 0.5) for step in (0, 25, 50, 99)] == pytest.approx([0.2, 0.1, 0.0, 0.0])
+    assert faded(0.2, 99, 100, 0.0) == 0.2
 
 
 def test_x_init_is_uniform_without_memory(generator):

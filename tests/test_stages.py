@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dimo.distill import stages
-from dimo.distill.schedules import Baseline, XInit
+from dimo.distill.schedules import T_MAX, Baseline, XInit
 from dimo.distill.stages import Step
 from dimo.errors import DimoError
 from dimo.ursa import MetricPath, visual_logits
@@ -51,6 +51,9 @@ def test_one_t_per_sample_or_per_latent_frame(generator):
     assert leaning.mean().item() == pytest.approx(1 / 2.5, abs=5e-3)  # E[u^p] = 1 / (p + 1)
     t = stages.draw_t(5, GRID, 0, 0, "frame", generator).view(5, 3, 16)
     assert (t == t[..., :1]).all() and (t[:, 0, 0] != t[:, 1, 0]).all()
+    several = stages.draw_t(6, GRID, 0, 0, "frame", generator, draws=4).view(4, 6, 3, 16)
+    parts = (several[..., 0] / T_MAX * 4).long().sort(0).values
+    assert (several == several[..., :1]).all() and (parts == torch.arange(4).view(4, 1, 1)).all()
     with pytest.raises(DimoError, match="t_per must be"):
         stages.draw_t(5, GRID, 0, 0, "token", generator)
 

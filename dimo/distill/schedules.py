@@ -18,17 +18,33 @@ def sample_t_curriculum(
     curriculum_steps: int = 10_000,
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
+    draws: int = 1,
 ) -> torch.Tensor:
     """Times in [0, 0.999]: 1 - (1-u)^2 while step < curriculum_steps, else u, with u uniform.
 
     The curriculum's density is 2 (1-t) inverted: 1 / (2 sqrt(1-t)), so early training sees times close to data, where
     teacher and auxiliary differ in few tokens. `curriculum_steps=0` switches it off.
+
+    With several `draws` the result has draws times size[0] rows, all samples once for each draw. The draws of a sample
+    are stratified: u falls once into each of [0, 1/draws), [1/draws, 2/draws), ..., in an order that starts at random,
+    so that each is uniform by itself and their mean is a better estimate of the mean over t than free draws give.
     """
+    if draws < 1:
+        raise DimoError(f"draws must be at least 1, got {draws}")
     if step < 0 or curriculum_steps < 0:
         raise DimoError(f"step and curriculum_steps must not be negative, got {step} and {curriculum_steps}")
     size = (size,) if isinstance(size, int) else tuple(size)
-    u = torch.rand(size, generator=generator, device=device)
+    u = torch.rand((draws * size[0], *size[1:]), generator=generator, device=device)
+    if draws > 1:
+        first = torch.randint(draws, size, generator=generator, device=device)
+        part = torch.arange(draws, device=device).view(draws, *[1] * len(size)) + first
+        u = (u + (part % draws).flatten(0, 1)) / draws
     return (1 - (1 - u).square() if step < curriculum_steps else u) * T_MAX
+
+
+def faded(value: float, step: int, last: int, share: float) -> float:
+    """`value` falling linearly to zero over the first `share`, in (0, 1], of `last` steps; with share 0 it stays."""
+    return value if share == 0 else value * max(0.0, 1 - step / (share * last))
 
 
 class XInit:
@@ -37,6 +53,10 @@ class XInit:
     A share `p_corrupt` of rows starts from a remembered x_hat whose tokens were replaced by uniform ones with
     probability `corrupt_ratio`; such a row comes with the prompt that its sample was made for. The memory holds the
     latest `capacity` samples; it is part of a checkpoint (`state_dict`), so that a resumed run is the run.
+
+    `p_corrupt` may be set anew before every step (`faded`). The mix helps a student early, but what stage 8 holds to
+    the teacher's shares is the sum of fresh and corrupted rows: fresh ones may all take one shade while corrupted ones
+    make up for it. Only fresh ones are asked for later, so the mix should be gone before the end.
     """
 
     def __init__(self, codebook_size: int, p_corrupt: float = 0.2, corrupt_ratio: float = 0.2, capacity: int = 256):
@@ -57,7 +77,7 @@ class XInit:
         size = (batch, num_visual_tokens)
         x_init = torch.randint(self.codebook_size, size, generator=generator, device=device)
         corrupted = torch.zeros(batch, dtype=torch.bool, device=device)
-        if self.p_corrupt == 0 or self.x_hat is None:
+        if self.x_hat is None:
             return x_init, txt_ids, corrupted
         corrupted = torch.rand(batch, generator=generator, device=device) < self.p_corrupt
         row = torch.randint(len(self.x_hat), (batch,), generator=generator, device=device)

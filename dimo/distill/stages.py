@@ -129,19 +129,20 @@ def draw_t(
     generator=None,
     device=None,
     t_power: float = 1.0,
+    draws: int = 1,
 ) -> torch.Tensor:
-    """Times of stage 4: one per sample (B,), or one per latent frame spread over its tokens (B, N).
+    """Times of stage 4: one per sample (R B,), or one per latent frame spread over its tokens (R B, N), R = draws.
 
-    They are the curriculum's, raised to `t_power`: above 1 more of them lie near the noise, where the videos of a
-    prompt are all open and their shares are decided.
+    They are the curriculum's, stratified over the draws of a sample, raised to `t_power`: above 1 more of them lie near
+    the noise, where the videos of a prompt are all open and their shares are decided.
     """
     if not t_power > 0:
         raise DimoError(f"t_power must be positive, got {t_power}")
     if t_per == "sample":
-        return sample_t_curriculum(batch, step_index, curriculum_steps, generator, device) ** t_power
+        return sample_t_curriculum(batch, step_index, curriculum_steps, generator, device, draws) ** t_power
     if t_per != "frame":
         raise DimoError(f"t_per must be 'sample' or 'frame', got {t_per!r}")
-    t = sample_t_curriculum((batch, grid[0]), step_index, curriculum_steps, generator, device) ** t_power
+    t = sample_t_curriculum((batch, grid[0]), step_index, curriculum_steps, generator, device, draws) ** t_power
     return t.repeat_interleave(grid[1] * grid[2], 1)
 
 

@@ -16,14 +16,23 @@ from tqdm import tqdm
 from dimo.errors import DimoError
 from dimo.evaluation.evaluate import evaluate_to_folder
 from dimo.files import write_text
-from dimo.train.config import Config, load_config, to_yaml
+from dimo.train.config import PRESETS, Config, load_config, read_groups, to_yaml
 from dimo.train.trainer import Trainer
 
 TUNING_SEED = 100  # never among the seeds that are reported
 PLAIN = ["model.logit_gain=1", "model.final_logit_gain=1"]  # the student as it is, where it is to match the teacher
+
+
+def _keys_of(preset: str) -> list[str]:
+    """A preset as overrides, without what concerns its run folder."""
+    groups = read_groups(PRESETS / f"{preset}.yaml")
+    return [f"{g}.{key}={value}" for g, keys in groups.items() if g != "experiment" for key, value in keys.items()]
+
+
 METHODS = {
     "recipe": [],
     "no x_init mix": ["distill.p_corrupt=0"],
+    "x_init mix to the end": ["distill.p_corrupt_fade=0"],
     "t curriculum": ["distill.t_curriculum_steps={half}"],
     "entropy bonus": ["distill.lambda_ent=0.01"],
     "AdamW": ["optim.optimizer=adamw"],
@@ -38,11 +47,8 @@ METHODS = {
     "KD every 4th": ["distill.w_kd=0.1", "distill.kd_every=4"],
     "reinforce": ["distill.estimator=reinforce"],
     "KD alone": ["distill.w_distill=0", "distill.w_kd=1", *PLAIN],
-    "literal": [
-        "distill.estimator=reinforce", "distill.aux_objective=match_teacher", "distill.aux_steps=1", "distill.w_kd=1",
-        "distill.lambda_ent=0.01", "distill.t_curriculum_steps=10000", "distill.t_draws=1", *PLAIN,
-    ],
-}  # fmt: skip
+    "literal": _keys_of("literal"),
+}
 COLUMNS = ("validity", "adherence", "coverage")
 
 

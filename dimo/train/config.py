@@ -44,8 +44,8 @@ NAMES = ("experiment.name", "experiment.output_dir", "distill.teacher_ckpt", "di
 RANGES = {  # null is no number, and every float must be finite besides
     "lie in [0, 1]": (
         lambda value: 0 <= value <= 1,
-        "distill.empty_prompt_share distill.p_corrupt distill.corrupt_ratio distill.guidance_trunc "
-        "distill.motion_share optim.min_lr_share optim.aux_min_lr_share",
+        "distill.empty_prompt_share distill.p_corrupt distill.p_corrupt_fade distill.corrupt_ratio "
+        "distill.guidance_trunc distill.motion_share optim.min_lr_share optim.aux_min_lr_share",
     ),
     "lie in [0, 1)": (
         lambda value: 0 <= value < 1,

@@ -90,10 +90,11 @@ class Distill:
     ent_anneal_from: int = _key(0, "step at which the bonus starts to fade")
     ent_anneal_to: int = _key(0, "step at which the bonus is gone; 0: never")
     t_curriculum_steps: int = _key(0, "steps with t = 1 - (1-u)^2; 0: t uniform from the start")
-    t_power: float = _key(1.25, "t is then raised to it: above 1 leans to the noise, where coverage is decided")
-    t_draws: int = _key(4, "draws of t and x_t for each x_hat; a further one costs two passes that need no gradient")
+    t_power: float = _key(1.6, "t is then raised to it: above 1 leans to the noise, where coverage is decided")
+    t_draws: int = _key(4, "stratified draws of t and x_t for each x_hat; one more costs two passes without gradient")
     t_per: str = _key("sample", "one t per sample, or per latent frame")
     p_corrupt: float = _key(0.2, "share of x_init that is an earlier sample, corrupted")
+    p_corrupt_fade: float = _key(0.7, "share of the run over which p_corrupt falls to zero; 0: it stays")
     corrupt_ratio: float = _key(0.5, "share of its tokens that are replaced")
 
     def score_minimums(self) -> dict[str, float]:
@@ -123,7 +124,7 @@ class Distill:
 class Optim:
     optimizer: str = _key("muon", "muon (matrices of the layers; AdamW for the rest) or adamw")
     lr: float = _key(1.5e-3, "of the student, AdamW")
-    aux_lr: float = _key(8e-3, "of the auxiliary, AdamW; its muon_lr keeps the same ratio to the student's")
+    aux_lr: float = _key(4e-3, "of the auxiliary, AdamW; its muon_lr keeps the same ratio to the student's")
     muon_lr: float = _key(7.5e-3, "of the student's matrices, Muon")
     muon_momentum: float = _key(0.9, "Muon")
     muon_weight_decay: float = _key(0.02, "Muon: a matrix shrinks by its muon_lr times this a step")

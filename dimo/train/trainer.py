@@ -10,7 +10,7 @@ import torch
 
 from dimo.distill import stages
 from dimo.distill.losses import beta_of
-from dimo.distill.schedules import Baseline, EntropyController, XInit
+from dimo.distill.schedules import Baseline, EntropyController, XInit, faded
 from dimo.distill.stages import Step
 from dimo.errors import NonFiniteError, require_finite, trusted_values
 from dimo.train.config import Config
@@ -110,6 +110,7 @@ class Trainer:
         factor = lr_factor(c.optim, index, last, c.optim.min_lr_share)
         self.student.set_lr_factor(factor)
         self.aux.set_lr_factor(lr_factor(c.optim, index, last, c.optim.aux_min_lr_share))
+        self.x_init.p_corrupt = faded(c.distill.p_corrupt, index, last, c.distill.p_corrupt_fade)
         steps = [Step(fused=self.fused) for _ in range(c.training.gradient_accumulation_steps)]
         norms = {"grad_norm/student": math.nan, "grad_norm/aux": math.nan}
         baseline = self.baseline.state_dict() if self.baseline else None
@@ -153,8 +154,10 @@ class Trainer:
                 step.x_hat, entropy = passed.x_hat, entropy + passed.entropy.detach().mean() / parts
                 self.x_init.remember(step.x_hat, step.txt_ids)
                 # 4 x_t
-                draws = d.t_draws * d.batch_size_per_gpu
-                t = stages.draw_t(draws, grid, index, d.t_curriculum_steps, d.t_per, g, self.device, d.t_power)
+                t = stages.draw_t(
+                    d.batch_size_per_gpu, grid, index, d.t_curriculum_steps, d.t_per, g, self.device, d.t_power,
+                    d.t_draws,
+                )  # fmt: skip
                 stages.renoise(step, self.path, t, g)
                 # 5 teacher
                 stages.teacher_pass(step, n.teacher, grid, d.guidance_scale, d.guidance_trunc, self.uncond_ids)
