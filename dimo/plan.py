@@ -127,6 +127,8 @@ def alternatives(plan: Plan, size: str | None, preset: str | None, overrides: Se
         sparing.append("model.train_embeddings=false")
     if flat["model.train_head"]:
         sparing.append("model.train_head=false")
+    if d.t_draws > 1:
+        sparing.append("distill.t_draws=1")
     if d.batch_size_per_gpu > 1:
         more = f"training.gradient_accumulation_steps={2 * flat['training.gradient_accumulation_steps']}"
         sparing.append(f"distill.batch_size_per_gpu={d.batch_size_per_gpu // 2} {more}")

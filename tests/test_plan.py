@@ -113,7 +113,7 @@ def test_what_to_change_is_gone_through_too(one_layer):
     assert plan.seconds is None and plan.total > 1e-4 * GIB
     halved = "distill.batch_size_per_gpu=8 training.gradient_accumulation_steps=2"
     single = ["training.mixed_precision=bf16", "model.activation_checkpointing=full", "model.train_embeddings=false"]
-    single.append(halved)
+    single += ["distill.t_draws=1", halved]
     zero = "training.engine=deepspeed_zero2"
     assert found.keys() == {*single, " ".join(single), zero, " ".join([*single, zero])}  # Muon is not for fsdp2
     assert all(size < plan.total for size in found.values())
