@@ -3,7 +3,8 @@
 `python tests/recipe.py SEED [SEED ...] [--minutes M] [KEY=VALUE ...]` trains preset `shapes_long`, a step of which is
 some 2,000 small kernels that a GPU waits for; replayed as a graph they take a tenth of the time, and graphs of several
 seeds run beside each other, each on a stream of its own. First a few steps are compared with `Trainer.step`. Writes
-runs/recipe-SEED/student-EMA and report-EMA.json, of the student as `checkpoints/final` would hold it.
+runs/recipe-SEED/student-EMA and report-EMA.json, of the student as `checkpoints/final` would hold it, and at every
+evaluation runs/recipe-SEEDS.safetensors, from which the same command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ import copy
 import json
 import math
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from dimo.distill import stages
-from dimo.distill.schedules import faded
+from dimo.distill.schedules import fade
 from dimo.distill.stages import Step
 from dimo.evaluation.evaluate import evaluate
 from dimo.train.config import load_config
@@ -50,7 +54,7 @@ class Graph:
         self.averaged, self.learning = zip(*((e, s.detach()) for e, s in pairs if s.requires_grad))
         self.averages = [[p.detach().clone() for p in self.averaged] for _ in emas]
         self.memory = trainer.x_init
-        self.memory.p_corrupt = self.p_corrupt = torch.zeros((), device=self.device)
+        self.memory.fade = self.fade = torch.zeros((), device=self.device)
         before = self._snapshot()
         self.graph, self.stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         self.graph.register_generator_state(trainer.generator)
@@ -157,7 +161,7 @@ class Graph:
             self.trainer.generator.manual_seed(self.trainer.seed_of(index))
             self.factors["student"].fill_(lr_factor(c.optim, index, last, c.optim.min_lr_share))
             self.factors["aux"].fill_(lr_factor(c.optim, index, last, c.optim.aux_min_lr_share))
-            self.p_corrupt.fill_(faded(c.distill.p_corrupt, index, last, c.distill.p_corrupt_fade))
+            self.fade.fill_(fade(index, last, c.distill.p_corrupt_fade))
             for keep, decay in zip(self.keep, self.emas):
                 keep.fill_(warm_ema_decay(decay, index))
             self.graph.replay()
@@ -180,6 +184,13 @@ class Graph:
         self._restore(self.before)
         return error
 
+    def state(self) -> dict[str, torch.Tensor]:
+        """All that a step changes, by seed and number; what the step itself draws follows from its index."""
+        return {f"{self.trainer.config.experiment.seed}/{i}": x for i, x in enumerate(self._snapshot())}
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        self._restore([state[name].to(self.device) for name in self.state()])
+
     def scores(self, world: ShapesWorld, out: Path, at: int, last: int) -> None:
         """Print and write the figures of every average after `at` steps, and the students."""
         t, final = self.trainer, copy.deepcopy(self.trainer.networks.ema)
@@ -196,6 +207,18 @@ class Graph:
             (out / f"report-{decay:g}.json").write_text(json.dumps(line))
 
 
+def resume(saved: Path, graphs: Iterable[Graph], keys: list[str]) -> tuple[int, int]:
+    """Put the state back that an earlier run with the same keys left; its (steps made, steps in all)."""
+    with safe_open(saved, "pt") as file:
+        about = file.metadata()
+    if about["keys"] != " ".join(keys):
+        raise SystemExit(f"{saved} is of a run with other keys ({about['keys']}): move it away, or give another --name")
+    for graph in graphs:
+        graph.load_state(load_file(saved))
+    print(f"goes on at step {about['at']} of {about['of']}", flush=True)
+    return int(about["at"]), int(about["of"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("words", nargs="+", metavar="SEED | KEY=VALUE")
@@ -208,6 +231,7 @@ def main() -> None:
     if not seeds:
         parser.error("give a seed, or several")
     begin, graphs = time.time(), {}
+    saved = Path("runs") / f"{args.name}-{'-'.join(seeds)}.safetensors"
     torch._dynamo.config.recompile_limit = 64  # the networks of every seed are compiled anew
     for seed in seeds:
         out = Path("runs") / f"{args.name}-{seed}"
@@ -216,15 +240,20 @@ def main() -> None:
         emas = [config.optim.ema_decay, *(float(x) for x in args.emas.split(",") if x)]
         graphs[out] = graph = Graph(Trainer(config), emas)
         print(f"seed {seed}: {CHECKED} steps differ by {graph.check():.1e} of what they moved", flush=True)
-    world, last = load_world(graph.trainer.ursa.folder), config.training.max_train_steps
+    world, index, last = load_world(graph.trainer.ursa.folder), graph.first, config.training.max_train_steps
+    if saved.exists():
+        index, last = resume(saved, graphs.values(), keys)
 
     def score(at: int) -> None:
         torch.cuda.synchronize()
         for out, graph in graphs.items():
             graph.scores(world, out, at, last)
+        state = {name: x for graph in graphs.values() for name, x in graph.state().items()}
+        about = {"at": str(at), "of": str(last), "keys": " ".join(keys)}
+        save_file(state, saved.with_suffix(".partial"), about)
+        saved.with_suffix(".partial").replace(saved)
 
     first, measured_after = time.time(), 500
-    index = graph.first
     while index < last:
         for graph in graphs.values():
             graph.step(index, last)

@@ -39,9 +39,15 @@ def test_the_graph_of_the_recipe_makes_the_trainers_steps(monkeypatch, tmp_path)
     trainer.x_init.capacity = 64  # full after two steps
     graph = recipe.Graph(trainer, [0.5, 0.9])
     assert graph.check() < 3e-3  # of what the weights moved: sums in another order
+    start = graph.state()
     before = [p.clone() for p in graph.averages[0]]
     graph.step(2, 40)
     after = [p for p in trainer.networks.student.parameters() if p.requires_grad]
     keep = (1 + 2) / (10 + 2)  # the average warms up as the trainer's
     for average in graph.averages:
         assert all(torch.allclose(a, keep * b + (1 - keep) * c, atol=1e-6) for a, b, c in zip(average, before, after))
+    once = graph.state()
+    graph.load_state(start)  # as a run does that goes on
+    assert not all(torch.equal(x, once[name]) for name, x in graph.state().items())
+    graph.step(2, 40)
+    assert all(torch.equal(x, once[name]) for name, x in graph.state().items())

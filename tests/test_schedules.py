@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dimo.distill.schedules import T_MAX, Baseline, EntropyController, XInit, faded, sample_t_curriculum
+from dimo.distill.schedules import T_MAX, Baseline, EntropyController, XInit, fade, sample_t_curriculum
 from dimo.errors import DimoError
 
 
@@ -34,9 +34,16 @@ def test_draws_of_t_are_stratified_and_each_is_uniform(generator):
         sample_t_curriculum(2, 0, draws=0)
 
 
-def test_the_mix_fades():
-    assert [faded(0.2, step, 100, 0.5) for step in (0, 25, 50, 99)] == pytest.approx([0.2, 0.1, 0.0, 0.0])
-    assert faded(0.2, 99, 100, 0.0) == 0.2
+def test_the_mix_fades(generator):
+    assert [fade(step, 100, 0.5) for step in (0, 25, 50, 99)] == [1.0, 0.5, 0.0, 0.0]
+    assert fade(99, 100, 0.0) == 1.0
+    mix = XInit(5, p_corrupt=0.4)
+    for share, factor in ((0.4, 1.0), (0.2, 0.5), (0.0, 0.0)):
+        mix.fade = factor
+        mix.remember(torch.zeros(8, 50, dtype=torch.long), torch.zeros(8, 2, dtype=torch.long))  # faded out or not
+        corrupted = mix(torch.zeros(4000, 2, dtype=torch.long), 50, generator)[2]
+        assert corrupted.float().mean().item() == pytest.approx(share, abs=0.03)
+    assert len(mix.x_hat) == 24
 
 
 def test_x_init_is_uniform_without_memory(generator):

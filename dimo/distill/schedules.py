@@ -42,9 +42,9 @@ def sample_t_curriculum(
     return (1 - (1 - u).square() if step < curriculum_steps else u) * T_MAX
 
 
-def faded(value: float, step: int, last: int, share: float) -> float:
-    """`value` falling linearly to zero over the first `share`, in (0, 1], of `last` steps; with share 0 it stays."""
-    return value if share == 0 else value * max(0.0, 1 - step / (share * last))
+def fade(step: int, last: int, share: float) -> float:
+    """What falls linearly from 1 to 0 over the first `share`, in (0, 1], of `last` steps; with share 0 it stays 1."""
+    return 1.0 if share == 0 else max(0.0, 1 - step / (share * last))
 
 
 class XInit:
@@ -54,9 +54,9 @@ class XInit:
     probability `corrupt_ratio`; such a row comes with the prompt that its sample was made for. The memory holds the
     latest `capacity` samples; it is part of a checkpoint (`state_dict`), so that a resumed run is the run.
 
-    `p_corrupt` may be set anew before every step (`faded`). The mix helps a student early, but what stage 8 holds to
-    the teacher's shares is the sum of fresh and corrupted rows: fresh ones may all take one shade while corrupted ones
-    make up for it. Only fresh ones are asked for later, so the mix should be gone before the end.
+    `fade`, which a trainer sets before every step, multiplies p_corrupt. The mix helps a student early, but what stage
+    8 holds to the teacher's shares is the sum of fresh and corrupted rows: fresh ones may all take one shade while
+    corrupted ones make up for it. Only fresh ones are asked for later, so the mix should be gone before the end.
     """
 
     def __init__(self, codebook_size: int, p_corrupt: float = 0.2, corrupt_ratio: float = 0.2, capacity: int = 256):
@@ -64,7 +64,7 @@ class XInit:
             if not 0 <= value <= 1:
                 raise DimoError(f"{name} must lie in [0, 1], got {value}")
         self.codebook_size, self.p_corrupt, self.corrupt_ratio = codebook_size, p_corrupt, corrupt_ratio
-        self.capacity = capacity
+        self.capacity, self.fade = capacity, 1.0
         self.x_hat: torch.Tensor | None = None
         self.txt_ids: torch.Tensor | None = None
 
@@ -79,7 +79,7 @@ class XInit:
         corrupted = torch.zeros(batch, dtype=torch.bool, device=device)
         if self.x_hat is None:
             return x_init, txt_ids, corrupted
-        corrupted = torch.rand(batch, generator=generator, device=device) < self.p_corrupt
+        corrupted = torch.rand(batch, generator=generator, device=device) < self.p_corrupt * self.fade
         row = torch.randint(len(self.x_hat), (batch,), generator=generator, device=device)
         replace = torch.rand(size, generator=generator, device=device) < self.corrupt_ratio
         old = torch.where(replace, x_init, self.x_hat[row])
