@@ -25,6 +25,7 @@ from dimo.distill import stages
 from dimo.distill.schedules import fade
 from dimo.distill.stages import Step
 from dimo.evaluation.evaluate import evaluate
+from dimo.files import whole_file
 from dimo.train.config import load_config
 from dimo.train.optimizers import Muon, lr_factor, orthogonalise, warm_ema_decay
 from dimo.train.trainer import Trainer
@@ -161,7 +162,7 @@ class Graph:
             self.trainer.generator.manual_seed(self.trainer.seed_of(index))
             self.factors["student"].fill_(lr_factor(c.optim, index, last, c.optim.min_lr_share))
             self.factors["aux"].fill_(lr_factor(c.optim, index, last, c.optim.aux_min_lr_share))
-            self.fade.fill_(fade(index, last, c.distill.p_corrupt_fade))
+            self.fade.fill_(fade(index, 0, c.distill.p_corrupt_fade * last))
             for keep, decay in zip(self.keep, self.emas):
                 keep.fill_(warm_ema_decay(decay, index))
             self.graph.replay()
@@ -186,10 +187,13 @@ class Graph:
 
     def state(self) -> dict[str, torch.Tensor]:
         """All that a step changes, by seed and number; what the step itself draws follows from its index."""
-        return {f"{self.trainer.config.experiment.seed}/{i}": x for i, x in enumerate(self._snapshot())}
+        return dict(zip(self._names(), self._snapshot(), strict=True))
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
-        self._restore([state[name].to(self.device) for name in self.state()])
+        self._restore([state[name] for name in self._names()])
+
+    def _names(self) -> list[str]:
+        return [f"{self.trainer.config.experiment.seed}/{i}" for i in range(len(self._tensors()))]
 
     def scores(self, world: ShapesWorld, out: Path, at: int, last: int) -> None:
         """Print and write the figures of every average after `at` steps, and the students."""
@@ -213,8 +217,9 @@ def resume(saved: Path, graphs: Iterable[Graph], keys: list[str]) -> tuple[int, 
         about = file.metadata()
     if about["keys"] != " ".join(keys):
         raise SystemExit(f"{saved} is of a run with other keys ({about['keys']}): move it away, or give another --name")
+    state = load_file(saved)
     for graph in graphs:
-        graph.load_state(load_file(saved))
+        graph.load_state(state)
     print(f"goes on at step {about['at']} of {about['of']}", flush=True)
     return int(about["at"]), int(about["of"])
 
@@ -250,8 +255,8 @@ def main() -> None:
             graph.scores(world, out, at, last)
         state = {name: x for graph in graphs.values() for name, x in graph.state().items()}
         about = {"at": str(at), "of": str(last), "keys": " ".join(keys)}
-        save_file(state, saved.with_suffix(".partial"), about)
-        saved.with_suffix(".partial").replace(saved)
+        with whole_file(saved) as beside:
+            save_file(state, beside, about)
 
     first, measured_after = time.time(), 500
     while index < last:

@@ -154,8 +154,10 @@ def test_ablation_tunes_on_one_seed_reports_on_others_and_continues(tmp_path, no
         "evaluation.videos_per_prompt=1",
         "distill.batch_size_per_gpu=2",
         "model.device=cpu",
+        "optim.lr=1e-3",
+        "optim.aux_lr=4e-3",
+        "optim.muon_lr=5e-3",
     ]
-    small += ["optim.lr=1e-3", "optim.aux_lr=4e-3", "optim.muon_lr=5e-3"]
     table = ablate(tmp_path, "smoke", small, [1e-4, 2e-4], 2, ["recipe", "literal"])
     result = json.loads((tmp_path / "ablation.json").read_text())
     assert list(result) == ["recipe", "literal"] and len(result["recipe"]["seeds"]) == 2

@@ -35,8 +35,8 @@ def test_draws_of_t_are_stratified_and_each_is_uniform(generator):
 
 
 def test_the_mix_fades(generator):
-    assert [fade(step, 100, 0.5) for step in (0, 25, 50, 99)] == [1.0, 0.5, 0.0, 0.0]
-    assert fade(99, 100, 0.0) == 1.0
+    assert [fade(step, 0, 50.0) for step in (0, 25, 50, 99)] == [1.0, 0.5, 0.0, 0.0]
+    assert fade(99, 0, 0.0) == 1.0
     mix = XInit(5, p_corrupt=0.4)
     for share, factor in ((0.4, 1.0), (0.2, 0.5), (0.0, 0.0)):
         mix.fade = factor

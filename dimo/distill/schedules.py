@@ -42,9 +42,9 @@ def sample_t_curriculum(
     return (1 - (1 - u).square() if step < curriculum_steps else u) * T_MAX
 
 
-def fade(step: int, last: int, share: float) -> float:
-    """What falls linearly from 1 to 0 over the first `share`, in (0, 1], of `last` steps; with share 0 it stays 1."""
-    return 1.0 if share == 0 else max(0.0, 1 - step / (share * last))
+def fade(step: int, begin: float, end: float) -> float:
+    """What falls linearly from 1 at step `begin` to 0 at `end`; where `end` does not lie behind `begin` it stays 1."""
+    return 1.0 if end <= begin else min(1.0, max(0.0, (end - step) / (end - begin)))
 
 
 class XInit:
@@ -131,10 +131,7 @@ class EntropyController:
             self.start += (entropy - self.start) / self.seen
         limit = self.floor * self.start * (1.1 if self.raised else 1.0)
         self.raised = entropy < limit
-        fade = 1.0
-        if self.anneal_to > self.anneal_from:
-            fade = min(1.0, max(0.0, (self.anneal_to - step) / (self.anneal_to - self.anneal_from)))
-        return fade * (self.high if self.raised else self.low)
+        return fade(step, self.anneal_from, self.anneal_to) * (self.high if self.raised else self.low)
 
     def state_dict(self) -> dict:
         return {"raised": self.raised, "seen": self.seen, "start": self.start}

@@ -110,7 +110,7 @@ class Trainer:
         factor = lr_factor(c.optim, index, last, c.optim.min_lr_share)
         self.student.set_lr_factor(factor)
         self.aux.set_lr_factor(lr_factor(c.optim, index, last, c.optim.aux_min_lr_share))
-        self.x_init.fade = fade(index, last, c.distill.p_corrupt_fade)
+        self.x_init.fade = fade(index, 0, c.distill.p_corrupt_fade * last)
         steps = [Step(fused=self.fused) for _ in range(c.training.gradient_accumulation_steps)]
         norms = {"grad_norm/student": math.nan, "grad_norm/aux": math.nan}
         baseline = self.baseline.state_dict() if self.baseline else None
