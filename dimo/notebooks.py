@@ -249,8 +249,8 @@ def print_summary(run: RunFolder) -> None:
     if is_world and shipped.exists():
         best = json.loads(shipped.read_text())["student_1"]
         print(
-            f"\nA longer run reaches validity {best['validity']:.3f} with coverage {best['coverage']:.3f}; that "
-            "student ships with dimo, and `dimo evaluate` scores it."
+            f"\nThe best of three longer runs reached validity {best['validity']:.3f} with coverage "
+            f"{best['coverage']:.3f}; that student ships with dimo, and `dimo evaluate` scores it."
         )
     made = [name for name in ("report.html", "sheet.png") if (run.path / name).exists()]
     print(f"\nLook at {', '.join(f'{run.path}/{name}' for name in made)} and {run.path}/notebooks/")

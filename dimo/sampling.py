@@ -78,7 +78,7 @@ def sample_to_folder(request: Request, prompts: list[str], out: str | Path) -> l
     grid = ursa.latents_shape(r.num_frames, r.height, r.width)
     if is_world(folder):
         world = load_world(folder)
-        require_grid(world, grid)
+        require_grid(world, grid, ursa.path.codebook_size)
         world.attributes(prompts)  # refuses a prompt of which the world knows nothing
     network = load_student(ursa, r.student_ckpt) if r.student_ckpt else ursa.transformer
     network.requires_grad_(False)

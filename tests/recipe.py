@@ -269,7 +269,7 @@ def main() -> None:
             each = (time.time() - first) / (measured_after - graph.first)
             if args.minutes:
                 scoring = 1.0 * len(graphs) * len(graph.emas) * args.evaluations
-                last = int((60 * args.minutes - (time.time() - begin) - scoring) / each)
+                last = max(index, int((60 * args.minutes - (time.time() - begin) - scoring) / each))
             print(f"{1e3 * each:.2f} ms a step of {len(graphs)} seeds, {last} steps", flush=True)
         if index > measured_after and index % max(1, last // args.evaluations) == 0 and index < last - 100:
             score(index)

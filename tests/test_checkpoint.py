@@ -9,6 +9,8 @@ from hostile import Hostile
 from safetensors.torch import load_file, save_file
 
 from dimo.errors import DimoError
+from dimo.evaluation.evaluate import evaluate_to_folder
+from dimo.train.config import load_config
 from dimo.ursa import load_ursa, sample
 from dimo.ursa.checkpoint import load_transformer, save_student
 from dimo.ursa.weights import read_weights
@@ -141,6 +143,29 @@ def test_a_teacher_of_another_world_is_trained_and_loads(tmp_path):
     with pytest.raises(DimoError, match="steps must be at least 1"):
         make_teacher(TeacherRecipe(steps=0), tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+def test_a_teacher_replaces_only_a_teacher_and_only_by_a_finite_one(tmp_path, folder):
+    tiny = {"layers": 1, "hidden": 32, "heads": 2, "batch_size": 2}
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("years of work")
+    with pytest.raises(DimoError, match="mine exists and is no world's checkpoint folder"):
+        make_teacher(TeacherRecipe(steps=1, **tiny), tmp_path / "mine")
+    assert (tmp_path / "mine/thesis.txt").read_text() == "years of work"
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    with pytest.raises(DimoError, match="weights are not finite after 3 steps"):
+        make_teacher(TeacherRecipe(steps=3, lr=1e30, **tiny), folder)
+    assert before == {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_a_world_file_of_another_world_is_refused(folder):
+    file = folder / "world.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"object_shades": 3}))
+    with pytest.raises(DimoError, match="codebook has 10 codes, the world of its world.json 14"):
+        evaluate_to_folder(load_config("smoke", [f"distill.teacher_ckpt={folder}"]), folder / "student", folder / "out")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"frames": 3.0}))
+    with pytest.raises(DimoError, match="frames must be a whole number, got 3.0"):
+        load_world(folder)
 
 
 def test_training_the_teacher_learns():

@@ -44,6 +44,13 @@ def test_what_is_loaded_is_what_was_given_and_only_the_last_are_kept(tmp_path):
     )
 
 
+def test_a_copy_beside_a_checkpoint_is_nobodys_to_take_or_remove(tmp_path):
+    shutil.copytree(save(tmp_path, 360, keep_last=1), tmp_path / "step-360-copy")
+    assert save(tmp_path, 400, keep_last=1) == tmp_path / "step-00000400"
+    assert names(tmp_path) == ["step-00000400", "step-360-copy"]
+    assert Checkpoints(tmp_path).newest() == (tmp_path / "step-00000400", {})
+
+
 def test_steps_taken_while_it_is_written_are_not_in_it(tmp_path, monkeypatch):
     """The thread is held back until the weights have changed."""
     checkpoints, weight, moment = Checkpoints(tmp_path), torch.ones(4), torch.ones(4)

@@ -118,6 +118,13 @@ def test_what_lies_outside_is_refused_and_what_lies_inside_is_not(refused, allow
     load_config("smoke", [f"{key}={allowed}"])
 
 
+def test_what_compares_the_samples_of_a_batch_needs_two():
+    for keys in (["distill.w_reinforce=0.1"], ["distill.estimator=reinforce", "distill.baseline=leave_one_out"]):
+        load_config("smoke", keys)
+        with pytest.raises(DimoError, match="batch_size_per_gpu must be at least 2, got 1"):
+            load_config("smoke", [*keys, "distill.batch_size_per_gpu=1"])
+
+
 def test_the_student_must_have_something_to_learn_from_and_a_fade_an_order():
     load_config(None, ["distill.w_distill=0", "distill.w_kd=1"])
     with pytest.raises(DimoError, match="w_reinforce is a part of what w_distill weighs"):

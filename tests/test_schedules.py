@@ -93,6 +93,11 @@ def test_entropy_bonus_fades_to_zero():
     assert [bonus(1.0, s) for s in (0, 100, 150, 200, 300)] == pytest.approx([0.01, 0.01, 0.005, 0.0, 0.0])
 
 
+def test_a_fade_of_no_length_is_a_step_and_none_at_all_without_an_end():
+    assert [fade(step, 100, 100) for step in (0, 99, 100, 500)] == [1, 1, 0, 0]
+    assert [fade(step, 0, 0) for step in (0, 500)] == [1, 1]
+
+
 def test_baseline_is_the_moving_average_of_earlier_rewards():
     baseline, rewards, want = Baseline(0.9), [1.0, 3.0, -2.0], 1.0
     for reward in rewards:

@@ -43,8 +43,10 @@ def sample_t_curriculum(
 
 
 def fade(step: int, begin: float, end: float) -> float:
-    """What falls linearly from 1 at step `begin` to 0 at `end`; where `end` does not lie behind `begin` it stays 1."""
-    return 1.0 if end <= begin else min(1.0, max(0.0, (end - step) / (end - begin)))
+    """What falls linearly from 1 at step `begin` to 0 at `end`, at once where they are one; `end` 0: it stays 1."""
+    if end <= begin:
+        return 0.0 if 0 < end <= step else 1.0
+    return min(1.0, max(0.0, (end - step) / (end - begin)))
 
 
 class XInit:

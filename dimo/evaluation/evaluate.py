@@ -65,6 +65,9 @@ def evaluate(
     }
     samplers |= {f"teacher_{n}": (teacher, n, guided) for n in teacher_steps}
     rows, codes = {}, {}
+    first = txt_ids[:batch_size]  # untimed: the first pass of a process is slower, and would be the student's
+    g = torch.Generator(ursa.path.device).manual_seed(seed)
+    sample(student, ursa.path, first, world.latents_shape, 1, shift=ursa.shift, generator=g)
     bar = tqdm(samplers.items(), desc="evaluate", unit="sampler", disable=not progress)
     for name, (network, steps, options) in bar:
         bar.set_postfix_str(name)
@@ -120,7 +123,7 @@ def evaluate_to_folder(config: Config, weights: str | Path, out: Path, progress:
         "guidance_scale": d.guidance_scale, "guidance_trunc": d.guidance_trunc, "negative_prompt": d.negative_prompt,
     }  # fmt: skip
     if world is not None:
-        require_grid(world, grid)
+        require_grid(world, grid, ursa.path.codebook_size)
         prompts, copies = world.prompts, e.videos_per_prompt or 64
         student = load_student(ursa, weights)
         rows, codes = evaluate(world, ursa, student, videos_per_prompt=copies, batch_size=e.batch_size, **options)

@@ -17,6 +17,7 @@ from dimo.files import PARTIALS, remove_folder, replace_folder, save_torch, sync
 from dimo.train.ranks import everywhere, raise_everywhere
 
 MANIFEST = "manifest.json"
+STEP = "step-" + "[0-9]" * 8  # a step's name as a pattern: a copy beside it, step-360-copy, is somebody's
 
 
 class Checkpoints:
@@ -137,7 +138,7 @@ class Checkpoints:
 
     def all(self) -> list[Path]:
         """Every step's folder, oldest first, whole or not."""
-        return sorted(self.folder.glob("step-????????"))
+        return sorted(self.folder.glob(STEP))
 
     def remove_partials(self) -> None:
         """What a killed process was writing or removing."""

@@ -186,6 +186,12 @@ def validate(config: Config) -> None:
             f"distill.aux_pass=shared needs an auxiliary's fit for each draw of t, got distill.t_draws={d.t_draws} and "
             f"distill.aux_steps={d.aux_steps}; use distill.aux_pass=own"
         )
+    leaves_one_out = d.w_reinforce > 0 or (d.estimator == "reinforce" and d.baseline == "leave_one_out")
+    if leaves_one_out and d.batch_size_per_gpu < 2:
+        raise DimoError(
+            "distill.w_reinforce and distill.baseline=leave_one_out compare the samples of a batch, so that "
+            f"distill.batch_size_per_gpu must be at least 2, got {d.batch_size_per_gpu}"
+        )
     if d.w_distill == d.w_kd == 0:
         raise DimoError(
             "distill.w_distill and distill.w_kd are both 0, so that the student would learn nothing (w_reinforce is "

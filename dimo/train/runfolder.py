@@ -23,6 +23,7 @@ import yaml
 import dimo
 from dimo.errors import DimoError
 from dimo.files import PARTIALS, write_text
+from dimo.train.checkpoints import STEP
 from dimo.train.config import config_keys, default_of, read_groups
 from dimo.ursa.weights import read_json
 
@@ -38,8 +39,8 @@ SILENT_KEYS = {"experiment.resume", "experiment.overwrite"}
 OWN = ("config.yaml", "environment.json", "status.json", "metrics.jsonl", "events.jsonl", "train.log")
 OWN += ("report.json", "report.html", "sheet.png", "curves.png", "codes.safetensors")
 OWN_INSIDE = {  # patterns: people keep files of theirs in such folders
-    "checkpoints": ("step-????????", "final", PARTIALS),
-    "samples": ("step-????????.png", PARTIALS),
+    "checkpoints": (STEP, "final", PARTIALS),
+    "samples": (f"{STEP}.png", PARTIALS),
     "notebooks": ("0?_*.ipynb", "0?_*.html", PARTIALS),
 }
 LOCK = ".lock"

@@ -57,7 +57,7 @@ class Trainer:
         samples = d.batch_size_per_gpu * config.training.gradient_accumulation_steps * self.engine.world_size
         self.tokens_per_step = samples * self.num_visual_tokens
         if is_world(self.ursa.folder):
-            require_grid(load_world(self.ursa.folder), self.grid)
+            require_grid(load_world(self.ursa.folder), self.grid, self.path.codebook_size)
         self.prompts = prompts or open_prompts(config, self.ursa, self.engine.rank, self.engine.world_size)
         self.empty_ids = self.ursa.tokenize([""], d.max_prompt_length)
         self.uncond_ids = self.ursa.tokenize([d.negative_prompt], d.max_prompt_length)

@@ -100,6 +100,8 @@ def sample(
     require_shape("x_init", x_init, size)
     if not guidance_scale >= 1:
         raise DimoError(f"guidance_scale must be at least 1 (1 is none), got {guidance_scale}")
+    if not 0 <= guidance_trunc <= 1:
+        raise DimoError(f"guidance_trunc must lie in [0, 1] (1 guides at every t), got {guidance_trunc}")
     if guidance_scale > 1 and uncond_ids is None:
         raise DimoError("uncond_ids is needed when guidance_scale > 1: the ids of the empty or the negative prompt")
 

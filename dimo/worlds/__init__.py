@@ -58,8 +58,13 @@ def video_size(folder: str | Path) -> tuple[int, int, int]:
     return 4 * t - 3, 8 * h, 8 * w
 
 
-def require_grid(world, latents_shape: tuple[int, int, int]) -> None:
-    """Raise unless videos of `latents_shape` are this world's: it knows no other size."""
+def require_grid(world, latents_shape: tuple[int, int, int], codebook_size: int) -> None:
+    """Raise unless a checkpoint's videos, of `latents_shape` over `codebook_size` codes, are this world's."""
+    if codebook_size != world.codebook_size:
+        raise DimoError(
+            f"the checkpoint's codebook has {codebook_size} codes, the world of its {WORLD_FILE} {world.codebook_size}"
+            ": one of the two is not from this folder"
+        )
     if tuple(latents_shape) != world.latents_shape:
         t, h, w = world.latents_shape
         raise DimoError(

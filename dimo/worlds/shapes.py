@@ -44,6 +44,9 @@ class ShapesWorld:
     background_shades: int = 2
 
     def __post_init__(self):
+        for name, value in dataclasses.asdict(self).items():
+            if type(value) is not int:
+                raise DimoError(f"the shapes world's {name} must be a whole number, got {value!r}")
         if self.frames < 2 or self.height < 4 or self.width < 4:
             raise DimoError(
                 "the shapes world needs at least 2 frames of 4x4 cells (a smaller torus makes shapes ambiguous), "

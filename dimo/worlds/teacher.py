@@ -15,7 +15,7 @@ from tqdm import tqdm
 from dimo.errors import DimoError
 from dimo.files import whole_folder
 from dimo.ursa import MetricPath, UrsaConfig, UrsaTransformer, load_ursa, sample, save_student, visual_logits
-from dimo.worlds import WORLD_FILE
+from dimo.worlds import WORLD_FILE, is_world
 from dimo.worlds.oracle import score
 from dimo.worlds.palette import PaletteDecoder
 from dimo.worlds.shapes import ShapesWorld
@@ -137,10 +137,16 @@ def make_teacher(recipe: TeacherRecipe, folder: Path, videos_per_prompt: int = 6
     """Train, write the checkpoint folder, score it; returns the scores as a table.
 
     Raises:
-        DimoError: before anything is trained, for a number out of range or a device that is not there.
+        DimoError: before anything is trained, for a number out of range, a device that is not there or a folder that
+            holds something else; after it, where training diverged (nothing is written then).
     """
     _require_sense(recipe)
+    folder = Path(folder).resolve()
+    if folder.exists() and not is_world(folder) and not (folder.is_dir() and not any(folder.iterdir())):
+        raise DimoError(f"{folder} exists and is no world's checkpoint folder: give another, or remove it")
     transformer = train_teacher(recipe)
+    if not all(p.isfinite().all() for p in transformer.parameters()):
+        raise DimoError(f"the teacher's weights are not finite after {recipe.steps} steps; a lower lr helps")
     write_checkpoint(folder, recipe.world(), transformer, recipe.alpha, recipe.c)
     ursa, world = load_ursa(folder, recipe.device), recipe.world()
     prompts = [p for p in world.prompts for _ in range(videos_per_prompt)]
