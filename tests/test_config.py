@@ -118,6 +118,14 @@ def test_what_lies_outside_is_refused_and_what_lies_inside_is_not(refused, allow
     load_config("smoke", [f"{key}={allowed}"])
 
 
+def test_a_text_is_not_cut_where_yaml_would_see_a_comment():
+    for text in ("low quality #1", "/captions #2.csv", "a: b #3"):
+        assert load_config("smoke", [f"distill.negative_prompt={text}"]).distill.negative_prompt == text
+    assert load_config("smoke", ["distill.negative_prompt='a #1'"]).distill.negative_prompt == "a #1"
+    with pytest.raises(DimoError, match="optim.lr must have a value"):
+        load_config("smoke", ["optim.lr=???"])
+
+
 def test_what_compares_the_samples_of_a_batch_needs_two():
     for keys in (["distill.w_reinforce=0.1"], ["distill.estimator=reinforce", "distill.baseline=leave_one_out"]):
         load_config("smoke", keys)

@@ -253,6 +253,10 @@ def _read_override(override: str) -> dict:
         raise DimoError(f"an override reads key=value, got {override!r}")
     _check_known(key)
     group, name = key.split(".")
+    if value == "???":
+        raise DimoError(f"{key} must have a value, got ???")
+    if _is_text(key) and " #" in value and value[0] not in "'\"":
+        return {group: {name: value}}  # YAML would take the rest for a comment
     try:
         read = OmegaConf.from_dotlist([override if value else f"{key}=''"])
         if _is_text(key) and isinstance(OmegaConf.to_container(read)[group][name], bool | int | float):
