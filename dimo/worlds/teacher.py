@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from dimo.errors import DimoError
+from dimo.errors import DimoError, are_finite
 from dimo.files import whole_folder
 from dimo.ursa import MetricPath, UrsaConfig, UrsaTransformer, load_ursa, sample, save_student, visual_logits
 from dimo.worlds import WORLD_FILE, is_world
@@ -142,10 +142,10 @@ def make_teacher(recipe: TeacherRecipe, folder: Path, videos_per_prompt: int = 6
     """
     _require_sense(recipe)
     folder = Path(folder).resolve()
-    if folder.exists() and not is_world(folder) and not (folder.is_dir() and not any(folder.iterdir())):
+    if folder.exists() and not is_world(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise DimoError(f"{folder} exists and is no world's checkpoint folder: give another, or remove it")
     transformer = train_teacher(recipe)
-    if not all(p.isfinite().all() for p in transformer.parameters()):
+    if not all(are_finite(p) for p in transformer.parameters()):
         raise DimoError(f"the teacher's weights are not finite after {recipe.steps} steps; a lower lr helps")
     write_checkpoint(folder, recipe.world(), transformer, recipe.alpha, recipe.c)
     ursa, world = load_ursa(folder, recipe.device), recipe.world()
