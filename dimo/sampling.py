@@ -18,7 +18,7 @@ from dimo.files import whole_file, write_text
 from dimo.train.config import default_prompt_length
 from dimo.ursa import Ursa, load_ursa, sample
 from dimo.ursa.checkpoint import DTYPES, load_student
-from dimo.worlds import checkpoint_folder, is_world, load_world, require_grid, video_size
+from dimo.worlds import checkpoint_folder, is_world, load_world, require_world, video_size
 
 log = logging.getLogger(__name__)
 FPS = 12  # of URSA's videos
@@ -78,7 +78,7 @@ def sample_to_folder(request: Request, prompts: list[str], out: str | Path) -> l
     grid = ursa.latents_shape(r.num_frames, r.height, r.width)
     if is_world(folder):
         world = load_world(folder)
-        require_grid(world, grid, ursa.path.codebook_size)
+        require_world(world, grid, ursa.path.codebook_size)
         world.attributes(prompts)  # refuses a prompt of which the world knows nothing
     network = load_student(ursa, r.student_ckpt) if r.student_ckpt else ursa.transformer
     network.requires_grad_(False)

@@ -20,7 +20,7 @@ from dimo.train.config import Config, device_of
 from dimo.train.prompts import open_prompts
 from dimo.ursa import Ursa, UrsaTransformer, load_ursa, sample
 from dimo.ursa.checkpoint import load_student
-from dimo.worlds import checkpoint_folder, is_world, load_world, require_grid
+from dimo.worlds import checkpoint_folder, is_world, load_world, require_world
 from dimo.worlds.oracle import score, summarise
 from dimo.worlds.shapes import ShapesWorld
 
@@ -123,7 +123,7 @@ def evaluate_to_folder(config: Config, weights: str | Path, out: Path, progress:
         "guidance_scale": d.guidance_scale, "guidance_trunc": d.guidance_trunc, "negative_prompt": d.negative_prompt,
     }  # fmt: skip
     if world is not None:
-        require_grid(world, grid, ursa.path.codebook_size)
+        require_world(world, grid, ursa.path.codebook_size)
         prompts, copies = world.prompts, e.videos_per_prompt or 64
         student = load_student(ursa, weights)
         rows, codes = evaluate(world, ursa, student, videos_per_prompt=copies, batch_size=e.batch_size, **options)

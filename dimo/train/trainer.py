@@ -23,7 +23,7 @@ from dimo.train.prompts import WorldPrompts, open_prompts
 from dimo.train.runfolder import RunFolder
 from dimo.ursa import Ursa, UrsaTransformer, load_ursa
 from dimo.ursa.cpu import keep_memory
-from dimo.worlds import checkpoint_folder, is_world, load_world, require_grid
+from dimo.worlds import checkpoint_folder, is_world, load_world, require_world
 
 
 @dataclasses.dataclass
@@ -57,7 +57,7 @@ class Trainer:
         samples = d.batch_size_per_gpu * config.training.gradient_accumulation_steps * self.engine.world_size
         self.tokens_per_step = samples * self.num_visual_tokens
         if is_world(self.ursa.folder):
-            require_grid(load_world(self.ursa.folder), self.grid, self.path.codebook_size)
+            require_world(load_world(self.ursa.folder), self.grid, self.path.codebook_size)
         self.prompts = prompts or open_prompts(config, self.ursa, self.engine.rank, self.engine.world_size)
         self.empty_ids = self.ursa.tokenize([""], d.max_prompt_length)
         self.uncond_ids = self.ursa.tokenize([d.negative_prompt], d.max_prompt_length)

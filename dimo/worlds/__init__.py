@@ -58,7 +58,7 @@ def video_size(folder: str | Path) -> tuple[int, int, int]:
     return 4 * t - 3, 8 * h, 8 * w
 
 
-def require_grid(world, latents_shape: tuple[int, int, int], codebook_size: int) -> None:
+def require_world(world, latents_shape: tuple[int, int, int], codebook_size: int) -> None:
     """Raise unless a checkpoint's videos, of `latents_shape` over `codebook_size` codes, are this world's."""
     if codebook_size != world.codebook_size:
         raise DimoError(
