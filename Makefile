@@ -1,8 +1,8 @@
-# `make demo` and `make test` do everything on a bare machine with Python 3.11; running either again is quick.
+# `make demo`, `make test` and `make lab` do everything on a bare machine with Python 3.11; again, each is quick.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint lab clean
 
 # two files side by side; conftest.py says which come first
 test: .venv/installed lint
@@ -13,6 +13,10 @@ lint: .venv/installed
 
 demo: .venv/installed
 	$(BIN)/dimo run -c shapes -p min_share=0.4 -p min_coverage=0.6 experiment.output_dir=runs/demo
+
+# the notebooks, to open and change; JupyterLab prints its address
+lab: .venv/installed
+	$(BIN)/jupyter lab --notebook-dir=. notebooks/01_inputs.ipynb
 
 # torch first and pinned: a looser range pulls gigabytes of CUDA
 .venv/installed: pyproject.toml

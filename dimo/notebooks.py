@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import json
 import os
 import sys
+import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 import psutil
 import yaml
+from tqdm import tqdm
 
-from dimo.errors import DimoError, nearest
+from dimo.errors import DimoError, nearest, reason
 from dimo.evaluation.evaluate import UNITS, columns_of, format_cell, format_table
 from dimo.train.config import Config, config_keys, load_config, to_yaml
 from dimo.train.flags import flags
@@ -21,13 +25,15 @@ from dimo.train.runfolder import RunFolder, write_text
 from dimo.train.signals import Preempted
 from dimo.worlds import checkpoint_folder
 
+NAMES = ("01_inputs", "02_losses", "03_train", "04_diagnostics", "05_evaluation")
 SHARED = ("config", "overrides")  # every notebook's parameters cell has them
+SOCKET_PATH = 100  # bytes that the name of a socket may have, on every system
 
 
 def notebook_folder() -> Path:
     """notebooks/ beside the package (a source checkout), or in the working directory."""
     for folder in (Path(__file__).parents[1] / "notebooks", Path("notebooks")):
-        if any(folder.glob("0?_*.ipynb")):
+        if any((folder / f"{name}.ipynb").exists() for name in NAMES):
             return folder
     raise DimoError("notebooks/ was found neither beside the package nor here; run from a clone of the repository")
 
@@ -56,10 +62,10 @@ def run_notebooks(
             or notebook; later, when a notebook fails or its kernel dies.
         Preempted: it was asked to stop; the same command continues.
     """
-    papermill, _ = _require_jupyter()
-    sources = {p.stem: p for p in sorted(notebook_folder().glob("0?_*.ipynb"))}
+    _require_jupyter()
+    sources = {name: notebook_folder() / f"{name}.ipynb" for name in NAMES}
     chosen = _choose(sources, only, start)
-    known = {name: papermill.inspect_notebook(str(path)) for name, path in sources.items()}
+    known = {name: _own_parameters(path, name in chosen) for name, path in sources.items()}
     overrides = list(overrides)
     extra = _parse_parameters(parameters, overrides, {k: v for own in known.values() for k, v in own.items()})
     settings = load_config(config, overrides)
@@ -91,6 +97,23 @@ def _only_train(settings: Config, name: str, chosen: bool, force: bool) -> RunFo
         return run
     print(f"{name}: trains with machine 0 when that comes to 03_train; the notebooks are machine 0's", flush=True)
     return train(settings)
+
+
+def _own_parameters(source: Path, needed: bool) -> dict[str, Any]:
+    """A notebook's parameters cell, as papermill describes it; of one that is not needed and cannot be read, nothing.
+
+    Raises:
+        DimoError: a notebook that is needed is missing, cut short, or holds the marks of a merge conflict.
+    """
+    papermill, _ = _require_jupyter()
+    try:
+        json.loads(source.read_text(encoding="utf-8"))["cells"][0]["source"]
+        return papermill.inspect_notebook(str(source))
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        if not needed:
+            return {}
+        why = f"line {error.lineno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else reason(error)
+        raise DimoError(f"{source} is no readable notebook ({why}); `git checkout {source}` brings it back") from error
 
 
 def _choose(sources: dict[str, Path], only: list[str], start: str | None) -> dict[str, Path]:
@@ -141,16 +164,19 @@ def _execute(run: RunFolder, name: str, source: Path, parameters: dict, force: b
     failed = done.with_name(f"{name}.failed.ipynb")
     print(f"{name} ...", flush=True)
     problem, others = None, psutil.Process().children(recursive=True)  # whose process this is may have its own
+    before, begin = run.status(), time.monotonic()
     try:
-        papermill.execute_notebook(
-            str(source),
-            str(working),
-            parameters,
-            kernel_name="python3",
-            cwd=os.getcwd(),
-            progress_bar=False,
-            stderr_file=sys.stderr,  # the training's own progress
-        )
+        with _kernel() as kernel:
+            papermill.execute_notebook(
+                str(source),
+                str(working),
+                parameters,
+                kernel_name="python3",
+                kernel_manager_class=kernel,
+                cwd=os.getcwd(),
+                progress_bar=False,
+                stderr_file=sys.stderr,  # the training's own progress
+            )
     except papermill.exceptions.PapermillExecutionError as error:
         os.replace(working, failed)
         problem = f"notebook {name} failed: {error.ename}: {error.evalue} (see {failed})"
@@ -160,18 +186,45 @@ def _execute(run: RunFolder, name: str, source: Path, parameters: dict, force: b
         stopped = bool(asked)
     except OSError as error:  # a full disk: papermill writes after every cell
         working.unlink(missing_ok=True)
-        problem, stopped = f"notebook {name} could not be written to {done.parent}: {error}", False
+        problem, stopped = f"notebook {name} could not be written to {done.parent}: {reason(error)}", False
     wait_for_children(others)  # of a dead kernel: they are saving
     if problem:
-        _write_ending(run, problem, stopped)
+        _write_ending(run, problem, stopped, before)
     failed.unlink(missing_ok=True)
     _write_html(working, done.with_suffix(".html"))  # first: a notebook that lies there is not executed again
     os.replace(working, done)
+    print(f"{name}: done in {tqdm.format_interval(time.monotonic() - begin)}", flush=True)
 
 
-def _write_ending(run: RunFolder, problem: str, stopped: bool) -> None:
-    """Raise for a notebook that was not finished, after status.json says so: a killed kernel could not."""
-    state = run.status().get("state")
+@contextlib.contextmanager
+def _kernel():
+    """The class of a kernel that is this very Python, whatever kernels a user has installed under that name.
+
+    It talks over sockets in a folder that is this user's alone: over TCP, every user of the machine could listen.
+    """
+    from jupyter_client.kernelspec import KernelSpec
+    from jupyter_client.manager import AsyncKernelManager
+    from traitlets import Unicode
+
+    words = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    long = len(tempfile.gettempdir()) + len("/dimo-12345678/kernel-ipc-5") > SOCKET_PATH
+    with tempfile.TemporaryDirectory(prefix="dimo-", dir="/tmp" if long else None) as folder:
+
+        class Kernel(AsyncKernelManager):
+            transport = Unicode("ipc")
+            connection_file = Unicode(f"{folder}/kernel.json")
+            kernel_spec = KernelSpec(argv=words, display_name="Python 3", language="python")
+
+        yield Kernel
+
+
+def _write_ending(run: RunFolder, problem: str, stopped: bool, before: dict) -> None:
+    """Raise for a notebook that was not finished, after status.json says so: a killed kernel could not.
+
+    A failure that stood there `before` is some earlier notebook's, and says nothing of this one.
+    """
+    status = run.status()
+    state = None if status == before and before.get("state") == "failed" else status.get("state")
     if stopped:
         if state not in ("finished", "preempted"):
             run.write_status(state="preempted", error=None)
@@ -196,10 +249,16 @@ def _is_done(done: Path, source: Path, parameters: dict) -> bool:
 
 
 def _write_html(notebook: Path, page: Path) -> None:
+    """The notebook as a page. Where that cannot be had, a sentence: what was executed is worth keeping without."""
     _, nbconvert = _require_jupyter()
-    exporter = nbconvert.HTMLExporter(template_name="classic")
-    with open(notebook, encoding="utf-8") as file:
-        text, _ = exporter.from_file(file, {"metadata": {"name": page.stem}})
+    try:
+        exporter = nbconvert.HTMLExporter(template_name="classic")
+        with open(notebook, encoding="utf-8") as file:
+            text, _ = exporter.from_file(file, {"metadata": {"name": page.stem}})
+    except Exception as error:  # nbconvert's and jinja's have no base in common
+        page.unlink(missing_ok=True)  # of an earlier notebook
+        print(f"dimo: {page} was not made: {reason(error)}; pip install --force-reinstall nbconvert", file=sys.stderr)
+        return
     write_text(page, text)
 
 
@@ -221,7 +280,7 @@ def write_report_page(run: RunFolder) -> Path:
         if picture.exists():
             relative = picture.relative_to(run.path).as_posix()
             parts.append(f'<h2>{html.escape(relative)}</h2><img src="{relative}" alt="{html.escape(relative)}">')
-    names = sorted(html.escape(p.stem) for p in (run.path / "notebooks").glob("0?_*.html"))
+    names = [n for n in NAMES if (run.path / "notebooks" / f"{n}.html").exists()]
     links = "".join(f'<li><a href="notebooks/{n}.html">{n}</a></li>' for n in names)
     parts.append(f"<h2>Notebooks</h2><ul>{links}</ul><p><a href='config.yaml'>config.yaml</a></p>")
     style = (
@@ -240,7 +299,7 @@ def _table_row(name: str, row: dict, columns: list[str]) -> str:
 
 def print_summary(run: RunFolder) -> None:
     """The table, where to look, and what the student that ships reached with a longer run."""
-    report, is_world = run.path / "report.json", True
+    report, is_world = run.path / "report.json", False
     if report.exists():
         rows = json.loads(report.read_text())
         is_world = "validity" in rows["student_1"]

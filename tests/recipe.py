@@ -202,7 +202,7 @@ class Graph:
             for p, value in zip(self.averaged, average):
                 p.data.copy_(value)
             final.load_state_dict(t.final_weights())
-            rows, _ = evaluate(world, t.ursa, final, teacher_steps=(), progress=False)
+            rows, _ = evaluate(world, t.ursa, final, teacher_steps=())
             keys = ("validity", "adherence", "coverage", "coverage_detail")
             row = {name: {k: rows[name][k] for k in keys} for name in ("student_1", "student_1_argmax")}
             line = {"seed": t.config.experiment.seed, "step": at, "of": last, "ema": decay} | row

@@ -66,7 +66,7 @@ for parts in (1, 2):
     hook = lambda module, args, kwargs: aux_ids.append(args[0]) if torch.is_grad_enabled() else None
     trainer.networks.aux.register_forward_pre_hook(hook, with_kwargs=True)
     stages = trainer._nine_stages
-    trainer._nine_stages = lambda index, steps: (draws.extend(steps), stages(index, steps))[1]
+    trainer._nine_stages = lambda *a: (draws.extend(a[1]), stages(*a))[1]
     trainer.step(0)
     drawn = [{{k: getattr(s, k) for k in ("txt_ids", "x_init", "x_hat", "t", "x_t")}} for s in draws]
     tensors, state = trainer.state()
@@ -263,7 +263,7 @@ def test_parts_draw_the_same_x_hat_in_both_passes():
     seen, inner = [], trainer.x_init.remember
     trainer.x_init.remember = lambda x_hat, txt_ids: (seen.append(x_hat.clone()), inner(x_hat, txt_ids))[1]
     stages, kept = trainer._nine_stages, []
-    trainer._nine_stages = lambda index, steps: (kept.extend(steps), stages(index, steps))[1]
+    trainer._nine_stages = lambda *a: (kept.extend(a[1]), stages(*a))[1]
     trainer.step(0)
     assert len(kept) == len(seen) == 2 and not torch.equal(seen[0], seen[1])
     assert all(torch.equal(step.x_hat, first) for step, first in zip(kept, seen))

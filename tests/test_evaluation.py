@@ -17,9 +17,7 @@ from dimo.worlds.oracle import score
 
 
 def test_rows_are_what_the_samplers_and_the_oracle_give(world, ursa):
-    rows, codes = evaluate(
-        world, ursa, ursa.transformer, videos_per_prompt=2, teacher_steps=(1, 3), seed=5, progress=False
-    )
+    rows, codes = evaluate(world, ursa, ursa.transformer, videos_per_prompt=2, teacher_steps=(1, 3), seed=5)
     assert list(rows) == [
         "student_1",
         "student_1_argmax",
@@ -50,17 +48,15 @@ def test_every_batch_of_every_row_starts_from_the_same_noise(world, ursa, monkey
         started.append(way.x_t[0])
         return codes
 
-    monkeypatch.setattr("dimo.evaluation.evaluate.sample", recording)
-    rows, codes = evaluate(world, ursa, ursa.transformer, videos_per_prompt=1, teacher_steps=(1, 3), batch_size=20,
-                           progress=False)  # fmt: skip
-    del started[0]  # the warm-up before the clock starts
+    monkeypatch.setattr("dimo.evaluation.comparison.sample", recording)
+    rows, codes = evaluate(world, ursa, ursa.transformer, videos_per_prompt=1, teacher_steps=(1, 3), batch_size=20)
+    del started[7], started[0]  # each network's warm-up before the clock starts
     noise = [torch.cat(started[i : i + 3]) for i in range(0, len(started), 3)]  # 20 + 20 + 8 videos a row
     assert len(noise) == len(rows) == 6 and all(torch.equal(x, noise[0]) for x in noise)
     assert len(noise[0].unique(dim=0)) == 48  # no batch repeats another's
     assert torch.equal(codes["student_1"], codes["teacher_1"])
     started.clear()
-    evaluate(world, ursa, ursa.transformer, videos_per_prompt=1, teacher_steps=(1,), batch_size=20, seed=1235,
-             progress=False)  # fmt: skip
+    evaluate(world, ursa, ursa.transformer, videos_per_prompt=1, teacher_steps=(1,), batch_size=20, seed=1235)
     both = torch.cat([noise[0], *started[1:4]])
     assert len(both.unique(dim=0)) == 2 * 48  # nor does any batch of the next seed
 

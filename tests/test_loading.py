@@ -317,31 +317,33 @@ def test_a_student_is_written_in_the_dtype_asked_for(tiny, tmp_path, dtype):
     assert worst == 0 if dtype != torch.bfloat16 else 0 < worst < 0.02  # the folder is float16, which bfloat16 rounds
 
 
-def test_training_on_the_folder_leaves_the_averaged_student_in_the_dtype_asked_for(tmp_path):
+@pytest.mark.parametrize("asked", [None, torch.float16])
+def test_training_on_the_folder_leaves_the_averaged_student_in_bfloat16_or_the_dtype_asked_for(tmp_path, asked):
+    dtype = asked or torch.bfloat16
+    more = [f"experiment.student_dtype={str(asked).removeprefix('torch.')}"] if asked else []
     (tmp_path / "prompts.txt").write_text("a red ball\na dog\n")
     trainer = Trainer(load_config("smoke", [
         f"distill.teacher_ckpt={TINY}", f"distill.prompt_source={tmp_path / 'prompts.txt'}", "distill.num_frames=5",
         "distill.height=8", "distill.width=16", "distill.max_prompt_length=9", "distill.batch_size_per_gpu=2",
-        "training.max_train_steps=2", "experiment.student_dtype=bfloat16", "model.device=cpu",
-        f"experiment.output_dir={tmp_path / 'run'}",
+        "training.max_train_steps=2", "model.device=cpu", f"experiment.output_dir={tmp_path / 'run'}", *more,
     ]))  # fmt: skip
     assert trainer.num_visual_tokens == 5 * 4 * 8  # the folder's strides are 1 and 2
     trainer.train(progress=False)
     final = tmp_path / "run" / "checkpoints" / "final"
-    ema = {k: v.bfloat16() for k, v in trainer.networks.ema.state_dict().items()}
+    ema = {k: v.to(dtype) for k, v in trainer.networks.ema.state_dict().items()}
     ema["model.norm.weight"] *= 4  # model.final_logit_gain is 4 times model.logit_gain
     for source in (final / "student.pt", final / "student"):
         state = read_weights(source)
         assert state.keys() == ema.keys() and all(torch.equal(state[k], ema[k]) for k in ema)
     student = trainer.accelerator.unwrap_model(trainer.networks.student).state_dict()
-    assert any(not torch.equal(student[k].bfloat16(), ema[k]) for k in ema)
+    assert any(not torch.equal(student[k].to(dtype), ema[k]) for k in ema)
 
 
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
         ("model.backend=upstrem", "model.backend must be one of native, upstream"),
-        ("experiment.student_dtype=int8", "experiment.student_dtype must be one of float32, bfloat16, float16"),
+        ("experiment.student_dtype=int8", "experiment.student_dtype must be one of auto, float32, bfloat16, float16"),
         ("distill.guidance_scale=0.5", "distill.guidance_scale must be at least 1"),
     ],
 )

@@ -1,6 +1,7 @@
 """The five notebooks, really executed at smoke size; and what the repository promises about them."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ import pytest
 
 from dimo.errors import DimoError
 from dimo.notebooks import notebook_folder, run_notebooks
+from dimo.train.runfolder import RunFolder
 
 NAMES = ["01_inputs", "02_losses", "03_train", "04_diagnostics", "05_evaluation"]
 
@@ -101,24 +103,96 @@ def test_notebook_01_takes_a_folder_that_is_no_world(tmp_path):
     assert "ok   BOV sits at (L, L, L)" in page
 
 
-def test_the_others_take_it_too_by_configuration_alone(tmp_path):
+def test_all_five_take_it_as_training_does_in_bf16_from_hidden_states(tmp_path):
+    """Preset distill_dimo, guidance included, on a checkpoint of URSA's layout."""
     tiny = notebook_folder().parent / "tests" / "data" / "tiny-ursa"
     (tmp_path / "captions.txt").write_text("a red ball\na dog that jumps over the wall\n", encoding="utf-8")
     settings = [
         f"experiment.output_dir={tmp_path / 'run'}", "model.device=cpu", f"distill.teacher_ckpt={tiny}",
         f"distill.prompt_source={tmp_path / 'captions.txt'}", "distill.num_frames=5", "distill.height=8",
-        "distill.width=16", "distill.max_prompt_length=9", "distill.batch_size_per_gpu=1",
-        "training.max_train_steps=6", "evaluation.teacher_steps=[2]",
+        "distill.width=16", "distill.max_prompt_length=9", "training.max_train_steps=6", "evaluation.teacher_steps=[2]",
     ]  # fmt: skip
-    run = run_notebooks("smoke", settings, only=NAMES[1:])
-    pages = {name: (run.path / "notebooks" / f"{name}.ipynb").read_text() for name in NAMES[1:]}
+    run = run_notebooks("distill_dimo", settings)
+    pages = {name: (run.path / "notebooks" / f"{name}.ipynb").read_text() for name in NAMES}
     assert all("FAIL" not in page for page in pages.values())
-    assert "ok   dimo: the gap opens at once" in pages["02_losses"]
+    assert "keeps hidden states" in pages["02_losses"] and "ok   dimo: the gap opens at once" in pages["02_losses"]
     assert "ok   all metrics are finite" in pages["03_train"]
     assert "skipped: " in pages["04_diagnostics"] or "samples/" in (run.path / "report.html").read_text()
     assert "ok   every figure is finite" in pages["05_evaluation"]
     report = (run.path / "report.html").read_text()
     assert "<th>teacher_nll</th>" in report and "teacher_2" in report and "validity" not in report
+
+
+@pytest.fixture
+def copied(tmp_path, monkeypatch):
+    """A folder of notebooks of one's own, and the settings of a run that is done quickly."""
+    folder = tmp_path / "notebooks"
+    shutil.copytree(notebook_folder(), folder)
+    monkeypatch.setattr("dimo.notebooks.notebook_folder", lambda: folder)
+    return folder, [f"experiment.output_dir={tmp_path / 'run'}", "model.device=cpu"]
+
+
+def test_copies_are_left_alone_and_a_damaged_notebook_is_named_where_it_is_needed(copied, capsys):
+    folder, settings = copied
+    text = (folder / "01_inputs.ipynb").read_text()
+    (folder / "01_inputs-Copy1.ipynb").write_text("not even a notebook")
+    (folder / "05_evaluation.ipynb").write_text("<<<<<<< HEAD\n" + text)
+    (folder / "04_diagnostics.ipynb").write_text(text[: len(text) // 2])
+    (folder / "03_train.ipynb").write_text('{"cells": "none"}')
+    (folder / "02_losses.ipynb").unlink()
+    run = run_notebooks("smoke", settings, only=["01_inputs"])
+    assert [p.name for p in (run.path / "notebooks").glob("*.ipynb")] == ["01_inputs.ipynb"]
+    for name in NAMES[1:]:
+        with pytest.raises(DimoError, match=f"{name}.ipynb is no readable notebook .*git checkout"):
+            run_notebooks("smoke", settings, only=[name])
+    assert "05_evaluation ..." not in capsys.readouterr().out
+
+
+def test_the_kernel_is_this_python_whatever_is_installed_under_its_name(copied, tmp_path, monkeypatch, capfd):
+    folder, settings = copied
+    stale = tmp_path / "jupyter" / "kernels" / "python3"
+    stale.mkdir(parents=True)
+    spec = {"argv": ["/gone/python", "-f", "{connection_file}"], "display_name": "Python 3", "language": "python"}
+    (stale / "kernel.json").write_text(json.dumps(spec))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    notebook = json.loads((folder / "01_inputs.ipynb").read_text())
+    look = "import sys\nfrom ipykernel.connect import get_connection_info\n"
+    look += "print(sys.executable, get_connection_info(unpack=True)['transport'])"
+    cell = {"cell_type": "code", "execution_count": None, "id": "look", "metadata": {}, "outputs": [], "source": look}
+    notebook["cells"] = [*notebook["cells"][:2], cell]
+    (folder / "01_inputs.ipynb").write_text(json.dumps(notebook))
+    run = run_notebooks("smoke", settings, only=["01_inputs"])
+    executed = json.loads((run.path / "notebooks" / "01_inputs.ipynb").read_text())
+    assert "".join(executed["cells"][-1]["outputs"][0]["text"]).strip() == f"{sys.executable} ipc"
+    assert "without encryption" not in capfd.readouterr().err
+
+
+def test_without_its_page_a_notebook_counts_as_executed(copied, monkeypatch, capsys):
+    _, settings = copied
+
+    def broken(*_, **__):
+        raise ValueError("No template sub-directory with name 'classic' found")
+
+    monkeypatch.setattr("nbconvert.HTMLExporter", broken)
+    for said in ("done in", "done before"):
+        run = run_notebooks("smoke", settings, only=["01_inputs"])
+        printed = capsys.readouterr()
+        assert said in printed.out
+        assert ("was not made: No template" in printed.err) == (said == "done in")
+    assert not list((run.path / "notebooks").glob("*.html"))
+
+
+def test_a_failure_is_told_as_its_own_and_not_as_the_last_ones(copied):
+    folder, settings = copied
+    out = RunFolder(settings[0].partition("=")[2])
+    for name, words in (("01_inputs", "first trouble"), ("02_losses", "second trouble")):
+        notebook = json.loads((folder / f"{name}.ipynb").read_text())
+        fails = {"cell_type": "code", "execution_count": None, "id": "fails", "metadata": {}, "outputs": []}
+        notebook["cells"] = [*notebook["cells"][:2], fails | {"source": f"raise ValueError('{words}')"}]
+        (folder / f"{name}.ipynb").write_text(json.dumps(notebook))
+        with pytest.raises(DimoError, match=words):
+            run_notebooks("smoke", settings, only=[name])
+        assert out.status()["state"] == "failed" and words in out.status()["error"]
 
 
 def test_parameters_are_read_by_their_last_part_and_refused_before_anything_starts(executed, tmp_path):

@@ -10,7 +10,7 @@ from dimo.cli import main
 from dimo.errors import DimoError
 from dimo.train import trackers
 from dimo.train.config import load_config
-from dimo.train.progress import Progress
+from dimo.train.progress import CostBar, Progress
 
 
 def test_a_tracker_that_is_not_installed_is_refused_before_anything_starts(tmp_path, monkeypatch, capsys):
@@ -105,6 +105,38 @@ def test_a_line_per_logged_step_where_there_is_no_terminal(monkeypatch):
     assert lines[0].startswith("step 20/30  loss 1.250  entropy 0.500  reward -0.125  ")
     assert "steps/s  ETA 0" in lines[0]
     assert lines[1].endswith("ETA 00:00")
+
+
+def test_the_speed_is_that_of_the_steps_to_come_not_of_compiling(monkeypatch):
+    now, out = [0.0], io.StringIO()
+    monkeypatch.setattr(sys, "stderr", out)
+    monkeypatch.setattr("dimo.train.progress.time.perf_counter", lambda: now[0])
+    progress = Progress(0, 1000)
+    for index in progress:
+        now[0] += 70 if index in (0, 3) else 0.5  # the first step compiles, the fourth another shape
+        if index + 1 in (1, 10):
+            progress.show(index + 1, METRICS)
+        if index == 10:
+            break
+    first, tenth = out.getvalue().splitlines()
+    assert first.endswith("70.0 s/step  ETA 19:25:30")  # nothing else is known yet
+    assert tenth.endswith("2.00 steps/s  ETA 08:15")
+
+
+def test_work_whose_pieces_cost_differently(monkeypatch):
+    now, out = [0.0], io.StringIO()
+    monkeypatch.setattr(sys, "stderr", out)
+    monkeypatch.setattr("dimo.train.progress.time.perf_counter", lambda: now[0])
+    with CostBar("evaluate", 100, "passes") as bar:
+        for seconds, done in ((0, 20), (40, 20), (8, 30), (4, 40), (1, 41), (13, 60), (20, 100), (1, 100)):
+            now[0] += seconds
+            bar.show(done, "teacher_25")
+    assert out.getvalue().splitlines() == [
+        "evaluate 20/100 passes  teacher_25",  # done before: no measure of speed
+        "evaluate 40/100 passes  teacher_25  ETA 00:36",  # 20 passes in 12 s
+        "evaluate 60/100 passes  teacher_25  ETA 00:26",
+        "evaluate 100/100 passes  teacher_25  ETA 00:00",
+    ]
 
 
 def test_a_bar_in_a_terminal_and_nothing_where_it_is_not_wanted(monkeypatch):

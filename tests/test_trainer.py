@@ -73,7 +73,7 @@ def test_a_line_of_metrics_is_the_mean_over_its_steps_and_their_parts(tmp_path):
     more = ["training.gradient_accumulation_steps=2", "distill.kd_every=2"]
     trainer, seen = Trainer(config_for(tmp_path, *more)), []
     inner = trainer._nine_stages
-    trainer._nine_stages = lambda index, steps: (seen.append(steps), inner(index, steps))[1]
+    trainer._nine_stages = lambda *a: (seen.append(a[1]), inner(*a))[1]
     for index in range(4):
         step, _ = trainer.step(index)
     got, parts = trainer.metrics(step), [part for steps in seen for part in steps]
@@ -255,3 +255,28 @@ def test_a_teacher_that_is_not_there_is_named(tmp_path):
         DimoError, match="teacher_ckpt shape is neither a folder nor a built-in world; did you mean 'shapes'"
     ):
         Trainer(config_for(tmp_path, "distill.teacher_ckpt=shape"))
+
+
+def test_walking_is_stepping_with_a_stop_after_each_stage(tmp_path):
+    whole, walked = (Trainer(config_for(tmp_path, "training.mixed_precision=bf16")) for _ in range(2))
+    step, values = whole.step(0)
+    seen = []
+    for number, other, figures in walked.walk(0):  # noqa: B007
+        assert not torch.is_autocast_enabled("cpu")  # whoever looks is not left in bf16
+        seen.append(number)
+    assert seen == list(range(1, 10)) and figures == values
+    assert torch.equal(step.x_hat, other.x_hat) and torch.equal(step.loss, other.loss)
+    mine, its = (t.networks.student.state_dict() for t in (whole, walked))
+    assert all(torch.equal(mine[name], its[name]) for name in mine)
+
+
+def test_a_walk_that_is_left_before_the_updates_changes_no_weight(tmp_path):
+    trainer = Trainer(config_for(tmp_path))
+    nets = (trainer.networks.student, trainer.networks.aux, trainer.networks.ema)
+    before = [{name: w.clone() for name, w in net.state_dict().items()} for net in nets]
+    for number, step, _ in trainer.walk(0):  # noqa: B007
+        if number == 5:
+            break
+    assert step.answers["teacher"] is not None and step.loss is None
+    assert all(torch.equal(w, net.state_dict()[name]) for net, old in zip(nets, before) for name, w in old.items())
+    trainer.step(0)  # and the trainer goes on

@@ -13,6 +13,7 @@ from safetensors import safe_open
 
 from dimo.errors import DimoError
 from dimo.evaluation import unscored
+from dimo.evaluation.comparison import Comparison, Job
 from dimo.evaluation.evaluate import columns_of, evaluate_to_folder, format_table
 from dimo.train.config import load_config
 from dimo.ursa import chunks, load_ursa, sample, save_student, visual_logits
@@ -51,7 +52,7 @@ def passes(tiny, monkeypatch):
     """Leave room for one video at a time, and note how many each pass had."""
     monkeypatch.setitem(chunks.ENTRIES, "cpu", 5 * 240)
     seen = []
-    hook = tiny.transformer.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
+    hook = tiny.transformer.model.layers[0].register_forward_hook(lambda module, args, out: seen.append(len(args[0])))
     yield seen
     hook.remove()
 
@@ -98,30 +99,36 @@ def test_entropy_of_a_guided_pass(tiny, videos, passes):
 
 def test_teacher_nll_of_an_indifferent_teacher_is_log_k(indifferent, videos):
     txt_ids, codes = videos
-    assert unscored.teacher_nll(indifferent, codes, txt_ids, GRID, 0) == pytest.approx(math.log(240), abs=1e-5)
+    nll = unscored.teacher_nll(indifferent, codes, txt_ids, GRID, torch.Generator())
+    assert nll.tolist() == pytest.approx([math.log(240)] * 3, abs=1e-5)
 
 
 def test_teacher_nll(tiny, videos, passes):
     txt_ids, codes = videos
-    g, values = torch.Generator().manual_seed(7), []
+    g, values = torch.Generator().manual_seed(7), [[], [], []]
     for t in (0.2, 0.8):
         for i in range(3):
             x_t = tiny.path.sample(codes[i : i + 1], t, g)
             p = visual_logits(tiny.transformer, txt_ids[i : i + 1], x_t, GRID).double().softmax(-1)[0]
-            values += [-math.log(p[n, code]) for n, code in enumerate(codes[i].tolist())]
-    got = unscored.teacher_nll(tiny, codes, txt_ids, GRID, 7, (0.2, 0.8))
-    assert got == pytest.approx(sum(values) / len(values), abs=1e-4)
+            values[i] += [-math.log(p[n, code]) for n, code in enumerate(codes[i].tolist())]
+    got = unscored.teacher_nll(tiny, codes, txt_ids, GRID, torch.Generator().manual_seed(7), (0.2, 0.8))
+    assert got.tolist() == pytest.approx([sum(v) / len(v) for v in values], abs=1e-4)
     assert set(passes) == {1}
+
+
+def noise(seed):
+    return torch.Generator().manual_seed(seed)
 
 
 def test_teacher_nll_takes_the_same_noise_whatever_the_codes(tiny, videos):
     txt_ids, codes = videos
     seen = []
-    hook = tiny.transformer.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    hook = tiny.transformer.model.embed_tokens.register_forward_hook(lambda module, args, out: seen.append(args[0]))
     try:
-        unscored.teacher_nll(tiny, codes, txt_ids, GRID, 7, (0.0,))  # at t = 0 p_t is uniform, and x_t noise alone
-        unscored.teacher_nll(tiny, codes.flip(1), txt_ids, GRID, 7, (0.0,))
-        unscored.teacher_nll(tiny, codes, txt_ids, GRID, 8, (0.0,))
+        # at t = 0 p_t is uniform, and x_t noise alone
+        unscored.teacher_nll(tiny, codes, txt_ids, GRID, noise(7), (0.0,))
+        unscored.teacher_nll(tiny, codes.flip(1), txt_ids, GRID, noise(7), (0.0,))
+        unscored.teacher_nll(tiny, codes, txt_ids, GRID, noise(8), (0.0,))
     finally:
         hook.remove()
     first, second, other_seed = seen[:3], seen[3:6], seen[6:]
@@ -133,16 +140,27 @@ def test_the_oracles_world_finds_its_own_videos_more_plausible_than_noise(world,
     rows, codes = world.draw(6, generator)
     txt_ids = ursa.tokenize([world.prompts[i] for i in rows], 4)
     noise = torch.randint(ursa.path.codebook_size, codes.shape, generator=generator)
-    own = unscored.teacher_nll(ursa, codes, txt_ids, world.latents_shape, 0)
-    assert own + 1 < unscored.teacher_nll(ursa, noise, txt_ids, world.latents_shape, 0)
+    own, other = (
+        unscored.teacher_nll(ursa, videos, txt_ids, world.latents_shape, torch.Generator().manual_seed(0))
+        for videos in (codes, noise)
+    )
+    assert own.mean() + 1 < other.mean()
+
+
+def compared(tiny, prompts=PROMPTS, copies=2, **options):
+    comparison = Comparison(
+        tiny, tiny.transformer, prompts, GRID, videos_per_prompt=copies, max_prompt_length=9, seed=5, batch_size=1,
+        judged=True, **options,
+    )  # fmt: skip
+    made = comparison.gather({job: comparison.run(job) for job in comparison.jobs()})
+    rows = {name: unscored.summarise(row, len(prompts)) for name, row in made.items()}
+    return rows, {name: row["codes"] for name, row in made.items()}
 
 
 def test_rows(tiny):
-    options = {"videos_per_prompt": 2, "max_prompt_length": 9, "progress": False, "seed": 5}
-    rows, codes = unscored.compare(
-        tiny, tiny.transformer, PROMPTS, GRID, teacher_steps=(1, 3), guidance_scale=4.0, negative_prompt="x", **options
-    )
-    assert list(rows) == ["student_1", "student_1_argmax", "untrained_1", "teacher_1", "teacher_3"]
+    rows, codes = compared(tiny, teacher_steps=(1, 3), guidance_scale=4.0, negative_prompt="x")
+    names = ["student_1", "student_1_argmax", "untrained_1", "untrained_1_argmax", "teacher_1", "teacher_3"]
+    assert list(rows) == names
     assert all(set(row) == set(unscored.COLUMNS) for row in rows.values())
     assert all(row["seconds_per_video"] > 0 for row in rows.values())
     assert rows["teacher_3"]["token_entropy"] is None and rows["teacher_1"]["token_entropy"] is not None
@@ -153,35 +171,53 @@ def test_rows(tiny):
     assert torch.equal(codes["student_1"], codes["untrained_1"])
     assert rows["student_1"]["teacher_nll"] == rows["untrained_1"]["teacher_nll"]
     txt_ids = tiny.tokenize([p for p in PROMPTS for _ in range(2)], 9)
-    g = torch.Generator().manual_seed(5)
-    x_init = torch.randint(240, (6, 64), generator=g)
+    x_init = torch.cat([torch.randint(240, (1, 64), generator=noise(5 * 1_000_003 + i)) for i in range(6)])
     arg_max = visual_logits(tiny.transformer, txt_ids, x_init, GRID).argmax(-1)
     assert torch.equal(codes["student_1_argmax"], arg_max)
     assert rows["student_1_argmax"]["codes_used"] == len(set(arg_max.flatten().tolist()))
     assert rows["student_1_argmax"]["diversity"] == unscored.diversity(arg_max.view(3, 2, 64))
-    entropy = unscored.pass_entropy(tiny.transformer, txt_ids, x_init, GRID)
-    assert rows["student_1"]["token_entropy"] == entropy.mean().item() == rows["student_1_argmax"]["token_entropy"]
+    entropy = unscored.pass_entropy(tiny.transformer, txt_ids, x_init, GRID).mean().item()
+    assert rows["student_1"]["token_entropy"] == pytest.approx(entropy, abs=1e-6)
+    assert rows["student_1"]["token_entropy"] == rows["student_1_argmax"]["token_entropy"]
 
     # the teacher is guided away from the negative prompt
     for steps, name in ((1, "teacher_1"), (3, "teacher_3")):
-        g.manual_seed(5 + 1 + 4)
         again = sample(
-            tiny.transformer, tiny.path, txt_ids[4:5], GRID, steps, x_init=x_init[4:5], guidance_scale=4.0,
-            uncond_ids=tiny.tokenize(["x"], 9), shift=tiny.shift, generator=g,
+            tiny.transformer, tiny.path, txt_ids[4:5], GRID, steps, guidance_scale=4.0,
+            uncond_ids=tiny.tokenize(["x"], 9), shift=tiny.shift, generator=noise(5 * 1_000_003 + 4),
         )  # fmt: skip
         assert torch.equal(codes[name][4:5], again)
-    unguided, _ = unscored.compare(tiny, tiny.transformer, PROMPTS, GRID, teacher_steps=(1,), **options)
+    unguided, _ = compared(tiny, teacher_steps=(1,))
     assert unguided["teacher_1"]["token_entropy"] == unguided["untrained_1"]["token_entropy"]
     assert unguided["teacher_1"]["token_entropy"] > rows["teacher_1"]["token_entropy"]
 
 
+def test_the_cost_of_a_job_is_the_passes_that_it_makes(tiny):
+    passes = []
+    hook = tiny.transformer.model.layers[0].register_forward_hook(lambda module, args, out: passes.append(len(args[0])))
+    try:
+        for guidance_scale in (1.0, 3.0):
+            comparison = Comparison(
+                tiny, tiny.transformer, PROMPTS, GRID, videos_per_prompt=1, max_prompt_length=9, seed=5, batch_size=1,
+                judged=True, teacher_steps=(1, 6), guidance_scale=guidance_scale, guidance_trunc=0.6,
+            )  # fmt: skip
+            for job in comparison.jobs():
+                if job.index == 0:
+                    comparison.run(job)  # the warm-up, which is none of its cost
+                    comparison.run(Job(job.row, 1, 0))
+                passes.clear()
+                comparison.run(job)
+                assert sum(passes) == job.cost
+    finally:
+        hook.remove()
+
+
 def test_one_video_per_prompt_has_no_diversity_and_no_prompt_is_refused(tiny):
-    options = {"teacher_steps": (), "max_prompt_length": 9, "progress": False}
-    rows, _ = unscored.compare(tiny, tiny.transformer, PROMPTS[:1], GRID, videos_per_prompt=1, **options)
+    rows, _ = compared(tiny, PROMPTS[:1], 1, teacher_steps=())
     assert rows["student_1"]["diversity"] is None
     for prompts, copies in (([], 1), (PROMPTS, 0)):
         with pytest.raises(DimoError, match="prompts and videos_per_prompt must not be empty"):
-            unscored.compare(tiny, tiny.transformer, prompts, GRID, videos_per_prompt=copies, **options)
+            compared(tiny, prompts, copies, teacher_steps=())
 
 
 def config_for(folder, tmp_path, *more, prompts=PROMPTS):
@@ -197,7 +233,9 @@ def test_a_folder_that_is_no_world_is_evaluated_with_a_sheet_where_frames_can_be
     some = ["evaluation.teacher_steps=[2]", "distill.max_prompt_length=4"]
     config = config_for(folder, tmp_path, *some, prompts=world.prompts[:3])
     rows = evaluate_to_folder(config, folder / "student", tmp_path / "out", progress=False)
-    assert list(rows) == ["student_1", "student_1_argmax", "untrained_1", "teacher_1", "teacher_2"]
+    assert list(rows) == [
+        "student_1", "student_1_argmax", "untrained_1", "untrained_1_argmax", "teacher_1", "teacher_2",
+    ]  # fmt: skip
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == rows
     assert (tmp_path / "out" / "sheet.png").read_bytes()[:4] == b"\x89PNG"
     assert rows["student_1"]["token_entropy"] < rows["untrained_1"]["token_entropy"]  # it was distilled

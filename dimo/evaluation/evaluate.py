@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import json
 import logging
-import time
+import os
+import sys
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from dimo.errors import DimoError
 from dimo.evaluation import unscored
+from dimo.evaluation.comparison import Comparison
+from dimo.evaluation.jobs import Job, Parts, run_here, run_in_processes
 from dimo.files import write_text
-from dimo.train.config import Config, device_of
+from dimo.train.config import Config, device_of, to_flat, to_yaml
 from dimo.train.prompts import open_prompts
-from dimo.ursa import Ursa, UrsaTransformer, load_ursa, sample
-from dimo.ursa.checkpoint import load_student
+from dimo.ursa import Ursa, UrsaTransformer, load_ursa
+from dimo.ursa.checkpoint import load_student, student_file
 from dimo.worlds import checkpoint_folder, is_world, load_world, require_world
 from dimo.worlds.oracle import score, summarise
 from dimo.worlds.shapes import ShapesWorld
@@ -30,7 +32,6 @@ UNITS = "seconds_per_video in s; codes_used a count; token_entropy and teacher_n
 SHEET_PROMPTS = 6
 
 
-@torch.no_grad()
 def evaluate(
     world: ShapesWorld,
     ursa: Ursa,
@@ -41,49 +42,30 @@ def evaluate(
     seed: int = 1234,
     batch_size: int = 512,
     max_prompt_length: int = 4,
-    guidance_scale: float = 1.0,
-    guidance_trunc: float = 0.9,
-    negative_prompt: str = "",
-    progress: bool = True,
+    **guidance,
 ) -> tuple[dict, dict[str, torch.Tensor]]:
-    """Score every sampler on every prompt of the world -> (rows by name, codes (B, N) by name).
+    """Score every sampler on every prompt of the world, in this process -> (rows by name, codes (B, N) by name).
 
-    Every batch starts from noise of its own, derived from (seed, batch index) and the same in every row. Rows:
-    student_1, student_1_argmax, untrained_1 (what the student started from), untrained_1_argmax, each one unguided
-    pass, and teacher_<steps>, guided.
+    The rows are `Comparison`'s, which takes the rest.
     """
-    prompts = [p for p in world.prompts for _ in range(videos_per_prompt)]
-    txt_ids = ursa.tokenize(prompts, max_prompt_length)
-    uncond_ids = ursa.tokenize([negative_prompt], max_prompt_length)
-    teacher = ursa.transformer
-    guided = {"guidance_scale": guidance_scale, "guidance_trunc": guidance_trunc}
-    samplers = {
-        "student_1": (student, 1, {}),
-        "student_1_argmax": (student, 1, {"argmax": True}),
-        "untrained_1": (teacher, 1, {}),
-        "untrained_1_argmax": (teacher, 1, {"argmax": True}),
+    comparison = Comparison(
+        ursa, student, world.prompts, world.latents_shape, videos_per_prompt=videos_per_prompt,
+        teacher_steps=teacher_steps, batch_size=batch_size, seed=seed, max_prompt_length=max_prompt_length, **guidance,
+    )  # fmt: skip
+    made = comparison.gather({job: comparison.run(job) for job in comparison.jobs()})
+    return _rows(comparison, made, world), {name: row["codes"] for name, row in made.items()}
+
+
+def _rows(comparison: Comparison, made: dict[str, dict[str, torch.Tensor]], world: ShapesWorld | None) -> dict:
+    """The figures of every row: the oracle's where there is one, else those that need no truth."""
+    if world is None:
+        prompts = len(comparison.prompts) // comparison.copies
+        return {name: unscored.summarise(row, prompts) for name, row in made.items()}
+    return {
+        name: summarise(world, score(world, row["codes"], comparison.prompts))
+        | {"seconds_per_video": row["seconds"].sum().item() / len(row["codes"])}
+        for name, row in made.items()
     }
-    samplers |= {f"teacher_{n}": (teacher, n, guided) for n in teacher_steps}
-    rows, codes = {}, {}
-    first = txt_ids[:batch_size]  # untimed: the first pass of a process is slower, and would be the student's
-    g = torch.Generator(ursa.path.device).manual_seed(seed)
-    sample(student, ursa.path, first, world.latents_shape, 1, shift=ursa.shift, generator=g)
-    bar = tqdm(samplers.items(), desc="evaluate", unit="sampler", disable=not progress)
-    for name, (network, steps, options) in bar:
-        bar.set_postfix_str(name)
-        parts, start = [], time.perf_counter()
-        for i, ids in enumerate(txt_ids.split(batch_size)):
-            # not one generator for all batches: rows draw different numbers on their way from one to the next
-            g = torch.Generator(ursa.path.device).manual_seed((seed * 1_000_003 + i) % 2**63)
-            parts.append(sample(
-                network, ursa.path, ids, world.latents_shape, steps, shift=ursa.shift, generator=g,
-                uncond_ids=uncond_ids.expand_as(ids), **options,
-            ))  # fmt: skip
-        codes[name] = torch.cat(parts).cpu()  # waits for the GPU, so the clock is right
-        seconds = time.perf_counter() - start
-        rows[name] = summarise(world, score(world, codes[name], prompts))
-        rows[name]["seconds_per_video"] = seconds / len(prompts)
-    return rows, codes
 
 
 def columns_of(rows: dict) -> list[str]:
@@ -110,32 +92,81 @@ def evaluate_to_folder(config: Config, weights: str | Path, out: Path, progress:
     The sheet shows prompts x {teacher at its most passes, teacher at 1, student at 1}, all from the same noise; where
     the checkpoint's VAE cannot be run there is none, and a warning says why. A world's oracle scores the videos; with
     any other folder the prompts are the first of `distill.prompt_source`, and codes.safetensors keeps the videos.
+
+    On GPUs of this machine it is done by `training.num_processes` processes. What is finished lies in `out`/evaluation
+    until all is; the same call goes on from there.
     """
+    comparison, world = open_comparison(config, weights)
+    parts, jobs = parts_of(config, weights, out), comparison.jobs()
+    missing = parts.missing(jobs)
+    processes = max(1, min(processes_for(config), len(missing)))
+    if progress:
+        _announce(comparison, jobs, missing, processes)
+    if processes == 1:
+        run_here(comparison, jobs, parts, progress)
+    else:
+        write_text(parts.folder / "config.yaml", to_yaml(config))
+        words = [sys.executable, "-m", "dimo.evaluation.worker", str(os.getpid()), str(parts.folder), str(weights)]
+        run_in_processes(lambda rank, of: [*words, str(rank), str(of)], jobs, parts, processes, progress)
+    made = comparison.gather(parts.load(jobs))
+    rows, codes = _rows(comparison, made, world), {name: row["codes"] for name, row in made.items()}
+    if world is None:
+        unscored.save_codes(out / "codes.safetensors", codes, comparison.prompts, comparison.grid)
+    first = {name: c[:: comparison.copies].view(-1, *comparison.grid) for name, c in codes.items()}
+    prompts = comparison.prompts[:: comparison.copies]
+    _write_sheet(out / "sheet.png", comparison.ursa, first, prompts, max(config.evaluation.teacher_steps))
+    write_report(out / "report.json", rows)
+    parts.remove()
+    return rows
+
+
+def _announce(comparison: Comparison, jobs: list[Job], missing: list[Job], processes: int) -> None:
+    text = f"evaluate: {len(comparison.prompts)} videos in each of {len(comparison.rows)} rows, "
+    text += f"{sum(job.cost for job in missing)} passes" + (f" in {processes} processes" if processes > 1 else "")
+    if len(missing) < len(jobs):
+        text += f"; {len(jobs) - len(missing)} of {len(jobs)} jobs were finished before"
+    print(text, file=sys.stderr, flush=True)
+
+
+def open_comparison(config: Config, weights: str | Path) -> tuple[Comparison, ShapesWorld | None]:
+    """What `config.evaluation` compares the student behind `weights` with, and the world, if it is one."""
     e, d, folder = config.evaluation, config.distill, checkpoint_folder(config.distill.teacher_ckpt)
     world = load_world(folder) if is_world(folder) else None
-    half = config.training.mixed_precision == "bf16" and world is None  # as URSA is run, and as long as its seconds are
-    dtype = torch.bfloat16 if half else torch.float32
-    ursa = load_ursa(folder, device_of(config), dtype, config.model.backend)
+    ursa = load_for_evaluation(config)
     grid = ursa.latents_shape(d.num_frames, d.height, d.width)
-    steps = tuple(sorted({1, *e.teacher_steps}))
-    options = {
-        "teacher_steps": steps, "seed": e.seed, "max_prompt_length": d.max_prompt_length, "progress": progress,
-        "guidance_scale": d.guidance_scale, "guidance_trunc": d.guidance_trunc, "negative_prompt": d.negative_prompt,
-    }  # fmt: skip
     if world is not None:
         require_world(world, grid, ursa.path.codebook_size)
-        prompts, copies = world.prompts, e.videos_per_prompt or 64
-        student = load_student(ursa, weights)
-        rows, codes = evaluate(world, ursa, student, videos_per_prompt=copies, batch_size=e.batch_size, **options)
-    else:
-        prompts, copies = open_prompts(config, ursa).examples, e.videos_per_prompt or 2
-        student = load_student(ursa, weights)
-        rows, codes = unscored.compare(ursa, student, prompts, grid, videos_per_prompt=copies, **options)
-        unscored.save_codes(out / "codes.safetensors", codes, [p for p in prompts for _ in range(copies)], grid)
-    first = {name: c[::copies].view(-1, *grid) for name, c in codes.items()}
-    _write_sheet(out / "sheet.png", ursa, first, prompts, steps[-1])
-    write_report(out / "report.json", rows)
-    return rows
+    prompts = world.prompts if world else open_prompts(config, ursa).examples
+    return Comparison(
+        ursa, load_student(ursa, weights), prompts, grid,
+        videos_per_prompt=e.videos_per_prompt or (64 if world else 2), batch_size=e.batch_size if world else 1,
+        teacher_steps=tuple(sorted({1, *e.teacher_steps})), seed=e.seed, max_prompt_length=d.max_prompt_length,
+        guidance_scale=d.guidance_scale, guidance_trunc=d.guidance_trunc, negative_prompt=d.negative_prompt,
+        judged=world is None,
+    ), world  # fmt: skip
+
+
+def load_for_evaluation(config: Config) -> Ursa:
+    """The teacher's folder, in bf16 where it was trained in it: as URSA is run, and as long as its seconds are."""
+    folder = checkpoint_folder(config.distill.teacher_ckpt)
+    half = config.training.mixed_precision == "bf16" and not is_world(folder)
+    ursa = load_ursa(folder, device_of(config), torch.bfloat16 if half else torch.float32, config.model.backend)
+    ursa.transformer.requires_grad_(False)
+    return ursa
+
+
+def processes_for(config: Config) -> int:
+    """One a GPU of this machine, as many as train; on a CPU, the training's."""
+    processes = config.training.num_processes
+    return min(processes, torch.cuda.device_count()) if device_of(config).type == "cuda" else processes
+
+
+def parts_of(config: Config, weights: str | Path, out: Path) -> Parts:
+    """The finished jobs in `out`, of an evaluation with the same settings of the same student's file."""
+    flat, file = to_flat(config), student_file(weights).stat()
+    keys = [key for key in flat if key.startswith(("distill.", "evaluation."))]
+    keys += ["model.device", "model.backend", "training.mixed_precision"]
+    return Parts(out / "evaluation", {key: flat[key] for key in keys} | {"student": [file.st_size, file.st_mtime_ns]})
 
 
 def _write_sheet(file: Path, ursa: Ursa, codes: dict[str, torch.Tensor], prompts: list[str], most_steps: int) -> None:

@@ -144,7 +144,7 @@ def validate(config: Config) -> None:
     choices = {
         "model.device": ("auto", "cpu", "cuda"),
         "model.backend": BACKENDS,
-        "experiment.student_dtype": tuple(DTYPES),
+        "experiment.student_dtype": ("auto", *DTYPES),
         "distill.estimator": ("dimo", "reinforce"),
         "distill.aux_objective": ("denoise", "match_teacher"),
         "model.activation_checkpointing": CHECKPOINTING,

@@ -27,7 +27,9 @@ class Experiment:
     resume: bool = _key(True, "continue from the folder's newest checkpoint")
     overwrite: bool = _key(False, "start over in a used folder")
     trackers: list[str] = _key([], "beside metrics.jsonl: tensorboard, wandb, trackio")
-    student_dtype: str = _key("float32", "of checkpoints/final: float32, bfloat16 or float16")
+    student_dtype: str = _key(
+        "auto", "of checkpoints/final: float32, bfloat16 or float16; auto: float32 of a built-in world, else bfloat16"
+    )
 
 
 @dataclasses.dataclass

@@ -24,6 +24,7 @@ from dimo.train.signals import Preempted, Signals
 from dimo.train.trackers import close_trackers, open_trackers
 from dimo.ursa import sample, save_student
 from dimo.ursa.checkpoint import DTYPES, plain_state
+from dimo.worlds import is_world
 
 if TYPE_CHECKING:
     from dimo.train.trainer import Trainer
@@ -118,7 +119,7 @@ def _train(trainer: Trainer, run: RunFolder, checkpoints: Checkpoints, signals: 
             values["time/step_s"] = seconds
             values["tokens_per_s"] = trainer.tokens_per_step / seconds
             if trainer.device.type == "cuda":
-                values["memory/peak_gb"] = torch.cuda.max_memory_allocated() / 2**30
+                values["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
             run.log({"step": done, **values})
             run.write_status(state="running", step=done, max_steps=last)
             trainer.accelerator.log(values, step=done)
@@ -265,7 +266,10 @@ def write_student(trainer: Trainer, run: RunFolder) -> None:
     weights = trainer.final_weights()  # gathered by all ranks
     if not run.writes:
         return
-    final, dtype = run.path / "checkpoints" / "final", DTYPES[trainer.config.experiment.student_dtype]
+    final, name = run.path / "checkpoints" / "final", trainer.config.experiment.student_dtype
+    if name == "auto":
+        name = "float32" if is_world(trainer.ursa.folder) else "bfloat16"
+    dtype = DTYPES[name]
     try:
         save_student(final / "student", trainer.networks.ema, state=weights, dtype=dtype)
         with whole_file(final / "student.pt") as beside:

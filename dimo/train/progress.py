@@ -1,12 +1,17 @@
-"""How a run goes, on stderr: a bar in a terminal, a line per logged step everywhere else."""
+"""How a run goes, on stderr: a bar in a terminal, a line now and then everywhere else."""
 
 from __future__ import annotations
 
+import statistics
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 
 from tqdm import tqdm
+
+RECENT = 50  # steps whose median duration stands for those to come: compiling and saving are none of them
+EVERY_S = 10.0  # between two lines of a `CostBar`
 
 
 class Progress:
@@ -19,10 +24,19 @@ class Progress:
             range(first, last), initial=first, total=last, desc="distil", unit="step", dynamic_ncols=True,
             disable=not (shown and self.is_terminal),
         )  # fmt: skip
-        self.started = time.perf_counter()
+        self.seconds: deque[float] = deque(maxlen=RECENT)
+        self.since = time.perf_counter()
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self.bar)
+        self.since = time.perf_counter()
+        for index in self.bar:
+            yield index
+            self._count()
+
+    def _count(self) -> None:
+        now = time.perf_counter()
+        self.seconds.append(now - self.since)
+        self.since = now
 
     def show(self, done: int, metrics: dict[str, float]) -> None:
         """Loss, entropy (nats per token) and reward of step `done`; in a line also steps/s and the time to the end."""
@@ -35,11 +49,49 @@ class Progress:
             self.bar.set_postfix({name: f"{value:.3f}" for name, value in parts.items()}, refresh=False)
             return
         if self.shown:
-            seconds = (time.perf_counter() - self.started) / (done - self.first)
+            latest = time.perf_counter() - self.since  # of the step that is being shown
+            seconds = statistics.median([*self.seconds, latest])
             figures = "  ".join(f"{name} {value:.3f}" for name, value in parts.items())
             left = tqdm.format_interval(seconds * (self.last - done))
             line = f"step {done}/{self.last}  {figures}  {_speed(seconds)}  ETA {left}"
             print(line, file=sys.stderr, flush=True)
+
+
+class CostBar:
+    """`with CostBar("evaluate", total, "pass") as bar: bar.show(done, what)`: work whose pieces cost differently.
+
+    What was done before the first `show` is somebody's earlier work, and no measure of speed.
+    """
+
+    def __init__(self, name: str, total: int, unit: str, shown: bool = True):
+        self.name, self.total, self.unit, self.shown = name, total, unit, shown
+        self.is_terminal = sys.stderr.isatty()
+        self.begin: tuple[float, int] | None = None
+        self.printed = (-EVERY_S, -1)  # when, how much was done
+
+    def __enter__(self) -> CostBar:
+        terminal = self.shown and self.is_terminal
+        self.bar = tqdm(total=self.total, desc=self.name, unit=self.unit, dynamic_ncols=True, disable=not terminal)
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.close()
+
+    def show(self, done: int, what: str = "") -> None:
+        """`done` of `total`, and what is being worked on."""
+        now = time.perf_counter()
+        if self.begin is None or self.begin[1] == done:
+            self.begin = (now, done)
+            self.bar.initial, self.bar.n, self.bar.start_t = done, done, time.time()
+        if self.is_terminal:
+            self.bar.set_postfix_str(what, refresh=False)
+            self.bar.update(done - self.bar.n)
+        elif self.shown and done != self.printed[1] and (now - self.printed[0] >= EVERY_S or done == self.total):
+            self.printed = (now, done)
+            worked = done - self.begin[1]
+            left = (now - self.begin[0]) / worked * (self.total - done) if worked else None
+            eta = "" if left is None else f"  ETA {tqdm.format_interval(left)}"
+            print(f"{self.name} {done}/{self.total} {self.unit}  {what}{eta}", file=sys.stderr, flush=True)
 
 
 def _speed(seconds: float) -> str:

@@ -103,6 +103,16 @@ class Trainer:
         Raises:
             DimoError: training.max_bad_steps steps in a row were of that kind; their last batch is saved for replay.
         """
+        with trusted_values():  # a tokenizer's ids, which were checked when it was loaded, and what the step draws
+            *_, (_, step, values) = self.walk(index)
+        return step, values
+
+    def walk(self, index: int) -> Iterator[tuple[int, Step, dict[str, float]]]:
+        """`step`, stopping after each stage: yields the stage's number, the step so far, and at the end its metrics.
+
+        For a notebook that looks at what each stage made, in the precision and with the compiled networks that training
+        has. Of several parts each comes by itself; stage 6 stops after its updates, stage 9 after the student's.
+        """
         c, g = self.config, self.generator
         seed = self.seed_of(index)
         g.manual_seed(seed)
@@ -115,52 +125,62 @@ class Trainer:
         norms = {"grad_norm/student": math.nan, "grad_norm/aux": math.nan}
         baseline = self.baseline.state_dict() if self.baseline else None
         try:
-            with trusted_values():  # a tokenizer's ids, which were checked when it was loaded, and what the step draws
-                norms["grad_norm/aux"], norms["grad_norm/student"] = self._nine_stages(index, steps)
+            for number, step in self._nine_stages(index, steps, norms):
+                yield number, step, {}
             self.guard.count(None)
             for step in steps:
                 self.averages.add(measured(step))
         except NonFiniteError as error:
+            norms = dict.fromkeys(norms, math.nan)
             self.student.discard()
             self.aux.discard()
             if self.baseline:
                 self.baseline.load_state_dict(baseline)  # a moving average never forgets a NaN
             self.events.append({"step": index + 1, "event": "step_skipped", **self.guard.count(error)})
             self.guard.stop_if_hopeless(c.experiment.output_dir, index, seed, steps)
-        return steps[-1], norms | {"optim/lr": c.optim.lr * factor, "guard/skipped": self.guard.skipped}
+        yield 9, steps[-1], norms | {"optim/lr": c.optim.lr * factor, "guard/skipped": self.guard.skipped}
 
     def seed_of(self, index: int) -> int:
         """Of (seed, rank, step), so that a resumed run draws what the run would have drawn."""
         return ((self.config.experiment.seed * 1_000_003 + index) * 4099 + self.engine.rank) % 2**63
 
-    def _nine_stages(self, index: int, steps: list[Step]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The gradient norms of auxiliary and student. `steps` are the parts of the batch."""
+    def _nine_stages(self, index: int, steps: list[Step], norms: dict) -> Iterator[tuple[int, Step]]:
+        """Yields after each of the stages 1 to 8; `steps` are the parts of the batch. Fills in the gradient norms.
+
+        Autocast is on inside the stages alone, so that whoever walks is not left in it.
+        """
         d, n, g, grid = self.config.distill, self.networks, self.generator, self.grid
         before_pass, entropy, parts = [], 0.0, len(steps)
         for step in steps:
-            with self.guard.agreed(), self.engine.autocast():
+            with self.guard.agreed():
                 # 1 prompts; a guided teacher's student must know the empty prompt too
                 step.txt_ids = self.prompts.batch(d.batch_size_per_gpu, g)
                 if d.guidance_scale != 1 and d.empty_prompt_share > 0:
                     drop = torch.rand(d.batch_size_per_gpu, generator=g, device=self.device) < d.empty_prompt_share
                     step.txt_ids = torch.where(drop[:, None], self.empty_ids, step.txt_ids)
+                yield 1, step
                 # 2 x_init
                 stages.draw_x_init(step, self.x_init, self.num_visual_tokens, g)
+                yield 2, step
                 # 3 the student's one pass; of several parts only x_hat is kept, and each passes again before stage 7
                 before_pass.append(g.get_state())
                 passed = step if parts == 1 else dataclasses.replace(step)
-                with torch.set_grad_enabled(parts == 1):
+                with self.engine.autocast(), torch.set_grad_enabled(parts == 1):
                     stages.student_pass(passed, n.student, grid, g)
                 step.x_hat, entropy = passed.x_hat, entropy + passed.entropy.detach().mean() / parts
                 self.x_init.remember(step.x_hat, step.txt_ids)
+                yield 3, step
                 # 4 x_t
                 t = stages.draw_t(
                     d.batch_size_per_gpu, grid, index, d.t_curriculum_steps, d.t_per, g, self.device, d.t_power,
                     d.t_draws,
                 )  # fmt: skip
                 stages.renoise(step, self.path, t, g)
+                yield 4, step
                 # 5 teacher
-                stages.teacher_pass(step, n.teacher, grid, d.guidance_scale, d.guidance_trunc, self.uncond_ids)
+                with self.engine.autocast():
+                    stages.teacher_pass(step, n.teacher, grid, d.guidance_scale, d.guidance_trunc, self.uncond_ids)
+                yield 5, step
         # 6 auxiliary: its updates, then (below) its answer at x_t
         aux_losses = [
             stages.auxiliary_losses(
@@ -174,7 +194,7 @@ class Trainer:
                 with self.engine.autocast():
                     loss = next(losses)
                 self.aux.backward(loss / parts, last=part == parts - 1)
-            aux_norm = self._update(self.aux, "auxiliary")
+            norms["grad_norm/aux"] = self._update(self.aux, "auxiliary")
         if d.lambda_ent > 0:
             self._set_entropy_bonus(index, entropy)
         for part, step in enumerate(steps):
@@ -186,21 +206,23 @@ class Trainer:
             if d.aux_pass == "own":
                 with self.guard.agreed(), self.engine.autocast():
                     stages.auxiliary_pass(step, n.aux, grid)
+            yield 6, step
             with self.guard.agreed():
                 # 7 knowledge distillation, only where it counts
                 if d.w_kd > 0 and index % d.kd_every == 0:
                     with self.engine.autocast():
                         stages.distil_knowledge(step, n.student, grid)
+                yield 7, step
                 # 8 the distillation gradient
                 stages.distillation_loss(step, d.estimator, self.beta, self.baseline, d.w_reinforce)
+                yield 8, step
                 # 9 the student's update
                 stages.total_loss(step, d.w_distill, d.w_kd, self.lambda_ent)
             self.student.backward(step.loss / parts, last=part == parts - 1)
-        student_norm = self._update(self.student, "student")
+        norms["grad_norm/student"] = self._update(self.student, "student")
         self._update_ema(index)
         if self.baseline and self.baseline.value is not None:
             self.baseline.value = self.engine.mean(self.baseline.value)  # one baseline for all processes
-        return aux_norm, student_norm
 
     def _set_entropy_bonus(self, index: int, entropy: torch.Tensor) -> None:
         """lambda_ent from the entropy over all processes; its rise and its fall are events."""

@@ -7,6 +7,7 @@ guidance works on hidden states too, and costs one product with the head instead
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch.nn import functional as F
@@ -65,32 +66,65 @@ def logits_of(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return F.linear(hidden, weight).float()
 
 
+def by_chunks(function: Callable[..., tuple[torch.Tensor, ...]], answer: Answer, *tensors: torch.Tensor):
+    """function(logits (n, K), *pieces) -> tensors (n, ...), over all tokens without ever holding all logits.
+
+    Args:
+        tensors: (B, N, ...) each, cut like the logits.
+
+    Returns:
+        What the function returns, as tensors (B, N, ...). Without gradients.
+    """
+    shape = answer.hidden.shape[:2]
+    for i, tensor in enumerate(tensors):
+        require_shape(f"tensors[{i}]", tensor, (*shape, *tensor.shape[2:]))
+    answer = answer.detach()
+    hidden, *flat = (x.flatten(0, 1) for x in (answer.hidden, *tensors))
+    one, size = on_device(function, hidden), tokens_at_once(len(answer.weight), hidden.device)
+    with torch.no_grad():
+        parts = [one(logits_of(h, answer.weight), *pieces) for h, *pieces in chunks(size, hidden, *flat)]
+    return tuple(torch.cat(part).unflatten(0, shape) for part in zip(*parts))
+
+
 def _draw(logits: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Codes (n,), their log-probability and the entropy, of logits (n, K)."""
-    x = pick(logits, u)
-    log_z = logits.logsumexp(-1, keepdim=True)
-    entropy = log_z.squeeze(-1) - ((logits - log_z).exp() * logits).sum(-1)
-    return x, (logits.gather(-1, x.unsqueeze(-1)) - log_z).squeeze(-1), entropy
+    x, log_z = pick(logits, u), logits.logsumexp(-1, keepdim=True)
+    return x, _log_prob(logits, x, log_z)[0], _entropy(logits, log_z)[0]
 
 
-@torch.no_grad()
-def draw(answer: Answer, generator: torch.Generator | None = None):
+def _log_prob(logits: torch.Tensor, x: torch.Tensor, log_z: torch.Tensor | None = None) -> tuple[torch.Tensor]:
+    log_z = logits.logsumexp(-1, keepdim=True) if log_z is None else log_z
+    return ((logits.gather(-1, x.unsqueeze(-1)) - log_z).squeeze(-1),)
+
+
+def _entropy(logits: torch.Tensor, log_z: torch.Tensor | None = None) -> tuple[torch.Tensor]:
+    log_z = logits.logsumexp(-1, keepdim=True) if log_z is None else log_z
+    return (log_z.squeeze(-1) - ((logits - log_z).exp() * logits).sum(-1),)
+
+
+def _most_likely(logits: torch.Tensor) -> tuple[torch.Tensor]:
+    return (logits.argmax(-1),)
+
+
+def draw(answer: Answer, generator: torch.Generator | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x (B, N) drawn from softmax(logits), and per token log p(x) and entropy in nats.
 
     One uniform number per token decides, drawn before any chunk is: the result does not depend on their size.
     """
-    answer, shape = answer.detach(), answer.hidden.shape[:2]
-    hidden = answer.hidden.flatten(0, 1)
-    u = torch.rand(len(hidden), generator=generator, device=hidden.device, dtype=torch.float64)
-    one = on_device(_draw, hidden)
-    size = tokens_at_once(len(answer.weight), hidden.device)
-    parts = [one(logits_of(h, answer.weight), v) for h, v in chunks(size, hidden, u)]
-    return tuple(torch.cat(part).view(shape) for part in zip(*parts))
+    shape, device = answer.hidden.shape[:2], answer.hidden.device
+    return by_chunks(_draw, answer, torch.rand(shape, generator=generator, device=device, dtype=torch.float64))
 
 
-@torch.no_grad()
 def most_likely(answer: Answer) -> torch.Tensor:
     """The code (B, N) with the highest logit."""
-    answer, size = answer.detach(), tokens_at_once(len(answer.weight), answer.hidden.device)
-    parts = [logits_of(h, answer.weight).argmax(-1) for (h,) in chunks(size, answer.hidden.flatten(0, 1))]
-    return torch.cat(parts).view(answer.hidden.shape[:2])
+    return by_chunks(_most_likely, answer)[0]
+
+
+def log_prob(answer: Answer, x: torch.Tensor) -> torch.Tensor:
+    """log p(x) in nats of the codes x (B, N)."""
+    return by_chunks(_log_prob, answer, x)[0]
+
+
+def entropy(answer: Answer) -> torch.Tensor:
+    """Of every token's softmax(logits), in nats: (B, N)."""
+    return by_chunks(_entropy, answer)[0]

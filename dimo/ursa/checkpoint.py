@@ -256,14 +256,18 @@ def load_student(ursa: Ursa, weights: str | Path) -> UrsaTransformer:
     Raises:
         DimoError: no weights there, or those of another model.
     """
-    source = Path(weights)
-    if (source / "checkpoints" / "final").is_dir():
-        source = source / "checkpoints" / "final"
-    if (source / "student.pt").exists():
-        source = source / "student.pt"
+    source = student_file(weights)
     student = copy.deepcopy(ursa.transformer)
     load_weights(student, read_weights(source), where=str(source))
     return student.to(ursa.path.device)
+
+
+def student_file(weights: str | Path) -> Path:
+    """The file or folder of weights behind the same words."""
+    source = Path(weights)
+    if (source / "checkpoints" / "final").is_dir():
+        source = source / "checkpoints" / "final"
+    return source / "student.pt" if (source / "student.pt").exists() else source
 
 
 def import_upstream():

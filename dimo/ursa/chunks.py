@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import math
 from collections.abc import Callable, Iterator
@@ -36,6 +38,19 @@ def chunks(size: int, *tensors: torch.Tensor | None) -> Iterator[tuple[torch.Ten
         yield tuple(None if x is None else x[start : start + size] for x in tensors)
 
 
+_compiles = contextvars.ContextVar("compiles", default=True)
+
+
+@contextlib.contextmanager
+def without_compiling() -> Iterator[None]:
+    """Inside, work on logits is not compiled: what passes a network a few hundred times never earns those seconds."""
+    token = _compiles.set(False)
+    try:
+        yield
+    finally:
+        _compiles.reset(token)
+
+
 @functools.cache
 def _compiled(function: Callable) -> Callable:
     return torch.compile(function, dynamic=False)
@@ -46,7 +61,7 @@ def on_device(function: Callable, x: torch.Tensor) -> Callable:
 
     The last, smaller chunk is a second graph.
     """
-    return _compiled(function) if x.is_cuda else function
+    return _compiled(function) if x.is_cuda and _compiles.get() else function
 
 
 def pick(logits: torch.Tensor, u: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,30 @@
+"""`python -m dimo.evaluation.worker PARENT FOLDER WEIGHTS RANK OF`: one of several processes of an evaluation."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+
+from dimo.errors import DimoError, reason
+from dimo.evaluation.evaluate import open_comparison
+from dimo.evaluation.jobs import Parts, take_share
+from dimo.train.config import load_config
+from dimo.train.lifeline import end_with_parent
+
+
+def main(arguments: list[str]) -> int:
+    """Exit code 0; 2 for what cannot be evaluated, said in a sentence."""
+    parent, folder, weights, rank, of = arguments
+    end_with_parent(signal.SIGKILL, int(parent))  # files appear whole: nothing is lost
+    try:
+        comparison, _ = open_comparison(load_config(Path(folder) / "config.yaml"), weights)
+        take_share(comparison, Parts(Path(folder)), int(rank), int(of))
+    except (DimoError, OSError) as error:
+        print(f"dimo: {error if isinstance(error, DimoError) else reason(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,124 @@
+"""An evaluation in one process, in several, killed and continued: always the same figures."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dimo.errors import DimoError
+from dimo.evaluation.comparison import Job
+from dimo.evaluation.evaluate import evaluate_to_folder, parts_of
+from dimo.evaluation.jobs import Parts, run_in_processes
+from dimo.notebooks import notebook_folder
+from dimo.train.config import load_config
+from dimo.ursa import load_ursa, save_student
+
+TINY = notebook_folder().parent / "tests" / "data" / "tiny-ursa"
+JOBS = [Job("student_1", 0, 1), Job("student_1", 1, 1), Job("teacher_2", 0, 2)]
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    """A captions file and a student that differs from its teacher."""
+    folder = tmp_path_factory.mktemp("student")
+    (folder / "captions.txt").write_text("a red ball\na dog that jumps\nrain\n", encoding="utf-8")
+    network = load_ursa(TINY).transformer
+    with torch.no_grad():
+        network.lm_head.weight.mul_(1.5)
+    save_student(folder / "student", network)
+    return folder
+
+
+def overrides(student):
+    return [
+        f"distill.teacher_ckpt={TINY}", f"distill.prompt_source={student / 'captions.txt'}", "model.device=cpu",
+        "distill.num_frames=5", "distill.height=8", "distill.width=16", "distill.max_prompt_length=9",
+        "evaluation.teacher_steps=[4]",
+    ]  # fmt: skip
+
+
+def figures(rows):
+    """All but what the clock says."""
+    return {name: {k: v for k, v in row.items() if k != "seconds_per_video"} for name, row in rows.items()}
+
+
+@pytest.fixture(scope="module")
+def alone(student, tmp_path_factory):
+    """What one process gives: (figures, codes)."""
+    out = tmp_path_factory.mktemp("alone")
+    rows = evaluate_to_folder(load_config("distill_dimo", overrides(student)), student / "student", out, progress=False)
+    assert not (out / "evaluation").exists()  # all is in the report
+    return figures(rows), load_file(out / "codes.safetensors")
+
+
+def assert_as_alone(out, rows, alone):
+    codes = load_file(out / "codes.safetensors")
+    assert figures(rows) == alone[0]
+    assert codes.keys() == alone[1].keys() and all(torch.equal(codes[name], alone[1][name]) for name in codes)
+
+
+def test_two_processes_give_the_figures_of_one(student, alone, tmp_path, capfd):
+    config = load_config("distill_dimo", [*overrides(student), "training.num_processes=2"])
+    rows = evaluate_to_folder(config, student / "student", tmp_path)
+    assert_as_alone(tmp_path, rows, alone)
+    said = capfd.readouterr().err
+    assert "evaluate: 6 videos in each of 6 rows, 300 passes in 2 processes" in said and said.count("300/300 passes  done") == 1
+
+
+def test_a_killed_evaluation_goes_on(student, alone, tmp_path):
+    words = [sys.executable, "-m", "dimo", "evaluate", str(student / "student"), "-c", "distill_dimo"]
+    words += ["-o", str(tmp_path), *overrides(student)]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    folder = tmp_path / "evaluation"
+    while len(list(folder.glob("*.safetensors"))) < 5:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    kept = {file.name: file.stat().st_mtime_ns for file in folder.glob("*.safetensors")}
+    (folder / ".student_1-00000.1.partial.safetensors").write_text("half a file")
+    assert 5 <= len(kept) < 36 and not (tmp_path / "report.json").exists()
+
+    config, seen, save = load_config("distill_dimo", overrides(student)), [], Parts.save
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Parts, "save", lambda self, *a: (seen.append(self.file(a[0]).name), save(self, *a)))
+        rows = evaluate_to_folder(config, student / "student", tmp_path, progress=False)
+    assert not set(seen) & kept.keys() and len(seen) == 36 - len(kept)
+    assert_as_alone(tmp_path, rows, alone)
+
+
+def test_what_another_student_or_setting_has_left_is_not_taken_up(student, tmp_path):
+    config = load_config("distill_dimo", overrides(student))
+    parts = parts_of(config, student / "student", tmp_path)
+    parts.save(JOBS[0], {"codes": torch.zeros(1, 4)})
+    assert parts_of(config, student / "student", tmp_path).missing(JOBS) == JOBS[1:]
+    file = student / "student" / "config.json"  # any change of the folder
+    os.utime(student / "student", ns=(1, 1))
+    assert file.exists() and parts_of(config, student / "student", tmp_path).missing(JOBS) == JOBS
+    parts.save(JOBS[0], {"codes": torch.zeros(1, 4)})
+    other = load_config("distill_dimo", [*overrides(student), "evaluation.seed=2"])
+    assert parts_of(other, student / "student", tmp_path).missing(JOBS) == JOBS
+
+
+@pytest.mark.parametrize(
+    ("does", "sentence"),
+    [
+        ("sys.exit('no memory')", "process 1 of the evaluation failed: no memory .*process-1.log.*the same command"),
+        ("os.kill(os.getpid(), 9)", "process 1 of the evaluation was killed by signal 9"),
+    ],
+)
+def test_a_process_that_fails_is_told_and_ends_the_others(tmp_path, does, sentence):
+    pid = tmp_path / "pid"
+    waits = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    fails = f"import os, sys, time\nwhile not os.path.exists({str(pid)!r}): time.sleep(0.01)\n{does}"
+    commands = [[sys.executable, "-c", waits], [sys.executable, "-c", fails]]
+    with pytest.raises(DimoError, match=sentence):
+        run_in_processes(lambda rank, of: commands[rank], JOBS, Parts(tmp_path, {"a": 1}), 2, progress=False)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+    assert json.loads((tmp_path / "about.json").read_text()) == {"a": 1}
