@@ -162,11 +162,13 @@ def processes_for(config: Config) -> int:
 
 
 def parts_of(config: Config, weights: str | Path, out: Path) -> Parts:
-    """The finished jobs in `out`, of an evaluation with the same settings of the same student's file."""
-    flat, file = to_flat(config), student_file(weights).stat()
+    """The finished jobs in `out`, of an evaluation with the same settings of the same student's files."""
+    flat, source = to_flat(config), student_file(weights)
+    files = sorted(source.iterdir()) if source.is_dir() else [source]
+    student = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     keys = [key for key in flat if key.startswith(("distill.", "evaluation."))]
     keys += ["model.device", "model.backend", "training.mixed_precision"]
-    return Parts(out / "evaluation", {key: flat[key] for key in keys} | {"student": [file.st_size, file.st_mtime_ns]})
+    return Parts(out / "evaluation", {key: flat[key] for key in keys} | {"student": student})
 
 
 def _write_sheet(file: Path, ursa: Ursa, codes: dict[str, torch.Tensor], prompts: list[str], most_steps: int) -> None:
