@@ -153,7 +153,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
                   "is missing or damaged.", configurable=False)  # fmt: skip
     sub.add_argument("folder", help="a checkpoint folder, or a built-in world's name")
     for name in ("num_frames", "height", "width"):
-        sub.add_argument(f"--{name}", type=int, help="of the video (default: the world's, else 17x256x256)")
+        sub.add_argument(f"--{name}", type=int, help="of the video (default: the world's, else 17x256x256 or an image)")
     sub.add_argument("--max_prompt_length", type=int, help="text tokens (default: 4 for a world, else 320)")
 
     sub = command("sample", _sample, "make videos of prompts with a student or a teacher",
