@@ -105,7 +105,7 @@ def _vae(folder: Path) -> list[tuple[str, str]]:
         return [("VAE", "none: not needed for training; of samples there are codes, and no frames")]
     name, (time, space) = config.get("_class_name"), vae_strides(folder)
     weight_shapes(folder / "vae")
-    text = f"{name}, {time} frames and {space}x{space} pixels a token"
+    text = f"{name}, {time} frames and {space}x{space} pixels a token" + ("; an image model" if time == 1 else "")
     if "sample_frames" in config:
         text += f"; decodes {config['sample_frames']} frames at a time"
     if name != "PaletteDecoder":
