@@ -17,6 +17,7 @@ from dimo.inspect import inspect_folder
 from dimo.sampling import Request, sample_to_folder
 from dimo.train.config import load_config
 from dimo.ursa import load_ursa
+from dimo.views.sheets import video_sheet
 
 TINY = Path(__file__).parent / "data" / "tiny-ursa"  # strides 1 and 2
 
@@ -72,6 +73,12 @@ def test_sample_makes_and_plan_counts_one_image_of_the_same_size(tmp_path, monke
     assert drawn == [(1, 64, 64)] and (told["num_frames"], told["height"], told["width"]) == (1, 256, 256)
     words = [f"distill.teacher_ckpt={image}", "distill.height=32", "distill.width=64", "training.mixed_precision=no"]
     assert dry_run(load_config(None, words)).num_visual_tokens == 8 * 16
+
+
+def test_a_sheet_shows_an_image_once():
+    columns = {name: torch.rand(2, 1, 4, 4, 3) for name in ("teacher", "student")}
+    assert len(video_sheet(columns, ["a dog", "a cat"]).axes) == 4
+    assert len(video_sheet({"teacher": torch.rand(2, 9, 4, 4, 3)}, ["a dog", "a cat"]).axes) == 6
 
 
 def test_text_to_image_through_train_sample_and_evaluate(tmp_path, monkeypatch, capsys):
