@@ -269,7 +269,24 @@ def load_student(ursa: Ursa, weights: str | Path) -> UrsaTransformer:
         source = source / "student.pt"
     student = copy.deepcopy(ursa.transformer)
     load_weights(student, read_weights(source), where=str(source))
+    _require_same_config(ursa, source)
     return student.to(ursa.path.device)
+
+
+def _require_same_config(ursa: Ursa, source: Path) -> None:
+    """Raise where the config.json that lies beside a student's weights differs in what no shape shows."""
+    beside = source if source.is_dir() else source.parent / ("student" if source.name == "student.pt" else "")
+    if source.suffix == ".safetensors" and not source.name.startswith(WEIGHTS):
+        return  # weights of any name may lie beside anything
+    if not (beside / "config.json").exists():
+        return
+    own, teachers = (dataclasses.asdict(c) for c in (read_config(beside), ursa.transformer.config))
+    for key, value in teachers.items():
+        if own[key] != value:
+            raise DimoError(
+                f"the student in {source} is of another teacher than {ursa.folder}: its config.json says {key} = "
+                f"{own[key]}, the teacher's {value}"
+            )
 
 
 def import_upstream():
