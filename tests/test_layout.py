@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from dimo.cli import main
 from dimo.errors import DimoError
 from dimo.inspect import inspect_folder
-from dimo.ursa import load_ursa
+from dimo.ursa import load_ursa, save_student
 from dimo.ursa.checkpoint import load_student, load_transformer
 from dimo.ursa.layout import default_size, require_checkpoint, vae_strides
 from dimo.ursa.weights import read_weights, weight_files
@@ -218,3 +218,16 @@ def test_strides_and_sizes_are_the_vaes(tmp_path, config, strides, size):
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae" / "config.json").write_text(json.dumps(config))
     assert vae_strides(tmp_path) == strides and default_size(tmp_path) == size
+
+
+@pytest.mark.parametrize("source", ["student", "student/diffusion_pytorch_model.safetensors", "student.pt"])
+def test_a_student_of_a_teacher_with_other_positions_is_refused(folder, tmp_path, source):
+    tiny = load_ursa(TINY)
+    save_student(tmp_path / "student", tiny.transformer)
+    torch.save(tiny.transformer.state_dict(), tmp_path / "student.pt")
+    load_student(tiny, tmp_path / source)
+    file = folder / "transformer" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"rope_theta": 10_000}))
+    said = "is of another teacher than .*tiny-ursa: .* rope_theta = 1000000, the teacher.s 10000"
+    with pytest.raises(DimoError, match=said):
+        load_student(load_ursa(folder), tmp_path / source)
