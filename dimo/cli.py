@@ -29,6 +29,9 @@ RESUMING = ("train", "run", "ablate")
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0; 2 for bad input, said in a sentence; 75 for a run that was asked to stop; 130 for Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if getattr(stream, "errors", "") in ("strict", "surrogateescape"):  # a terminal or pipe that knows ASCII only
+            stream.reconfigure(errors="replace")
     try:
         args = parse(argv)
         args.function(args)
@@ -52,8 +55,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """The command line, where every `key=value` and every flag of a key, wherever it stands, is in `overrides`.
 
     Raises:
-        DimoError: a flag or word that the command does not take, or an empty name.
+        DimoError: a flag or word that the command does not take, an empty name, or bytes that are no UTF-8.
     """
+    for argument in argv:
+        if any("\ud800" <= letter <= "\udfff" for letter in argument):  # as Python keeps bytes that it cannot read
+            raise DimoError(f"the argument {argument!r} is not UTF-8; does it come from a file in another encoding?")
     parser, commands = _parser()
     argv, flagged = [_underscored(argument) for argument in argv], []
     if argv and argv[0] in CONFIGURABLE:
@@ -139,7 +145,9 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
 
     sub = command("ablate", _ablate, "the recipe against literal, reinforce and KD alone",
                   "Train every method at every learning rate on the tuning seed, then the best one on the report "
-                  "seeds; writes ablation.json and prints the table. Finished runs are not run again.")  # fmt: skip
+                  "seeds; writes ablation.json and prints the table. The best has the highest validity among the rates "
+                  "whose coverage is at least 0.8, so that no collapsed student wins; where none has that, the highest "
+                  "validity times coverage. Finished runs are not run again.")  # fmt: skip
     sub.add_argument("-o", "--out", default="runs/ablation", help="folder of all its runs (default: %(default)s)")
     sub.add_argument("--seeds", type=int, default=3, help="seeds to report on (default: %(default)s)")
     sub.add_argument("--lrs", default="3e-4,1e-3,2e-3", help="student lrs to tune over (default: %(default)s)")
@@ -153,7 +161,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
                   "is missing or damaged.", configurable=False)  # fmt: skip
     sub.add_argument("folder", help="a checkpoint folder, or a built-in world's name")
     for name in ("num_frames", "height", "width"):
-        sub.add_argument(f"--{name}", type=int, help="of the video (default: the world's, else 17x256x256)")
+        sub.add_argument(f"--{name}", type=int, help="of the video (default: the world's, else 17x256x256 or an image)")
     sub.add_argument("--max_prompt_length", type=int, help="text tokens (default: 4 for a world, else 320)")
 
     sub = command("sample", _sample, "make videos of prompts with a student or a teacher",

@@ -32,7 +32,8 @@ from dimo.train.config import Config
 from dimo.train.launch import engine_kind
 from dimo.train.prompts import WorldPrompts
 from dimo.ursa import MetricPath, Ursa, UrsaConfig, UrsaTransformer, chunks, cpu
-from dimo.ursa.checkpoint import read_config, vae_strides
+from dimo.ursa.checkpoint import read_config
+from dimo.ursa.layout import vae_strides
 from dimo.worlds import checkpoint_folder
 
 

@@ -11,8 +11,9 @@ import torch
 from dimo.errors import DimoError
 from dimo.train.config import default_prompt_length
 from dimo.ursa import MixturePath, UrsaConfig, UrsaTransformer, latents_shape_for
-from dimo.ursa.checkpoint import import_upstream, load_path, load_tokenizer, read_config, vae_strides
-from dimo.ursa.weights import misfit, read_json, weight_files, weight_shapes
+from dimo.ursa.checkpoint import import_upstream, load_path, load_tokenizer, read_config
+from dimo.ursa.layout import require_checkpoint, vae_config, vae_strides
+from dimo.ursa.weights import misfit, require_file, weight_files, weight_shapes
 from dimo.worlds import video_size
 
 GIB = 2**30
@@ -27,15 +28,14 @@ def inspect_folder(
 ) -> tuple[list[tuple[str, str]], list[str]]:
     """(what there is, as rows of name and text; what is missing or damaged, as sentences).
 
-    Weights are not loaded: of safetensors only the headers are read. Sizes that are not given are a world's own, or
-    17x256x256 and 320 text tokens. A folder without a VAE lacks nothing that training needs.
+    Weights are not loaded: of safetensors only the headers are read. Sizes that are not given are a world's own,
+    17x256x256, or of an image model one image of 64x64 tokens; and 320 text tokens. A folder without a VAE lacks
+    nothing that training needs.
 
     Raises:
-        DimoError: no such folder, a size that does not divide, or a negative one.
+        DimoError: no part of a checkpoint is there, a size that does not divide, or a negative one.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise DimoError(f"checkpoint folder {folder} does not exist")
+    folder = require_checkpoint(folder)
     if max_prompt_length is not None and max_prompt_length < 0:
         raise DimoError(f"max_prompt_length must not be negative, got {max_prompt_length}")
     rows, missing = [], []
@@ -52,7 +52,12 @@ def inspect_folder(
         rows += part(_transformer, folder / "transformer", config) or []
         rows += part(_path, folder, config) or []
         rows += part(_tokenizer, folder, config) or []
-    rows += part(_vae, folder) or []
+    else:  # without sizes it can still be told what is not there
+        if (folder / "transformer").is_dir():
+            part(weight_files, folder / "transformer")
+        for name in ("scheduler/scheduler_config.json", "scheduler/scheduler_model.pth", "tokenizer"):
+            part(require_file, folder / name)
+    rows += (part(_vae, folder) or []) if strides else []
     if config and strides:
         given = zip((num_frames, height, width), video_size(folder))
         rows += _video(config, strides, *(default if size is None else size for size, default in given),
@@ -95,12 +100,12 @@ def _tokenizer(folder: Path, config: UrsaConfig) -> list[tuple[str, str]]:
 
 
 def _vae(folder: Path) -> list[tuple[str, str]]:
-    if not (folder / "vae" / "config.json").exists():
+    config = vae_config(folder)
+    if config is None:
         return [("VAE", "none: not needed for training; of samples there are codes, and no frames")]
-    config = read_json(folder / "vae" / "config.json")
     name, (time, space) = config.get("_class_name"), vae_strides(folder)
     weight_shapes(folder / "vae")
-    text = f"{name}, {time} frames and {space}x{space} pixels a token"
+    text = f"{name}, {time} frames and {space}x{space} pixels a token" + ("; an image model" if time == 1 else "")
     if "sample_frames" in config:
         text += f"; decodes {config['sample_frames']} frames at a time"
     if name != "PaletteDecoder":

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import logging
+import subprocess
 import time
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 import dimo
-from dimo.errors import DimoError, require_shape
+from dimo.errors import DimoError, reason, require_shape
 from dimo.files import whole_file, write_text
 from dimo.train.config import default_prompt_length
 from dimo.ursa import Ursa, load_ursa, sample
@@ -22,6 +23,10 @@ from dimo.worlds import checkpoint_folder, is_world, load_world, require_world, 
 
 log = logging.getLogger(__name__)
 FPS = 12  # of URSA's videos
+FFMPEG = (
+    "`pip install --force-reinstall imageio-ffmpeg` brings an ffmpeg with libx264, and the environment variable "
+    "IMAGEIO_FFMPEG_EXE, if set, names another"
+)
 
 
 def _flag(default, help: str):
@@ -34,9 +39,9 @@ class Request:
 
     teacher_ckpt: str = _flag("shapes", "a checkpoint folder in URSA's layout, or a built-in world's name")
     student_ckpt: str | None = _flag(None, "student.pt, its folder or a run folder; without it the teacher samples")
-    num_frames: int | None = _flag(None, "4 (T-1) + 1; default: the world's, else 17")
-    height: int | None = _flag(None, "pixels; default: the world's, else 256")
-    width: int | None = _flag(None, "pixels; default: the world's, else 256")
+    num_frames: int | None = _flag(None, "4 (T-1) + 1; default: the world's, 1 of an image model, else 17")
+    height: int | None = _flag(None, "pixels; default: the world's, of an image model 64 tokens, else 256")
+    width: int | None = _flag(None, "pixels; default: the world's, of an image model 64 tokens, else 256")
     steps: int = _flag(1, "passes of the transformer")
     guidance_scale: float = _flag(1.0, "1 is none, and needs half the work")
     guidance_trunc: float = _flag(0.9, "guidance is off where t >= this")
@@ -88,8 +93,8 @@ def sample_to_folder(request: Request, prompts: list[str], out: str | Path) -> l
 
     if ursa.vae is None:
         log.warning("codes will be written in place of frames: %s", ursa.no_vae)
-    elif any(importlib.util.find_spec(name) is None for name in ("imageio", "imageio_ffmpeg")):
-        raise DimoError("videos are written by imageio, which is missing: pip install imageio imageio-ffmpeg")
+    else:
+        _require_writer(video=grid[0] > 1)
     written = []
     for i, prompt in enumerate(prompts):
         kept = _cut_to(ursa, prompt, r.max_prompt_length)
@@ -100,14 +105,13 @@ def sample_to_folder(request: Request, prompts: list[str], out: str | Path) -> l
             generator=generator,
         ).view(-1, *grid)  # fmt: skip
         made = {"prompt_cut_to": kept, "seconds_sampling": time.perf_counter() - start}
+        stem = Path(out) / f"{i:04d}"
         if ursa.vae is None:
-            file = Path(out) / f"{i:04d}.safetensors"
-            with whole_file(file) as beside:
-                save_file({"codes": codes[0].cpu()}, beside)
+            file = _write_codes(stem, codes)
             made["no_frames"] = ursa.no_vae
         else:
             frames = ursa.decode(codes)[0].cpu()
-            file = write_frames(Path(out) / f"{i:04d}", frames)
+            file = _write_frames_or_codes(stem, frames, codes)
             made["frames"] = len(frames)
         how = {"file": file.name, "prompt": prompt, **dataclasses.asdict(r), **made}
         how |= {"dimo": dimo.__version__, "torch": torch.__version__}
@@ -117,7 +121,11 @@ def sample_to_folder(request: Request, prompts: list[str], out: str | Path) -> l
 
 
 def write_frames(stem: Path, frames: torch.Tensor, fps: int = FPS) -> Path:
-    """Frames (F, height, width, 3) in [0, 1] as stem.mp4, or stem.png when there is one; whole or not at all."""
+    """Frames (F, height, width, 3) in [0, 1] as stem.mp4, or stem.png when there is one; whole or not at all.
+
+    Raises:
+        DimoError: ffmpeg does not serve; the sentence says what to install.
+    """
     import imageio.v3 as iio  # only when a video is written
 
     require_shape("frames", frames, ("F", "height", "width", 3))
@@ -131,7 +139,49 @@ def write_frames(stem: Path, frames: torch.Tensor, fps: int = FPS) -> Path:
     # macro_block_size: by default sizes are stretched to multiples of 16
     options = {"fps": fps, "codec": "libx264", "quality": 9, "macro_block_size": 2}
     with whole_file(file) as beside:
-        iio.imwrite(beside, pixels, plugin="FFMPEG", extension=".mp4", **options)
+        try:
+            iio.imwrite(beside, pixels, plugin="FFMPEG", extension=".mp4", **options)
+        except OSError as error:
+            if error.errno:
+                raise
+            raise DimoError(f"ffmpeg could not write {file} ({reason(error)}): {FFMPEG}") from error
+        if not beside.exists():  # imageio does not ask how ffmpeg ended, and that would name a file of ours
+            raise DimoError(f"ffmpeg wrote no {file}, and said why on stderr: {FFMPEG}")
+    return file
+
+
+def _require_writer(video: bool) -> None:
+    """Raise, before anything is sampled, unless frames can be written here: a video by ffmpeg with H.264."""
+    needed = ("imageio", "imageio_ffmpeg") if video else ("imageio",)
+    if any(importlib.util.find_spec(name) is None for name in needed):
+        raise DimoError("videos are written by imageio, which is missing: pip install imageio imageio-ffmpeg")
+    if not video:
+        return
+    import imageio_ffmpeg
+
+    try:
+        ffmpeg = imageio_ffmpeg.get_ffmpeg_exe()
+        told = subprocess.run([ffmpeg, "-hide_banner", "-encoders"], capture_output=True, stdin=subprocess.DEVNULL)
+    except (RuntimeError, OSError) as error:
+        why = f"which cannot be run here ({reason(error)})"
+        raise DimoError(f"videos are written by ffmpeg, {why}: {FFMPEG}; nothing was sampled yet") from error
+    if b"libx264" not in told.stdout:
+        lacks = f"encoder libx264, which {ffmpeg} lacks"
+        raise DimoError(f"videos are written by ffmpeg's {lacks}: {FFMPEG}; nothing was sampled yet")
+
+
+def _write_frames_or_codes(stem: Path, frames: torch.Tensor, codes: torch.Tensor) -> Path:
+    try:
+        return write_frames(stem, frames)
+    except DimoError as error:
+        raise DimoError(f"{error}; the video's codes are kept in {_write_codes(stem, codes)}") from error
+
+
+def _write_codes(stem: Path, codes: torch.Tensor) -> Path:
+    """The first of codes (B, T, H, W) as stem.safetensors."""
+    file = stem.with_name(f"{stem.name}.safetensors")
+    with whole_file(file) as beside:
+        save_file({"codes": codes[0].cpu()}, beside)
     return file
 
 

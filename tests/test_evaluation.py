@@ -1,6 +1,7 @@
 """The evaluation run, the alarms and the ablation."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from dimo.train.config import load_config
 from dimo.ursa import sample, save_student
 from dimo.ursa.sampler import Trajectory
 from dimo.worlds.oracle import score
+
+TINY = Path(__file__).parent / "data" / "tiny-ursa"
 
 
 def test_rows_are_what_the_samplers_and_the_oracle_give(world, ursa):
@@ -158,7 +161,7 @@ def test_ablation_tunes_on_one_seed_reports_on_others_and_continues(tmp_path, no
     table = ablate(tmp_path, "smoke", small, [1e-4, 2e-4], 2, ["recipe", "literal"])
     result = json.loads((tmp_path / "ablation.json").read_text())
     assert list(result) == ["recipe", "literal"] and len(result["recipe"]["seeds"]) == 2
-    assert len(list(tmp_path.glob("*-seed100"))) == 4 and len(table.splitlines()) == 3
+    assert len(list(tmp_path.glob("*-seed100"))) == 4 and len(table.splitlines()) == 4
     for lr in (1e-4, 2e-4):  # all rates move together, in the proportions of the command's own
         optim = load_config(tmp_path / f"recipe-lr{lr:g}-seed100" / "config.yaml").optim
         assert (optim.lr, optim.aux_lr, optim.muon_lr) == pytest.approx((lr, 4 * lr, 5 * lr))
@@ -190,9 +193,40 @@ def test_runs_of_an_ablation_side_by_side_are_the_same_runs(tmp_path):
         ablate(tmp_path / "2", "smoke", [*small, "distill.p_corrupt=0.5"], [1e-4], 1, ["recipe"], 2)
 
 
+@pytest.mark.parametrize(
+    ("found", "best", "starred"),  # (validity, coverage) by rate
+    [
+        ({1e-4: (0.3, 0.97), 1e-3: (0.99, 0.03)}, 1e-4, False),  # every video valid, and nearly all the same
+        ({1e-4: (0.3, 0.97), 1e-3: (0.9, 0.5)}, 1e-4, False),  # half collapsed, and ahead even by the product
+        ({1e-4: (0.3, 0.81), 1e-3: (0.4, 0.99)}, 1e-3, False),
+        ({1e-4: (0.5, 0.1), 1e-3: (0.2, 0.6)}, 1e-3, True),
+        ({1e-4: (0.0, None), 1e-3: (0.1, None), 2e-3: (0.05, None)}, 1e-3, True),
+    ],
+)
+def test_a_collapsed_student_does_not_win_its_rate(tmp_path, monkeypatch, found, best, starred):
+    def trained(run):
+        validity, coverage = found[run.lr]
+        return {"validity": validity, "adherence": 1.0, "coverage": coverage}
+
+    monkeypatch.setattr("dimo.evaluation.ablate.Run.__call__", trained)
+    table = ablate(tmp_path, "smoke", [], list(found), 1, ["recipe"])
+    row = json.loads((tmp_path / "ablation.json").read_text())["recipe"]
+    assert row["lr"] == best and {float(lr): row["coverage"] for lr, row in row["tuning"].items()} == {
+        lr: coverage for lr, (_, coverage) in found.items()
+    }
+    assert (f"{best:g}*" in table) == starred and "coverage there is at least 0.8" in table.splitlines()[-1]
+
+
+def test_an_ablation_without_an_oracle_is_refused_before_anything_is_trained(tmp_path):
+    with pytest.raises(DimoError, match="only a built-in world's oracle knows, and .*tiny-ursa is none"):
+        ablate(tmp_path / "out", "smoke", [f"distill.teacher_ckpt={TINY}"], [1e-4], 1, ["recipe"])
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_ablation_table_by_hand():
     seeds = [{"validity": v, "adherence": 1.0, "coverage": c} for v, c in ((0.5, 0.9), (0.7, None))]
-    text = format_ablation({"recipe": {"lr": 0.001, "seeds": seeds}})
+    tuning = {"0.001": {"validity": 0.5, "adherence": 1.0, "coverage": 0.9}}
+    text = format_ablation({"recipe": {"lr": 0.001, "seeds": seeds, "tuning": tuning}})
     assert "0.600 +- 0.141" in text and "0.900 +- 0.000 (1 of 2)" in text
     never = [seed | {"coverage": None} for seed in seeds]
-    assert "undefined" in format_ablation({"recipe": {"lr": 0.001, "seeds": never}})
+    assert "undefined" in format_ablation({"recipe": {"lr": 0.001, "seeds": never, "tuning": tuning}})

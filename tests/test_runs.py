@@ -62,9 +62,16 @@ def test_a_run_itself_an_unreadable_one_and_none(tmp_path, capsys):
     assert [(r.name, r.state) for r in list_runs(run.path)] == [(str(run.path), "preempted")]
     (run.path / "metrics.jsonl").write_text("[1]\n")
     assert [r.state for r in list_runs(tmp_path)] == ["preempted"]
-    for text in ("[]", "", "{"):
+    (run.path / "metrics.jsonl").write_text('{"step": 1, "time/step_s": "fast"}\n')
+    assert [(r.state, r.steps_per_s) for r in list_runs(tmp_path)] == [("preempted", None)]
+    (run.path / "metrics.jsonl").unlink()
+    (run.path / "metrics.jsonl").mkdir()
+    assert [(r.state, r.steps_per_s) for r in list_runs(tmp_path)] == [("preempted", None)]
+    for text in ("[]", "", "{", '{"state": 3}', '{"state": "failed", "error": ["disk", "full"]}', "{}"):
         (run.path / "status.json").write_text(text)
         assert [(r.state, r.error) for r in list_runs(tmp_path)] == [("unreadable", "status.json cannot be read")]
+        assert main(["runs", str(tmp_path)]) == 0
+    capsys.readouterr()
     assert main(["runs", str(tmp_path / "a" / "checkpoints")]) == 2
     (tmp_path / "none").mkdir()
     assert main(["runs", str(tmp_path / "none")]) == 0 and capsys.readouterr().out.endswith("no runs\n")

@@ -94,6 +94,42 @@ def test_a_missing_video_writer_is_said_before_anything_is_sampled(tmp_path, mon
     assert list(tmp_path.iterdir()) == []
 
 
+FFMPEGS = {
+    "without libx264": ("exit 0", "ffmpeg's encoder libx264, which .*ffmpeg lacks: .*pip install .*; nothing was sam"),
+    "that does not start": (None, r"ffmpeg, which cannot be run here \(.*ffmpeg: No such .*; nothing was sampled yet"),
+}
+
+
+def another_ffmpeg(tmp_path, monkeypatch, script):
+    file = tmp_path / "ffmpeg"
+    if script:
+        file.write_text(f"#!/bin/sh\n{script}\n")
+        file.chmod(0o755)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(file))
+
+
+@pytest.mark.parametrize("which", FFMPEGS)
+def test_an_ffmpeg_that_does_not_serve_is_said_before_anything_is_sampled(tmp_path, monkeypatch, which):
+    script, sentence = FFMPEGS[which]
+    another_ffmpeg(tmp_path, monkeypatch, script)
+    monkeypatch.setattr(sampling, "sample", None)
+    with pytest.raises(DimoError, match=sentence):
+        sample_to_folder(Request(), PROMPTS, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("ending", ["exit 1", "cat > /dev/null; exit 1"])
+def test_where_ffmpeg_fails_later_the_codes_are_kept_and_named(ursa, world, tmp_path, monkeypatch, ending):
+    lists = 'case "$*" in *-encoders*|*-version*) echo "ffmpeg version 9 libx264"; exit 0;; esac'
+    another_ffmpeg(tmp_path, monkeypatch, f"{lists}\n{ending}")
+    with pytest.raises(DimoError, match="ffmpeg .*pip install .*; the video's codes are kept in .*0000.saf") as refusal:
+        sample_to_folder(Request(seed=5), PROMPTS, tmp_path / "out")
+    assert "partial" not in str(refusal.value)
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["0000.safetensors"]
+    codes = load_file(tmp_path / "out" / "0000.safetensors")["codes"]
+    assert torch.equal(codes, noise_and_codes(ursa, PROMPTS[0], 5, 1, world.latents_shape)[0])
+
+
 def test_without_a_decoder_the_codes_are_written_and_the_sentence_said(tmp_path, monkeypatch, caplog):
     load = sampling.load_ursa
 

@@ -21,6 +21,7 @@ from dimo.errors import DimoError, nearest, reason
 from dimo.train.keys import Config, Optim, config_keys, default_of, describe, to_flat
 from dimo.ursa.checkpoint import BACKENDS, DTYPES
 from dimo.ursa.inputs import latents_shape_for
+from dimo.ursa.layout import makes_images, vae_strides
 from dimo.ursa.transformer import CHECKPOINTING
 from dimo.worlds import built_in_worlds, is_world
 
@@ -78,8 +79,9 @@ def load_config(config: str | Path | None = None, overrides: Sequence[str] = ())
     """A preset's name or a YAML file, then overrides such as `optim.lr=3e-4`.
 
     Without a preset the defaults are the built-in world's recipe; where the overrides name another checkpoint, they are
-    preset `distill_dimo`'s: learning rates that suit a world of 175,000 parameters would destroy URSA; and
-    model.activation_checkpointing is what a step of that many tokens needs (`checkpointing_for`).
+    preset `distill_dimo`'s (`distill_dimo_image`'s where it makes images): learning rates that suit a world of 175,000
+    parameters would destroy URSA; and model.activation_checkpointing is what a step of that many tokens needs
+    (`checkpointing_for`).
 
     Raises:
         DimoError: unknown preset or key (the nearest is named), a value of the wrong type or out of range.
@@ -111,7 +113,9 @@ def load_config(config: str | Path | None = None, overrides: Sequence[str] = ())
 
 def _default_preset(overrides: Sequence[str]) -> str | None:
     named = [o.partition("=")[2] for o in overrides if o.startswith("distill.teacher_ckpt=")]
-    return "distill_dimo" if named and not _is_world(named[-1]) else None
+    if not named or _is_world(named[-1]):
+        return None
+    return "distill_dimo_image" if makes_images(named[-1]) else "distill_dimo"
 
 
 def checkpointing_for(config: Config) -> str:
@@ -120,7 +124,7 @@ def checkpointing_for(config: Config) -> str:
     As measured on H100s and H200s (README): none at 5,120 tokens, selective at 33,280, full at twice as many.
     """
     d = config.distill
-    tokens = d.batch_size_per_gpu * math.prod(latents_shape_for(d.num_frames, d.height, d.width))
+    tokens = d.batch_size_per_gpu * math.prod(_grid(config))
     return "none" if tokens <= 6_000 else "selective" if tokens <= 36_000 else "full"
 
 
@@ -202,7 +206,13 @@ def validate(config: Config) -> None:
             f"distill.ent_anneal_from must not lie behind ent_anneal_to, got {d.ent_anneal_from} and {d.ent_anneal_to}"
         )
     beta_of(config.distill.divergence)
-    latents_shape_for(config.distill.num_frames, config.distill.height, config.distill.width)
+    _grid(config)
+
+
+def _grid(config: Config) -> tuple[int, int, int]:
+    """Latents (T, H, W) under the VAE of the folder, or under URSA's video VAE where there is no folder yet."""
+    d = config.distill
+    return latents_shape_for(d.num_frames, d.height, d.width, *vae_strides(Path(d.teacher_ckpt)))
 
 
 def device_of(config: Config) -> torch.device:

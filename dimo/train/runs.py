@@ -40,21 +40,27 @@ def list_runs(folder: str | Path) -> list[Run]:
 
 
 def _look(file: Path, folder: Path) -> Run:
-    run, age = RunFolder(file.parent), max(0.0, time.time() - file.stat().st_mtime)
+    run, age = RunFolder(file.parent), 0.0
     name = str(file.parent.relative_to(folder)) if file.parent != folder else str(folder)
     try:
+        age = max(0.0, time.time() - file.stat().st_mtime)
         status = run.status()
-        state = status["state"]
-    except (OSError, ValueError, KeyError, TypeError):
+        state, step, most, error = (status.get(key) for key in ("state", "step", "max_steps", "error"))
+        if not isinstance(state, str) or not isinstance(error, str | None):
+            raise ValueError("a status.json of something else")
+    except (OSError, ValueError):
         return Run(name, "unreadable", None, None, None, age, "status.json cannot be read")
     if state in ("starting", "running") and not run.is_held():
         state = "dead"
-    rows = run.metrics()
-    seconds = rows[-1].get("time/step_s") if rows else None
-    return Run(
-        name, state, status.get("step"), status.get("max_steps"), 1 / seconds if seconds else None, age,
-        status.get("error"),
-    )  # fmt: skip
+    return Run(name, state, step, most, _speed(run), age, error)
+
+
+def _speed(run: RunFolder) -> float | None:
+    """Steps a second at the last logged step; None where nothing says so."""
+    try:
+        return 1 / run.metrics()[-1]["time/step_s"]
+    except (OSError, ValueError, LookupError, TypeError, ZeroDivisionError):
+        return None
 
 
 def format_runs(runs: list[Run]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,21 @@ from torch.overrides import TorchFunctionMode
 from dimo.errors import DimoError, nearest, reason
 from dimo.files import whole_folder
 from dimo.ursa.inputs import SPATIAL_STRIDE, TEMPORAL_STRIDE, latents_shape_for
+from dimo.ursa.layout import require_checkpoint, vae_config, vae_strides
 from dimo.ursa.path import MetricPath, MixturePath
 from dimo.ursa.transformer import UrsaConfig, UrsaTransformer
-from dimo.ursa.weights import WEIGHTS, load_weights, read_json, read_pickle, read_weights, require_numbers
+from dimo.ursa.weights import (
+    WEIGHTS,
+    load_weights,
+    read_json,
+    read_pickle,
+    read_weights,
+    refuse_what_is_none,
+    require_file,
+    require_numbers,
+)
 
+SCHEDULER = "KineticOptimalScheduler"
 BACKENDS = ("native", "upstream")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 INSTALL = (
@@ -92,9 +104,7 @@ def load_ursa(
     Raises:
         DimoError: something is missing or damaged, in a sentence that names it.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise DimoError(f"checkpoint folder {folder} does not exist")
+    folder = require_checkpoint(folder)
     transformer = load_transformer(folder / "transformer", device, dtype, backend)
     config = transformer.config
     path, shift = load_path(folder, config.codebook_size, device)
@@ -151,6 +161,8 @@ def load_path(folder: Path, codebook_size: int, device="cpu") -> tuple[MetricPat
     """
     file = folder / "scheduler" / "scheduler_config.json"
     scheduler = read_json(file)
+    if scheduler.get("_class_name", SCHEDULER) != SCHEDULER:
+        raise DimoError(f"{file} is of class {scheduler['_class_name']!r}, and dimo reads {SCHEDULER}")
     pickled = folder / "scheduler" / "scheduler_model.pth"
     codebook = read_pickle(pickled).get("path.emb")
     if codebook is None or codebook.dim() != 2:
@@ -182,8 +194,11 @@ def load_tokenizer(folder: Path, config: UrsaConfig):
     from transformers import AutoTokenizer  # slow to import, and only needed here
 
     where = folder / "tokenizer"
-    if not where.is_dir():
-        raise DimoError(f"{where} is missing")
+    require_file(where)
+    for file in where.iterdir():  # where one is there by name alone, transformers' own words do not say so
+        if file.suffix in (".json", ".txt", ".model"):
+            require_file(file)
+            refuse_what_is_none(file)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             where, padding_side="left", local_files_only=True, trust_remote_code=False
@@ -214,10 +229,9 @@ def load_vae(folder: Path, codebook_size: int, device="cpu") -> tuple[Any, str]:
     Raises:
         DimoError: its codebook is not the transformer's, or its files are damaged.
     """
-    where = folder / "vae"
-    if not (where / "config.json").exists():
+    where, config = folder / "vae", vae_config(folder)
+    if config is None:
         return None, f"{where} holds no VAE"
-    config = read_json(where / "config.json")
     if config.get("num_vq_embeddings", codebook_size) != codebook_size:
         raise DimoError(
             f"the VAE in {where} has {config['num_vq_embeddings']} codes, the transformer's config.json says "
@@ -237,16 +251,6 @@ def load_vae(folder: Path, codebook_size: int, device="cpu") -> tuple[Any, str]:
     return upstream.load_vae(where, config, device), ""
 
 
-def vae_strides(folder: Path) -> tuple[int, int]:
-    """(time, space) strides of the folder's VAE; URSA's 4 and 8 where it does not say."""
-    file = folder / "vae" / "config.json"
-    config = read_json(file) if file.exists() else {}
-    strides = config.get("temporal_stride", TEMPORAL_STRIDE), config.get("spatial_stride", SPATIAL_STRIDE)
-    if not all(isinstance(s, int) and s > 0 for s in strides):
-        raise DimoError(f"temporal_stride and spatial_stride in {file} must be positive whole numbers, got {strides}")
-    return strides
-
-
 def load_student(ursa: Ursa, weights: str | Path) -> UrsaTransformer:
     """The teacher's architecture with a student's weights.
 
@@ -259,15 +263,38 @@ def load_student(ursa: Ursa, weights: str | Path) -> UrsaTransformer:
     source = student_file(weights)
     student = copy.deepcopy(ursa.transformer)
     load_weights(student, read_weights(source), where=str(source))
+    _require_same_config(ursa, source)
     return student.to(ursa.path.device)
 
 
 def student_file(weights: str | Path) -> Path:
-    """The file or folder of weights behind the same words."""
+    """The file or folder of weights behind the same words.
+
+    Raises:
+        DimoError: a run that has not finished.
+    """
     source = Path(weights)
     if (source / "checkpoints" / "final").is_dir():
         source = source / "checkpoints" / "final"
-    return source / "student.pt" if (source / "student.pt").exists() else source
+    elif (source / "status.json").exists():
+        raise DimoError(f"{source} is a run that has no checkpoints/final: it has not finished")
+    return source / "student.pt" if os.path.lexists(source / "student.pt") else source
+
+
+def _require_same_config(ursa: Ursa, source: Path) -> None:
+    """Raise where the config.json that lies beside a student's weights differs in what no shape shows."""
+    beside = source if source.is_dir() else source.parent / ("student" if source.name == "student.pt" else "")
+    if source.suffix == ".safetensors" and not source.name.startswith(WEIGHTS):
+        return  # weights of any name may lie beside anything
+    if not (beside / "config.json").exists():
+        return
+    own, teachers = (dataclasses.asdict(c) for c in (read_config(beside), ursa.transformer.config))
+    for key, value in teachers.items():
+        if own[key] != value:
+            raise DimoError(
+                f"the student in {source} is of another teacher than {ursa.folder}: its config.json says {key} = "
+                f"{own[key]}, the teacher's {value}"
+            )
 
 
 def import_upstream():

@@ -7,9 +7,8 @@ Source: baaivision/URSA at 29284bb, and arXiv 2510.24717.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -23,69 +22,11 @@ from torch.utils.checkpoint import (
 
 from dimo.errors import DimoError, require_ids, require_shape
 from dimo.ursa import cpu
+from dimo.ursa.config import NORM_EPS, UrsaConfig
 
-NORM_EPS = 1e-6
 CHECKPOINTING = ("none", "selective", "full")
 # fastest first: at URSA's sizes attention is most of the work, and Hopper's tensor cores are cuDNN's to fill
 ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-
-
-@dataclasses.dataclass(frozen=True)
-class UrsaConfig:
-    """The sizes in `transformer/config.json`; defaults are URSA-1.7B's.
-
-    Input ids are text in [0, lm_vocab_size) and visual codes in [lm_vocab_size, vocab_size). `lm_head_size` is the
-    number of output columns: the codebook alone, or text and codebook together in some checkpoints. `head_dim` is
-    always 128 upstream, whose config.json does not carry it; a built-in world's small model writes its own there.
-    """
-
-    hidden_size: int = 2048
-    intermediate_size: int = 6144
-    num_attention_heads: int = 16
-    num_key_value_heads: int = 8
-    num_hidden_layers: int = 28
-    rope_theta: float = 1_000_000
-    vocab_size: int = 215_669
-    lm_vocab_size: int = 151_669
-    lm_head_size: int = 64_000
-    bov_token_id: int = 151_652
-    head_dim: int = 128
-
-    @classmethod
-    def from_dict(cls, values: Mapping) -> UrsaConfig:
-        """Read a config.json's content; keys that this model does not use are ignored."""
-        config = cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
-        for name, value in dataclasses.asdict(config).items():
-            kinds, least = (int, float) if name == "rope_theta" else int, 0 if name == "bov_token_id" else 1
-            if isinstance(value, bool) or not isinstance(value, kinds) or value < least:
-                raise DimoError(f"{name} must be a number of at least {least}, got {value!r}")
-        if config.bov_token_id >= config.lm_vocab_size:
-            raise DimoError(
-                f"bov_token_id must lie in [0, lm_vocab_size = {config.lm_vocab_size}), got {config.bov_token_id}"
-            )
-        if config.lm_head_size not in (config.codebook_size, config.vocab_size) or config.codebook_size < 1:
-            raise DimoError(
-                f"lm_head_size must be the codebook's size, vocab_size - lm_vocab_size = {config.codebook_size}, or "
-                f"vocab_size = {config.vocab_size}, got {config.lm_head_size}"
-            )
-        if config.num_attention_heads % config.num_key_value_heads:
-            raise DimoError(
-                f"num_attention_heads ({config.num_attention_heads}) must be a multiple of "
-                f"num_key_value_heads ({config.num_key_value_heads})"
-            )
-        if config.head_dim % 16:
-            raise DimoError(f"head_dim must be a multiple of 16 (3-D RoPE), got {config.head_dim}")
-        return config
-
-    def to_dict(self) -> dict:
-        """The content of a config.json that upstream reads; a head of 128, its only size, is not written."""
-        values = {**dataclasses.asdict(self), "max_window_layers": self.num_hidden_layers}
-        return values if self.head_dim != 128 else {k: v for k, v in values.items() if k != "head_dim"}
-
-    @property
-    def codebook_size(self) -> int:
-        """K, the number of visual codes."""
-        return self.vocab_size - self.lm_vocab_size
 
 
 class RMSNorm(nn.Module):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from pathlib import Path
 
 import torch
@@ -13,30 +15,62 @@ from dimo.errors import DimoError, are_finite, reason
 
 WEIGHTS = "diffusion_pytorch_model"
 LFS_POINTER = b"version https://git-lfs"
+BOM = b"\xef\xbb\xbf"
+UNFINISHED = (".incomplete", ".part", ".crdownload", ".aria2")  # as downloads are called until they end
+_VARIANT = re.compile(rf"{WEIGHTS}(?:\.safetensors\.index|\.bin\.index)?(\.\w+)\.(?:safetensors|bin|json)")
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 
 
 def weight_files(source: str | Path) -> list[Path]:
     """The weights file behind `source`, or all its shards: a file itself, or a folder of safetensors or .bin.
 
+    Where the plain names are not there, those of a single variant serve: `diffusion_pytorch_model.fp16.safetensors`.
+
     Raises:
-        DimoError: nothing there, or a shard that the index names is missing.
+        DimoError: nothing there, a shard that the index names is missing, or several variants.
     """
     source = Path(source)
     if not source.is_dir():
         if not source.exists():
-            raise DimoError(f"weights file {source} does not exist")
+            raise DimoError(f"weights file {source} {absence(source) or 'does not exist'}")
         return [source]
+    variants = [""] + sorted({match[1] for match in map(_VARIANT.fullmatch, os.listdir(source)) if match})
+    found = {variant: files for variant in variants if (files := _of_variant(source, variant))}
+    if "" not in found and len(found) > 1:
+        raise DimoError(
+            f"{source} holds its weights as {' and '.join(v[1:] for v in found)}, and dimo cannot know which is meant: "
+            "move the others away"
+        )
+    if found:
+        return next(iter(found.values()))
+    file = source / f"{WEIGHTS}.safetensors"
+    why = absence(file) or f"does not exist, nor .bin, nor an index of shards{_other_weights(source)}"
+    raise DimoError(f"weights file {file} {why}")
+
+
+def _of_variant(folder: Path, variant: str) -> list[Path]:
     for end in (".safetensors", ".bin"):
-        index = source / f"{WEIGHTS}{end}.index.json"
+        index, file = folder / f"{WEIGHTS}{end}.index{variant}.json", folder / f"{WEIGHTS}{variant}{end}"
+        for one in (index, file):
+            if one.is_symlink() and not one.exists():  # it is what is meant, whatever there is besides
+                raise DimoError(f"weights file {one} {absence(one)}")
         if index.exists():
             return _shards(index)
-        if (source / f"{WEIGHTS}{end}").exists():
-            return [source / f"{WEIGHTS}{end}"]
-    others = sorted(f.name for f in source.iterdir() if f.suffix in (".safetensors", ".bin", ".pt"))
-    hint = f"; name the file itself, there is {', '.join(others)}" if others else ""
-    raise DimoError(
-        f"weights file {source / WEIGHTS}.safetensors does not exist, nor .bin, nor an index of shards{hint}"
-    )
+        if file.exists():
+            return [file]
+    return []
+
+
+def _other_weights(folder: Path) -> str:
+    """A hint at what there is in place of the names that are looked for."""
+    others = sorted(f.name for f in folder.iterdir() if f.suffix in (".safetensors", ".bin", ".pt"))
+    if any(_SHARD.search(name) for name in others):
+        return f"; of the shards there, such as {others[0]}, the index is missing"
+    deeper = [f.parent for end in ("safetensors", "bin") for f in folder.glob(f"*/{WEIGHTS}*.{end}")]
+    deeper += [f for levels in ("*", "*/*") for f in folder.glob(f"{levels}/student.pt")]
+    if deeper:
+        return f"; did you mean {min(deeper)}?"
+    return f"; name the file itself, there is {', '.join(others)}" if others else ""
 
 
 def _shards(index: Path) -> list[Path]:
@@ -46,9 +80,10 @@ def _shards(index: Path) -> list[Path]:
     names = sorted({str(name) for name in weight_map.values()})
     missing = [name for name in names if Path(name).name != name or not (index.parent / name).exists()]
     if missing:
+        why = absence(index.parent / missing[0])
         raise DimoError(
-            f"{len(missing)} of {len(names)} shards that {index} names are missing, the first is {missing[0]}; "
-            "the folder was copied by half"
+            f"{len(missing)} of {len(names)} shards that {index} names are missing, the first is {missing[0]}"
+            + (f": it {why}" if why else "; the folder was copied by half")
         )
     return [index.parent / name for name in names]
 
@@ -84,18 +119,17 @@ def _read_safetensors(file: Path) -> dict[str, torch.Tensor]:
 
 
 def _damaged(file: Path, error: Exception) -> DimoError:
-    _refuse_what_is_none(file)
+    refuse_what_is_none(file)
     return DimoError(f"weights file {file} is damaged (a copy that broke off?): {error}")
 
 
 def read_pickle(file: Path) -> dict[str, torch.Tensor]:
     """A pickle of {name: tensor} and nothing else; code in it is refused, not executed."""
-    if not file.exists():
-        raise DimoError(f"{file} is missing")
+    require_file(file)
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen types for a damaged or hostile file
-        _refuse_what_is_none(file)
+        refuse_what_is_none(file)
         raise DimoError(f"{file} could not be read as plain tensors: {reason(error)}") from error
     if not isinstance(content, dict):
         raise DimoError(f"{file} must hold a plain state dict, got {type(content).__name__}")
@@ -105,7 +139,33 @@ def read_pickle(file: Path) -> dict[str, torch.Tensor]:
     return content
 
 
-def _refuse_what_is_none(file: Path) -> None:
+def require_file(file: Path) -> None:
+    """Raise unless there is such a file, with the reason where one can be seen."""
+    if not file.exists():
+        raise DimoError(f"{file} {absence(file) or 'is missing'}")
+
+
+def absence(path: Path) -> str:
+    """Why there is nothing at `path`, where that can be seen: a link that leads nowhere, a download that broke off."""
+    for link in (path, *path.parents):
+        if link.is_symlink() and not link.exists():
+            target = link.parent / os.readlink(link)
+            return f"is a link to {target}, which does not exist (was a cache cleaned?); download it again"
+    download = _unfinished(path.parent)
+    return f"is not there, and {download} is a download that has not ended; download it again" if download else ""
+
+
+def _unfinished(folder: Path) -> Path | None:
+    """What a download into `folder` has left that did not end, beside it or where the Hugging Face tools keep it."""
+    places = [folder, folder / ".cache/huggingface/download", folder.parent / ".cache/huggingface/download"]
+    places += [places[-1] / folder.name]
+    places += [above.parent / "blobs" for above in folder.parents[:2] if above.name == "snapshots"]
+    found = (file for place in places if place.is_dir() for file in place.iterdir() if file.suffix in UNFINISHED)
+    return min(found, default=None)
+
+
+def refuse_what_is_none(file: Path) -> None:
+    """Raise for a file that is empty or a Git LFS pointer; for one that could not be read."""
     with open(file, "rb") as content:
         start = content.read(len(LFS_POINTER))
         if not start:
@@ -153,12 +213,12 @@ def misfit(needed: dict[str, tuple], found: dict[str, tuple]) -> str:
 
 
 def read_json(file: Path) -> dict:
-    """The object in a JSON file."""
-    if not file.exists():
-        raise DimoError(f"{file} is missing")
+    """The object in a JSON file, which may start with a byte order mark."""
+    require_file(file)
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        refuse_what_is_none(file)
         raise DimoError(f"{file} is damaged: {error}") from error
     if not isinstance(content, dict):
         raise DimoError(f"{file} must hold an object, got {type(content).__name__}")

@@ -20,10 +20,12 @@ def video_sheet(columns: dict[str, torch.Tensor], prompts: list[str], shown: int
     if not columns:
         raise DimoError("columns must name at least one set of videos")
     count = len(prompts)
+    for name, frames in columns.items():
+        require_shape(f"columns[{name!r}]", frames, (count, "F", "height", "width", 3))
+    shown = min(shown, *(frames.shape[1] for frames in columns.values()))  # an image is one frame
     figure = Figure(figsize=(2.2 + len(columns) * shown * 0.85, 0.5 + count * 0.9), layout="constrained")
     axes = figure.subplots(count, len(columns) * shown, squeeze=False)
     for c, (name, frames) in enumerate(columns.items()):
-        require_shape(f"columns[{name!r}]", frames, (count, "F", "height", "width", 3))
         picks = torch.linspace(0, frames.shape[1] - 1, shown).round().long().tolist()
         for r in range(count):
             for f, pick in enumerate(picks):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from dimo.errors import DimoError, nearest
@@ -16,16 +17,22 @@ def built_in_worlds() -> list[str]:
 
 
 def checkpoint_folder(teacher_ckpt: str | Path) -> Path:
-    """The folder behind `distill.teacher_ckpt`: a built-in world's name ("shapes"), or a path."""
+    """The folder behind `distill.teacher_ckpt`: a built-in world's name ("shapes"), or a path.
+
+    Raises:
+        DimoError: nothing is there, or no checkpoint; a folder that is one, above or below, is named.
+    """
+    from dimo.ursa.layout import require_checkpoint
+
     built_in = built_in_worlds()
     if not str(teacher_ckpt).strip():
         raise DimoError(f"teacher_ckpt must not be empty, got {str(teacher_ckpt)!r}")  # Path("") is the folder here
     if str(teacher_ckpt) in built_in:
         return DATA / str(teacher_ckpt)
-    if not Path(teacher_ckpt).is_dir():
+    if not os.path.lexists(teacher_ckpt):
         hint = nearest(str(teacher_ckpt), built_in) if built_in else ""
         raise DimoError(f"teacher_ckpt {teacher_ckpt} is neither a folder nor a built-in world{hint}")
-    return Path(teacher_ckpt)
+    return require_checkpoint(teacher_ckpt)
 
 
 def is_world(folder: str | Path) -> bool:
@@ -51,9 +58,11 @@ def load_world(folder: str | Path):
 
 
 def video_size(folder: str | Path) -> tuple[int, int, int]:
-    """(num_frames, height, width) where nobody says: a world's only size, else 17x256x256, URSA's smaller one."""
+    """(num_frames, height, width) where nobody says: a world's only size, else 17x256x256 or one image."""
+    from dimo.ursa.layout import default_size
+
     if not is_world(folder):
-        return 17, 256, 256
+        return default_size(folder)
     t, h, w = load_world(folder).latents_shape
     return 4 * t - 3, 8 * h, 8 * w
 
