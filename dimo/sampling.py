@@ -147,8 +147,7 @@ def read_prompts(path: str | Path) -> list[str]:
     prompts = []
     for file in files:
         caption = caption_column(file, kind, [])
-        for rows in read_rows(file, kind, [caption]):
-            prompts += filter(None, (caption_text(row[caption]) for row in rows))
+        prompts += filter(None, (caption_text(row[caption]) for row in read_rows(file, kind, [caption])))
     if not prompts:
         raise DimoError(f"prompt_file {path} holds no prompt")
     return prompts

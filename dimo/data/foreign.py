@@ -32,7 +32,7 @@ POINTERS = {
     b"/annex/objects/": "a git-annex pointer, not the file itself: run git annex get",
 }
 PAGE = re.compile(rb"<(!doctype|!--|\?xml|html|head|body|script|error)\b", re.IGNORECASE)
-JSON = re.compile(rb"""\[|(\[\s*)?\{(\s*["'].*)?|\[\s*["'].*,""")  # the first line of it
+JSON = re.compile(rb"""\[?\s*\{\s*["']\w[^\n]*["']\s*:|\[\s*\n\s*["']|\[\s*["'][^\n]*["'],\s*\n""")
 REFUSAL = re.compile(
     r"(error )?[45]\d\d:? (not found|forbidden|unauthorized|bad request|too many requests|internal server error|"
     r"bad gateway|service unavailable|gateway timeout)|(repository |entry )?not found|access denied|"
@@ -62,7 +62,7 @@ def refuse_foreign(file: Path, kind: str) -> None:
     first = text.split(b"\n", 1)[0].strip()
     if kind == "jsonl" and first.startswith(b"["):
         raise ValueError(f"line {line} is not a JSON object, it begins an array; write one object a line")
-    if kind == "txt" and JSON.fullmatch(first):
+    if kind == "txt" and JSON.match(text):
         raise ValueError("it is JSON: write one object a line, and end its name in .jsonl")
     if kind == "txt" and b"caption" in [cell.strip(b" \"'") for cell in re.split(rb"[,;\t]", first)] != [b"caption"]:
         raise ValueError("it is a table with the column caption: end its name in .csv")

@@ -11,8 +11,8 @@ LONGEST = 1 << 24  # bytes: where a line never ends, memory would
 logger = logging.getLogger(__name__)
 
 
-def read_lines(file: Path) -> Iterator[str]:
-    """Lines with their ends, which are \\n alone, without a byte-order mark.
+def read_lines(file: Path, kept: list[str] | None = None) -> Iterator[str]:
+    """Lines with their ends, which are \\n alone, without a byte-order mark; each is also added to `kept`.
 
     Raises:
         OSError, and ValueError, which names the line, for what no UTF-8 text holds.
@@ -30,7 +30,11 @@ def read_lines(file: Path) -> Iterator[str]:
             except UnicodeDecodeError as error:
                 byte = data[error.start]
                 raise ValueError(f"line {number} is not UTF-8 text, it has the byte {byte:#04x}") from error
-            yield line.removeprefix("\ufeff") if number == 1 else line
+            if number == 1:
+                line = line.removeprefix("\ufeff")
+            if kept is not None:
+                kept.append(line)
+            yield line
 
 
 @functools.cache

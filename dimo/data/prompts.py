@@ -141,10 +141,9 @@ class PromptStream:
         for index in range(position["file"], len(order)):
             file, caption = self.files[order[index]], self._captions[order[index]]
             row = position["row"] if index == position["file"] else 0
-            for piece in read_rows(file, self.kind, [caption, *self._scores], row):
-                for values in piece:
-                    row += 1
-                    yield index, row, values[caption], values
+            for values in read_rows(file, self.kind, [caption, *self._scores], row):
+                row += 1
+                yield index, row, values[caption], values
 
     def _shuffled(self, block: list[tuple], position: dict, after: dict) -> list[str]:
         """The prompts of a block in their order; what is left out is counted in `after`."""

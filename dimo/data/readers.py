@@ -1,4 +1,4 @@
-"""Rows of one caption file, read in pieces and never as a whole.
+"""Rows of one caption file, read one after another and never as a whole.
 
 Every file is opened under the very name that it has: no library takes `*`, `::`, `[` or `file://` in it for a pattern
 or an address. Nothing is looked up, cached or copied.
@@ -21,7 +21,8 @@ from dimo.data.tables import csv_columns, read_csv
 from dimo.errors import DimoError, reason
 
 CAPTIONS = ("caption", "prompt", "text")  # the first of these that a file has
-ROWS_A_PIECE = 1000
+HEAD = 1000  # rows that show a file's columns
+BATCH = 1000  # rows of parquet in memory
 
 
 def caption_column(file: Path, kind: str, scores: list[str]) -> str:
@@ -41,24 +42,22 @@ def caption_column(file: Path, kind: str, scores: list[str]) -> str:
         for column in (caption, *scores):
             if columns.count(column) > 1:
                 raise ValueError(f"{columns.count(column)} columns have the name {column}; rename all but one")
-    next(read_rows(file, kind, [caption, *scores]), None)
+    for _ in itertools.islice(read_rows(file, kind, [caption, *scores]), HEAD):
+        pass
     return caption
 
 
-def read_rows(file: Path, kind: str, columns: list[str], skip: int = 0) -> Iterator[list[dict]]:
-    """Lists of rows {column: value or None} from row `skip` on, a piece at a time; a row cut in two by the end of the
-    file is left out. The first of `columns` holds the captions.
+def read_rows(file: Path, kind: str, columns: list[str], skip: int = 0) -> Iterator[dict]:
+    """Rows {column: value or None} from row `skip` on; a row cut in two by the end of the file is left out.
+
+    The first of `columns` holds the captions.
 
     Raises:
         DimoError: the file cannot be read, or a row of it is broken, no UTF-8, or has several captions in place of one.
     """
+    read = {"txt": _read_txt, "jsonl": _read_jsonl, "csv": read_csv, "parquet": _read_parquet}[kind]
     with _sentences(file, kind):
-        if kind == "parquet":
-            yield from _read_parquet(file, columns, skip)
-            return
-        rows = {"txt": _read_txt, "jsonl": _read_jsonl, "csv": read_csv}[kind](file, columns, skip)
-        while piece := list(itertools.islice(rows, ROWS_A_PIECE)):
-            yield piece
+        yield from read(file, columns, skip)
 
 
 def caption_text(value: object) -> str:
@@ -75,7 +74,7 @@ def _columns(file: Path, kind: str) -> list[str]:
         return _open_parquet(file).schema_arrow.names
     if kind == "csv":
         return csv_columns(file)
-    head = itertools.islice(_json_rows(file), ROWS_A_PIECE)
+    head = itertools.islice(_json_rows(file), HEAD)
     return list(dict.fromkeys(key for _, row in head for key in row))
 
 
@@ -137,17 +136,17 @@ def _open_parquet(file: Path):
     return ParquetFile(pyarrow.OSFile(os.fspath(file)), buffer_size=1 << 20, pre_buffer=False)
 
 
-def _read_parquet(file: Path, columns: list[str], skip: int) -> Iterator[list[dict]]:
+def _read_parquet(file: Path, columns: list[str], skip: int) -> Iterator[dict]:
     with _open_parquet(file) as opened:
         read = 0
-        for batch in opened.iter_batches(ROWS_A_PIECE, columns=columns):  # a batch at a time, however large its group
+        for batch in opened.iter_batches(BATCH, columns=columns):  # a batch at a time, however large its group
             rest = batch.slice(min(max(0, skip - read), len(batch)))
             read += len(batch)
             if len(rest):
                 values = [_values(rest.column(name), name, read - len(rest)) for name in columns]
-                for row, caption in enumerate(values[0], read - len(rest) + 1):
-                    refuse_container(caption, "row", row)
-                yield [dict(zip(columns, row)) for row in zip(*values)]
+                for number, row in enumerate(zip(*values), read - len(rest) + 1):
+                    refuse_container(row[0], "row", number)
+                    yield dict(zip(columns, row))
 
 
 def _values(column, name: str, before: int) -> list:

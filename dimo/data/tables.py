@@ -29,7 +29,7 @@ def csv_columns(file: Path) -> list[str]:
 def read_csv(file: Path, columns: list[str], skip: int) -> Iterator[dict]:
     """{column: text, or None in a blank row}, of which the first column holds the captions."""
     rows = _rows(file)
-    header = next(rows)[1]
+    _, header, _ = next(rows, (0, [], []))
     places = [(column, header.index(column)) for column in columns]
     captions, last = places[0][1], max(place for _, place in places)
     for line, row, source in itertools.islice(rows, skip, None):
@@ -51,7 +51,7 @@ def _rows(file: Path) -> Iterator[tuple[int, list[str], list[str]]]:
         ValueError: it names the line.
     """
     source: list[str] = []  # lines of the row in hand
-    reader = csv.reader(_kept(read_lines(file), source), strict=True)
+    reader = csv.reader(read_lines(file, source), strict=True)
     header, least, line = None, 0, 1
     while True:
         source.clear()
@@ -66,7 +66,7 @@ def _rows(file: Path) -> Iterator[tuple[int, list[str], list[str]]]:
             header, least = row, len(row)
             while least and not row[least - 1]:  # columns without a name, after a comma too many
                 least -= 1
-        elif any(row[len(header) :]):
+        elif any(row[len(header) :]) or len(row) > len(header) and row[len(header) - 1].endswith("\\"):
             raise ValueError(f"line {line} has {len(row)} fields under {len(header)} column(s); a caption with commas "
                              "must be in quotes")  # fmt: skip
         elif len(row) < least and any(field.strip() for field in row):
@@ -79,12 +79,6 @@ def _rows(file: Path) -> Iterator[tuple[int, list[str], list[str]]]:
             raise ValueError(f"line {line} is the header again; delete it")
         yield line, row, source
         line = reader.line_num + 1
-
-
-def _kept(lines: Iterator[str], source: list[str]) -> Iterator[str]:
-    for line in lines:
-        source.append(line)
-        yield line
 
 
 def _explain(file: Path, error: str, text: str, line: int, last: int) -> None:
