@@ -118,7 +118,7 @@ def _json_rows(file: Path) -> Iterator[tuple[int, dict]]:
     for number, line in enumerate(read_lines(file), 1):
         try:
             row = DECODER.decode(line) if line.strip() else {}
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             if number == 1 or line.endswith("\n"):
                 raise ValueError(f"line {number} is not a JSON object") from error
             warn_once(file, f"the last line, {number}, is cut off and left out")
