@@ -110,6 +110,7 @@ def test_any_caption_column_that_is_usual(tmp_path):
         ),
         ({"a.txt": b"\n  \n\r\n"}, "holds no prompt: none of its 3 rows"),
         ({"a.jsonl": b'{"caption": "x"}\nnonsense\n{"caption": "y"}\n'}, "as jsonl: line 2 is not a JSON object"),
+        ({"a.jsonl": b'{"caption": "x", "n": ' + b"9" * 5000 + b"}\n"}, "line 1 is not a JSON object"),
         ({"a.jsonl": b'["x"]\n["y"]\n'}, "line 1 is not a JSON object"),
         ({"a.jsonl": b"\n{'caption': 'x'}\n\n"}, "as jsonl: line 2 is not a JSON object"),
         ({"a.jsonl": b'{"title": "x"}\n'}, "no column caption, prompt or text; it has title"),
