@@ -168,7 +168,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
                   "Write 0000.mp4 (png for one frame) per prompt and 0000.json beside it: prompt, seed, settings. "
                   "Without a decoder for the VAE, its codes as safetensors.", configurable=False)  # fmt: skip
     sub.add_argument("--prompt", action="append", default=[], help="may be repeated")
-    sub.add_argument("--prompt_file", help="a text file with a prompt a line")
+    sub.add_argument("--prompt_file", help="a txt, jsonl, csv or parquet file of captions, or a folder of them")
     sub.add_argument("--out_dir", default="runs/samples", help="default: %(default)s")
     for field in dataclasses.fields(Request):
         kind = {"int": int, "float": float}.get(field.type.split(" ")[0], str)

@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 import dimo
+from dimo.data.listing import list_files
+from dimo.data.readers import caption_column, caption_text, read_rows
 from dimo.errors import DimoError, reason, require_shape
 from dimo.files import whole_file, write_text
 from dimo.train.config import default_prompt_length
@@ -185,19 +187,19 @@ def _write_codes(stem: Path, codes: torch.Tensor) -> Path:
     return file
 
 
-def read_prompts(file: str | Path) -> list[str]:
-    """The lines of a text file that are not blank.
+def read_prompts(path: str | Path) -> list[str]:
+    """All prompts of a txt, jsonl, csv or parquet file, or of a folder of them, in their order.
 
     Raises:
-        DimoError: no such file, not UTF-8, or no prompt in it.
+        DimoError: the path, a file or its columns do not serve, or no row holds a prompt.
     """
-    try:
-        lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DimoError(f"prompt_file {file} could not be read as text: {error}") from error
-    prompts = [line.strip() for line in lines if line.strip()]
+    kind, files = list_files(path)
+    prompts = []
+    for file in files:
+        caption = caption_column(file, kind, [])
+        prompts += filter(None, (caption_text(row[caption]) for row in read_rows(file, kind, [caption])))
     if not prompts:
-        raise DimoError(f"prompt_file {file} holds no prompt")
+        raise DimoError(f"prompt_file {path} holds no prompt")
     return prompts
 
 

@@ -199,7 +199,7 @@ def test_guidance_below_one_is_refused_by_the_sampler_too(ursa, world):
         (["--prompt", PROMPTS[0], "--backend", "upstream"], "heads of 128|diffnext"),
         (["--prompt", PROMPTS[0], "--student_ckpt", "nowhere.pt"], "weights file nowhere.pt does not exist"),
         (["--prompt", PROMPTS[0], "--student_ckpt", str(TINY / "transformer")], "do not fit this model"),
-        (["--prompt_file", "nowhere.txt"], "prompt_file nowhere.txt could not be read"),
+        (["--prompt_file", "nowhere.txt"], "nowhere.txt does not exist"),
         (["--teacher_ckpt", "shaps"], "did you mean 'shapes'|prompts must not"),
     ],
 )
@@ -215,7 +215,7 @@ def test_a_prompt_file_gives_its_lines(tmp_path):
     file.write_text("\ufeffa dog\n\n  a café \n", encoding="utf-8")
     assert read_prompts(file) == ["a dog", "a café"]
     file.write_bytes(b"\xff\xfe\x00\xd8")
-    with pytest.raises(DimoError, match="could not be read as text"):
+    with pytest.raises(DimoError, match="prompts.txt cannot be read as txt: it is UTF-16"):
         read_prompts(file)
     file.write_text(" \n\n")
     with pytest.raises(DimoError, match="holds no prompt"):

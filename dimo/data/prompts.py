@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dimo.data.readers import caption_column, list_files, read_rows
+from dimo.data.listing import list_files
+from dimo.data.readers import caption_column, caption_text, read_rows
 from dimo.errors import DimoError
 
 MOTION = "motion_score"
@@ -25,7 +26,7 @@ class PromptStream:
     lose its content.) The price is that every rank parses every row, which costs far less than a training step.
 
     Args:
-        path: a txt (a prompt a line), jsonl, csv or parquet file, or a folder of files of one kind.
+        path: a txt (a prompt a line), jsonl, csv or parquet file, or a folder of files of one kind (see `list_files`).
         seed: of orders and of the motion prefix.
         rank, world_size: of this process.
         shuffle_buffer: rows shuffled together, and the most that are held in memory.
@@ -78,28 +79,31 @@ class PromptStream:
         return {name: self._after[name] for name in ("epoch", "rows", "no_caption", "filtered")}
 
     def state_dict(self) -> dict:
-        """The position, the same on every rank."""
-        return {**self._at, "used": self._used, "files": self._fingerprint()}
+        """The position, the same on every rank, with digests of the files' names and of the block it lies in."""
+        names = [file.name for file in self.files]
+        return {**self._at, "used": self._used, "files": _digest(names), "block": _digest(self._block)}
 
     def load_state_dict(self, state: dict) -> None:
         """Continue with exactly the next prompt after `state_dict()`, also with another number of ranks.
 
+        What lies behind the block of the position may have been mended since.
+
         Raises:
             DimoError: the files are not those that the position was taken in.
         """
-        if state["files"] != self._fingerprint():
+        state = dict(state)
+        files, block, used = state.pop("files"), state.pop("block", None), state.pop("used")
+        names = [file.name for file in self.files]
+        if block is None:  # a checkpoint of an earlier dimo
+            names = [(file.name, file.stat().st_size) for file in self.files]
+        if files != _digest(names):
             raise DimoError(f"{self.path} has changed since the checkpoint (other files, or other sizes), so that the "
                             "position in it is lost; put the files back, or start a new run")  # fmt: skip
-        used = state["used"]
-        self._start({k: v for k, v in state.items() if k not in ("used", "files")})
-        if used > len(self._block):
-            raise DimoError(f"{self.path} has changed since the checkpoint: a block of it holds {len(self._block)} "
-                            f"prompts, and {used} were used")  # fmt: skip
+        self._start(state)
+        if used > len(self._block) or block not in (None, _digest(self._block)):
+            raise DimoError(f"{self.path} has changed since the checkpoint: other prompts stand where it was; put the "
+                            "files back, or start a new run")  # fmt: skip
         self._used = used
-
-    def _fingerprint(self) -> str:
-        names = [(f.name, f.stat().st_size) for f in self.files]
-        return hashlib.sha256(repr(names).encode()).hexdigest()[:16]
 
     def _start(self, position: dict) -> None:
         self._blocks = self._read(position)
@@ -137,27 +141,26 @@ class PromptStream:
         for index in range(position["file"], len(order)):
             file, caption = self.files[order[index]], self._captions[order[index]]
             row = position["row"] if index == position["file"] else 0
-            for piece in read_rows(file, self.kind, [caption, *self._scores], row):
-                for values in piece:
-                    row += 1
-                    yield index, row, values[caption], values
+            for values in read_rows(file, self.kind, [caption, *self._scores], row):
+                row += 1
+                yield index, row, values[caption], values
 
     def _shuffled(self, block: list[tuple], position: dict, after: dict) -> list[str]:
         """The prompts of a block in their order; what is left out is counted in `after`."""
         rng = np.random.default_rng([self.seed, position["epoch"], position["file"], position["row"]])
+        order, draws = rng.permutation(len(block)).tolist(), rng.random(len(block)).tolist()
         prompts = []
-        for i in rng.permutation(len(block)):
+        for i, draw in zip(order, draws):
             _, _, caption, row = block[i]
-            prefixed = rng.random() < self.motion_share
-            caption = _text(caption)
+            caption = caption_text(caption)
             if not caption:
                 after["no_caption"] += 1
-            elif any(not _number(row[column]) >= least for column, least in self.minimum.items()):
+            elif self.minimum and any(not _number(row[column]) >= least for column, least in self.minimum.items()):
                 after["filtered"] += 1
             else:
                 score = _number(row[MOTION]) if self.motion == "score" else self.motion
                 has_score = score is not None and score == score
-                prompts.append(f"motion={score:.1f}, {caption}" if prefixed and has_score else caption)
+                prompts.append(f"motion={score:.1f}, {caption}" if draw < self.motion_share and has_score else caption)
         return prompts
 
     def _nothing(self, position: dict) -> str:
@@ -169,9 +172,8 @@ class PromptStream:
         )
 
 
-def _text(value: object) -> str:
-    """A caption without white space around it, as valid Unicode; empty for what is no text."""
-    return value.strip().encode("utf-8", "replace").decode() if isinstance(value, str) else ""
+def _digest(values: list) -> str:
+    return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
 
 
 def _number(value: object) -> float:

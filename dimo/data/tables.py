@@ -1,0 +1,103 @@
+"""Rows of a CSV file, each with exactly the columns of its header: what could be read in two ways is refused.
+
+Python's own parser reads it, since it alone says how many fields a row has and in which line a quote opens; pandas and
+pyarrow cut or pad rows, or take in text after a closing quote, and say nothing.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from dimo.data.foreign import OPENING, refuse_container
+from dimo.data.lines import read_lines, warn_once
+
+WHOLE_FIELDS = re.compile(r'(?:"(?:[^"]|"")*+",|[^",][^,]*+,|,)*+')
+BACKSLASHED = '\\"'
+DOUBLE_IT = 'write a quote inside quotes as "" (in Spark: option("escape", "\\""))'
+
+
+def csv_columns(file: Path) -> list[str]:
+    for _, header, _ in _rows(file):
+        return header
+    return []
+
+
+def read_csv(file: Path, columns: list[str], skip: int) -> Iterator[dict]:
+    """{column: text, or None in a blank row}, of which the first column holds the captions."""
+    rows = _rows(file)
+    _, header, _ = next(rows, (0, [], []))
+    places = [(column, header.index(column)) for column in columns]
+    captions, last = places[0][1], max(place for _, place in places)
+    for line, row, source in itertools.islice(rows, skip, None):
+        if len(row) <= last:
+            yield dict.fromkeys(columns)
+            continue
+        caption = row[captions]
+        if caption[:1] in OPENING:
+            refuse_container(caption, "line", line)
+        if BACKSLASHED in caption and f'''"{caption.replace('"', '""')}"''' not in "".join(source):
+            raise ValueError(f"line {line} has {BACKSLASHED} outside quotes; quote the caption, and {DOUBLE_IT}")
+        yield {column: row[place] for column, place in places}
+
+
+def _rows(file: Path) -> Iterator[tuple[int, list[str], list[str]]]:
+    """(line it begins in, fields, lines) of the header and of every row; a row cut by the end of the file is left out.
+
+    Raises:
+        ValueError: it names the line.
+    """
+    source: list[str] = []  # lines of the row in hand
+    reader = csv.reader(read_lines(file, source), strict=True)
+    header, least, line = None, 0, 1
+    while True:
+        source.clear()
+        try:
+            row = next(reader, None)
+        except csv.Error as error:
+            _explain(file, str(error), "".join(source), line, reader.line_num)
+            return
+        if row is None:
+            return
+        if header is None:
+            header, least = row, len(row)
+            while least and not row[least - 1]:  # columns without a name, after a comma too many
+                least -= 1
+        elif any(row[len(header) :]) or len(row) > len(header) and row[len(header) - 1].endswith("\\"):
+            raise ValueError(f"line {line} has {len(row)} fields under {len(header)} column(s); a caption with commas "
+                             "must be in quotes")  # fmt: skip
+        elif len(row) < least and any(field.strip() for field in row):
+            if not source[-1].endswith("\n"):
+                warn_once(file, f"the last row, line {line}, is cut off and left out")
+                return
+            raise ValueError(f"line {line} has {len(row)} field(s) under {len(header)} columns; a caption of several "
+                             "lines must be in quotes, and an empty field needs its comma")  # fmt: skip
+        elif row[-1:] == header[-1:] and row == header and len(row) > 1:
+            raise ValueError(f"line {line} is the header again; delete it")
+        yield line, row, source
+        line = reader.line_num + 1
+
+
+def _explain(file: Path, error: str, text: str, line: int, last: int) -> None:
+    """Raise for a row that does not parse, of which lines `line` to `last` are read, and are `text`; only warn where it
+    is cut off by the end of the file."""
+    place = WHOLE_FIELDS.match(text).end()
+    opened = line + text[:place].count("\n")
+    if "new-line" in error:
+        raise ValueError(f"line {line} has a carriage return (\\r) that ends no line; put the caption in quotes")
+    if "field larger" in error:
+        begins = "the quote that opens here is never closed, or begins" if text[place] == '"' else "here begins"
+        raise ValueError(f"field larger than field limit: line {opened}: {begins} a field of more than "
+                         f"{csv.field_size_limit():,} characters")  # fmt: skip
+    if BACKSLASHED in text[place:]:
+        raise ValueError(f"line {opened}: {BACKSLASHED}, in the quotes that open here, is no quote in CSV; {DOUBLE_IT}")
+    if "unexpected end" not in error:
+        raise ValueError(f"line {opened}: the quotes that open here close before more text, in line {last}; close them "
+                         'before the comma, and write a quote inside as ""')  # fmt: skip
+    if opened < last or text.endswith("\n"):
+        raise ValueError(f"line {opened}: the quote that opens here is not closed when the file ends, in line {last}; "
+                         "close it, or delete the row if the file is cut off")  # fmt: skip
+    warn_once(file, f"the last row, with quotes open in line {opened}, is cut off and left out")

@@ -1,0 +1,165 @@
+"""CSV files: every row comes back as it was written, or is refused with its line, at any depth."""
+
+import csv
+import json
+
+import pytest
+from captions import make, write
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dimo.data.prompts import PromptStream
+from dimo.errors import DimoError
+from dimo.sampling import read_prompts
+
+quick = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def test_csv_as_it_is_found(tmp_path):
+    file = tmp_path / "odd [name] * {}.csv"
+    file.write_bytes(b'id,"caption",n\n1,a,\n2,"b, ""c""\r\nd",,,\n\n3,,7\n4,e,1\n5,"cut off in the')
+    stream = PromptStream(file)
+    assert sorted(stream.take(3)) == ["a", 'b, "c"\r\nd', "e"]
+    assert stream.counts()["no_caption"] == 2  # the blank line, and row 3
+    file.write_bytes(b"caption,n\na,1,\nb,2,\n")  # a comma too many everywhere, which pandas takes for an index
+    assert sorted(PromptStream(file).take(2)) == ["a", "b"]
+
+
+@pytest.mark.parametrize("rows", [0, 1, 9_999, 10_000, 10_001, 25_000])
+def test_a_cut_last_line_costs_no_other_row(rows, tmp_path):
+    file = write(tmp_path / "a.csv", [f"number {i}, whole" for i in range(rows)])
+    with open(file, "a") as opened:
+        opened.write('x,"cut')
+    if rows == 0:
+        with pytest.raises(DimoError, match="holds no prompt"):
+            PromptStream(file)
+        return
+    stream = PromptStream(file)
+    state = stream.state_dict()
+    once = stream.take(rows)
+    assert len(set(once)) == rows and all(p.endswith(", whole") for p in once)
+    again = PromptStream(file)
+    again.take(rows)
+    again.load_state_dict(state)
+    assert again.take(rows) == once
+    lines = tmp_path / "b.jsonl"
+    lines.write_text("".join(json.dumps({"caption": p}) + "\n" for p in once[:1500]) + '{"caption": "cut')
+    assert sorted(PromptStream(lines).take(min(rows, 1500))) == sorted(once[:1500])
+
+
+def python(**options):
+    """Rows as csv.writer writes them; pandas writes through it, with a line's end of \n."""
+
+    def write(file, rows):
+        with open(file, "w", encoding="utf-8", newline="") as opened:
+            csv.writer(opened, **options).writerows(rows)
+
+    return write
+
+
+def spark(file, rows):
+    """Rows as Spark writes them: quoted where they must be, with a backslash before a quote."""
+
+    def field(text):
+        text = str(text)
+        quoted = not text or text != text.strip() or any(c in text for c in ',"\r\n')
+        return '"' + text.replace('"', '\\"') + '"' if quoted else text
+
+    lines = (",".join(map(field, row)) + "\n" for row in rows)
+    file.write_bytes("".join(lines).encode())
+
+
+WRITERS = {
+    "csv": python(),
+    "csv, all quoted": python(quoting=csv.QUOTE_ALL),
+    "csv, texts quoted": python(quoting=csv.QUOTE_NONNUMERIC),
+    "pandas": python(lineterminator="\n"),
+    "pandas, all quoted": python(lineterminator="\n", quoting=csv.QUOTE_ALL),
+    "spark": spark,
+    "csv, backslashes": python(doublequote=False, escapechar="\\"),
+    "csv, backslashes and no quotes": python(quoting=csv.QUOTE_NONE, escapechar="\\"),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_what_programs_write_comes_back_row_by_row_or_is_refused_with_its_line(writer, tmp_path):
+    """Other backslashes than those before quotes, commas and line ends are left to the texts themselves."""
+    escapes = "backslashes" in writer or writer == "spark"
+    letters = st.sampled_from('ab ,"\n' + ("" if escapes else "\r\\'é"))
+    refusals = []
+
+    @settings(quick, max_examples=150, derandomize=True)
+    @given(st.lists(st.text(letters, max_size=8), min_size=1, max_size=6))
+    def check(captions):
+        file = tmp_path / "a.csv"
+        rows = [[number, caption, 0.5] for number, caption in enumerate(captions)]
+        WRITERS[writer](file, [["id", "caption", "score"], *rows, [7, "the end", 0.5]])
+        try:
+            read = read_prompts(file)
+        except DimoError as error:
+            refusals.append(str(error))
+            assert "a.csv cannot be read as csv: " in str(error) and " line " in str(error)
+        else:
+            assert read == [caption.strip() for caption in captions if caption.strip()] + ["the end"]
+
+    check()
+    if escapes:
+        assert refusals
+    else:  # only this is written without quotes by pandas
+        assert all("carriage return" in refusal and writer == "pandas" for refusal in refusals)
+
+
+ROWS = "".join(f"v{i},a grey pigeon,0.{i % 10}\n" for i in range(11_998))  # lines 2 to 11,999
+BROKEN = {
+    "a comma": ("v,a pigeon, on a step,0.5\nv,b,1\n", "line 12000 has 4 fields under 3 column.*must be in quotes"),
+    "a field too few": ("v,a pigeon\nv,b,1\n", "line 12000 has 2 field.* under 3 columns"),
+    "a line's end": ("v,a pigeon\non a step,0.5\nv,b,1\n", "line 12000 has 2 field.* under 3 columns"),
+    "a carriage return": ("v,a pigeon\ron a step,0.5\nv,b,1\n", "line 12000 has a carriage return"),
+    "a quote never closed": ('v,"a pigeon,0.5\nv,b,1\nv,c,1\n', "line 12000: the quote.* not closed .* in line 12002"),
+    "closed by the next": (
+        'v,"a pigeon,0.5\nv,b,1\nv,"c, d",1\n',
+        "line 12000: the quotes.* close before .* 12002",
+    ),
+    "a later quote": ('v,"a\nb","c\nv,b,1\n', "line 12001: the quote that opens here is not closed"),
+    "without limit": (
+        'v,"a\nb","' + "x\n" * 70_000,
+        "field larger than field limit: line 12001: the quote",
+    ),
+    "a long field": ("v," + "x" * 140_000 + ",1\n", "field larger than field limit: line 12000: here begins"),
+    "escaped": ('v,"a \\"grey\\" pigeon",0.5\nv,b,1\n', r"line 12000: \\\".* is no quote in CSV; .*\"\" \(in Spark"),
+    "escaped at the end": ('v,"a pigeon of 5\\"",0.5\nv,b,1\nv,"c, d",1\n', r"line 12000: \\\""),
+    "escaped to the end": ('v,"a pigeon of 5\\"",0.5\n', r"line 12000: \\\""),
+    "escaped, no quotes": ('v,a \\"grey\\" pigeon,0.5\nv,b,1\n', r"line 12000 has \\\" outside quotes"),
+    "escaped comma at the end": ("v,a,0.5\\,\n", "line 12000 has 4 fields under 3"),
+    "the header again": ("v,caption,1\nvideoID,caption,score\nv,b,1\n", "line 12001 is the header again"),
+    "latin-1": (b"v,caf\xe9,1\n", "line 12000 is not UTF-8"),
+    "a NUL": ("v,\0\0\0,1\n", "line 12000 holds a NUL byte"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_row_is_named_far_down(name, tmp_path):
+    text, sentence = BROKEN[name]
+    text = text if isinstance(text, bytes) else text.encode()
+    file = make(tmp_path, "a.csv", f"videoID,caption,score\n{ROWS}".encode() + text)
+    with pytest.raises(DimoError, match=f"a.csv cannot be read as csv: {sentence}"):
+        read_prompts(file)
+    stream = PromptStream(file, shuffle_buffer=100)
+    assert set(stream.take(11_900)) == {"a grey pigeon"}
+    state = stream.state_dict()
+    for cut in (stream, PromptStream(file, shuffle_buffer=100)):
+        cut.load_state_dict(state)
+        with pytest.raises(DimoError, match=f"a.csv cannot be read as csv: {sentence}"):
+            cut.take(200)
+
+
+def test_a_header_without_its_end_and_blank_rows_hold_nothing(tmp_path):
+    file = make(tmp_path, "a.csv", b"id,caption,,\n1,a\n\n  \n2,b,\n,,\n3,c,,,,\n")
+    assert read_prompts(file) == ["a", "b", "c"]
+    assert PromptStream(file).counts()["rows"] == 6
+
+
+def test_a_row_cut_outside_quotes_is_left_out_and_said_once(tmp_path, caplog):
+    file = make(tmp_path, "a.csv", b"id,caption,score\n1,a,0.5\n2,half a capt")
+    assert read_prompts(file) == PromptStream(file).take(1) == ["a"]
+    assert caplog.messages == [f"{file}: the last row, line 3, is cut off and left out"]
