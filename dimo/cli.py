@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dimo.errors import DimoError, reason
 from dimo.examples import EXAMPLES, examples
+from dimo.paths import user_path
 from dimo.sampling import Request, read_prompts, sample_to_folder
 from dimo.train.flags import RENAMED, split_flags
 from dimo.train.signals import PREEMPTED, Preempted
@@ -64,9 +65,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
         left = [word for word in left if not _is_override(word)]
     if left:
         raise DimoError(f"dimo {argv[0]} does not take {' '.join(left)}; see dimo {argv[0]} --help")
-    for name in NAMES:  # of a shell variable that is not set; the default is not what was meant
-        if getattr(args, name, None) == "":
+    for name in NAMES:
+        value = getattr(args, name, None)
+        if value == "":  # of a shell variable that is not set; the default is not what was meant
             raise DimoError(f"{name} must not be empty")
+        if value is not None:
+            setattr(args, name, user_path(value))
     return args
 
 

@@ -71,10 +71,10 @@ def test_config_lists_keys_and_resolves_presets(capsys):
         (["train", "-c", ""], "config must not be empty"),
         (["train", "-c", "smoke", "--out_dir", ""], "experiment.output_dir must not be empty"),
         (["run", "-c", "smoke", "-p", "typo=1"], "has a parameter 'typo', and no configuration key is called so; the"),
-        (["run", "-c", "smoke", "-p", "min_share=["], "parameter min_share: '[' is not readable YAML"),
+        (["run", "-c", "smoke", "-p", "min_share=["], "parameter min_share: '[' is not a number"),
         (["train", "-c", "smoke", "--out_dir", __file__], f"{__file__} is a file, a folder is needed"),
         (["train", "-c", "smoke", "--out_dir", f"{__file__}/run"], f"{__file__} is a file, a folder is needed"),
-        (["run", "-c", "smoke", "-p", "teacher_ckpt=["], "distill.teacher_ckpt: '[' is not readable YAML"),
+        (["run", "-c", "smoke", "-p", "teacher_ckpt=["], "teacher_ckpt [ is neither a folder nor"),
         (["train", "-c", "smoke", "experiment.output_dir=/proc/nowhere"], "/proc/nowhere"),
     ],
 )

@@ -54,11 +54,12 @@ def test_every_key_says_what_it_means():
         (None, "optim.lr", "an override reads key=value"),
         (None, "optim.lr=0", "optim.lr must be positive"),
         (None, "optim.lr=nan", "optim.lr must be a finite number"),
-        (None, "optim.lr=[1", "optim.lr: '.1' is not readable YAML"),
-        (None, "distill.teacher_ckpt=[", "distill.teacher_ckpt: '.' is not readable YAML"),
-        (None, "experiment.trackers=tensorbord", r"must be a list, .* got 'tensorbord'; did you mean '.tensorboard.'"),
+        (None, "optim.lr=[1", "optim.lr: '.1' is not a number"),
+        (None, "optim.lr=???", "optim.lr: '...' is not a number"),
+        (None, "evaluation.teacher_steps=[1", "evaluation.teacher_steps: '.1' is not readable YAML"),
+        (None, "experiment.trackers=tensorbord", r"must be a list, such as .tensorbord., got 'tensorbord'"),
         (None, "experiment.trackers=[tensorbord]", "may not hold 'tensorbord'; did you mean 'tensorboard'"),
-        (None, "evaluation.teacher_steps=25", "evaluation.teacher_steps must be a list, such as .1, 2, 4, 8, 25."),
+        (None, "evaluation.teacher_steps=25", "evaluation.teacher_steps must be a list, such as .25., got '25'"),
         (None, "experiment.name=..", "experiment.name must name a folder inside runs/"),
         (None, "distill.t_draws=0", "distill.t_draws must be at least 1"),
         (None, "distill.aux_pass=shared", "needs an auxiliary's fit for each draw of t, got distill.t_draws=4 and"),
@@ -122,8 +123,6 @@ def test_a_text_is_not_cut_where_yaml_would_see_a_comment():
     for text in ("low quality #1", "/captions #2.csv", "a: b #3"):
         assert load_config("smoke", [f"distill.negative_prompt={text}"]).distill.negative_prompt == text
     assert load_config("smoke", ["distill.negative_prompt='a #1'"]).distill.negative_prompt == "a #1"
-    with pytest.raises(DimoError, match="optim.lr must have a value"):
-        load_config("smoke", ["optim.lr=???"])
 
 
 def test_what_compares_the_samples_of_a_batch_needs_two():

@@ -80,7 +80,7 @@ def open_prompts(config: Config, ursa: Ursa, rank: int = 0, world_size: int = 1)
             )
         return WorldPrompts(load_world(ursa.folder).prompts, ursa, d.max_prompt_length)
     stream = PromptStream(
-        Path(d.prompt_source).expanduser(), config.experiment.seed, rank, world_size, d.shuffle_buffer,
+        d.prompt_source, config.experiment.seed, rank, world_size, d.shuffle_buffer,
         d.score_minimums(), d.motion_value(), d.motion_share,
     )  # fmt: skip
     return StreamedPrompts(stream, ursa, d.max_prompt_length)
