@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 
 from dimo.errors import DimoError, nearest
-from dimo.evaluation.evaluate import UNITS, columns_of, format_cell, format_table
+from dimo.evaluation.evaluate import UNITS, columns_of, format_cell, format_table, prompts_of
 from dimo.train.config import Config, config_keys, load_config, to_yaml
 from dimo.train.flags import as_override, flags
 from dimo.train.launch import children_told_to_stop, machine_of, refuse_early, train, wait_for_children
@@ -208,7 +208,7 @@ def write_report_page(run: RunFolder) -> Path:
         columns = columns_of(rows)
         head = "".join(f"<th>{c}</th>" for c in ("", *columns))
         parts.append(f"<table><tr>{head}</tr>{''.join(_table_row(n, r, columns) for n, r in rows.items())}</table>")
-        parts.append(f"<p>{UNITS}.</p>")
+        parts.append(f"<p>{UNITS}. {prompts_of(rows)}</p>")
     for picture in [
         run.path / "sheet.png",
         run.path / "curves.png",

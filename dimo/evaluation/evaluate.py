@@ -17,7 +17,7 @@ from dimo.errors import DimoError
 from dimo.evaluation import unscored
 from dimo.files import write_text
 from dimo.train.config import Config, device_of
-from dimo.train.prompts import open_prompts
+from dimo.train.prompts import evaluation_prompts, require_whole
 from dimo.ursa import Ursa, UrsaTransformer, load_ursa, sample
 from dimo.ursa.checkpoint import load_student
 from dimo.worlds import checkpoint_folder, is_world, load_world, require_world
@@ -96,6 +96,14 @@ def format_cell(value: float | int | None) -> str:
     return "undefined" if value is None else str(value) if isinstance(value, int) else f"{value:.4g}"
 
 
+def prompts_of(rows: dict) -> str:
+    """Which prompts the videos are of, in a sentence; empty for a world's, which are all that it has."""
+    held_out = rows["student_1"].get("prompts_held_out")
+    if held_out is None:
+        return ""
+    return f"Prompts: {held_out} captions held out of training." if held_out else "Prompts: captions trained on."
+
+
 def format_table(rows: dict) -> str:
     """The rows as text, for a terminal."""
     columns = columns_of(rows)
@@ -109,7 +117,8 @@ def evaluate_to_folder(config: Config, weights: str | Path, out: Path, progress:
 
     The sheet shows prompts x {teacher at its most passes, teacher at 1, student at 1}, all from the same noise; where
     the checkpoint's VAE cannot be run there is none, and a warning says why. A world's oracle scores the videos; with
-    any other folder the prompts are the first of `distill.prompt_source`, and codes.safetensors keeps the videos.
+    any other folder the prompts are captions that training holds out (`evaluation_prompts`), and codes.safetensors
+    keeps the videos.
     """
     e, d, folder = config.evaluation, config.distill, checkpoint_folder(config.distill.teacher_ckpt)
     world = load_world(folder) if is_world(folder) else None
@@ -124,13 +133,16 @@ def evaluate_to_folder(config: Config, weights: str | Path, out: Path, progress:
     }  # fmt: skip
     if world is not None:
         require_world(world, grid, ursa.path.codebook_size)
+        require_whole(ursa, world.prompts, d.max_prompt_length)
         prompts, copies = world.prompts, e.videos_per_prompt or 64
         student = load_student(ursa, weights)
         rows, codes = evaluate(world, ursa, student, videos_per_prompt=copies, batch_size=e.batch_size, **options)
     else:
-        prompts, copies = open_prompts(config, ursa).examples, e.videos_per_prompt or 2
+        source = evaluation_prompts(config, ursa, weights)
+        prompts, copies = source.examples, e.videos_per_prompt or 2
         student = load_student(ursa, weights)
         rows, codes = unscored.compare(ursa, student, prompts, grid, videos_per_prompt=copies, **options)
+        rows = {name: row | {"prompts_held_out": len(source.held_out)} for name, row in rows.items()}
         unscored.save_codes(out / "codes.safetensors", codes, [p for p in prompts for _ in range(copies)], grid)
     first = {name: c[::copies].view(-1, *grid) for name, c in codes.items()}
     _write_sheet(out / "sheet.png", ursa, first, prompts, steps[-1])

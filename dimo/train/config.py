@@ -261,8 +261,9 @@ def groups_in(text: str, file: Path) -> dict[str, dict[str, Any]]:
         raise DimoError(f"{file} must hold groups of keys, got {got}")
     for group, keys in content.items():
         if not isinstance(keys, dict):
-            dotted = f"; in a file that reads {group.replace('.', ': {', 1)}: {keys}}}" if group in config_keys() else ""
-            hint = dotted or ("" if group in _groups() else nearest(group, _groups()))
+            hint = "" if group in _groups() else nearest(group, _groups())
+            if group in config_keys():
+                hint = f"; in a file it reads {group.replace('.', ': {')}: ...}}"
             raise DimoError(f"{group} in {file} must be a group of keys, got {keys or 'nothing'}{hint}")
     return content
 

@@ -35,7 +35,7 @@ def checkpoint_folder(teacher_ckpt: str | Path) -> Path:
 
 
 def _require_no_namesake(world: str) -> None:
-    """Raise where the folder one is in has one that is called as the world. A run is none: runs/shapes is a usual one."""
+    """Raise where a folder here is called as the world. A run folder may be: runs/shapes is a usual one."""
     here, built_in = Path(world), DATA / world
     if here.is_dir() and not (here / "config.yaml").exists() and not here.samefile(built_in):
         raise DimoError(
