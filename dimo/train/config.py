@@ -87,8 +87,7 @@ def load_config(config: str | Path | None = None, overrides: Sequence[str] = ())
     Raises:
         DimoError: unknown preset or key (the nearest is named), a value of the wrong type or out of range.
     """
-    if isinstance(overrides, str) or not all(isinstance(override, str) for override in overrides):
-        # papermill's -p gives a text, whose letters are no overrides, and its -y may give a mapping
+    if not isinstance(overrides, list | tuple):  # papermill's -p gives a text, whose letters are no overrides
         raise DimoError(
             f"overrides must be a list, as papermill's -y 'overrides: [optim.lr=1e-4]' gives, got {overrides!r}"
         )
@@ -276,6 +275,8 @@ def values_of(groups: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def _read_override(override: str) -> tuple[str, str]:
+    if not isinstance(override, str):  # of papermill's -y, which is YAML
+        raise DimoError(f"an override must be a text, got {override!r}; one that holds ': ' needs quotes")
     key, equals, value = override.partition("=")
     if not equals:
         raise DimoError(f"an override reads key=value, got {override!r}")

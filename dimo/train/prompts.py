@@ -176,6 +176,6 @@ def _about(wanted: int, held_out: int, different: int) -> str:
     if wanted == 0:
         return f"evaluation.held_out is 0: {trained_on}"
     if held_out == 0:
-        return f"{different} captions are too few to hold any out of training: {trained_on}"
+        return f"too few captions to hold any out of training ({different} different ones): {trained_on}"
     few = f": one in {MOST} at most, where evaluation.held_out is {wanted}" if held_out < wanted else ""
     return f"{held_out} captions are held out of training for evaluation{few}"
