@@ -136,6 +136,8 @@ def test_overrides_are_a_list_and_no_text():
         load_config("smoke", "optim.lr=1e-4")  # what papermill's -p gives
     with pytest.raises(DimoError, match="overrides must be a list"):
         load_config("smoke", {"optim.lr": 1e-4})
+    with pytest.raises(DimoError, match="7 is neither a preset nor a YAML file"):
+        load_config(7)  # what papermill makes of `-p config 007`
     with pytest.raises(DimoError, match="an override must be a text, got .'distill.negative_prompt=a': 'b'.; one that"):
         load_config("smoke", [{"distill.negative_prompt=a": "b"}])
 

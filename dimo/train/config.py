@@ -230,7 +230,7 @@ def device_of(config: Config) -> torch.device:
 def _read(config: str | Path) -> dict[str, Any]:
     """{dotted key: what is written for it} in a preset or a file."""
     presets = {p.stem: p for p in PRESETS.glob("*.yaml")}
-    file = presets.get(str(config), Path(user_path(config)))
+    file = presets.get(str(config), Path(user_path(str(config))))
     if not file.is_file():
         raise DimoError(f"{config!s} is neither a preset nor a YAML file{nearest(str(config), presets)}")
     written = {f"{group}.{name}": value for group, keys in read_groups(file).items() for name, value in keys.items()}
