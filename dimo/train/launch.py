@@ -168,12 +168,13 @@ def engine_settings(engine: str) -> dict:
         DimoError: no such file, not a mapping in YAML, or one with a key twice or a number that is none.
     """
     file = engine_file(engine)
+    must = f"training.engine {engine!r} must be a YAML file of accelerate's `key: value` lines"
     try:
-        given = read_yaml(file.read_text(encoding="utf-8"), f"training.engine {file}", typed=True)
-    except UnicodeDecodeError:
-        given = None
+        given = read_yaml(file.read_text(encoding="utf-8"), str(file), typed=True)
+    except (DimoError, UnicodeDecodeError) as error:
+        raise DimoError(f"{must}: {error}") from error
     if not isinstance(given, dict):  # None of an empty file
-        raise DimoError(f"training.engine {engine!r} must be a YAML file of accelerate's `key: value` lines")
+        raise DimoError(must)
     for key in ("num_processes", "num_machines", "machine_rank"):
         value = given.get(key)
         if value is not None and (type(value) is not int or value < 0):
