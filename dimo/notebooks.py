@@ -116,7 +116,10 @@ def _parse_parameters(parameters: list[str], overrides: list[str], known: dict[s
         if not equals:
             raise DimoError(f"a parameter reads name=value, got {parameter!r}")
         if name in own:
-            extra[name] = read_value(f"parameter {name}", type(own[name]).__name__, unquoted(value))
+            try:
+                extra[name] = read_value(name, type(own[name]).__name__, unquoted(value))
+            except DimoError:
+                raise DimoError(f"parameter {name} must be like its default {own[name]!r}, got {value!r}") from None
         elif name in keys or name in short:
             overrides.append(as_override(short.get(name, name), value))
         else:
