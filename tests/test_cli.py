@@ -74,7 +74,7 @@ def test_config_lists_keys_and_resolves_presets(capsys):
         (["run", "-c", "smoke", "-p", "min_share=["], "parameter min_share must be like its default 0.0, got '['"),
         (["train", "-c", "smoke", "--out_dir", __file__], f"{__file__} is a file, a folder is needed"),
         (["train", "-c", "smoke", "--out_dir", f"{__file__}/run"], f"{__file__} is a file, a folder is needed"),
-        (["run", "-c", "smoke", "-p", "min_share=true"], "parameter min_share must be like its default 0.0, got 'true'"),
+        (["run", "-c", "smoke", "-p", "min_share=true"], "min_share must be like its default 0.0, got 'true'"),
         (["run", "-c", "smoke", "-p", "min_share=nan"], "parameter min_share must be like its default 0.0, got 'nan'"),
         (["run", "-c", "smoke", "-p", "teacher_ckpt=["], "teacher_ckpt [ is neither a folder nor"),
         (["train", "-c", "smoke", "experiment.output_dir=/proc/nowhere"], "/proc/nowhere"),
