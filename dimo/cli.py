@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dimo.errors import DimoError, reason
 from dimo.examples import EXAMPLES, examples
+from dimo.paths import user_path
 from dimo.sampling import Request, read_prompts, sample_to_folder
 from dimo.train.flags import RENAMED, split_flags
 from dimo.train.signals import PREEMPTED, Preempted
@@ -70,9 +71,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
         left = [word for word in left if not _is_override(word)]
     if left:
         raise DimoError(f"dimo {argv[0]} does not take {' '.join(left)}; see dimo {argv[0]} --help")
-    for name in NAMES:  # of a shell variable that is not set; the default is not what was meant
-        if getattr(args, name, None) == "":
+    for name in NAMES:
+        value = getattr(args, name, None)
+        if value == "":  # of a shell variable that is not set; the default is not what was meant
             raise DimoError(f"{name} must not be empty")
+        if value is not None:
+            setattr(args, name, user_path(value))
     return args
 
 
@@ -237,15 +241,16 @@ def _plan(args) -> None:
 def _evaluate(args) -> None:
     from dimo.evaluation.evaluate import evaluate_to_folder, format_table
     from dimo.train.config import load_config
+    from dimo.train.origin import run_config, run_of
 
     if args.student and _is_override(args.student) and not Path(args.student).exists():  # no student was named
         args.student, args.overrides = None, [args.student, *args.overrides]
     source = Path(args.student_ckpt or args.student or SHIPPED_STUDENT)
-    # the run that a student.pt lies in knows its teacher, sizes and prompts
-    run = next((folder for folder in (source, *source.parents[:3]) if (folder / "config.yaml").exists()), None)
-    config = load_config(args.config or (run / "config.yaml" if run else None), [*args.set, *args.overrides])
-    weights = source / "checkpoints" / "final" if source == run else source
-    out = Path(args.out) if args.out else (run if source == run else Path("runs/evaluation"))
+    run, overrides = run_of(source), [*args.set, *args.overrides]
+    config = load_config(args.config, overrides) if args.config or not run else run_config(run, overrides)
+    is_run = run is not None and source.is_dir() and source.samefile(run)
+    weights = source / "checkpoints" / "final" if is_run else source
+    out = Path(args.out) if args.out else (source if is_run else Path("runs/evaluation"))
     print(format_table(evaluate_to_folder(config, weights, out)))
     names = ("report.json", "sheet.png", "codes.safetensors")
     print("written: " + ", ".join(str(out / name) for name in names if (out / name).exists()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import html
 import json
@@ -13,17 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import yaml
 from tqdm import tqdm
 
 from dimo.errors import DimoError, nearest, reason
-from dimo.evaluation.evaluate import UNITS, columns_of, format_cell, format_table
+from dimo.evaluation.evaluate import UNITS, columns_of, format_cell, format_table, prompts_of
 from dimo.train.config import Config, config_keys, load_config, to_yaml
-from dimo.train.flags import flags
+from dimo.train.flags import as_override, flags
 from dimo.train.launch import children_told_to_stop, machine_of, refuse_early, train, wait_for_children
 from dimo.train.runfolder import RunFolder, write_text
 from dimo.train.signals import Preempted
-from dimo.worlds import checkpoint_folder
+from dimo.train.values import read_value, unquoted
+from dimo.worlds import DATA
 
 NAMES = ("01_inputs", "02_losses", "03_train", "04_diagnostics", "05_evaluation")
 SHARED = ("config", "overrides")  # every notebook's parameters cell has them
@@ -132,20 +133,18 @@ def _parse_parameters(parameters: list[str], overrides: list[str], known: dict[s
     `known`: the notebooks' own parameters as papermill describes them.
     """
     keys, short, extra = config_keys(), flags(), {}
-    own = {name: yaml.safe_load(about["default"]) for name, about in known.items() if name not in SHARED}
+    own = {name: ast.literal_eval(about["default"]) for name, about in known.items() if name not in SHARED}
     for parameter in parameters:
         name, equals, value = parameter.partition("=")
         if not equals:
             raise DimoError(f"a parameter reads name=value, got {parameter!r}")
         if name in own:
             try:
-                extra[name] = yaml.safe_load(value)
-            except yaml.YAMLError as error:
-                raise DimoError(f"parameter {name}: {value!r} is not readable YAML") from error
-            if isinstance(own[name], int | float) != isinstance(extra[name], int | float):
-                raise DimoError(f"parameter {name} must be like its default {own[name]!r}, got {value!r}")
+                extra[name] = read_value(name, type(own[name]).__name__, unquoted(value))
+            except DimoError:
+                raise DimoError(f"parameter {name} must be like its default {own[name]!r}, got {value!r}") from None
         elif name in keys or name in short:
-            overrides.append(f"{short.get(name, name)}={value}")
+            overrides.append(as_override(short.get(name, name), value))
         else:
             hint = nearest(name, {*own, *keys, *short})
             hint = hint if "did you mean" in hint else f"; the notebooks have {', '.join(sorted(own))}"
@@ -271,7 +270,7 @@ def write_report_page(run: RunFolder) -> Path:
         columns = columns_of(rows)
         head = "".join(f"<th>{c}</th>" for c in ("", *columns))
         parts.append(f"<table><tr>{head}</tr>{''.join(_table_row(n, r, columns) for n, r in rows.items())}</table>")
-        parts.append(f"<p>{UNITS}.</p>")
+        parts.append(f"<p>{UNITS}. {prompts_of(rows)}</p>")
     for picture in [
         run.path / "sheet.png",
         run.path / "curves.png",
@@ -304,7 +303,7 @@ def print_summary(run: RunFolder) -> None:
         rows = json.loads(report.read_text())
         is_world = "validity" in rows["student_1"]
         print(format_table(rows))
-    shipped = checkpoint_folder("shapes") / "student" / "report.json"
+    shipped = DATA / "shapes" / "student" / "report.json"
     if is_world and shipped.exists():
         best = json.loads(shipped.read_text())["student_1"]
         print(

@@ -19,6 +19,7 @@ from dimo.data.readers import caption_column, caption_text, read_rows
 from dimo.errors import DimoError, reason, require_shape
 from dimo.files import whole_file, write_text
 from dimo.train.config import default_prompt_length
+from dimo.train.origin import run_config, run_of
 from dimo.ursa import Ursa, load_ursa, sample
 from dimo.ursa.checkpoint import DTYPES, load_student
 from dimo.worlds import checkpoint_folder, is_world, load_world, require_world, video_size
@@ -39,16 +40,20 @@ def _flag(default, help: str):
 class Request:
     """What `dimo sample` is asked for; every field is a flag and a line of the JSON beside each video."""
 
-    teacher_ckpt: str = _flag("shapes", "a checkpoint folder in URSA's layout, or a built-in world's name")
+    teacher_ckpt: str | None = _flag(
+        None, "a checkpoint folder in URSA's layout, or a built-in world's name; default: the run's, else shapes"
+    )
     student_ckpt: str | None = _flag(None, "student.pt, its folder or a run folder; without it the teacher samples")
-    num_frames: int | None = _flag(None, "4 (T-1) + 1; default: the world's, 1 of an image model, else 17")
-    height: int | None = _flag(None, "pixels; default: the world's, of an image model 64 tokens, else 256")
-    width: int | None = _flag(None, "pixels; default: the world's, of an image model 64 tokens, else 256")
+    num_frames: int | None = _flag(None, "4 (T-1) + 1; default: the run's or world's, 1 of an image model, else 17")
+    height: int | None = _flag(None, "pixels; default: the run's or world's, of an image model 64 tokens, else 256")
+    width: int | None = _flag(None, "pixels; default: the run's or world's, of an image model 64 tokens, else 256")
     steps: int = _flag(1, "passes of the transformer")
     guidance_scale: float = _flag(1.0, "1 is none, and needs half the work")
     guidance_trunc: float = _flag(0.9, "guidance is off where t >= this")
     negative_prompt: str = _flag("", "what guidance leads away from")
-    max_prompt_length: int | None = _flag(None, "text tokens, more are cut off; default: 4 for a world, else 320")
+    max_prompt_length: int | None = _flag(
+        None, "text tokens, more are cut off; default: the run's, else 4 for a world, else 320"
+    )
     seed: int = _flag(0, "of the noise and of every draw, the same for each prompt")
     device: str = _flag("auto", "auto, cpu or cuda")
     dtype: str = _flag("auto", "float32, bfloat16 or float16; auto: bfloat16 on a GPU, float32 on a CPU")
@@ -60,6 +65,8 @@ def sample_to_folder(request: Request, prompts: list[str], out: str | Path) -> l
 
     Where the checkpoint's VAE cannot be run here, 0000.safetensors holds the codes (T, H, W) instead. Every prompt
     starts from the same noise, that of `request.seed`, so each file can be made again by itself.
+
+    What the request leaves open is as in the run that the student lies in, where it lies in one.
 
     Raises:
         DimoError: before anything is written, for no prompt, sizes that do not divide, guidance below 1, and so on.
@@ -75,11 +82,16 @@ def sample_to_folder(request: Request, prompts: list[str], out: str | Path) -> l
         raise DimoError(f"seed must lie in [0, 2**63), got {r.seed}")
     if r.max_prompt_length is not None and r.max_prompt_length < 0:
         raise DimoError(f"max_prompt_length must not be negative, got {r.max_prompt_length}")
+    run = run_of(r.student_ckpt) if r.student_ckpt else None
+    trained = run_config(run).distill if run else None
+    r.teacher_ckpt = r.teacher_ckpt or (trained.teacher_ckpt if trained else "shapes")
     folder, device = checkpoint_folder(r.teacher_ckpt), _device(r.device)
     r.device, r.dtype = device.type, _dtype(r.dtype, device)
-    given = zip((r.num_frames, r.height, r.width), video_size(folder))
+    size = (trained.num_frames, trained.height, trained.width) if trained else video_size(folder)
+    given = zip((r.num_frames, r.height, r.width), size)
     r.num_frames, r.height, r.width = (default if size is None else size for size, default in given)
-    r.max_prompt_length = r.max_prompt_length or default_prompt_length(folder)
+    length = trained.max_prompt_length if trained else default_prompt_length(folder)
+    r.max_prompt_length = r.max_prompt_length or length
 
     ursa = load_ursa(folder, device, DTYPES[r.dtype], r.backend)
     grid = ursa.latents_shape(r.num_frames, r.height, r.width)

@@ -23,11 +23,6 @@ def test_overrides_come_last_and_keep_their_type():
     assert config.training.max_train_steps == 50
 
 
-@pytest.mark.parametrize("text", ["no", "off", "true", "007", "1e3", "1_000", "0.10"])
-def test_a_text_stays_as_it_is_written(text):
-    assert load_config("smoke", [f"experiment.name={text}"]).experiment.output_dir == f"runs/{text}"
-
-
 def test_no_mixed_precision_can_be_asked_for(tmp_path):
     assert load_config("distill_dimo", ["training.mixed_precision=no"]).training.mixed_precision == "no"
     file = tmp_path / "mine.yaml"
@@ -54,11 +49,12 @@ def test_every_key_says_what_it_means():
         (None, "optim.lr", "an override reads key=value"),
         (None, "optim.lr=0", "optim.lr must be positive"),
         (None, "optim.lr=nan", "optim.lr must be a finite number"),
-        (None, "optim.lr=[1", "optim.lr: '.1' is not readable YAML"),
-        (None, "distill.teacher_ckpt=[", "distill.teacher_ckpt: '.' is not readable YAML"),
-        (None, "experiment.trackers=tensorbord", r"must be a list, .* got 'tensorbord'; did you mean '.tensorboard.'"),
+        (None, "optim.lr=[1", "optim.lr: '.1' is not a number"),
+        (None, "optim.lr=???", "optim.lr: '...' is not a number"),
+        (None, "evaluation.teacher_steps=[1", "evaluation.teacher_steps: '.1' is not readable YAML"),
+        (None, "experiment.trackers=tensorbord", r"must be a list, such as .tensorbord., got 'tensorbord'"),
         (None, "experiment.trackers=[tensorbord]", "may not hold 'tensorbord'; did you mean 'tensorboard'"),
-        (None, "evaluation.teacher_steps=25", "evaluation.teacher_steps must be a list, such as .1, 2, 4, 8, 25."),
+        (None, "evaluation.teacher_steps=25", "evaluation.teacher_steps must be a list, such as .25., got '25'"),
         (None, "experiment.name=..", "experiment.name must name a folder inside runs/"),
         (None, "distill.t_draws=0", "distill.t_draws must be at least 1"),
         (None, "distill.aux_pass=shared", "needs an auxiliary's fit for each draw of t, got distill.t_draws=4 and"),
@@ -118,14 +114,6 @@ def test_what_lies_outside_is_refused_and_what_lies_inside_is_not(refused, allow
     load_config("smoke", [f"{key}={allowed}"])
 
 
-def test_a_text_is_not_cut_where_yaml_would_see_a_comment():
-    for text in ("low quality #1", "/captions #2.csv", "a: b #3"):
-        assert load_config("smoke", [f"distill.negative_prompt={text}"]).distill.negative_prompt == text
-    assert load_config("smoke", ["distill.negative_prompt='a #1'"]).distill.negative_prompt == "a #1"
-    with pytest.raises(DimoError, match="optim.lr must have a value"):
-        load_config("smoke", ["optim.lr=???"])
-
-
 def test_what_compares_the_samples_of_a_batch_needs_two():
     for keys in (["distill.w_reinforce=0.1"], ["distill.estimator=reinforce", "distill.baseline=leave_one_out"]):
         load_config("smoke", keys)
@@ -146,6 +134,12 @@ def test_the_student_must_have_something_to_learn_from_and_a_fade_an_order():
 def test_overrides_are_a_list_and_no_text():
     with pytest.raises(DimoError, match="overrides must be a list, .* got 'optim.lr=1e-4'"):
         load_config("smoke", "optim.lr=1e-4")  # what papermill's -p gives
+    with pytest.raises(DimoError, match="overrides must be a list"):
+        load_config("smoke", {"optim.lr": 1e-4})
+    with pytest.raises(DimoError, match="7 is neither a preset nor a YAML file"):
+        load_config(7)  # what papermill makes of `-p config 007`
+    with pytest.raises(DimoError, match="an override must be a text, got .'distill.negative_prompt=a': 'b'.; one that"):
+        load_config("smoke", [{"distill.negative_prompt=a": "b"}])
 
 
 @pytest.mark.parametrize(
@@ -159,6 +153,13 @@ def test_overrides_are_a_list_and_no_text():
         ("optim: {lr: 1}\na: [", r"mine.yaml is not readable YAML: line 2: [^\n]*$"),
         ("optim: {lr: '${'}", "optim.lr: "),
         ("experiment: {trackers: wandb}", "experiment.trackers must be a list"),
+        ("optim:\n  aux_lr: 1\n  beta1: 0\n  aux_lr: 2", r"mine.yaml, line 4: optim.aux_lr is .*, first in line 2$"),
+        ("optim: {lr: 1, beta1: 0, 'lr': 1}", "mine.yaml, line 1: optim.lr is there twice"),
+        ("optim: {lr: 1}\nmodel: {compile: no}\noptim: {beta1: 0}", "line 3: optim is there twice, first in line 1$"),
+        ("optim: {lr: 1}\noptim.lr: 2", "optim.lr in .* must be a group of keys, got 2; in a file it reads optim: .lr"),
+        ("distill: {negative_prompt: [a, b]}", "distill.negative_prompt must be one value, got a list"),
+        ("distill:\n  negative_prompt: dull: grey", "line 2: mapping .*; a text that holds ': ' must be in quotes$"),
+        ("optim: {lr: !!python/name:os.system x}", "mine.yaml is not readable YAML"),
     ],
 )
 def test_bad_files_are_refused_in_a_sentence(text, sentence, tmp_path):

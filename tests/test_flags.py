@@ -25,6 +25,12 @@ def test_flags_become_overrides_and_the_rest_stays():
     assert overrides == ["training.max_train_steps=7", "optim.lr=5e-4", "evaluation.teacher_steps=[25]"]
 
 
+def test_a_list_may_lack_its_brackets_in_a_flag():
+    for words in (["--teacher_steps", "2,5"], ["--teacher_steps=[2, 5]"], ["--teacher_steps", " [2,5]"]):
+        assert load_config("smoke", split_flags(words, own=set())[1]).evaluation.teacher_steps == [2, 5]
+    assert load_config("smoke", split_flags(["--trackers=wandb"], own=set())[1]).experiment.trackers == ["wandb"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

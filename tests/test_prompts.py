@@ -188,6 +188,7 @@ def test_wrong_arguments_are_refused(folder, tmp_path):
 def config_for(run, source, *more):
     small = ["model.device=cpu", "distill.batch_size_per_gpu=4", "distill.shuffle_buffer=64", "experiment.log_every=1"]
     small += ["distill.p_corrupt=0"]  # which gives some samples an earlier prompt
+    small += ["evaluation.held_out=0"]
     return load_config("smoke", [*small, f"distill.prompt_source={source}", f"experiment.output_dir={run}", *more])
 
 

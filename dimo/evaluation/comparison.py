@@ -54,6 +54,7 @@ class Comparison:
         prompts: what is sampled; the videos of one prompt are neighbours.
         grid: latents_shape (T, H, W) of every video.
         batch_size: videos a pass.
+        held_out: how many of the prompts training has never seen, where that is known.
         judged: measure what needs no truth as well: `unscored.pass_entropy` of the rows of one pass, `teacher_nll`.
 
     Raises:
@@ -76,12 +77,14 @@ class Comparison:
         guidance_trunc: float = 0.9,
         negative_prompt: str = "",
         judged: bool = False,
+        held_out: int | None = None,
     ):
         if not prompts or videos_per_prompt < 1:
             raise DimoError(
                 f"prompts and videos_per_prompt must not be empty, got {len(prompts)} and {videos_per_prompt}"
             )
         self.ursa, self.student, self.grid, self.seed, self.judged = ursa, student, grid, seed, judged
+        self.held_out = held_out
         self.batch_size, self.copies = batch_size, videos_per_prompt
         self.prompts = [p for p in prompts for _ in range(videos_per_prompt)]
         self.txt_ids = ursa.tokenize(self.prompts, max_prompt_length).split(batch_size)

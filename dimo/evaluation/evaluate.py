@@ -19,7 +19,7 @@ from dimo.evaluation.comparison import Comparison
 from dimo.evaluation.jobs import Job, Parts, run_here, run_in_processes
 from dimo.files import write_text
 from dimo.train.config import Config, device_of, to_flat, to_yaml
-from dimo.train.prompts import open_prompts
+from dimo.train.prompts import evaluation_prompts, require_whole
 from dimo.ursa import Ursa, UrsaTransformer, load_ursa
 from dimo.ursa.checkpoint import load_student, student_file
 from dimo.worlds import checkpoint_folder, is_world, load_world, require_world
@@ -60,7 +60,8 @@ def _rows(comparison: Comparison, made: dict[str, dict[str, torch.Tensor]], worl
     """The figures of every row: the oracle's where there is one, else those that need no truth."""
     if world is None:
         prompts = len(comparison.prompts) // comparison.copies
-        return {name: unscored.summarise(row, prompts) for name, row in made.items()}
+        known = {"prompts_held_out": comparison.held_out}
+        return {name: unscored.summarise(row, prompts) | known for name, row in made.items()}
     return {
         name: summarise(world, score(world, row["codes"], comparison.prompts))
         | {"seconds_per_video": row["seconds"].sum().item() / len(row["codes"])}
@@ -78,6 +79,14 @@ def format_cell(value: float | int | None) -> str:
     return "undefined" if value is None else str(value) if isinstance(value, int) else f"{value:.4g}"
 
 
+def prompts_of(rows: dict) -> str:
+    """Which prompts the videos are of, in a sentence; empty for a world's, which are all that it has."""
+    held_out = rows["student_1"].get("prompts_held_out")
+    if held_out is None:
+        return ""
+    return f"Prompts: {held_out} captions held out of training." if held_out else "Prompts: captions trained on."
+
+
 def format_table(rows: dict) -> str:
     """The rows as text, for a terminal."""
     columns = columns_of(rows)
@@ -91,7 +100,8 @@ def evaluate_to_folder(config: Config, weights: str | Path, out: Path, progress:
 
     The sheet shows prompts x {teacher at its most passes, teacher at 1, student at 1}, all from the same noise; where
     the checkpoint's VAE cannot be run there is none, and a warning says why. A world's oracle scores the videos; with
-    any other folder the prompts are the first of `distill.prompt_source`, and codes.safetensors keeps the videos.
+    any other folder the prompts are captions that training holds out (`evaluation_prompts`), and codes.safetensors
+    keeps the videos.
 
     On GPUs of this machine it is done by `training.num_processes` processes. What is finished lies in `out`/evaluation
     until all is; the same call goes on from there.
@@ -136,13 +146,15 @@ def open_comparison(config: Config, weights: str | Path) -> tuple[Comparison, Sh
     grid = ursa.latents_shape(d.num_frames, d.height, d.width)
     if world is not None:
         require_world(world, grid, ursa.path.codebook_size)
-    prompts = world.prompts if world else open_prompts(config, ursa).examples
+        require_whole(ursa, world.prompts, d.max_prompt_length)
+    source = None if world else evaluation_prompts(config, ursa, weights)
+    prompts = world.prompts if world else source.examples
     return Comparison(
         ursa, load_student(ursa, weights), prompts, grid,
         videos_per_prompt=e.videos_per_prompt or (64 if world else 2), batch_size=e.batch_size if world else 1,
         teacher_steps=tuple(sorted({1, *e.teacher_steps})), seed=e.seed, max_prompt_length=d.max_prompt_length,
         guidance_scale=d.guidance_scale, guidance_trunc=d.guidance_trunc, negative_prompt=d.negative_prompt,
-        judged=world is None,
+        judged=world is None, held_out=len(source.held_out) if source else None,
     ), world  # fmt: skip
 
 

@@ -1,24 +1,26 @@
-"""The configuration: the dataclasses of `dimo.train.keys`, read by OmegaConf; unknown keys and bad values are errors.
+"""The configuration: the dataclasses of `dimo.train.keys`, filled; unknown keys and bad values are errors.
 
 A preset by name or a YAML file, then `key=value` overrides; the same in the command line, in papermill parameters and
-in notebooks.
+in notebooks. How a value is written: `dimo.train.values`. `${group.key}` in it stands for another key's value.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
-from omegaconf import ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from dimo.distill.losses import beta_of
 from dimo.errors import DimoError, nearest, reason
-from dimo.train.keys import Config, Optim, config_keys, default_of, describe, to_flat
+from dimo.paths import user_path
+from dimo.train.keys import Config, Optim, config_keys, default_of, describe, kind_of, to_flat
+from dimo.train.values import read_value, read_yaml, unquoted
 from dimo.ursa.checkpoint import BACKENDS, DTYPES
 from dimo.ursa.inputs import latents_shape_for
 from dimo.ursa.layout import makes_images, vae_strides
@@ -40,9 +42,10 @@ __all__ = [
     "validate",
 ]
 PRESETS = Path(__file__).parent / "presets"
+REFERENCE = re.compile(r"\$\{(\w+\.\w+)\}")
 TRACKERS = ("tensorboard", "wandb", "trackio")
 NAMES = ("experiment.name", "experiment.output_dir", "distill.teacher_ckpt", "distill.prompt_source", "training.engine")
-RANGES = {  # null is no number, and every float must be finite besides
+RANGES = {  # null is no number
     "lie in [0, 1]": (
         lambda value: 0 <= value <= 1,
         "distill.empty_prompt_share distill.p_corrupt distill.p_corrupt_fade distill.corrupt_ratio "
@@ -56,7 +59,7 @@ RANGES = {  # null is no number, and every float must be finite besides
         lambda value: value >= 0,
         "distill.w_distill distill.w_kd distill.w_reinforce distill.lambda_ent distill.lambda_ent_high "
         "distill.entropy_floor distill.ent_anneal_from distill.ent_anneal_to distill.t_curriculum_steps "
-        "distill.max_prompt_length optim.weight_decay optim.muon_weight_decay optim.warmup_steps",
+        "distill.max_prompt_length optim.weight_decay optim.muon_weight_decay optim.warmup_steps evaluation.held_out",
     ),
     "be positive": (
         lambda value: value > 0,
@@ -86,23 +89,19 @@ def load_config(config: str | Path | None = None, overrides: Sequence[str] = ())
     Raises:
         DimoError: unknown preset or key (the nearest is named), a value of the wrong type or out of range.
     """
-    if isinstance(overrides, str):  # papermill's -p gives a string; its letters are no overrides
+    if not isinstance(overrides, list | tuple):  # papermill's -p gives a text, whose letters are no overrides
         raise DimoError(
             f"overrides must be a list, as papermill's -y 'overrides: [optim.lr=1e-4]' gives, got {overrides!r}"
         )
-    by_size = not config and not any(o.startswith("model.activation_checkpointing=") for o in overrides)
-    config = config or _default_preset(overrides)
-    layers = [_read(config)] if config else []
-    layers += [_read_override(override) for override in overrides]
-    merged = OmegaConf.structured(Config)
-    try:
-        for layer in layers:
-            _require_lists(layer)
-            merged = OmegaConf.merge(merged, layer)
-        result = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        key = f"{error.full_key}: " if error.full_key else ""
-        raise DimoError(f"{key}{reason(error)}") from error
+    written = dict(_read_override(override) for override in overrides)
+    by_size = not config and "model.activation_checkpointing" not in written
+    config = config or _default_preset(written)
+    written = (_read(config) if config else {}) | written
+    result = Config()
+    for key, field in config_keys().items():
+        value = _refer(key, written.get(key, default_of(field)), written)
+        group, name = key.split(".")
+        setattr(getattr(result, group), name, read_value(key, kind_of(field), value) if key in written else value)
     validate(result)
     if result.distill.max_prompt_length == 0:
         result.distill.max_prompt_length = default_prompt_length(result.distill.teacher_ckpt)
@@ -111,11 +110,29 @@ def load_config(config: str | Path | None = None, overrides: Sequence[str] = ())
     return result
 
 
-def _default_preset(overrides: Sequence[str]) -> str | None:
-    named = [o.partition("=")[2] for o in overrides if o.startswith("distill.teacher_ckpt=")]
-    if not named or _is_world(named[-1]):
+def _refer(key: str, written: Any, everything: dict[str, Any], on_the_way: tuple[str, ...] = ()) -> Any:
+    """`written` with what `${group.key}` in it stands for."""
+    if isinstance(written, list):
+        return [_refer(key, one, everything, on_the_way) for one in written]
+    if not isinstance(written, str):
+        return written
+    on_the_way += (key,)
+
+    def meant(match: re.Match) -> str:
+        other = match[1]
+        _check_known(other)
+        if other in on_the_way:
+            raise DimoError(f"{key}: {written!r} leads back to {other} itself")
+        return str(_refer(other, everything.get(other, default_of(config_keys()[other])), everything, on_the_way))
+
+    return REFERENCE.sub(meant, written)
+
+
+def _default_preset(written: dict[str, Any]) -> str | None:
+    teacher = written.get("distill.teacher_ckpt")
+    if teacher is None or _is_world(user_path(teacher)):
         return None
-    return "distill_dimo_image" if makes_images(named[-1]) else "distill_dimo"
+    return "distill_dimo_image" if makes_images(user_path(teacher)) else "distill_dimo"
 
 
 def checkpointing_for(config: Config) -> str:
@@ -139,7 +156,7 @@ def default_prompt_length(teacher_ckpt: str | Path) -> int:
 
 def to_yaml(config: Config) -> str:
     """The configuration as YAML that `load_config` reads back to the same."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
 
 
 def validate(config: Config) -> None:
@@ -170,9 +187,6 @@ def validate(config: Config) -> None:
             raise DimoError(f"{key} must not be empty, got {flat[key]!r}")
     if flat["experiment.name"] in (".", ".."):
         raise DimoError(f"experiment.name must name a folder inside runs/, got {flat['experiment.name']!r}")
-    for key, value in flat.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise DimoError(f"{key} must be a finite number, got {value}")
     for phrase, (inside, keys) in RANGES.items():
         for key in keys.split():
             if flat[key] is not None and not inside(flat[key]):
@@ -223,71 +237,61 @@ def device_of(config: Config) -> torch.device:
     return torch.device(config.model.device)
 
 
-def _read(config: str | Path) -> dict:
+def _read(config: str | Path) -> dict[str, Any]:
+    """{dotted key: what is written for it} in a preset or a file."""
     presets = {p.stem: p for p in PRESETS.glob("*.yaml")}
-    file = presets.get(str(config), Path(config))
+    file = presets.get(str(config), Path(user_path(str(config))))
     if not file.is_file():
         raise DimoError(f"{config!s} is neither a preset nor a YAML file{nearest(str(config), presets)}")
-    groups = read_groups(file)
-    for group, keys in groups.items():
-        for name, value in keys.items():
-            _check_known(f"{group}.{name}")
-            if isinstance(value, bool) and _is_text(f"{group}.{name}"):
-                keys[name] = "yes" if value else "no"  # which YAML takes for true and false
-    return groups
+    written = {f"{group}.{name}": value for group, keys in read_groups(file).items() for name, value in keys.items()}
+    for key in written:
+        _check_known(key)
+    return written
 
 
-def read_groups(file: Path) -> dict[str, dict]:
-    """The groups of keys in a YAML file.
+def read_groups(file: Path) -> dict[str, dict[str, Any]]:
+    """The groups of keys in a YAML file, values as they are written there.
 
     Raises:
-        DimoError: it is no YAML in UTF-8, or holds something else.
+        DimoError: it is no YAML in UTF-8, holds something else, or a key twice.
     """
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
         raise DimoError(f"{file} is not readable YAML: {reason(error)}") from error
+    return groups_in(text, file)
+
+
+def groups_in(text: str, file: Path) -> dict[str, dict[str, Any]]:
+    """The same of a text; `file` is where it is from, for the sentences."""
+    content = read_yaml(text, str(file))
     if not isinstance(content, dict):
         got = "nothing" if content is None else type(content).__name__
         raise DimoError(f"{file} must hold groups of keys, got {got}")
     for group, keys in content.items():
         if not isinstance(keys, dict):
-            hint = "" if group in _groups() else nearest(str(group), _groups())
-            raise DimoError(f"{group} in {file} must be a group of keys, got {keys!r}{hint}")
+            hint = "" if group in _groups() else nearest(group, _groups())
+            if group in config_keys():
+                hint = f"; in a file it reads {group.replace('.', ': {')}: ...}}"
+            raise DimoError(f"{group} in {file} must be a group of keys, got {keys or 'nothing'}{hint}")
     return content
 
 
-def _read_override(override: str) -> dict:
+def values_of(groups: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """{dotted key: value} of groups of keys as written; a key that this dimo does not know stays as it is written."""
+    known = config_keys()
+    written = {f"{group}.{name}": value for group, keys in groups.items() for name, value in keys.items()}
+    return {k: read_value(k, kind_of(known[k]), value) if k in known else value for k, value in written.items()}
+
+
+def _read_override(override: str) -> tuple[str, str]:
+    if not isinstance(override, str):  # of papermill's -y, which is YAML
+        raise DimoError(f"an override must be a text, got {override!r}; one that holds ': ' needs quotes")
     key, equals, value = override.partition("=")
     if not equals:
         raise DimoError(f"an override reads key=value, got {override!r}")
     _check_known(key)
-    group, name = key.split(".")
-    if value == "???":
-        raise DimoError(f"{key} must have a value, got ???")
-    if _is_text(key) and " #" in value and value[0] not in "'\"":
-        return {group: {name: value}}  # YAML would take the rest for a comment
-    try:
-        read = OmegaConf.from_dotlist([override if value else f"{key}=''"])
-        if _is_text(key) and isinstance(OmegaConf.to_container(read)[group][name], bool | int | float):
-            return {group: {name: value}}  # `no`, `007` and `1e3` as they stand
-        return read
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise DimoError(f"{key}: {value!r} is not readable YAML; in quotes of its own it is a text") from error
-
-
-def _is_text(key: str) -> bool:
-    return isinstance(default_of(config_keys()[key]), str)
-
-
-def _require_lists(layer: dict) -> None:
-    """OmegaConf's own refusal names neither the key nor what it needs."""
-    for key, field in config_keys().items():
-        default, group, name = default_of(field), *key.split(".")
-        value = layer.get(group, {}).get(name)
-        if isinstance(default, list) and value is not None and not isinstance(value, list | ListConfig):
-            known = [f"[{tracker}]" for tracker in TRACKERS] if key == "experiment.trackers" else [str(default)]
-            raise DimoError(f"{key} must be a list, such as {known[0]}, got {value!r}{nearest(f'[{value}]', known)}")
+    return key, unquoted(value)
 
 
 def _groups() -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from dimo.errors import DimoError, nearest
-from dimo.train.config import config_keys
+from dimo.train.config import config_keys, default_of
 
 # the names that differ from their keys'; every other key is a flag by its last part, where that part is unique
 RENAMED = {
@@ -48,6 +48,11 @@ def split_flags(arguments: list[str], own: set[str]) -> tuple[list[str], list[st
             value = next(rest, None)
             if value is None or value.startswith("--"):
                 raise DimoError(f"{name} needs a value; it stands for {known[name[2:]]}")
-        key = known[name[2:]]
-        overrides.append(f"{key}=[{value}]" if key == "evaluation.teacher_steps" else f"{key}={value}")
+        overrides.append(as_override(known[name[2:]], value))
     return others, overrides
+
+
+def as_override(key: str, value: str) -> str:
+    """"key=value"; a list may lack its brackets: --teacher_steps 1,25."""
+    bare = isinstance(default_of(config_keys()[key]), list) and not value.lstrip().startswith("[")
+    return f"{key}=[{value}]" if bare else f"{key}={value}"

@@ -9,16 +9,17 @@ from typing import Any
 from dimo.errors import DimoError
 
 
-def _key(default: Any, help: str) -> Any:
+def _key(default: Any, help: str, path: bool = False) -> Any:
+    about = {"help": help, "path": path}
     if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata={"help": help})
-    return dataclasses.field(default=default, metadata={"help": help})
+        return dataclasses.field(default_factory=lambda: list(default), metadata=about)
+    return dataclasses.field(default=default, metadata=about)
 
 
 @dataclasses.dataclass
 class Experiment:
     name: str = _key("run", "name of the run")
-    output_dir: str = _key("runs/${experiment.name}", "the run folder")
+    output_dir: str = _key("runs/${experiment.name}", "the run folder", path=True)
     seed: int = _key(0, "every random draw derives from (seed, rank, step)")
     log_every: int = _key(10, "steps between lines of metrics.jsonl")
     save_every: int = _key(500, "steps between checkpoints")
@@ -52,8 +53,10 @@ class Model:
 
 @dataclasses.dataclass
 class Distill:
-    teacher_ckpt: str = _key("shapes", "a built-in world's name, or a checkpoint folder in URSA's layout")
-    prompt_source: str = _key("world", "world, or a txt, jsonl, csv or parquet file of captions, or a folder of them")
+    teacher_ckpt: str = _key("shapes", "a built-in world's name, or a checkpoint folder in URSA's layout", path=True)
+    prompt_source: str = _key(
+        "world", "world, or a txt, jsonl, csv or parquet file of captions, or a folder of them", path=True
+    )
     min_clarity: float | None = _key(None, "captions with a lower clarity_score are left out")
     min_aesthetic: float | None = _key(None, "the same for aesthetic_score")
     min_motion: float | None = _key(None, "the same for motion_score")
@@ -146,7 +149,9 @@ class Training:
     max_train_steps: int = _key(2000, "steps of the student")
     mixed_precision: str = _key("no", "no or bf16")
     num_processes: int = _key(1, "processes that train together, one a GPU, on all machines")
-    engine: str = _key("ddp", "of several processes: ddp, fsdp2, deepspeed_zero2, or an accelerate YAML file")
+    engine: str = _key(
+        "ddp", "of several processes: ddp, fsdp2, deepspeed_zero2, or an accelerate YAML file", path=True
+    )
     gradient_accumulation_steps: int = _key(1, "parts of batch_size_per_gpu samples that make one step")
     max_bad_steps: int = _key(5, "steps in a row that may be skipped for NaN or infinity before the run stops")
 
@@ -157,6 +162,7 @@ class Evaluation:
     teacher_steps: list[int] = _key([1, 2, 4, 8, 25], "the teacher's numbers of passes")
     seed: int = _key(1234, "of noise and sampling, the same for every row")
     batch_size: int = _key(512, "videos a pass")
+    held_out: int = _key(8, "captions never trained on, on which a student without an oracle is evaluated; 0: none")
 
 
 @dataclasses.dataclass
@@ -178,6 +184,11 @@ def config_keys() -> dict[str, dataclasses.Field]:
 def default_of(field: dataclasses.Field) -> Any:
     """What the key is when nobody sets it."""
     return field.default if field.default is not dataclasses.MISSING else field.default_factory()
+
+
+def kind_of(field: dataclasses.Field) -> str:
+    """What `dimo.train.values.read_value` is to make of what is written for the key."""
+    return "path" if field.metadata["path"] else field.type
 
 
 def describe() -> str:

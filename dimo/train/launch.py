@@ -19,14 +19,15 @@ from pathlib import Path
 
 import psutil
 import torch
-import yaml
 
 from dimo.errors import DimoError, nearest
+from dimo.paths import user_path
 from dimo.train.config import PRESETS, Config, device_of, to_yaml
 from dimo.train.lifeline import GRACE_S, adopt_orphans
 from dimo.train.runfolder import RunFolder, write_text
 from dimo.train.signals import PREEMPTED, Preempted
 from dimo.train.trackers import require_trackers
+from dimo.train.values import read_yaml
 from dimo.worlds import checkpoint_folder
 
 
@@ -60,7 +61,7 @@ def refuse_early(config: Config) -> None:
     """
     source = config.distill.prompt_source
     checkpoint_folder(config.distill.teacher_ckpt)
-    if source != "world" and not Path(source).expanduser().exists():
+    if source != "world" and not Path(source).exists():
         raise DimoError(f"distill.prompt_source {source!r} is neither world nor a file or folder")
     require_trackers(config.experiment.trackers)
     if needs_launch(config):
@@ -154,7 +155,7 @@ def machine_of(config: Config) -> tuple[int, int]:
 def engine_file(engine: str) -> Path:
     """The accelerate YAML of a preset's name, or a person's own."""
     presets = {file.stem: file for file in (PRESETS / "accelerate").glob("*.yaml")}
-    file = presets.get(engine, Path(engine))
+    file = presets.get(engine, Path(user_path(engine)))
     if not file.is_file():
         raise DimoError(f"training.engine {engine!r} is neither a preset nor a YAML file{nearest(engine, presets)}")
     return file
@@ -164,14 +165,20 @@ def engine_settings(engine: str) -> dict:
     """What that file says.
 
     Raises:
-        DimoError: no such file, or not a mapping in YAML.
+        DimoError: no such file, not a mapping in YAML, or one with a key twice or a number that is none.
     """
+    file = engine_file(engine)
+    must = f"training.engine {engine!r} must be a YAML file of accelerate's `key: value` lines"
     try:
-        given = yaml.safe_load(engine_file(engine).read_text(encoding="utf-8"))  # None of an empty file
-    except (yaml.YAMLError, UnicodeDecodeError):
-        given = None
-    if not isinstance(given, dict):
-        raise DimoError(f"training.engine {engine!r} must be a YAML file of accelerate's `key: value` lines")
+        given = read_yaml(file.read_text(encoding="utf-8"), str(file), typed=True)
+    except (DimoError, UnicodeDecodeError) as error:
+        raise DimoError(f"{must}: {error}") from error
+    if not isinstance(given, dict):  # None of an empty file
+        raise DimoError(must)
+    for key in ("num_processes", "num_machines", "machine_rank"):
+        value = given.get(key)
+        if value is not None and (type(value) is not int or value < 0):
+            raise DimoError(f"training.engine {file}: {key} must be a whole number, got {value!r}")
     return given
 
 

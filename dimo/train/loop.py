@@ -97,6 +97,8 @@ def _train(trainer: Trainer, run: RunFolder, checkpoints: Checkpoints, signals: 
     c, last = trainer.config.experiment, trainer.config.training.max_train_steps
     _require_one_run(trainer)
     first = _resume(trainer, run, checkpoints)
+    if trainer.prompts.about:
+        run.say(trainer.prompts.about)
     run.cut_at(first)
     run.write_environment()
     run.write_status(state="running", step=first, max_steps=last)

@@ -1,7 +1,13 @@
-"""Stage 1's source: the world's own prompts, tokenised once, or a stream of captions, tokenised batch by batch."""
+"""Stage 1's source: the world's own prompts, tokenised once, or a stream of captions, tokenised batch by batch.
+
+Of captions some are held out: training never sees them, and a student that no oracle can score is evaluated on them.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import logging
+import re
 from pathlib import Path
 
 import torch
@@ -10,14 +16,21 @@ from dimo.data.prompts import PromptStream
 from dimo.distill.stages import tokenise
 from dimo.errors import DimoError
 from dimo.train.config import Config
+from dimo.train.origin import held_out_by, run_of
 from dimo.ursa import Ursa
 from dimo.worlds import is_world, load_world
 
-SHOWN = 8  # of a stream
+SHOWN = 8  # of a stream of which nothing is held out
+ROWS = 10_000  # from whose captions those that are held out are taken
+MOST = 5  # one in so many captions is held out at most: of a few, most are to be learnt
+PREFIX = re.compile(r"(motion=[^\s,]*, )*")
+log = logging.getLogger(__name__)
 
 
 class WorldPrompts:
     """All prompts of a world; a batch is drawn from the step's generator, so there is no position to keep."""
+
+    about = ""
 
     def __init__(self, prompts: list[str], ursa: Ursa, max_prompt_length: int):
         self.examples, self.example_ids = prompts, tokenise(ursa.tokenize, prompts, max_prompt_length)
@@ -38,17 +51,39 @@ class WorldPrompts:
 
 
 class StreamedPrompts:
-    """This rank's share of a stream; `examples` are the first prompts of it, the same on every rank."""
+    """This rank's share of a stream without the captions that are `held_out`.
 
-    def __init__(self, stream: PromptStream, ursa: Ursa, max_prompt_length: int):
+    Args:
+        stream: the whole of it (of rank 0 of 1): what is held out is left out before the ranks divide the rest, so that
+            all share one position.
+        held_out: prompts; their captions are never given, with whatever motion prefix and however often they occur.
+            They are the `examples`; where there are none, the stream's first prompts are.
+        about: what was held out, in a sentence.
+    """
+
+    def __init__(
+        self, stream: PromptStream, ursa: Ursa, max_prompt_length: int, rank: int = 0, world_size: int = 1,
+        held_out: list[str] = (), about: str = "",
+    ):  # fmt: skip
         self.stream, self.ursa, self.max_prompt_length = stream, ursa, max_prompt_length
-        self.examples = stream.first(SHOWN)
+        self.rank, self.world_size = rank, world_size
+        self.held_out, self.about = list(held_out), about
+        self._never = {_caption(prompt) for prompt in held_out}
+        self.examples = self.held_out or stream.first(SHOWN)
         self.example_ids = tokenise(ursa.tokenize, self.examples, max_prompt_length)
+        kept = len(self.example_ids.unique(dim=0))
+        if kept < len(set(self.examples)):
+            self.about += (f"; distill.max_prompt_length={max_prompt_length} tokens leave {kept} different prompts of "
+                           f"{len(set(self.examples))} that are shown and evaluated")  # fmt: skip
         self.taken = self.cut = 0  # by this rank, and how many of those are longer than max_prompt_length
 
     def batch(self, size: int, generator: torch.Generator) -> torch.Tensor:
         """txt_ids (size, L); the stream has its own order, so `generator` draws nothing."""
-        ids, cut = self.ursa.tokenize_and_count(self.stream.take(size), self.max_prompt_length)
+        prompts, needed = [], size * self.world_size
+        while len(prompts) < needed:
+            more = self.stream.take(needed - len(prompts))
+            prompts += [prompt for prompt in more if _caption(prompt) not in self._never]
+        ids, cut = self.ursa.tokenize_and_count(prompts[self.rank :: self.world_size], self.max_prompt_length)
         self.taken, self.cut = self.taken + size, self.cut + cut
         return ids
 
@@ -67,20 +102,80 @@ class StreamedPrompts:
 
 
 def open_prompts(config: Config, ursa: Ursa, rank: int = 0, world_size: int = 1) -> WorldPrompts | StreamedPrompts:
-    """What `distill.prompt_source` names.
+    """What `distill.prompt_source` names, without the captions that `evaluation.held_out` asks for.
+
+    Which those are depends on the files and the minimums of scores alone, not on seeds, buffers or ranks, and fewer are
+    the first of more.
 
     Raises:
-        DimoError: the world has no prompts of its own, or the files do not serve.
+        DimoError: the world has no prompts of its own, or they do not fit; or the files do not serve.
     """
-    d = config.distill
+    d, wanted = config.distill, config.evaluation.held_out
     if d.prompt_source == "world":
         if not is_world(ursa.folder):
+            mine = "; ./world is the folder of that name" if Path("world").exists() else ""
             raise DimoError(
-                f"distill.prompt_source is world, and {ursa.folder} is no built-in world; name a file of captions"
+                f"distill.prompt_source is world, and {ursa.folder} is no built-in world; name a file of captions{mine}"
             )
-        return WorldPrompts(load_world(ursa.folder).prompts, ursa, d.max_prompt_length)
-    stream = PromptStream(
-        Path(d.prompt_source).expanduser(), config.experiment.seed, rank, world_size, d.shuffle_buffer,
-        d.score_minimums(), d.motion_value(), d.motion_share,
+        prompts = load_world(ursa.folder).prompts
+        require_whole(ursa, prompts, d.max_prompt_length)
+        return WorldPrompts(prompts, ursa, d.max_prompt_length)
+
+    def stream(seed: int, shuffle_buffer: int) -> PromptStream:
+        return PromptStream(
+            d.prompt_source, seed, 0, 1, shuffle_buffer, d.score_minimums(), d.motion_value(), d.motion_share
+        )
+
+    different: dict[str, str] = {}  # {caption: its first prompt}
+    for prompt in stream(0, ROWS).first(ROWS) if wanted else []:
+        different.setdefault(_caption(prompt), prompt)
+    held_out = list(different.values())[: min(wanted, len(different) // MOST)]
+    return StreamedPrompts(
+        stream(config.experiment.seed, d.shuffle_buffer), ursa, d.max_prompt_length, rank, world_size, held_out,
+        _about(wanted, len(held_out), len(different)),
     )  # fmt: skip
-    return StreamedPrompts(stream, ursa, d.max_prompt_length)
+
+
+def evaluation_prompts(config: Config, ursa: Ursa, weights: str | Path) -> StreamedPrompts:
+    """The source whose `examples` the student behind `weights` is evaluated on; a warning says which these are.
+
+    What its run has not held out from its first step on does not count as held out.
+    """
+    run, e = run_of(weights), config.evaluation
+    if run is not None and held_out_by(run) < e.held_out:
+        log.warning("%s has held out %d captions throughout, not %d", run, held_out_by(run), e.held_out)
+        config = dataclasses.replace(config, evaluation=dataclasses.replace(e, held_out=held_out_by(run)))
+    source = open_prompts(config, ursa)
+    log.warning("%s", source.about)
+    return source
+
+
+def require_whole(ursa: Ursa, prompts: list[str], max_prompt_length: int) -> None:
+    """Raise unless all of a world's prompts fit into `max_prompt_length` tokens and differ there."""
+    ids, cut = ursa.tokenize_and_count(prompts, max_prompt_length)
+    different, needed = len(ids.unique(dim=0)), max(len(one) for one in ursa.tokenizer(prompts).input_ids)
+    if cut:
+        raise DimoError(
+            f"distill.max_prompt_length is {max_prompt_length}, and the world's prompts have up to {needed} tokens: "
+            f"{cut} of {len(prompts)} would be cut and {different} different ones be left; at least {needed} are needed"
+        )
+    if different < len(prompts):
+        raise DimoError(
+            f"the tokenizer in {ursa.folder} makes only {different} different prompts of the world's {len(prompts)}: "
+            "it is another world's"
+        )
+
+
+def _caption(prompt: str) -> str:
+    """Without the motion prefix, which a caption may have in one epoch and not in the next."""
+    return prompt[PREFIX.match(prompt).end() :]
+
+
+def _about(wanted: int, held_out: int, different: int) -> str:
+    trained_on = "evaluation is on captions that are trained on"
+    if wanted == 0:
+        return f"evaluation.held_out is 0: {trained_on}"
+    if held_out == 0:
+        return f"too few captions to hold any out of training ({different} different ones): {trained_on}"
+    few = f": one in {MOST} at most, where evaluation.held_out is {wanted}" if held_out < wanted else ""
+    return f"{held_out} captions are held out of training for evaluation{few}"

@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 import dimo
 from dimo.errors import DimoError
 from dimo.files import PARTIALS, write_text
 from dimo.train.checkpoints import STEP
-from dimo.train.config import config_keys, default_of, read_groups
+from dimo.train.config import config_keys, default_of, groups_in, read_groups, values_of
 from dimo.ursa.weights import read_json
 
 # What may differ between the run that began a folder and the command that resumes it: it changes neither what is learnt
@@ -35,6 +34,7 @@ FREE_KEYS |= {"model.device", "model.compile", "model.activation_checkpointing"}
 FREE_KEYS |= {"training.num_processes", "training.engine", "training.max_bad_steps"}
 GROWING_KEYS = {"training.max_train_steps"}
 SILENT_KEYS = {"experiment.resume", "experiment.overwrite"}
+ONCE = {"evaluation.held_out": 0}  # what was so before there was the key, where that is not its default
 
 OWN = ("config.yaml", "environment.json", "status.json", "metrics.jsonl", "events.jsonl", "train.log")
 OWN += ("report.json", "report.html", "sheet.png", "curves.png", "codes.safetensors")
@@ -79,7 +79,8 @@ class RunFolder:
             if file.exists() and overwrite:
                 run._clear()
             if file.exists():
-                changes = _changes(run.path, read_groups(file), config_yaml)
+                new = values_of(groups_in(config_yaml, file))
+                changes = _changes(run.path, values_of(read_groups(file)), new)
                 if not resume:
                     raise DimoError(
                         f"{run.path} holds a run already and experiment.resume is false; "
@@ -161,17 +162,21 @@ class RunFolder:
             return True
         return False
 
-    def _require_own(self) -> None:
-        """Raise where config.yaml and status.json are there and neither is a run's: many projects have such files."""
-        if not any((self.path / name).exists() for name in ("config.yaml", "status.json")):
-            return
-        with contextlib.suppress(DimoError, OSError):  # one of them may be damaged
+    def is_dimos(self) -> bool:
+        """config.yaml or status.json is one that dimo wrote; the other of the two may be damaged."""
+        with contextlib.suppress(DimoError, OSError):
             groups = {key.split(".")[0] for key in config_keys()}
             if {"experiment", "distill", "optim"} <= read_groups(self.path / "config.yaml").keys() <= groups:
-                return
+                return True
         with contextlib.suppress(DimoError, OSError):
-            if {"state", "pid", "host"} <= self.status().keys():
-                return
+            return {"state", "pid", "host"} <= self.status().keys()
+        return False
+
+    def _require_own(self) -> None:
+        """Raise where config.yaml and status.json are there and neither is a run's: many projects have such files."""
+        there = any((self.path / name).exists() for name in ("config.yaml", "status.json"))
+        if not there or self.is_dimos():
+            return
         raise DimoError(
             f"{self.path} is not a run folder of dimo: the config.yaml or status.json in it is something else's; "
             "use another experiment.name or experiment.output_dir"
@@ -287,14 +292,10 @@ class RunFolder:
         return DimoError(f"{self.path / name} could not be written: {error.strerror}; checkpoints that are there stay")
 
 
-def _changes(path: Path, old: dict[str, dict], new: str) -> list[tuple[str, Any, Any]]:
-    """(key, was, is) of what differs and may. A key that the old file does not know yet had its default."""
-
-    def flat(groups):
-        return {f"{g}.{k}": v for g, keys in groups.items() for k, v in keys.items()}
-
+def _changes(path: Path, old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(key, was, is) of what differs and may. A key that the old file does not know yet had its default, or ONCE's."""
     known = {key: default_of(field) for key, field in config_keys().items()}
-    was, now = known | flat(old), known | flat(yaml.safe_load(new))
+    was, now = known | ONCE | old, known | new
     differ = [(k, was.get(k), now.get(k)) for k in sorted(was.keys() | now.keys()) if was.get(k) != now.get(k)]
     differ = [change for change in differ if change[0] not in SILENT_KEYS and change[0] != "experiment.output_dir"]
 

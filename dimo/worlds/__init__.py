@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from dimo.errors import DimoError, nearest
+from dimo.paths import user_path
 
 DATA = Path(__file__).parent / "data"
 WORLD_FILE = "world.json"  # what a world is made of, beside its teacher
@@ -20,19 +21,31 @@ def checkpoint_folder(teacher_ckpt: str | Path) -> Path:
     """The folder behind `distill.teacher_ckpt`: a built-in world's name ("shapes"), or a path.
 
     Raises:
-        DimoError: nothing is there, or no checkpoint; a folder that is one, above or below, is named.
+        DimoError: nothing is there, or no checkpoint, where a folder that is one, above or below, is named; or both a
+            world and a folder are called so.
     """
     from dimo.ursa.layout import require_checkpoint
 
-    built_in = built_in_worlds()
+    built_in, teacher_ckpt = built_in_worlds(), user_path(teacher_ckpt)
     if not str(teacher_ckpt).strip():
         raise DimoError(f"teacher_ckpt must not be empty, got {str(teacher_ckpt)!r}")  # Path("") is the folder here
     if str(teacher_ckpt) in built_in:
+        _require_no_namesake(teacher_ckpt)
         return DATA / str(teacher_ckpt)
     if not os.path.lexists(teacher_ckpt):
         hint = nearest(str(teacher_ckpt), built_in) if built_in else ""
         raise DimoError(f"teacher_ckpt {teacher_ckpt} is neither a folder nor a built-in world{hint}")
     return require_checkpoint(teacher_ckpt)
+
+
+def _require_no_namesake(world: str) -> None:
+    """Raise where a folder here is called as the world. A run folder may be: runs/shapes is a usual one."""
+    here, built_in = Path(world), DATA / world
+    if here.is_dir() and not (here / "config.yaml").exists() and not here.samefile(built_in):
+        raise DimoError(
+            f"teacher_ckpt {world} is a built-in world, and there is a folder {world} here: say ./{world} for the "
+            f"folder, {built_in} for the built-in world"
+        )
 
 
 def is_world(folder: str | Path) -> bool:
