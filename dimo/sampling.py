@@ -18,6 +18,7 @@ from dimo.files import whole_file, write_text
 from dimo.train.config import default_prompt_length
 from dimo.ursa import Ursa, load_ursa, sample
 from dimo.ursa.checkpoint import DTYPES, load_student
+from dimo.ursa.frames import eight_bits
 from dimo.worlds import checkpoint_folder, is_world, load_world, require_world, video_size
 
 log = logging.getLogger(__name__)
@@ -121,7 +122,7 @@ def write_frames(stem: Path, frames: torch.Tensor, fps: int = FPS) -> Path:
     import imageio.v3 as iio  # only when a video is written
 
     require_shape("frames", frames, ("F", "height", "width", 3))
-    pixels = (frames * 255).round().clamp(0, 255).to(torch.uint8).numpy()
+    pixels = eight_bits(frames).numpy()
     if len(pixels) == 1:
         file = stem.with_name(f"{stem.name}.png")
         with whole_file(file) as beside:

@@ -22,6 +22,7 @@ from diffnext.models.transformers.transformer_ursa import URSATransformer3DModel
 from torch.nn import functional as F
 
 from dimo.errors import DimoError, nearest, require_ids, require_shape
+from dimo.ursa.frames import frames_of
 from dimo.ursa.inputs import build_ursa_inputs
 from dimo.ursa.transformer import UrsaConfig
 from dimo.ursa.weights import load_weights, read_json, read_pickle, read_weights
@@ -122,7 +123,7 @@ class UpstreamVae:
         due = self.module.config.temporal_stride * (codes.shape[1] - 1) + 1
         if frames.shape[2] != due:  # it decodes tiles of its sample_frames and joins them for videos encoded so
             log.warning("this VAE gives %s of %s frames, here as in URSA's pipeline", frames.shape[2], due)
-        return (frames.movedim(1, -1) / 2 + 0.5).clamp(0, 1)
+        return frames_of(frames.movedim(1, -1))
 
     def to(self, device) -> UpstreamVae:
         return UpstreamVae(copy.deepcopy(self.module).to(device), self.codebook_size)
