@@ -19,6 +19,7 @@ from dimo.train.config import default_prompt_length
 from dimo.ursa import Ursa, load_ursa, sample
 from dimo.ursa.checkpoint import DTYPES, load_student
 from dimo.ursa.frames import eight_bits
+from dimo.ursa.sampler import warn_if_guided_again
 from dimo.worlds import checkpoint_folder, is_world, load_world, require_world, video_size
 
 log = logging.getLogger(__name__)
@@ -84,6 +85,8 @@ def sample_to_folder(request: Request, prompts: list[str], out: str | Path) -> l
     network = load_student(ursa, r.student_ckpt) if r.student_ckpt else ursa.transformer
     network.requires_grad_(False)
     uncond_ids = ursa.tokenize([r.negative_prompt], r.max_prompt_length)
+    if r.student_ckpt:
+        warn_if_guided_again(r.guidance_scale, r.guidance_trunc)
     if r.guidance_scale > 1:
         _cut_to(ursa, r.negative_prompt, r.max_prompt_length)
 

@@ -1,6 +1,7 @@
 """Beside diffnext itself, URSA's own code. Skipped where it is not installed; nothing here installs it."""
 
 import copy
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -19,6 +20,7 @@ from diffnext.models.text_encoders import qwen3
 from diffnext.models.transformers.transformer_ursa import URSATransformer3DModel
 from diffnext.pipelines import URSAPipeline
 
+from dimo.bench import bench, bench_config
 from dimo.errors import DimoError
 from dimo.sampling import Request, sample_to_folder
 from dimo.train.config import load_config
@@ -26,7 +28,7 @@ from dimo.train.trainer import Trainer
 from dimo.ursa import UrsaConfig, UrsaTransformer, build_ursa_inputs, load_ursa, upstream
 from dimo.ursa.checkpoint import load_student
 from dimo.ursa.frames import eight_bits
-from dimo.ursa.weights import read_weights
+from dimo.ursa.weights import read_pickle, read_weights
 from dimo.worlds import checkpoint_folder
 
 DATA = Path(__file__).parent / "data"
@@ -172,6 +174,68 @@ def test_a_hostile_pickle_does_not_reach_upstreams_scheduler(tmp_path):
     with pytest.raises(DimoError, match="could not be read as plain tensors"):
         upstream.load_pipeline(folder)
     assert not (tmp_path / "executed").exists()
+
+
+def test_what_upstreams_pipeline_cannot_run_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(URSAPipeline, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+
+    def edited(name: str, **values) -> Path:
+        folder = shutil.copytree(TINY, tmp_path / f"{len(list(tmp_path.iterdir()))}")
+        file = folder / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | values))
+        return folder
+
+    bare = shutil.copytree(TINY, tmp_path / "bare")
+    (bare / "model_index.json").unlink()
+    for folder, sentence in (
+        (checkpoint_folder("shapes"), "needs heads of 128, this checkpoint's config.json says head_dim = 16"),
+        (bare, "model_index.json is missing"),
+        (edited("vae/config.json", _class_name="PaletteDecoder"), "cannot run the VAE in .*, of class 'Palette"),
+        (edited("transformer/config.json", lm_head_size=512), "lm_head_size in .* is 512 for 240 codes"),
+    ):
+        with pytest.raises(DimoError, match=sentence):
+            upstream.load_pipeline(folder)
+
+
+def test_a_folder_that_upstream_cannot_load_is_a_sentence(tmp_path):
+    folder = shutil.copytree(TINY, tmp_path / "folder")
+    (folder / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"cut")
+    with pytest.raises(DimoError, match=f"pipeline could not be made of {folder}: "):
+        upstream.load_pipeline(folder)
+
+
+def test_a_pipeline_of_a_student_warns_where_it_guides_it_again(caplog):
+    settings = {"prompt": "a red ball", "num_frames": 2, "height": 6, "width": 8, "num_inference_steps": 1,
+                "max_prompt_length": 12, "output_type": "latent"}  # fmt: skip
+    pipeline = upstream.load_pipeline(TINY, student=STUDENT)
+    taken = pipeline.transformer.state_dict()
+    assert all(torch.equal(taken[k], v.float()) for k, v in read_pickle(STUDENT / "student.pt").items())
+    for guidance, said in (({}, "guidance_scale=7"), ({"guidance_scale": 3.0}, "guidance_scale=3"), (1, "")):
+        caplog.clear()
+        pipeline(**settings, **(guidance if isinstance(guidance, dict) else {"guidance_scale": guidance}))
+        assert (f"{said} guides the student a second time" in caplog.text) if said else "guides" not in caplog.text
+    upstream.load_pipeline(TINY)(**settings)
+    assert "guides" not in caplog.text
+
+
+@pytest.mark.parametrize("source", ["a folder", "random weights"])
+def test_bench_times_upstreams_pipeline_without_a_gpu(source, tmp_path, monkeypatch):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red ball\n")
+    keys = ["model.device=cpu", "distill.num_frames=5", "distill.height=8", "distill.width=8",
+            "distill.max_prompt_length=4", f"distill.prompt_source={prompts}"]  # fmt: skip
+    size = "tiny" if source == "random weights" else None
+    keys += [] if size else [f"distill.teacher_ckpt={TINY}"]
+    lines, parts = [], ("generate",)
+    report = bench(bench_config(None, size, keys), size, parts, ("upstream",), repeats=1, warmup=0, generate_steps=(1,),
+                   progress=lines.append)  # fmt: skip
+    assert report["upstream"]["seconds"] > 0 and "upstream's pipeline, 25 steps" in "".join(lines)
+
+
+def test_bench_refuses_a_world_before_it_measures(monkeypatch):
+    monkeypatch.setattr("dimo.bench.matrix_product", lambda clock: pytest.fail("measured"))
+    with pytest.raises(DimoError, match="--against upstream: .* needs heads of 128, .* random weights by --size"):
+        bench(load_config("shapes", []), against=("upstream",))
 
 
 def test_a_world_with_small_heads_is_refused():

@@ -112,6 +112,9 @@ def evaluate_to_folder(config: Config, weights: str | Path, out: Path, progress:
     any other folder the prompts are the first of `distill.prompt_source`, and codes.safetensors keeps the videos.
     """
     e, d, folder = config.evaluation, config.distill, checkpoint_folder(config.distill.teacher_ckpt)
+    if d.guidance_scale > 1:
+        log.warning("guidance_scale=%g guides the teacher alone: the student's one pass is not guided, for guidance is "
+                    "distilled into it", d.guidance_scale)  # fmt: skip
     world = load_world(folder) if is_world(folder) else None
     half = config.training.mixed_precision == "bf16" and world is None  # as URSA is run, and as long as its seconds are
     dtype = torch.bfloat16 if half else torch.float32

@@ -256,14 +256,18 @@ def load_student(ursa: Ursa, weights: str | Path) -> UrsaTransformer:
     Raises:
         DimoError: no weights there, or those of another model.
     """
-    source = Path(weights)
-    if (source / "checkpoints" / "final").is_dir():
-        source = source / "checkpoints" / "final"
-    if (source / "student.pt").exists():
-        source = source / "student.pt"
+    source = student_weights(weights)
     student = copy.deepcopy(ursa.transformer)
     load_weights(student, read_weights(source), where=str(source))
     return student.to(ursa.path.device)
+
+
+def student_weights(weights: str | Path) -> Path:
+    """Where a student's weights are: of a run folder those of checkpoints/final, of that folder its student.pt."""
+    source = Path(weights)
+    if (source / "checkpoints" / "final").is_dir():
+        source = source / "checkpoints" / "final"
+    return source / "student.pt" if (source / "student.pt").exists() else source
 
 
 def import_upstream():
