@@ -1,5 +1,6 @@
 """dimo against values recorded of URSA's reference implementation: README.md in tests/data/golden and tiny-student."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from dimo.ursa import (
 )
 from dimo.ursa.checkpoint import load_student
 from dimo.ursa.frames import eight_bits, frames_of
+from dimo.ursa.sampler import Trajectory
 from dimo.ursa.weights import read_pickle, read_weights
 
 DATA = Path(__file__).parent / "data"
@@ -138,6 +140,19 @@ def test_a_students_one_step_gives_the_codes_of_upstreams_pipeline(tiny, of_stud
     assert torch.equal(codes, of_student[f"codes.{scale}"])
     others = [of_student[f"codes.{other}"] for other in (1, 3, 7) if other != scale]
     assert all((codes != other).float().mean() > 0.2 for other in others)
+
+
+def test_twelve_steps_give_the_codes_of_upstreams_pipeline(tiny, of_student, monkeypatch):
+    """A teacher's, on the way too: guided until t = 0.9, and with the numbers that decided there."""
+    r, way = of_student, Trajectory()
+    jumps = zip(r["steps.u"], (*r["steps.whether"], None), (*r["steps.where"], None))
+    numbers = iter([number for step in jumps for number in step])
+    monkeypatch.setattr(torch, "rand", lambda size, **_: next(numbers).view(size))
+    cond, uncond = r["input_ids"][:, :12].chunk(2)
+    codes = sample(tiny.transformer, tiny.path, cond, GRID, 12, guidance_scale=3, uncond_ids=uncond,
+                   x_init=r["steps.codes"][0], trajectory=way)  # fmt: skip
+    assert torch.equal(torch.stack([*way.x_t, codes]), r["steps.codes"])
+    assert all((now != then).any() for now, then in itertools.pairwise(r["steps.codes"][1:]))
 
 
 def test_a_final_student_is_as_the_one_that_upstream_loaded_strictly(tmp_path, tiny):
