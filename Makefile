@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean test-upstream
+.PHONY: demo test lint clean test-upstream upstream-source
 
 # two files side by side; conftest.py says which come first
 test: .venv/installed lint
@@ -23,12 +23,14 @@ demo: .venv/installed
 
 # beside URSA's own code: make test-upstream SOURCE=folder, one of baaivision/URSA at 29284bb
 UPSTREAM := .venv-upstream/bin
-test-upstream: .venv-upstream/installed
-	@test -f "$(SOURCE)/diffnext/__init__.py" || { echo "SOURCE=folder must be one of URSA's source"; exit 2; }
+test-upstream: upstream-source .venv-upstream/installed
 	rm -rf .venv-upstream/source && cp -R "$(SOURCE)" .venv-upstream/source # its setup.py writes into its folder
 	$(UPSTREAM)/pip install --disable-pip-version-check --force-reinstall --no-deps .venv-upstream/source
 	$(UPSTREAM)/python -m pytest tests/test_upstream.py tests/test_golden.py tests/test_loading.py tests/test_bench.py \
 		tests/test_sampling.py tests/test_unscored.py
+
+upstream-source:
+	@test -f "$(SOURCE)/diffnext/__init__.py" || { echo "SOURCE=folder must be one of URSA's source"; exit 2; }
 
 .venv-upstream/installed: pyproject.toml
 	$(PYTHON) -m venv .venv-upstream
