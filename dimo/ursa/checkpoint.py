@@ -256,13 +256,13 @@ def load_student(ursa: Ursa, weights: str | Path) -> UrsaTransformer:
     Raises:
         DimoError: no weights there, or those of another model.
     """
-    source = student_weights(weights)
+    source = student_file(weights)
     student = copy.deepcopy(ursa.transformer)
     load_weights(student, read_weights(source), where=str(source))
     return student.to(ursa.path.device)
 
 
-def student_weights(weights: str | Path) -> Path:
+def student_file(weights: str | Path) -> Path:
     """Where a student's weights are: of a run folder those of checkpoints/final, of that folder its student.pt."""
     source = Path(weights)
     if (source / "checkpoints" / "final").is_dir():

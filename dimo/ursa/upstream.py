@@ -22,7 +22,7 @@ from diffnext.models.transformers.transformer_ursa import URSATransformer3DModel
 from torch.nn import functional as F
 
 from dimo.errors import DimoError, nearest, reason, require_ids, require_shape
-from dimo.ursa.checkpoint import read_config, student_weights
+from dimo.ursa.checkpoint import read_config, student_file
 from dimo.ursa.frames import frames_of
 from dimo.ursa.inputs import build_ursa_inputs
 from dimo.ursa.sampler import warn_if_guided_again
@@ -187,7 +187,7 @@ def load_pipeline(folder: str | Path, device="cpu", dtype: torch.dtype = torch.f
     except Exception as error:  # diffusers and transformers raise what they like for a damaged file
         raise DimoError(f"diffnext's pipeline could not be made of {folder}: {reason(error)}") from error
     if student:
-        source = student_weights(student)
+        source = student_file(student)
         load_weights(pipeline.transformer, read_weights(source), where=str(source))
     return pipeline.to(torch.device(device))
 
