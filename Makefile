@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint lab clean
+.PHONY: demo test test-upstream upstream-source lint lab clean
 
 # two files side by side; conftest.py says which come first
 test: .venv/installed lint
@@ -25,5 +25,22 @@ lab: .venv/installed
 	$(BIN)/pip install --disable-pip-version-check -e ".[notebooks,dev]"
 	touch $@
 
+# beside URSA's own code: make test-upstream SOURCE=folder, one of baaivision/URSA at 29284bb
+UPSTREAM := .venv-upstream/bin
+test-upstream: upstream-source .venv-upstream/installed
+	rm -rf .venv-upstream/source && cp -R "$(SOURCE)" .venv-upstream/source # its setup.py writes into its folder
+	$(UPSTREAM)/pip install --disable-pip-version-check --force-reinstall --no-deps .venv-upstream/source
+	$(UPSTREAM)/python -m pytest tests/test_upstream.py tests/test_golden.py tests/test_loading.py tests/test_bench.py \
+		tests/test_sampling.py tests/test_unscored.py
+
+upstream-source:
+	@test -f "$(SOURCE)/diffnext/__init__.py" || { echo "SOURCE=folder must be one of URSA's source"; exit 2; }
+
+.venv-upstream/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-upstream
+	$(UPSTREAM)/pip install --disable-pip-version-check torch==2.13.0
+	$(UPSTREAM)/pip install --disable-pip-version-check -e ".[upstream,dev]"
+	touch $@
+
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-upstream

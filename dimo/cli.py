@@ -290,7 +290,7 @@ def _runs(args) -> None:
 
 
 def _bench(args) -> None:
-    from dimo.bench import bench, bench_config, write_report
+    from dimo.bench import bench, bench_config, require_file, write_report
 
     try:
         passes = tuple(int(n) for n in args.generate.split(",") if n)
@@ -298,6 +298,7 @@ def _bench(args) -> None:
         raise DimoError(f"--generate must be numbers with commas between them, got {args.generate!r}") from None
     parts, against = (tuple(n for n in names.split(",") if n) for names in (args.parts, args.against))
     config = bench_config(args.config, args.size, args.overrides)
+    require_file(args.out)
     write_report(bench(config, args.size, parts, against, args.repeats, args.warmup, passes), args.out)
     print(f"written: {args.out}")
 

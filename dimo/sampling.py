@@ -22,6 +22,8 @@ from dimo.train.config import default_prompt_length
 from dimo.train.origin import run_config, run_of
 from dimo.ursa import Ursa, load_ursa, sample
 from dimo.ursa.checkpoint import DTYPES, load_student
+from dimo.ursa.frames import eight_bits
+from dimo.ursa.sampler import warn_if_guided_again
 from dimo.worlds import checkpoint_folder, is_world, load_world, require_world, video_size
 
 log = logging.getLogger(__name__)
@@ -102,6 +104,8 @@ def sample_to_folder(request: Request, prompts: list[str], out: str | Path) -> l
     network = load_student(ursa, r.student_ckpt) if r.student_ckpt else ursa.transformer
     network.requires_grad_(False)
     uncond_ids = ursa.tokenize([r.negative_prompt], r.max_prompt_length)
+    if r.student_ckpt:
+        warn_if_guided_again(r.guidance_scale, r.guidance_trunc)
     if r.guidance_scale > 1:
         _cut_to(ursa, r.negative_prompt, r.max_prompt_length)
 
@@ -143,7 +147,7 @@ def write_frames(stem: Path, frames: torch.Tensor, fps: int = FPS) -> Path:
     import imageio.v3 as iio  # only when a video is written
 
     require_shape("frames", frames, ("F", "height", "width", 3))
-    pixels = (frames * 255).round().clamp(0, 255).to(torch.uint8).numpy()
+    pixels = eight_bits(frames).numpy()
     if len(pixels) == 1:
         file = stem.with_name(f"{stem.name}.png")
         with whole_file(file) as beside:

@@ -64,7 +64,7 @@ def test_every_batch_of_every_row_starts_from_the_same_noise(world, ursa, monkey
     assert len(both.unique(dim=0)) == 2 * 48  # nor does any batch of the next seed
 
 
-def test_the_teacher_alone_is_guided_as_in_training(world, ursa, tmp_path, monkeypatch):
+def test_the_teacher_alone_is_guided_as_in_training(world, ursa, tmp_path, monkeypatch, caplog):
     save_student(tmp_path / "student", ursa.transformer)
     scored = []
     monkeypatch.setattr("dimo.evaluation.evaluate.score", lambda w, c, p: scored.append(c) or score(w, c, p))
@@ -83,9 +83,10 @@ def test_the_teacher_alone_is_guided_as_in_training(world, ursa, tmp_path, monke
     negative = "blue bar moving up"
     ids = ursa.tokenize(world.prompts, 4)
     options = {"guidance_scale": 3.0, "guidance_trunc": 0.6, "uncond_ids": ursa.tokenize([negative] * len(ids), 4)}
-    plain, guided = codes_of(), codes_of(
-        "distill.guidance_scale=3", "distill.guidance_trunc=0.6", f"distill.negative_prompt={negative}"
-    )  # fmt: skip
+    plain = codes_of()
+    assert "guid" not in caplog.text
+    guided = codes_of("distill.guidance_scale=3", "distill.guidance_trunc=0.6", f"distill.negative_prompt={negative}")
+    assert "guidance_scale=3 guides the teacher alone" in caplog.text
     for steps in (1, 4):
         name = f"teacher_{steps}"
         assert torch.equal(plain[name], draw(steps)) and torch.equal(guided[name], draw(steps, **options))

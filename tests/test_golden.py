@@ -1,12 +1,17 @@
-"""dimo.ursa against values recorded from URSA's reference implementation (see tests/data/golden/README.md)."""
+"""dimo against values recorded of URSA's reference implementation: README.md in tests/data/golden and tiny-student."""
 
+import itertools
 import json
 from pathlib import Path
 
+import imageio.v3 as iio
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from dimo.sampling import write_frames
+from dimo.train.config import load_config
+from dimo.train.trainer import Trainer
 from dimo.ursa import (
     MetricPath,
     MixturePath,
@@ -16,10 +21,19 @@ from dimo.ursa import (
     extract_visual_logits,
     guide,
     latents_shape_for,
+    load_ursa,
+    sample,
     timesteps,
+    visual_logits,
 )
+from dimo.ursa.checkpoint import load_student
+from dimo.ursa.frames import eight_bits, frames_of
+from dimo.ursa.sampler import Trajectory
+from dimo.ursa.weights import read_pickle, read_weights
 
-GOLDEN = Path(__file__).parent / "data" / "golden"
+DATA = Path(__file__).parent / "data"
+GOLDEN, TINY, STUDENT = DATA / "golden", DATA / "tiny-ursa", DATA / "tiny-student"
+GRID = (2, 3, 4)  # of the student's videos
 CASES = json.loads((GOLDEN / "cases.json").read_text())
 
 
@@ -92,3 +106,81 @@ def test_the_pipelines_calls_are_reproduced(recorded, transformer):
 def test_latents_shapes_of_ursa():
     assert latents_shape_for(17, 256, 256) == (5, 32, 32)
     assert latents_shape_for(49, 320, 512) == (13, 40, 64)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load_ursa(TINY)
+
+
+@pytest.fixture(scope="module")
+def of_student():
+    return load_file(STUDENT / "recorded.safetensors")
+
+
+def test_a_students_pass_is_upstreams(tiny, of_student):
+    """Upstream's transformer, with student.pt loaded strictly, was called so by its pipeline under guidance."""
+    n, ids = GRID[0] * GRID[1] * GRID[2], of_student["input_ids"]
+    assert torch.equal(tiny.tokenize(["a red ball", "two dogs jump over a wall", "", ""], 12), ids[:, :12])
+    student, codes = load_student(tiny, STUDENT), ids[:, -n:] - 272
+    inputs = build_ursa_inputs(student, ids[:, :12], codes, GRID)
+    assert torch.equal(inputs.input_ids, ids) and torch.equal(inputs.rope_pos, of_student["rope_pos"])
+    assert_close(visual_logits(student, ids[:, :12], codes, GRID), of_student["visual_logits"], 1e-5)
+
+
+@pytest.mark.parametrize("few_codes", [2048, 0], ids=["logits", "hidden states"])  # of which the codes are drawn
+@pytest.mark.parametrize("scale", [1, 3, 7])
+def test_a_students_one_step_gives_the_codes_of_upstreams_pipeline(tiny, of_student, scale, few_codes, monkeypatch):
+    """From its noise, and with the uniform numbers that decided there."""
+    monkeypatch.setattr("dimo.ursa.sampler.FEW_CODES", few_codes)
+    cond, uncond = of_student["input_ids"][:, :12].chunk(2)
+    monkeypatch.setattr(torch, "rand", lambda size, **_: of_student["u"].view(size))
+    codes = sample(load_student(tiny, STUDENT), tiny.path, cond, GRID, 1, guidance_scale=scale, uncond_ids=uncond,
+                   x_init=of_student["x_init"])  # fmt: skip
+    assert torch.equal(codes, of_student[f"codes.{scale}"])
+    others = [of_student[f"codes.{other}"] for other in (1, 3, 7) if other != scale]
+    assert all((codes != other).float().mean() > 0.2 for other in others)
+
+
+def test_twelve_steps_give_the_codes_of_upstreams_pipeline(tiny, of_student, monkeypatch):
+    """A teacher's, on the way too: guided until t = 0.9, and with the numbers that decided there."""
+    r, way = of_student, Trajectory()
+    jumps = zip(r["steps.u"], (*r["steps.whether"], None), (*r["steps.where"], None))
+    numbers = iter([number for step in jumps for number in step])
+    monkeypatch.setattr(torch, "rand", lambda size, **_: next(numbers).view(size))
+    cond, uncond = r["input_ids"][:, :12].chunk(2)
+    codes = sample(tiny.transformer, tiny.path, cond, GRID, 12, guidance_scale=3, uncond_ids=uncond,
+                   x_init=r["steps.codes"][0], trajectory=way)  # fmt: skip
+    assert torch.equal(torch.stack([*way.x_t, codes]), r["steps.codes"])
+    assert all((now != then).any() for now, then in itertools.pairwise(r["steps.codes"][1:]))
+
+
+def test_a_final_student_is_as_the_one_that_upstream_loaded_strictly(tmp_path, tiny):
+    """Keys, shapes and dtypes of checkpoints/final; the gain is in the last norm, and nowhere else in the file."""
+    (tmp_path / "captions.txt").write_text("a red ball\n")
+    config = load_config("smoke", [
+        f"distill.teacher_ckpt={TINY}", f"distill.prompt_source={tmp_path / 'captions.txt'}", "model.device=cpu",
+        "distill.num_frames=5", "distill.height=8", "distill.width=8", "distill.max_prompt_length=8",
+        "distill.batch_size_per_gpu=1", "training.max_train_steps=1", f"experiment.output_dir={tmp_path / 'run'}",
+        "experiment.student_dtype=float16", "experiment.sample_every=9", "model.final_logit_gain=5",
+    ])  # fmt: skip
+    Trainer(config).train(progress=False)
+    made = read_pickle(tmp_path / "run/checkpoints/final/student.pt")
+    taken, norm = read_pickle(STUDENT / "student.pt"), tiny.transformer.model.norm.weight
+    assert {k: (v.shape, v.dtype) for k, v in made.items()} == {k: (v.shape, v.dtype) for k, v in taken.items()}
+    for weights, gain in ((made, 5), (taken, 12)):
+        assert_close(weights["model.norm.weight"].float(), norm.detach() * gain, 1e-3)
+    again = read_weights(tmp_path / "run/checkpoints/final/student")
+    assert all(torch.equal(again[key], made[key]) for key in made)
+
+
+def test_the_eight_bits_of_frames_are_upstreams(of_student, tmp_path):
+    """Its image processor cuts off; every level and its neighbours are among the recorded values."""
+    decoded = of_student["levels.decoded"].movedim(1, -1)
+    frames, want = frames_of(decoded), of_student["levels.bytes"]
+    assert torch.equal(eight_bits(frames), want) and ((frames * 255).round() != want).float().mean() > 0.2
+    assert frames.min() == 0 and frames.max() == 1 and want.unique().numel() == 256
+    assert torch.equal(eight_bits(torch.arange(256) / 255), torch.arange(256, dtype=torch.uint8))
+    image = frames_of(load_file(TINY / "recorded.safetensors")["frames"][1].movedim(0, -1))
+    written = torch.from_numpy(iio.imread(write_frames(tmp_path / "image", image)))
+    assert torch.equal(written, of_student["frames.bytes"][1, 0])

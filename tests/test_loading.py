@@ -210,7 +210,7 @@ DAMAGE = {
                            "lm_head.weight in .* must be finite"),
     "an infinite codebook": (lambda f: torch.save({"path.emb": torch.full((240, 6), math.inf)},
                                                   f / "scheduler" / "scheduler_model.pth"), "'path.emb' in .* finite"),
-    "no tokenizer.json": (lambda f: (f / "tokenizer" / "tokenizer.json").unlink(), "no tokenizer.json; .* to a fast"),
+    "no tokenizer.json": (lambda f: (f / "tokenizer" / "tokenizer.json").unlink(), "there is no tokenizer.json; ."),
     "an LFS pointer": (lambda f: (f / WEIGHTS).write_text("version https://git-lfs.example/spec/v1\noid sha256:0\n"),
                        "is a Git LFS pointer and not the file itself"),
     "code in a .bin": (lambda f: as_bin(f, {"lm_head.weight": Hostile(f / "executed")}),

@@ -15,7 +15,7 @@ from dimo.worlds import DATA, checkpoint_folder
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     """A home with some files, and another folder to be in."""
-    (tmp_path / "home" / "T").mkdir(parents=True)
+    (tmp_path / "home" / "T" / "transformer").mkdir(parents=True)
     (tmp_path / "here").mkdir()
     (tmp_path / "home" / "mine.yaml").write_text("experiment: {output_dir: ~/out}\ntraining: {engine: '~/e.yaml'}\n")
     (tmp_path / "home" / "e.yaml").write_text("num_processes: 3\n")
@@ -72,7 +72,7 @@ def test_nothing_is_called_tilde_after_a_run(home):
 def test_a_folder_that_is_called_as_a_world_is_ambiguous(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert checkpoint_folder("shapes") == DATA / "shapes"
-    os.mkdir("shapes")
+    os.makedirs("shapes/transformer")
     with pytest.raises(DimoError, match="say ./shapes for the folder, .*shapes for the built-in world") as refused:
         checkpoint_folder("shapes")
     assert checkpoint_folder("./shapes").samefile("shapes") and str(DATA / "shapes") in str(refused.value)

@@ -162,6 +162,19 @@ def test_a_prompt_that_is_cut_is_said_on_stderr_and_in_its_json(ursa, world, tmp
     assert caplog.messages == [] and json.loads(file.with_suffix(".json").read_text())["prompt_cut_to"] is None
 
 
+def test_a_student_that_is_guided_a_second_time_is_warned_of(tmp_path, caplog):
+    def said(**request) -> str:
+        caplog.clear()
+        sample_to_folder(Request(**request), PROMPTS[:1], tmp_path)
+        return caplog.text
+
+    student = {"student_ckpt": str(STUDENT)}
+    assert "guidance_scale=3 guides the student a second time" in said(guidance_scale=3.0, **student)
+    assert "guides" not in said(**student) + said(guidance_scale=3.0) + said(
+        guidance_scale=3.0, guidance_trunc=0.0, **student
+    )
+
+
 @pytest.mark.parametrize("chunk", [10, 70, 10_000])  # entries: one token, seven, all
 def test_codes_are_drawn_where_their_logits_are_whatever_the_chunk(ursa, generator, monkeypatch, chunk):
     monkeypatch.setitem(chunks.ENTRIES, "cpu", chunk)

@@ -8,25 +8,29 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import importlib
 import json
+import os
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from dimo.bench.naive import naive_step
+from dimo.bench.naive import naive_step, require_naive
 from dimo.bench.parts import Clock, attention_alone, kernels_of, losses_alone, matrix_product, saving, stage_times
-from dimo.bench.sizes import model_flops, passes_of, random_prompts, random_ursa, step_flops
+from dimo.bench.sizes import model_flops, passes_of, random_prompts, random_ursa, require_size, step_flops
 from dimo.errors import DimoError, nearest, reason
 from dimo.files import write_text
 from dimo.train.config import Config, device_of, load_config
 from dimo.train.trainer import Trainer
 from dimo.ursa import sample
-from dimo.ursa.checkpoint import INSTALL
+from dimo.ursa.checkpoint import import_upstream
 
 PARTS = ("step", "generate", "path", "losses")
 MORE_PARTS = ("attention", "kernels", "save")
+AGAINST = ("naive", "upstream")
 
 
 def bench(
@@ -47,17 +51,11 @@ def bench(
         against: "naive", "upstream".
 
     Raises:
-        DimoError: an unknown part, a number of runs or passes below what makes sense, or upstream where it is not
-            installed or has no checkpoint to load.
+        DimoError: before anything is measured, for an unknown part or size, a number of runs or passes below what
+            makes sense, a method that the naive step does not know, or upstream where it is not installed or cannot
+            run the checkpoint.
     """
-    for given, known in ((parts, PARTS + MORE_PARTS), (against, ("naive", "upstream"))):
-        for name in given:
-            if name not in known:
-                raise DimoError(f"there is nothing called {name!r} to measure{nearest(name, known)}")
-    if repeats < 1 or warmup < 0:
-        raise DimoError(f"repeats must be at least 1 and warmup not negative, got {repeats} and {warmup}")
-    if "generate" in parts and (not generate_steps or min(generate_steps) < 1):
-        raise DimoError(f"generate needs numbers of passes that are at least 1, got {list(generate_steps)}")
+    _require(config, size, parts, against, repeats, warmup, generate_steps)
     device = device_of(config)
     clock, d = Clock(device, repeats, warmup), config.distill
     report = {"device": _name(device), "torch": torch.__version__, "size": size or d.teacher_ckpt}
@@ -104,6 +102,31 @@ def bench(
     if "upstream" in against:
         report["upstream"] = _upstream(config, size, device, report, clock, progress)
     return report
+
+
+def _require(config: Config, size: str | None, parts, against, repeats: int, warmup: int, generate_steps) -> None:
+    for option, given, known in (("parts", parts, PARTS + MORE_PARTS), ("against", against, AGAINST)):
+        for name in given:
+            if name not in known:
+                raise DimoError(f"--{option}: there is nothing called {name!r} to measure{nearest(name, known)}")
+    if repeats < 1 or warmup < 0:
+        raise DimoError(f"repeats must be at least 1 and warmup not negative, got {repeats} and {warmup}")
+    if "generate" in parts and (not generate_steps or min(generate_steps) < 1):
+        raise DimoError(f"generate needs numbers of passes that are at least 1, got {list(generate_steps)}")
+    if size:
+        require_size(size)
+    if "naive" in against:
+        require_naive(config)
+    if "upstream" in against:
+        _upstream_module().require_upstream(config, size)
+
+
+def _upstream_module() -> types.ModuleType:
+    import_upstream()  # its refusals say what to install
+    try:
+        return importlib.import_module("dimo.bench.upstream")
+    except Exception as error:  # versions that do not go together fail in many ways
+        raise DimoError(f"--against upstream: diffnext's pipeline cannot be imported: {reason(error)}") from error
 
 
 def _other_parts(trainer: Trainer, text, parts, generate_steps, clock: Clock, progress) -> dict:
@@ -162,11 +185,7 @@ def _naive(config, kept: tuple, tflop: float, clock: Clock, report: dict, progre
 
 
 def _upstream(config: Config, size: str | None, device, report: dict, clock: Clock, progress) -> dict:
-    try:
-        from dimo.bench.upstream import pipeline_call
-    except ImportError as error:
-        raise DimoError(f"--against upstream needs diffnext ({error}); {INSTALL}") from error
-    call = pipeline_call(config, random_ursa(size, device) if size else None, device)
+    call = _upstream_module().pipeline_call(config, random_ursa(size, device) if size else None, device)
     result = dataclasses.replace(clock, repeats=min(clock.repeats, 3), warmup=1)(call)
     progress(_line("upstream's pipeline, 25 steps, guidance", result))
     if 1 in report.get("generate", {}):
@@ -209,6 +228,18 @@ def bench_config(preset: str | None, size: str | None, overrides: list[str]) -> 
         return load_config(preset, overrides)
     every_stage = ["distill.w_kd=0.1", "distill.max_prompt_length=320"]
     return load_config(preset or "distill_dimo", [*every_stage, *overrides])
+
+
+def require_file(file: str | Path) -> None:
+    """Raise unless a report can be written there; asked before minutes of measuring."""
+    file = Path(file)
+    above = next(folder for folder in file.absolute().parents if folder.exists())
+    if file.is_dir():
+        raise DimoError(f"{file} is a folder, a file is needed")
+    if not above.is_dir():
+        raise DimoError(f"{above} is a file, a folder is needed")
+    if not os.access(above, os.W_OK):
+        raise DimoError(f"{above}: nothing may be written there")
 
 
 def write_report(report: dict, file: str | Path) -> None:

@@ -18,18 +18,20 @@ from dimo.train.config import Config
 from dimo.ursa import UrsaTransformer, visual_logits
 
 
+def require_naive(config: Config) -> None:
+    """Raise for an estimator, a divergence or an objective that the naive step does not know."""
+    d = config.distill
+    if d.estimator != "dimo" or d.divergence != "forward" or d.aux_objective != "denoise":
+        raise DimoError("the naive step knows estimator dimo with forward KL and aux_objective denoise alone")
+
+
 def naive_step(
     config: Config, teacher: UrsaTransformer, path, txt_ids: torch.Tensor, uncond_ids: torch.Tensor,
     grid: tuple[int, int, int], checkpointing: bool = False,
 ) -> Callable[[], None]:  # fmt: skip
-    """A function that runs one step and leaves gradients in a student and an auxiliary of its own.
-
-    Raises:
-        DimoError: an estimator or a divergence that it does not know.
-    """
+    """A function that runs one step and leaves gradients in a student and an auxiliary of its own."""
+    require_naive(config)
     d = config.distill
-    if d.estimator != "dimo" or d.divergence != "forward" or d.aux_objective != "denoise":
-        raise DimoError("the naive step knows estimator dimo with forward KL and aux_objective denoise alone")
     how = "full" if checkpointing else "none"
     if config.training.mixed_precision == "bf16":
         teacher = teacher.bfloat16()

@@ -36,14 +36,19 @@ class RandomIds:
         return dataclasses.make_dataclass("Encoding", ["input_ids"])(torch.stack(ids))
 
 
+def require_size(size: str) -> None:
+    """Raise unless there is such a size."""
+    if size not in SIZES:
+        raise DimoError(f"size must be one of {', '.join(SIZES)}, got {size!r}{nearest(size, SIZES)}")
+
+
 def random_ursa(size: str, device: torch.device) -> Ursa:
     """A checkpoint of URSA's sizes with random weights and no files.
 
     Raises:
         DimoError: a size that there is not.
     """
-    if size not in SIZES:
-        raise DimoError(f"size must be one of {', '.join(SIZES)}, got {size!r}{nearest(size, SIZES)}")
+    require_size(size)
     config = UrsaConfig.from_dict(SIZES[size])
     with device:
         torch.manual_seed(0)

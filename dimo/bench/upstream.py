@@ -10,10 +10,25 @@ from diffnext.models.transformers.transformer_ursa import URSATransformer3DModel
 from diffnext.pipelines import URSAPipeline
 from diffnext.schedulers.scheduling_dfm import KineticOptimalScheduler, MetricDiscreteProbPath
 
+from dimo.errors import DimoError
 from dimo.train.config import Config
 from dimo.ursa import Ursa
-from dimo.ursa.upstream import bridge, load_pipeline
+from dimo.ursa.upstream import bridge, load_pipeline, require_pipeline
 from dimo.worlds import checkpoint_folder
+
+
+def require_upstream(config: Config, size: str | None) -> None:
+    """Raise unless `pipeline_call` can run: on a CPU too, but not with a built-in world.
+
+    Args:
+        size: of random weights, all of which it takes; None: the configuration's checkpoint folder.
+    """
+    if size is None:
+        try:
+            require_pipeline(checkpoint_folder(config.distill.teacher_ckpt))
+        except DimoError as error:
+            how = "take a folder of URSA's own, or random weights by --size"
+            raise DimoError(f"--against upstream: {error}; {how}") from error
 
 
 def pipeline_call(config: Config, ursa: Ursa | None, device: torch.device, steps: int = 25):

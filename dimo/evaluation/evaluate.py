@@ -141,6 +141,9 @@ def _announce(comparison: Comparison, jobs: list[Job], missing: list[Job], proce
 def open_comparison(config: Config, weights: str | Path) -> tuple[Comparison, ShapesWorld | None]:
     """What `config.evaluation` compares the student behind `weights` with, and the world, if it is one."""
     e, d, folder = config.evaluation, config.distill, checkpoint_folder(config.distill.teacher_ckpt)
+    if d.guidance_scale > 1:
+        log.warning("guidance_scale=%g guides the teacher alone: the student's one pass is not guided, for guidance is "
+                    "distilled into it", d.guidance_scale)  # fmt: skip
     world = load_world(folder) if is_world(folder) else None
     ursa = load_for_evaluation(config)
     grid = ursa.latents_shape(d.num_frames, d.height, d.width)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 
 import torch
@@ -12,6 +13,8 @@ from dimo.ursa.answer import Answer, draw, guide_answer, most_likely, visual_ans
 from dimo.ursa.chunks import FEW_CODES, by_tokens
 from dimo.ursa.inputs import visual_logits
 from dimo.ursa.path import MetricPath, MixturePath, inverse_cdf
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
@@ -29,6 +32,15 @@ def timesteps(steps: int, shift: float = 1.0) -> list[float]:
         raise DimoError(f"steps must be at least 1 and shift positive, got steps={steps}, shift={shift}")
     sigma = [1 - i / steps for i in range(steps)]
     return [1 - shift * s / (1 + (shift - 1) * s) for s in sigma]
+
+
+def warn_if_guided_again(guidance_scale: float, guidance_trunc: float = 1.0) -> None:
+    """Say it where a student, whose one pass is at t = 0, would be guided."""
+    if guidance_scale > 1 and guidance_trunc > 0:
+        log.warning(
+            "guidance_scale=%g guides the student a second time: what guidance it has is distilled into it, and a "
+            "second one spoils its videos at twice the work; use guidance_scale=1", guidance_scale,
+        )  # fmt: skip
 
 
 def guide(cond: torch.Tensor, uncond: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:

@@ -21,8 +21,11 @@ from diffnext.models.text_encoders import qwen3
 from diffnext.models.transformers.transformer_ursa import URSATransformer3DModel
 from torch.nn import functional as F
 
-from dimo.errors import DimoError, nearest, require_ids, require_shape
+from dimo.errors import DimoError, nearest, reason, require_ids, require_shape
+from dimo.ursa.checkpoint import read_config, student_file
+from dimo.ursa.frames import frames_of
 from dimo.ursa.inputs import build_ursa_inputs
+from dimo.ursa.sampler import warn_if_guided_again
 from dimo.ursa.transformer import UrsaConfig
 from dimo.ursa.weights import load_weights, read_json, read_pickle, read_weights
 
@@ -85,17 +88,21 @@ def empty_transformer(config: UrsaConfig) -> UpstreamTransformer:
     Raises:
         DimoError: a head size that upstream has not, or transformers 5, with which its class cannot be built.
     """
-    if config.head_dim != HEAD_DIM:
-        raise DimoError(
-            f"backend upstream needs heads of {HEAD_DIM}, this checkpoint's config.json says head_dim = "
-            f"{config.head_dim}; use backend native"
-        )
+    _require_heads("backend upstream", config, "; use backend native")
     _require_transformers_4()
     bridge()
     with init_empty_weights(include_buffers=False):  # its RoPE tables are buffers, and in no file
         transformer = UpstreamTransformer(**config.to_dict())
     transformer.config = config
     return transformer
+
+
+def _require_heads(what: str, config: UrsaConfig, instead: str = "") -> None:
+    if config.head_dim != HEAD_DIM:
+        raise DimoError(
+            f"{what} needs heads of {HEAD_DIM}, this checkpoint's config.json says head_dim = {config.head_dim}"
+            f"{instead}"
+        )
 
 
 def _require_transformers_4() -> None:
@@ -122,7 +129,7 @@ class UpstreamVae:
         due = self.module.config.temporal_stride * (codes.shape[1] - 1) + 1
         if frames.shape[2] != due:  # it decodes tiles of its sample_frames and joins them for videos encoded so
             log.warning("this VAE gives %s of %s frames, here as in URSA's pipeline", frames.shape[2], due)
-        return (frames.movedim(1, -1) / 2 + 0.5).clamp(0, 1)
+        return frames_of(frames.movedim(1, -1))
 
     def to(self, device) -> UpstreamVae:
         return UpstreamVae(copy.deepcopy(self.module).to(device), self.codebook_size)
@@ -143,26 +150,70 @@ def load_vae(folder: Path, config: dict, device) -> UpstreamVae:
     return UpstreamVae(module.to(device), config.get("num_vq_embeddings", module.config.num_vq_embeddings))
 
 
-def load_pipeline(folder: str | Path, device="cpu", dtype: torch.dtype = torch.float32, student: str | Path = ""):
-    """diffnext's `URSAPipeline` of a checkpoint folder, with a student's weights where given.
+def require_pipeline(folder: str | Path) -> None:
+    """Raise unless diffnext's pipeline can be made of a checkpoint folder and sample with it, as far as its JSON tells.
 
-    Its scheduler unpickles whatever `scheduler_model.pth` holds, so that file is read safely first.
-
-    Raises:
-        DimoError: a pickle with code in it, weights that do not fit.
+    Its scheduler unpickles whatever `scheduler_model.pth` holds, so that file is read safely.
     """
     _require_transformers_4()
+    folder, what = Path(folder), "diffnext's pipeline"
+    read_json(folder / "model_index.json")
+    config = read_config(folder / "transformer")
+    _require_heads(what, config)
+    if config.lm_head_size != config.codebook_size:
+        raise DimoError(
+            f"{what} takes the columns of the head for codes, but lm_head_size in {folder / 'transformer'}/config.json "
+            f"is {config.lm_head_size} for {config.codebook_size} codes"
+        )
+    vae = read_json(folder / "vae" / "config.json").get("_class_name", "")
+    if vae not in VAES:
+        raise DimoError(f"{what} cannot run the VAE in {folder / 'vae'}, of class {vae!r}{nearest(vae, VAES)}")
+    read_pickle(folder / "scheduler" / "scheduler_model.pth")
+
+
+def load_pipeline(folder: str | Path, device="cpu", dtype: torch.dtype = torch.float32, student: str | Path = ""):
+    """diffnext's `URSAPipeline` of a checkpoint folder, with a student's weights (as `load_student` takes) where given.
+
+    With a student it warns where it is called with guidance, as it is by its own default of 7.
+
+    Raises:
+        DimoError: what `require_pipeline` refuses, or weights that do not fit.
+    """
+    require_pipeline(folder)
+    bridge()
+    kind = _student_pipeline() if student else _pipeline_class()
+    try:
+        pipeline = kind.from_pretrained(str(folder), torch_dtype=dtype)
+    except Exception as error:  # diffusers and transformers raise what they like for a damaged file
+        raise DimoError(f"diffnext's pipeline could not be made of {folder}: {reason(error)}") from error
+    if student:
+        source = student_file(student)
+        load_weights(pipeline.transformer, read_weights(source), where=str(source))
+    return pipeline.to(torch.device(device))
+
+
+def _pipeline_class() -> type:
     try:
         from diffnext.pipelines import URSAPipeline
-    except ImportError as error:
-        raise DimoError(f"diffnext's pipeline cannot be imported: {error}") from error
-    read_json(Path(folder) / "model_index.json")
-    read_pickle(Path(folder) / "scheduler" / "scheduler_model.pth")
-    bridge()
-    pipeline = URSAPipeline.from_pretrained(str(folder), torch_dtype=dtype)
-    if student:
-        load_weights(pipeline.transformer, read_weights(student), where=str(student))
-    return pipeline.to(torch.device(device))
+    except Exception as error:  # versions that do not go together fail in many ways
+        raise DimoError(f"diffnext's pipeline cannot be imported: {reason(error)}") from error
+    return URSAPipeline
+
+
+def _student_pipeline() -> type:
+    pipeline_class = _pipeline_class()
+    signature = inspect.signature(pipeline_class.__call__)
+
+    class StudentPipeline(pipeline_class):
+        """Upstream's pipeline around a student."""
+
+        def __call__(self, *args, **kwargs):
+            given = signature.bind(self, *args, **kwargs)
+            given.apply_defaults()
+            warn_if_guided_again(given.arguments["guidance_scale"], given.arguments["guidance_trunc"])
+            return super().__call__(*args, **kwargs)
+
+    return StudentPipeline
 
 
 @dataclasses.dataclass

@@ -1,0 +1,59 @@
+"""`dimo bench` refuses before it measures: what was asked for, what the machine lacks, where the report cannot go."""
+
+import importlib.util
+
+import pytest
+import torch
+
+from dimo import bench
+from dimo.cli import main
+
+
+@pytest.fixture(autouse=True)
+def nothing_measured(monkeypatch, tmp_path):
+    """Whoever comes as far as the clock fails; the current folder is empty."""
+
+    def measured(clock):
+        raise AssertionError("measured before it was refused")
+
+    monkeypatch.setattr(bench, "matrix_product", measured)
+    monkeypatch.chdir(tmp_path)
+
+
+def refusal(capsys, *arguments) -> str:
+    assert main(["bench", "-c", "shapes", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("dimo: ") and error.count("\n") == 1
+    return error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--against", "naive,upstrem"], "--against: there is nothing called 'upstrem' to measure; did you mean 'ups"),
+        (["--parts", "step,loses"], "--parts: there is nothing called 'loses' to measure; did you mean 'losses'"),
+        (["--size", "17B"], "size must be one of 0.6B, 1.7B, tiny, got '17B'; did you mean '1.7B'"),
+        (["--against", "naive", "distill.estimator=reinforce"], "the naive step knows estimator dimo"),
+        (["--against", "naive", "distill.divergence=reverse"], "the naive step knows estimator dimo with forward KL"),
+        (["model.device=cuda"], "cuda"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_first(arguments, sentence, capsys, tmp_path):
+    if arguments == ["model.device=cuda"] and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert sentence in refusal(capsys, *arguments) and list(tmp_path.iterdir()) == []
+
+
+def test_upstream_that_is_not_installed_is_said_first(capsys, tmp_path):
+    if importlib.util.find_spec("diffnext"):
+        pytest.skip("diffnext is installed; tests/test_upstream.py has what it cannot run")
+    assert "diffnext is not installed: pip install " in refusal(capsys, "--against", "upstream")
+    assert "diffnext is not installed: pip install " in refusal(capsys, "--size", "tiny", "--against", "upstream")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_report_that_could_not_be_written_is_refused_first(capsys, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    assert "folder is a folder, a file is needed" in refusal(capsys, "-o", "folder")
+    assert "file is a file, a folder is needed" in refusal(capsys, "-o", "file/deep/bench.json")
