@@ -17,6 +17,7 @@ from dimo.evaluation.evaluate import UNITS, columns_of, format_cell, format_tabl
 from dimo.train.config import Config, config_keys, load_config, to_yaml
 from dimo.train.flags import flags
 from dimo.train.launch import children_told_to_stop, machine_of, refuse_early, train, wait_for_children
+from dimo.train.older import as_begun
 from dimo.train.runfolder import RunFolder, write_text
 from dimo.train.signals import Preempted
 from dimo.worlds import checkpoint_folder
@@ -42,7 +43,7 @@ def run_notebooks(
 ) -> RunFolder:
     """Execute the notebooks in order into `<output_dir>/notebooks`, then write report.html.
 
-    SIGTERM and SIGINT are passed on to what runs; training then saves and stops.
+    Signals that ask to stop are passed on to what runs; training then saves and stops.
 
     Args:
         config, overrides: as `load_config` takes them.
@@ -62,7 +63,7 @@ def run_notebooks(
     known = {name: papermill.inspect_notebook(str(path)) for name, path in sources.items()}
     overrides = list(overrides)
     extra = _parse_parameters(parameters, overrides, {k: v for own in known.values() for k, v in own.items()})
-    settings = load_config(config, overrides)
+    settings = as_begun(load_config(config, overrides))
     refuse_early(settings)
     c, (machine, machines) = settings.experiment, machine_of(settings)
     if machine > 0:
@@ -141,6 +142,7 @@ def _execute(run: RunFolder, name: str, source: Path, parameters: dict, force: b
     failed = done.with_name(f"{name}.failed.ipynb")
     print(f"{name} ...", flush=True)
     problem, others = None, psutil.Process().children(recursive=True)  # whose process this is may have its own
+    before = run.status()
     try:
         papermill.execute_notebook(
             str(source),
@@ -163,15 +165,19 @@ def _execute(run: RunFolder, name: str, source: Path, parameters: dict, force: b
         problem, stopped = f"notebook {name} could not be written to {done.parent}: {error}", False
     wait_for_children(others)  # of a dead kernel: they are saving
     if problem:
-        _write_ending(run, problem, stopped)
+        _write_ending(run, problem, stopped, before)
     failed.unlink(missing_ok=True)
     _write_html(working, done.with_suffix(".html"))  # first: a notebook that lies there is not executed again
     os.replace(working, done)
 
 
-def _write_ending(run: RunFolder, problem: str, stopped: bool) -> None:
-    """Raise for a notebook that was not finished, after status.json says so: a killed kernel could not."""
-    state = run.status().get("state")
+def _write_ending(run: RunFolder, problem: str, stopped: bool, before: dict) -> None:
+    """Raise for a notebook that was not finished, after status.json says so: a killed kernel could not.
+
+    A failure that it told of `before`, already, was another's.
+    """
+    now = run.status()
+    state = None if now == before and now.get("state") == "failed" else now.get("state")
     if stopped:
         if state not in ("finished", "preempted"):
             run.write_status(state="preempted", error=None)

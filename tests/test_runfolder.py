@@ -79,7 +79,7 @@ def test_starting_over_removes_what_dimo_wrote_and_nothing_else(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "checkpoints" / "step-00000025").symlink_to(tmp_path / "elsewhere")
     RunFolder.open(tmp_path, CONFIG, overwrite=True)
-    assert set(everything_in(tmp_path)) == {*theirs, "config.yaml", ".lock"}
+    assert set(everything_in(tmp_path)) == {*theirs, "config.yaml", "sources.json", ".lock"}
     assert not (tmp_path / "checkpoints" / "step-00000025").exists() and (tmp_path / "elsewhere").exists()
 
 

@@ -164,8 +164,11 @@ def validate(config: Config) -> None:
     for key in NAMES:
         if not flat[key].strip():
             raise DimoError(f"{key} must not be empty, got {flat[key]!r}")
-    if flat["experiment.name"] in (".", ".."):
-        raise DimoError(f"experiment.name must name a folder inside runs/, got {flat['experiment.name']!r}")
+    name = flat["experiment.name"]
+    if not name.isprintable() or name[0] == "~" or {"", ".", ".."} & set(name.replace("\\", "/").split("/")):
+        raise DimoError(
+            f"experiment.name must name a folder inside runs/, got {name!r}; experiment.output_dir may be anywhere"
+        )
     for key, value in flat.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise DimoError(f"{key} must be a finite number, got {value}")
