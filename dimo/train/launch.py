@@ -21,6 +21,7 @@ import torch
 import yaml
 
 from dimo.errors import DimoError, nearest
+from dimo.output import lasting_output
 from dimo.train.config import PRESETS, Config, device_of, to_yaml
 from dimo.train.lifeline import GRACE_S, adopt_orphans
 from dimo.train.older import as_begun
@@ -90,13 +91,15 @@ def launch(config: Config, grace_s: float = GRACE_S) -> int:
     machine, _ = machine_of(config)
     if machine == 0:
         run = RunFolder.open(c.output_dir, to_yaml(config), c.resume, c.overwrite)
-        run.write_status(state="starting", error=None, last_lines=None)  # an earlier launch's end is not this one's
+        if run.status():
+            run.write_status(error=None, last_lines=None)  # what an earlier launch died of is not this one's news
     else:  # which is cleared or refused on machine 0
         run = RunFolder(c.output_dir)
     opened = dataclasses.replace(config, experiment=dataclasses.replace(c, resume=True, overwrite=False))
     write_text(launch_file(config, "yaml"), to_yaml(opened))
     asked: list[int] = []
-    with open(launch_file(config, "log"), "ab") as log, handling(lambda number, _: asked.append(number)):
+    stopping = handling(lambda number, _: asked.append(number))
+    with lasting_output(), open(launch_file(config, "log"), "ab") as log, stopping:
         follow, begin = _Follower(launch_file(config, "log")), log.tell()
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
         family = _Family(child)
@@ -237,15 +240,15 @@ def _exit_code(run: RunFolder, code: int, family: _Family, asked: bool, begin: i
     write nothing this does. Their part of launch.log starts at byte `begin`."""
     if code == 0:
         return code
-    status, mine = run.status(), os.getpid()
-    ours = status.get("pid") in family.workers
+    status = run.status()
+    ours, nobodys = status.get("pid") in family.workers, status.get("pid") in (None, os.getpid())
     if code == PREEMPTED or (ours and status["state"] == "preempted"):
         return PREEMPTED
     if asked and not ours and not family.killed:  # asked before the first step: nothing to save
-        if status.get("pid") == mine:
+        if nobodys and status.get("state") not in (None, "finished"):
             run.write_status(state="preempted")
         return PREEMPTED
-    if status.get("pid") == mine or (ours and status["state"] != "failed"):  # killed, or failed too early to say so
+    if nobodys or (ours and status["state"] != "failed"):  # killed, or failed too early to say so
         lines = (run.path / "launch.log").read_bytes()[begin:].decode(errors="replace").splitlines()
         said = [line for line in lines if line.startswith("dimo: ") and "ended with exit code" not in line]
         reason = "a process was killed" if ours or not said else said[-1].removeprefix("dimo: ")
