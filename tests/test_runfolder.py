@@ -144,6 +144,17 @@ def test_a_key_that_an_older_folder_does_not_know_had_its_default(tmp_path):
         RunFolder.open(tmp_path, to_yaml(load_config("smoke", ["distill.w_kd=0.5"])))
 
 
+def test_a_folder_named_like_a_leftover_is_cleared_and_no_end(tmp_path):
+    run = RunFolder.open(tmp_path, CONFIG)
+    for name in (".x.partial/a", "samples/.b.partial/c", "checkpoints/final/.student.old.partial/config.json"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    (tmp_path / ".report.7.partial.json").touch()
+    RunFolder.open(tmp_path, CONFIG)
+    assert (tmp_path / "checkpoints/final/student/config.json").exists()
+    assert not any(".partial" in f.name for f in run.path.rglob("*"))
+
+
 HOLDER = """
 import sys, time
 from dimo.train.runfolder import RunFolder
@@ -174,7 +185,6 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_is_dead(tmp_path):
 
 READ_ONLY = """
 import os, sys
-from dimo.cli import main
 from dimo.train.trainer import Trainer
 
 def as_nobody(trainer, train=Trainer.train):
