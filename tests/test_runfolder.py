@@ -155,6 +155,17 @@ def test_a_folder_named_like_a_leftover_is_cleared_and_no_end(tmp_path):
     assert not any(".partial" in f.name for f in run.path.rglob("*"))
 
 
+@pytest.mark.parametrize("name", ["../x", "/tmp/x", "a/../../x", "a//b", "x/", "./x", "~/x", "..", "..\\x"])
+def test_a_name_stays_inside_runs(name):
+    with pytest.raises(DimoError, match="experiment.name must name a folder inside runs/.*output_dir may be anywhere"):
+        load_config("smoke", [f"experiment.name='{name}'"])
+
+
+def test_a_name_of_two_levels_and_any_folder_are_taken():
+    assert load_config("smoke", ["experiment.name=sweep/lr..1"]).experiment.output_dir == "runs/sweep/lr..1"
+    assert load_config("smoke", ["experiment.output_dir=../x"]).experiment.output_dir == "../x"
+
+
 HOLDER = """
 import sys, time
 from dimo.train.runfolder import RunFolder
@@ -185,6 +196,7 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_is_dead(tmp_path):
 
 READ_ONLY = """
 import os, sys
+from dimo.cli import main
 from dimo.train.trainer import Trainer
 
 def as_nobody(trainer, train=Trainer.train):

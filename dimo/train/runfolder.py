@@ -31,7 +31,7 @@ from dimo.ursa.weights import read_json
 try:
     import fcntl
 except ImportError as error:
-    raise DimoError("dimo trains on Linux and macOS; on Windows use it inside WSL") from error
+    raise DimoError("runs are kept on Linux and macOS alone; on Windows use WSL") from error
 
 OWN = ("config.yaml", SOURCES, "environment.json", "status.json", "metrics.jsonl", "events.jsonl", "train.log")
 OWN += ("report.json", "report.html", "sheet.png", "curves.png", "codes.safetensors")
