@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from processes import as_in_a_terminal
 
 from dimo.cli import main
 from dimo.errors import DimoError
@@ -111,14 +112,16 @@ class StandIn:
         (folder / "worker.py").write_text(WORKER)
         (folder / "launcher.py").write_text(LAUNCHER)
         words = [sys.executable, str(folder / "launcher.py"), str(self.out), mode, str(folder), str(grace)]
-        self.process = subprocess.Popen(words, env=os.environ | {TAG: self.tag}, stderr=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            words, env=os.environ | {TAG: self.tag}, stderr=subprocess.PIPE, text=True, preexec_fn=as_in_a_terminal
+        )
 
     def ready(self):
         return self.both_say("ready")
 
     def both_say(self, word):
         log = self.out / "launch.log"
-        wait_until(lambda: log.exists() and log.read_text().count(word) == 2)
+        wait_until(lambda: log.exists() and log.read_text().count(word) >= 2)
         return self
 
     def end(self):
@@ -144,7 +147,7 @@ def test_what_asks_to_stop_reaches_the_workers_and_they_end_by_themselves(tmp_pa
     run = StandIn(tmp_path, "saves").ready()
     run.process.send_signal(getattr(signal, name))
     code, status, err = run.end()
-    assert code == 75 and status["state"] == "preempted" and err.count("saving") == 2
+    assert code == 75 and status["state"] == "preempted" and err.count("saving") >= 2  # torchrun asks the second again
     assert "Traceback" not in err  # torchrun's
 
 
@@ -153,7 +156,7 @@ def test_the_launcher_s_terminal_may_go(tmp_path):
     run.process.stderr.close()
     run.process.terminate()
     assert run.process.wait(LIMIT_S) == 75 and RunFolder(run.out).status()["state"] == "preempted"
-    assert (run.out / "launch.log").read_text().count("saving") == 2
+    assert (run.out / "launch.log").read_text().count("saving") >= 2
 
 
 def test_an_error_of_an_earlier_launch_is_not_told_again(tmp_path):
@@ -326,7 +329,7 @@ def test_a_headless_run_of_two_processes_survives_signals_and_kills_at_every_lev
         with open(tmp_path / "printed.txt", "a+") as printed:
             words = alone if level in ("accelerate", "worker") else [*headless, "--only", "03_train"]
             words = [*words, ENDLESS]
-            process = subprocess.Popen(words, env=env, stdout=printed, stderr=printed)
+            process = subprocess.Popen(words, env=env, stdout=printed, stderr=printed, preexec_fn=as_in_a_terminal)
             resumed_log = (out / "launch.log").stat().st_size if (out / "launch.log").exists() else 0
             where = f"{name} to {level}"
 

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from processes import as_in_a_terminal
 
 from dimo.train import signals as signals_module
 from dimo.train.checkpoints import Checkpoints
@@ -39,7 +40,7 @@ sys.exit(command.main(sys.argv[1:]))
 """
 
 
-def start(folder, inside="pass", steps=200, saves=1000, before=None, **environment):
+def start(folder, inside="pass", steps=200, saves=1000, before=as_in_a_terminal, **environment):
     words = ["config=smoke", *SETTINGS, f"experiment.output_dir={folder}", f"training.max_train_steps={steps}"]
     words += [f"experiment.save_every={saves}"]
     return subprocess.Popen(
