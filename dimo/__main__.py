@@ -3,14 +3,17 @@
 import signal
 import sys
 
+from dimo.output import lasting_output
+
 
 def main() -> int:
     """`dimo.cli.main`; Ctrl-C while PyTorch is imported, which takes seconds, ends the process without a traceback."""
-    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
-    from dimo import cli
+    with lasting_output():  # from here on, so that no file takes the number of a stderr that is closed
+        before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+        from dimo import cli
 
-    signal.signal(signal.SIGINT, before)
-    return cli.main()
+        signal.signal(signal.SIGINT, before)
+        return cli.main()
 
 
 if __name__ == "__main__":

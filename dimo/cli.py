@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dimo.errors import DimoError, reason
 from dimo.examples import EXAMPLES, examples
+from dimo.output import lasting_output
 from dimo.paths import user_path
 from dimo.sampling import Request, read_prompts, sample_to_folder
 from dimo.train.flags import RENAMED, split_flags
@@ -30,9 +31,15 @@ RESUMING = ("train", "run", "ablate")
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0; 2 for bad input, said in a sentence; 75 for a run that was asked to stop; 130 for Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    for stream in (sys.stdout, sys.stderr):
-        if getattr(stream, "errors", "") in ("strict", "surrogateescape"):  # a terminal or pipe that knows ASCII only
-            stream.reconfigure(errors="replace")
+    with lasting_output() as lost:
+        code = _main(argv)
+    if lost and code == 0 and argv[0] not in RESUMING:  # of which what is printed is no result
+        print(f"dimo: what was printed could not be written: {lost[0].strerror}", file=sys.stderr)
+        return 2
+    return code
+
+
+def _main(argv: list[str]) -> int:
     try:
         args = parse(argv)
         args.function(args)

@@ -44,6 +44,9 @@ def reason(error: BaseException) -> str:
 def _reason_of_system(error: OSError) -> str:
     path = Path(os.fsdecode(error.filename2 or error.filename))  # of a rename, where to
     if isinstance(error, FileExistsError | NotADirectoryError):
+        lost = next((p for p in (path, *path.parents) if p.is_symlink() and not p.exists()), None)
+        if lost:
+            return f"{lost} leads to {os.readlink(lost)}, which is not there"
         in_the_way = next((p for p in (path, *path.parents) if p.is_file()), path)
         return f"{in_the_way} is a file, a folder is needed"
     if isinstance(error, IsADirectoryError):

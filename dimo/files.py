@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 PARTIALS = ".*.partial*"  # what a killed process leaves behind, as a pattern for glob
+ASIDE = ".old.partial"  # ending of a folder that makes room for its successor, and comes back if that does not come
 
 
 @contextlib.contextmanager
@@ -34,8 +36,15 @@ def whole_file(file: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_folder(folder: str | Path) -> Iterator[Path]:
-    """Yield an empty folder to fill; it takes the name `folder` at the end, in place of an older one."""
+    """Yield an empty folder to fill; it takes the name `folder` at the end, in place of an older one.
+
+    Raises:
+        FileExistsError: at once, where a file has the name.
+    """
     folder = Path(folder)
+    if folder.is_file():
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(folder))
+    recover(folder)
     beside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
@@ -49,19 +58,59 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
 
 
 def replace_folder(beside: Path, folder: Path) -> None:
-    """Rename `beside` to `folder`; an older one steps aside first, for no rename replaces a folder with files in it."""
-    remove_folder(folder)
-    os.rename(beside, folder)
-    sync(folder.parent)
+    """Rename `beside` to `folder`; an older one steps aside first, for no rename replaces a folder with files in it.
+
+    It is deleted when the new one is in place, and comes back where that fails, or at the latest by `recover` where the
+    process was killed in between.
+    """
+    recover(folder)
+    try:
+        if folder.is_dir():
+            os.rename(folder, _aside(folder))
+        os.rename(beside, folder)
+        sync(folder.parent)
+    finally:
+        recover(folder)
+
+
+def recover(folder: Path) -> None:
+    """What stepped aside for `folder` gets its name back where there is no `folder`, and is deleted where there is."""
+    old = _aside(folder)
+    if folder.exists():
+        remove(old)
+    elif old.is_dir():
+        os.rename(old, folder)
+
+
+def _aside(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}{ASIDE}")
 
 
 def remove_folder(folder: Path) -> None:
     """Renamed away, then deleted, so that a process killed on the way leaves no half of it under its name."""
     if folder.exists():
-        old = folder.with_name(f".{folder.name}.old.partial")
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(folder, old)
-        shutil.rmtree(old, ignore_errors=True)
+        removed = folder.with_name(f".{folder.name}.removed.partial")
+        remove(removed)
+        os.rename(folder, removed)
+        remove(removed)
+
+
+def remove(path: Path) -> None:
+    """A file, a link or a whole folder, as far as it can be deleted; nothing if it is not there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def clear_partials(folder: Path) -> None:
+    """What a killed process left in `folder`: what stepped aside comes back where it is needed, all else goes."""
+    for partial in list(folder.glob(PARTIALS)):
+        if partial.name.endswith(ASIDE) and partial.is_dir():
+            recover(folder / partial.name[1:].removesuffix(ASIDE))
+        else:
+            remove(partial)
 
 
 def write_text(file: str | Path, text: str) -> None:

@@ -21,6 +21,7 @@ from dimo.evaluation.evaluate import UNITS, columns_of, format_cell, format_tabl
 from dimo.train.config import Config, config_keys, load_config, to_yaml
 from dimo.train.flags import as_override, flags
 from dimo.train.launch import children_told_to_stop, machine_of, refuse_early, train, wait_for_children
+from dimo.train.older import as_begun
 from dimo.train.runfolder import RunFolder, write_text
 from dimo.train.signals import Preempted
 from dimo.train.values import read_value, unquoted
@@ -49,7 +50,7 @@ def run_notebooks(
 ) -> RunFolder:
     """Execute the notebooks in order into `<output_dir>/notebooks`, then write report.html.
 
-    SIGTERM and SIGINT are passed on to what runs; training then saves and stops.
+    Signals that ask to stop are passed on to what runs; training then saves and stops.
 
     Args:
         config, overrides: as `load_config` takes them.
@@ -69,7 +70,7 @@ def run_notebooks(
     known = {name: _own_parameters(path, name in chosen) for name, path in sources.items()}
     overrides = list(overrides)
     extra = _parse_parameters(parameters, overrides, {k: v for own in known.values() for k, v in own.items()})
-    settings = load_config(config, overrides)
+    settings = as_begun(load_config(config, overrides))
     refuse_early(settings)
     c, (machine, machines) = settings.experiment, machine_of(settings)
     if machine > 0:

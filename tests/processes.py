@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from torch.distributed import TCPStore
 
+from dimo.train.signals import STOPPING
+
 PRESETS = Path(__file__).parents[1] / "dimo" / "train" / "presets" / "accelerate"
 ENGINES = {  # what the launcher makes of the presets
     "ddp": {},
@@ -38,6 +40,12 @@ def launch(folder, *command, engine="ddp", processes=2):
     words += ["--num_processes", str(processes), "--main_process_port", "0"]
     env = os.environ | ENVIRONMENT
     return subprocess.run([*words, *command], capture_output=True, text=True, cwd=folder, env=env, timeout=300)
+
+
+def as_in_a_terminal():
+    """For `preexec_fn`: what is ignored under nohup or CI is not, in a process that is to be stopped by a signal."""
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_DFL)
 
 
 def import_all():

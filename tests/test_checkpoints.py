@@ -178,6 +178,25 @@ MOMENTS = {
 }
 
 
+def test_a_checkpoint_that_made_room_comes_back_and_one_that_was_being_removed_does_not(tmp_path):
+    save(tmp_path, 4)
+    os.rename(save(tmp_path, 8), tmp_path / ".step-00000008.old.partial")
+    os.rename(tmp_path / "step-00000004", tmp_path / ".step-00000004.removed.partial")
+    Checkpoints(tmp_path).remove_partials()
+    assert names(tmp_path) == ["step-00000008"] and Checkpoints(tmp_path).newest()[0].name == "step-00000008"
+
+
+@pytest.mark.parametrize("kind", ["link", "file"])
+def test_a_folder_of_checkpoints_that_is_not_there_is_no_reason_to_begin_at_step_0(tmp_path, kind):
+    where = tmp_path / "checkpoints"
+    where.symlink_to(tmp_path / "unmounted") if kind == "link" else where.touch()
+    sentence = f"{where} leads to {tmp_path}/unmounted, which is not there" if kind == "link" else f"{where} is a file"
+    with pytest.raises(DimoError, match=sentence):
+        Checkpoints(where).remove_partials()
+    with pytest.raises(DimoError, match=f"checkpoint of step 3 could not be written to {where}: {sentence}"):
+        save(where, 3)
+
+
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_killed_while_it_is_written_it_is_absent_or_whole(tmp_path, moment):
     older = save(tmp_path, 4)

@@ -1,6 +1,7 @@
 """Whole or not at all: what an error or a kill leaves of a file and of a folder."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from dimo import files
-from dimo.files import PARTIALS, save_torch, whole_file, whole_folder, write_text
+from dimo.files import PARTIALS, clear_partials, save_torch, whole_file, whole_folder, write_text
 
 
 def test_write_text_leaves_the_old_file_when_it_fails(tmp_path):
@@ -65,6 +66,71 @@ def test_the_bytes_of_a_saved_value_do_not_depend_on_the_files_name(tmp_path):
     assert (tmp_path / "a.pt").read_bytes() == (tmp_path / ".another.123.partial.pt").read_bytes()
     loaded = torch.load(tmp_path / "a.pt", weights_only=True)
     assert torch.equal(loaded.pop("w"), torch.arange(5.0)) and loaded == {"n": 3, "state": {"x": None}}
+
+
+def make(folder, name):
+    with whole_folder(folder) as beside:
+        (beside / name).touch()
+
+
+def test_the_old_folder_comes_back_when_the_new_one_cannot_take_its_name(monkeypatch, tmp_path):
+    folder, rename = tmp_path / "f", os.rename
+    make(folder, "old")
+
+    def refuse(source, target):
+        if source.name == ".f.partial":
+            raise OSError(5, "Input/output error", str(source))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(OSError, match="Input/output error"):
+        make(folder, "new")
+    assert [f.name for f in folder.iterdir()] == ["old"] and list(tmp_path.iterdir()) == [folder]
+
+
+KILLED_AT = """
+import os, signal, sys
+from dimo.files import whole_folder
+rename, seen = os.rename, []
+def killed(source, target):
+    seen.append(source)
+    if len(seen) == {rename}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    rename(source, target)
+os.rename = killed
+with whole_folder(sys.argv[1]) as beside:
+    (beside / "new").touch()
+"""
+
+
+@pytest.mark.parametrize("rename", [1, 2])
+def test_a_kill_between_the_renames_loses_neither(tmp_path, rename):
+    folder, other = tmp_path / "f", tmp_path / "g"
+    make(folder, "old")
+    code = KILLED_AT.format(rename=rename)
+    assert subprocess.run([sys.executable, "-c", code, str(folder)]).returncode == -9
+    assert folder.exists() == (rename == 1)
+    shutil.copytree(tmp_path, other)
+    clear_partials(tmp_path)
+    assert [f.name for f in folder.iterdir()] == ["old"] and set(tmp_path.iterdir()) == {folder, other}
+    make(other / "f", "next")  # whoever writes it next needs nobody to clear up before
+    assert [f.name for f in other.rglob("*")] == ["f", "next"]
+
+
+def test_what_stepped_aside_is_rubbish_once_the_new_one_is_there_and_a_removed_one_always(tmp_path):
+    for name in ("f/new", ".f.old.partial/old", ".g.removed.partial/half", ".h.partial/half", ".i.7.partial.json/x"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    (tmp_path / ".j.7.partial").symlink_to(tmp_path / "f")
+    clear_partials(tmp_path)
+    assert [f.name for f in tmp_path.rglob("*")] == ["f", "new"]
+
+
+def test_a_folder_does_not_take_a_file_s_name(tmp_path):
+    (tmp_path / "f").write_text("somebody's")
+    with pytest.raises(FileExistsError), whole_folder(tmp_path / "f"):
+        raise AssertionError("hours of work would begin here")
+    assert (tmp_path / "f").read_text() == "somebody's" and len(list(tmp_path.iterdir())) == 1
 
 
 KILLED = """

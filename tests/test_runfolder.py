@@ -79,7 +79,7 @@ def test_starting_over_removes_what_dimo_wrote_and_nothing_else(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "checkpoints" / "step-00000025").symlink_to(tmp_path / "elsewhere")
     RunFolder.open(tmp_path, CONFIG, overwrite=True)
-    assert set(everything_in(tmp_path)) == {*theirs, "config.yaml", ".lock"}
+    assert set(everything_in(tmp_path)) == {*theirs, "config.yaml", "sources.json", ".lock"}
     assert not (tmp_path / "checkpoints" / "step-00000025").exists() and (tmp_path / "elsewhere").exists()
 
 
@@ -142,6 +142,28 @@ def test_a_key_that_an_older_folder_does_not_know_had_its_default(tmp_path):
     file.write_text(file.read_text().replace("  w_kd: 0.0\n", ""))
     with pytest.raises(DimoError, match="distill.w_kd was 0.0, is 0.5"):
         RunFolder.open(tmp_path, to_yaml(load_config("smoke", ["distill.w_kd=0.5"])))
+
+
+def test_a_folder_named_like_a_leftover_is_cleared_and_no_end(tmp_path):
+    run = RunFolder.open(tmp_path, CONFIG)
+    for name in (".x.partial/a", "samples/.b.partial/c", "checkpoints/final/.student.old.partial/config.json"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    (tmp_path / ".report.7.partial.json").touch()
+    RunFolder.open(tmp_path, CONFIG)
+    assert (tmp_path / "checkpoints/final/student/config.json").exists()
+    assert not any(".partial" in f.name for f in run.path.rglob("*"))
+
+
+@pytest.mark.parametrize("name", ["../x", "/tmp/x", "a/../../x", "a//b", "x/", "./x", "~/x", "..", "..\\x"])
+def test_a_name_stays_inside_runs(name):
+    with pytest.raises(DimoError, match="experiment.name must name a folder inside runs/.*output_dir may be anywhere"):
+        load_config("smoke", [f"experiment.name='{name}'"])
+
+
+def test_a_name_of_two_levels_and_any_folder_are_taken():
+    assert load_config("smoke", ["experiment.name=sweep/lr..1"]).experiment.output_dir == "runs/sweep/lr..1"
+    assert load_config("smoke", ["experiment.output_dir=../x"]).experiment.output_dir == "../x"
 
 
 HOLDER = """

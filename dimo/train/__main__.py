@@ -5,17 +5,24 @@ from __future__ import annotations
 import sys
 
 from dimo.errors import DimoError, reason
-from dimo.train.config import load_config
-from dimo.train.flags import split_flags
+from dimo.output import lasting_output
 from dimo.train.lifeline import end_with_launcher
 from dimo.train.signals import PREEMPTED, Preempted
-from dimo.train.trainer import Trainer
 
 
 def main(arguments: list[str]) -> int:
     """Exit code 0; 2 for bad input, said in a sentence; 75 for a run that a signal stopped and that can go on."""
+    with lasting_output():
+        return _main(arguments)
+
+
+def _main(arguments: list[str]) -> int:
     end_with_launcher()
     try:
+        from dimo.train.config import load_config
+        from dimo.train.flags import split_flags
+        from dimo.train.trainer import Trainer
+
         words, overrides = split_flags(arguments, own=set())
         preset = [word.removeprefix("config=") for word in words if word.startswith("config=")]
         overrides += [word for word in words if not word.startswith("config=")]

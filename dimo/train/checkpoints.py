@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import threading
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dimo.errors import DimoError, reason
-from dimo.files import PARTIALS, remove_folder, replace_folder, save_torch, sync
+from dimo.files import clear_partials, remove_folder, replace_folder, save_torch, sync
 from dimo.train.ranks import everywhere, raise_everywhere
 
 MANIFEST = "manifest.json"
@@ -141,9 +142,19 @@ class Checkpoints:
         return sorted(self.folder.glob(STEP))
 
     def remove_partials(self) -> None:
-        """What a killed process was writing or removing."""
-        for partial in self.folder.glob(PARTIALS):
-            shutil.rmtree(partial, ignore_errors=True)
+        """What a killed process was writing or removing; a checkpoint that had made room for another comes back.
+
+        Raises:
+            DimoError: `folder` is a file, or a link that leads nowhere: what it held is not gone, but not here.
+        """
+        if self.folder.is_symlink() and not self.folder.exists():
+            raise DimoError(
+                f"{self.folder} leads to {os.readlink(self.folder)}, which is not there; bring that back (a disk that "
+                "is not mounted?), or remove the link to begin at step 0"
+            )
+        if self.folder.exists() and not self.folder.is_dir():
+            raise DimoError(f"{self.folder} is a file, a folder is needed")
+        clear_partials(self.folder)
 
     def _partial(self, step: int) -> Path:
         return self.folder / f".step-{step:08d}.partial"

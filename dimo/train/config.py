@@ -185,8 +185,11 @@ def validate(config: Config) -> None:
     for key in NAMES:
         if not flat[key].strip():
             raise DimoError(f"{key} must not be empty, got {flat[key]!r}")
-    if flat["experiment.name"] in (".", ".."):
-        raise DimoError(f"experiment.name must name a folder inside runs/, got {flat['experiment.name']!r}")
+    name = flat["experiment.name"]
+    if not name.isprintable() or name[0] == "~" or {"", ".", ".."} & set(name.replace("\\", "/").split("/")):
+        raise DimoError(
+            f"experiment.name must name a folder inside runs/, got {name!r}; experiment.output_dir may be anywhere"
+        )
     for phrase, (inside, keys) in RANGES.items():
         for key in keys.split():
             if flat[key] is not None and not inside(flat[key]):

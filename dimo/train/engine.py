@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from dimo.errors import DimoError
 from dimo.train.config import Config, device_of
 from dimo.train.optimizers import set_lr_factor
-from dimo.train.ranks import count_ranks, everywhere
+from dimo.train.ranks import count_ranks, everywhere, launched_or_alone
 
 BUCKET_ENTRIES = 2**26  # gradients averaged in one call: 256 MiB of float32
 SENT_ALONE = 2**20  # entries from which a gradient is sent when it is ready, while the backward pass goes on
@@ -41,7 +41,8 @@ class Engine:
         asked = _asked_for()
         self.mixed_precision, self.max_grad_norm = config.training.mixed_precision, config.optim.max_grad_norm
         # accelerate fixes a precision once a process and leaves DeepSpeed's to DeepSpeed; `autocast` sees to it instead
-        self.accelerator = Accelerator(mixed_precision="no", cpu=device_of(config).type == "cpu")
+        with launched_or_alone():
+            self.accelerator = Accelerator(mixed_precision="no", cpu=device_of(config).type == "cpu")
         self.kind = asked if dist.is_initialized() else "ddp"
         self.device = self.accelerator.device
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes

@@ -13,7 +13,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -21,11 +20,13 @@ import psutil
 import torch
 
 from dimo.errors import DimoError, nearest
+from dimo.output import lasting_output
 from dimo.paths import user_path
 from dimo.train.config import PRESETS, Config, device_of, to_yaml
 from dimo.train.lifeline import GRACE_S, adopt_orphans
+from dimo.train.older import as_begun
 from dimo.train.runfolder import RunFolder, write_text
-from dimo.train.signals import PREEMPTED, Preempted
+from dimo.train.signals import PREEMPTED, Preempted, handling
 from dimo.train.trackers import require_trackers
 from dimo.train.values import read_yaml
 from dimo.worlds import checkpoint_folder
@@ -76,8 +77,8 @@ def needs_launch(config: Config) -> bool:
 def launch(config: Config, grace_s: float = GRACE_S) -> int:
     """Train in `training.num_processes` processes under `training.engine`; wait for them; leave none behind.
 
-    What they print goes to `launch_file` and to stderr. SIGTERM and SIGINT are passed on to them as SIGTERM: they
-    finish the step and save. After `grace_s` seconds, or at a second Ctrl-C, they are killed. Where the engine's file
+    What they print goes to `launch_file` and to stderr. Signals that ask to stop are passed on as SIGTERM: they finish
+    the step and save. After `grace_s` seconds, or at a second Ctrl-C, they are killed. Where the engine's file
     names several machines, each calls this, and starts its own share.
 
     Returns:
@@ -86,17 +87,21 @@ def launch(config: Config, grace_s: float = GRACE_S) -> int:
     Raises:
         DimoError: before anything starts: no such engine, more processes than GPUs, or what `RunFolder.open` refuses.
     """
+    config = as_begun(config)
     command, c = launch_command(config), config.experiment
     machine, _ = machine_of(config)
     if machine == 0:
         run = RunFolder.open(c.output_dir, to_yaml(config), c.resume, c.overwrite)
+        if run.status():
+            run.write_status(error=None, last_lines=None)  # what an earlier launch died of is not this one's news
     else:  # which is cleared or refused on machine 0
         run = RunFolder(c.output_dir)
     opened = dataclasses.replace(config, experiment=dataclasses.replace(c, resume=True, overwrite=False))
     write_text(launch_file(config, "yaml"), to_yaml(opened))
     asked: list[int] = []
-    with open(launch_file(config, "log"), "ab") as log, _handling(lambda number, _: asked.append(number)):
-        follow = _Follower(launch_file(config, "log"))
+    stopping = handling(lambda number, _: asked.append(number))
+    with lasting_output(), open(launch_file(config, "log"), "ab") as log, stopping:
+        follow, begin = _Follower(launch_file(config, "log")), log.tell()
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
         family = _Family(child)
         deadline = None
@@ -112,7 +117,7 @@ def launch(config: Config, grace_s: float = GRACE_S) -> int:
     if machine > 0:  # the status is machine 0's
         told = asked and child.returncode % 256 in (256 - signal.SIGTERM, 128 + signal.SIGTERM)
         return 0 if child.returncode == 0 else PREEMPTED if told or child.returncode == PREEMPTED else 1
-    return _exit_code(run, child.returncode, family, bool(asked))
+    return _exit_code(run, child.returncode, family, bool(asked), begin)
 
 
 def launch_command(config: Config) -> list[str]:
@@ -237,26 +242,31 @@ def _runs(process: psutil.Process) -> bool:
         return False
 
 
-def _exit_code(run: RunFolder, code: int, family: _Family, asked: bool) -> int:
-    """`code` is one worker's; what they wrote last into status.json is the truth about the run."""
-    if code in (0, PREEMPTED):
+def _exit_code(run: RunFolder, code: int, family: _Family, asked: bool, begin: int) -> int:
+    """`code` is one worker's; what they wrote last into status.json is the truth about the run, and where they could
+    write nothing this does. Their part of launch.log starts at byte `begin`."""
+    if code == 0:
         return code
     status = run.status()
-    ours = status.get("pid") in family.workers
-    if ours and status["state"] == "preempted":
+    ours, nobodys = status.get("pid") in family.workers, status.get("pid") in (None, os.getpid())
+    if code == PREEMPTED or (ours and status["state"] == "preempted"):
         return PREEMPTED
     if asked and not ours and not family.killed:  # asked before the first step: nothing to save
+        if nobodys and status.get("state") not in (None, "finished"):
+            run.write_status(state="preempted")
         return PREEMPTED
-    if ours and status["state"] != "failed":  # killed: it could not say so itself
-        reason = f"killed {GRACE_S:.0f} s after it was asked to stop" if family.killed else "a process was killed"
-        lines = (run.path / "launch.log").read_text(encoding="utf-8", errors="replace").splitlines()
+    if nobodys or (ours and status["state"] != "failed"):  # killed, or failed too early to say so
+        lines = (run.path / "launch.log").read_bytes()[begin:].decode(errors="replace").splitlines()
+        said = [line for line in lines if line.startswith("dimo: ") and "ended with exit code" not in line]
+        reason = "a process was killed" if ours or not said else said[-1].removeprefix("dimo: ")
+        reason = f"killed {GRACE_S:.0f} s after it was asked to stop" if family.killed else reason
         run.write_status(state="failed", error=reason, last_lines=lines[-20:])
     return 1
 
 
 @contextlib.contextmanager
 def children_told_to_stop():
-    """SIGTERM and SIGINT go on, as SIGTERM, to this process's children; at a second Ctrl-C all that descend are killed.
+    """Signals that ask to stop go on, as SIGTERM, to this process's children; at a second Ctrl-C all below are killed.
 
     Yields a list that is empty until the first. Orphans of the children are adopted meanwhile and later.
     """
@@ -267,7 +277,7 @@ def children_told_to_stop():
         asked.append(number)
         _send(psutil.Process().children(recursive=_hurry(asked)), kill=_hurry(asked))
 
-    with _handling(pass_on):
+    with handling(pass_on):
         yield asked
 
 
@@ -277,20 +287,6 @@ def wait_for_children(others: list[psutil.Process], grace_s: float = GRACE_S) ->
     _, late = psutil.wait_procs(ours, grace_s)
     _send(late, kill=True)
     psutil.wait_procs(late, 10)
-
-
-@contextlib.contextmanager
-def _handling(handler):
-    """`handler` for SIGTERM and SIGINT; nothing where another thread gets the signals."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
 
 
 def _hurry(asked: list[int]) -> bool:

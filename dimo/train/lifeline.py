@@ -14,6 +14,8 @@ import sys
 import threading
 import time
 
+from dimo.output import lasting_output
+
 GRACE_S = 300.0  # for a step and a checkpoint to end
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 LAUNCHER = "DIMO_LAUNCHER"  # pid of the accelerate process, for its workers
@@ -63,7 +65,8 @@ def main(arguments: list[str]) -> int:
 
     sys.argv = ["accelerate launch", *arguments[1:]]
     try:
-        accelerate_launch()
+        with lasting_output():  # launch.log lies on a disk that may be full
+            accelerate_launch()
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         print(f"dimo: rank {rank} (process {failure.pid}) ended with exit code {failure.exitcode}", file=sys.stderr)

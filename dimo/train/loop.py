@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 
 from dimo.errors import DimoError, are_finite
 from dimo.files import save_torch, whole_file, write_text
+from dimo.output import lasting_output
 from dimo.train.checkpoints import Checkpoints
 from dimo.train.config import to_flat, to_yaml
 from dimo.train.progress import Progress
@@ -40,11 +41,11 @@ def run_training(trainer: Trainer, progress: bool = True) -> RunFolder:
     """Run to max_train_steps, resuming from the folder's newest whole checkpoint, and write checkpoints/final.
 
     Raises:
-        Preempted: SIGTERM or SIGINT came; the step was finished and saved. The folder's status says so too.
+        Preempted: a signal asked to stop; the step was finished and saved. The folder's status says so too.
         DimoError: the folder or its checkpoints do not serve, or the disk refused.
     """
     c = trainer.config.experiment
-    with Signals() as signals:
+    with lasting_output(), Signals() as signals:
         run = _open(trainer)
         checkpoints = Checkpoints(run.path / "checkpoints", c.keep_last, trainer.accelerator.process_index)
         try:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dimo.train.config import Config, load_config, read_groups, to_flat, values_of
-from dimo.train.runfolder import ONCE, RunFolder
+from dimo.train.older import BEFORE
+from dimo.train.runfolder import RunFolder
 from dimo.worlds import built_in_worlds
 
 PLACES = ("distill.teacher_ckpt", "distill.prompt_source")  # what a student needs again
@@ -57,5 +58,5 @@ def held_out_by(run: Path) -> int:
     """How many captions a run has never trained on: the least that evaluation.held_out has been in it."""
     key = "evaluation.held_out"
     changes = [event["changes"] for event in RunFolder(run, writes=False).events() if "changes" in event]
-    now = values_of(read_groups(run / "config.yaml")).get(key, ONCE[key])
+    now = values_of(read_groups(run / "config.yaml")).get(key, BEFORE[key])
     return min([now, *(change[key][0] for change in changes if key in change)])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import errno
-import fcntl
 import json
 import math
 import os
@@ -21,22 +20,19 @@ import torch
 
 import dimo
 from dimo.errors import DimoError
-from dimo.files import PARTIALS, write_text
+from dimo.files import PARTIALS, clear_partials, write_text
+from dimo.train.changes import START_OVER, changes_of, spell, without_later_keys
 from dimo.train.checkpoints import STEP
-from dimo.train.config import config_keys, default_of, groups_in, read_groups, values_of
+from dimo.train.config import config_keys, groups_in, read_groups
+from dimo.train.sources import SOURCES, read_sources, require_same_sources, to_json
 from dimo.ursa.weights import read_json
 
-# What may differ between the run that began a folder and the command that resumes it: it changes neither what is learnt
-# nor in which order. max_train_steps may grow.
-FREE_KEYS = {f"experiment.{k}" for k in ("name", "output_dir", "log_every", "save_every", "sample_every", "keep_last")}
-FREE_KEYS |= {f"experiment.{k}" for k in ("resume", "overwrite", "student_dtype", "trackers")}
-FREE_KEYS |= {"model.device", "model.compile", "model.activation_checkpointing"}
-FREE_KEYS |= {"training.num_processes", "training.engine", "training.max_bad_steps"}
-GROWING_KEYS = {"training.max_train_steps"}
-SILENT_KEYS = {"experiment.resume", "experiment.overwrite"}
-ONCE = {"evaluation.held_out": 0}  # what was so before there was the key, where that is not its default
+try:
+    import fcntl
+except ImportError as error:
+    raise DimoError("runs are kept on Linux and macOS alone; on Windows use WSL") from error
 
-OWN = ("config.yaml", "environment.json", "status.json", "metrics.jsonl", "events.jsonl", "train.log")
+OWN = ("config.yaml", SOURCES, "environment.json", "status.json", "metrics.jsonl", "events.jsonl", "train.log")
 OWN += ("report.json", "report.html", "sheet.png", "curves.png", "codes.safetensors")
 OWN_INSIDE = {  # patterns: people keep files of theirs in such folders
     "checkpoints": (STEP, "final", PARTIALS),
@@ -78,22 +74,26 @@ class RunFolder:
             file = run.path / "config.yaml"
             if file.exists() and overwrite:
                 run._clear()
+            new = groups_in(config_yaml, file)
             if file.exists():
-                new = values_of(groups_in(config_yaml, file))
-                changes = _changes(run.path, values_of(read_groups(file)), new)
+                old = read_groups(file)
+                changes = changes_of(run.path, old, config_yaml)
                 if not resume:
-                    raise DimoError(
-                        f"{run.path} holds a run already and experiment.resume is false; "
-                        "use another experiment.name, or experiment.overwrite=true to start over"
-                    )
+                    raise DimoError(f"{run.path} holds a run already and experiment.resume is false; {START_OVER}")
+                sources = require_same_sources(run.path, old, new)
                 if changes:
                     shown = {key: [was, now] for key, was, now in changes}
                     run.event({"step": run.status().get("step", 0), "event": "config_changed", "changes": shown})
-                    run.say("configuration: " + _spell(changes))
-            if not file.exists() or file.read_text(encoding="utf-8") != config_yaml:
-                write_text(file, config_yaml)
-            for partial in [*run.path.glob(PARTIALS), *(run.path / "samples").glob(PARTIALS)]:
-                partial.unlink(missing_ok=True)
+                    run.say("configuration: " + spell(changes))
+                config_yaml, kept = without_later_keys(old, config_yaml)
+                if kept and hold:
+                    run.say(f"{run.path} is older than some keys and goes on as it began: {kept}", aloud=True)
+            else:
+                sources = read_sources(new)
+            run._write_once("config.yaml", config_yaml)
+            run._write_once(SOURCES, to_json(sources))
+            for folder in ("", "samples", "checkpoints/final"):
+                clear_partials(run.path / folder)
             if hold:
                 run._keep_reserve()
         except BaseException:
@@ -102,6 +102,11 @@ class RunFolder:
         if not hold:
             run.close()
         return run
+
+    def _write_once(self, name: str, text: str) -> None:
+        file = self.path / name
+        if not file.exists() or file.read_text(encoding="utf-8") != text:
+            write_text(file, text)
 
     def _acquire(self) -> None:
         """Lock the folder; the kernel gives the lock back when the process dies, by kill -9 too."""
@@ -290,28 +295,3 @@ class RunFolder:
 
     def _refusal(self, name: str, error: OSError) -> DimoError:
         return DimoError(f"{self.path / name} could not be written: {error.strerror}; checkpoints that are there stay")
-
-
-def _changes(path: Path, old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(key, was, is) of what differs and may. A key that the old file does not know yet had its default, or ONCE's."""
-    known = {key: default_of(field) for key, field in config_keys().items()}
-    was, now = known | ONCE | old, known | new
-    differ = [(k, was.get(k), now.get(k)) for k in sorted(was.keys() | now.keys()) if was.get(k) != now.get(k)]
-    differ = [change for change in differ if change[0] not in SILENT_KEYS and change[0] != "experiment.output_dir"]
-
-    def may(key, old, new):
-        free = key in FREE_KEYS or key.startswith("evaluation.")
-        return free or (key in GROWING_KEYS and isinstance(old, int) and new >= old)
-
-    refused = [change for change in differ if not may(*change)]
-    if refused:
-        shown = _spell(refused[:3])
-        raise DimoError(
-            f"{path} belongs to a run with another configuration ({shown}); "
-            "use another experiment.name, or experiment.overwrite=true to start over"
-        )
-    return differ
-
-
-def _spell(changes: list[tuple[str, Any, Any]]) -> str:
-    return "; ".join(f"{key} was {was!r}, is {now!r}" for key, was, now in changes)

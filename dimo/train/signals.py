@@ -1,39 +1,59 @@
-"""SIGTERM and Ctrl-C while training: the step is finished and saved, then the run stops."""
+"""SIGTERM, Ctrl-C and what else asks a run to stop: the step is finished and saved, then it stops."""
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterator
 
 PREEMPTED = 75  # exit code: EX_TEMPFAIL, try again later
 SAME_KEYPRESS_S = 1.0  # a terminal and a launcher both pass one Ctrl-C on
+# a terminal that is closed sends SIGHUP; schedulers send SIGUSR1, SIGUSR2 or SIGXCPU a while before they kill
+NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+STOPPING = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 
 
 class Preempted(KeyboardInterrupt):
     """The run stopped by a signal, its state saved; the same command continues it."""
 
 
-class Signals:
-    """`with Signals() as signals`: SIGTERM or SIGINT only sets `signals.received`, a second Ctrl-C interrupts at once.
+@contextlib.contextmanager
+def handling(handler: Callable) -> Iterator[None]:
+    """`handler` for every signal of STOPPING; the old handlers come back at the end, as a notebook's kernel needs.
 
-    Python lets the main thread alone set handlers; in another thread nothing changes. The old handlers come back at
-    the end, so that a notebook's kernel is interrupted as before.
+    What was ignored stays so: nohup ignores SIGHUP. Not SIGINT, which a shell ignores for whatever it starts with `&`;
+    who sends it to one process means it. Python lets the main thread alone set handlers; in another nothing changes.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in STOPPING}
+    before = {number: old for number, old in before.items() if old is not signal.SIG_IGN or number == signal.SIGINT}
+    for number in before:
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old if old is not None else signal.SIG_DFL)
+
+
+class Signals:
+    """`with Signals() as signals`: a signal only sets `signals.received`, a second Ctrl-C interrupts at once."""
 
     def __init__(self):
         self.received: str | None = None
         self._since = 0.0
-        self._old: dict[int, object] = {}
+        self._handling = handling(self._receive)
 
     def __enter__(self) -> Signals:
-        if threading.current_thread() is threading.main_thread():
-            self._old = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._handling.__enter__()
         return self
 
-    def __exit__(self, *_) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+    def __exit__(self, *error) -> None:
+        self._handling.__exit__(*error)
 
     def _receive(self, number: int, frame) -> None:
         now = time.monotonic()

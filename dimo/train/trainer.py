@@ -18,6 +18,7 @@ from dimo.train.engine import Engine, Learner, load_whole, local, reshard
 from dimo.train.guards import Guard
 from dimo.train.loop import run_training
 from dimo.train.metrics import MEASURED, Averages, measured
+from dimo.train.older import as_begun
 from dimo.train.optimizers import lr_factor, make_optimizers, warm_ema_decay
 from dimo.train.prompts import WorldPrompts, open_prompts
 from dimo.train.runfolder import RunFolder
@@ -43,7 +44,8 @@ class Trainer:
     """
 
     def __init__(self, config: Config, ursa: Ursa | None = None, prompts: WorldPrompts | None = None):
-        self.config, d, o = config, config.distill, config.optim
+        self.config = config = as_begun(config)
+        d, o = config.distill, config.optim
         self.engine = Engine(config)
         self.accelerator, self.device = self.engine.accelerator, self.engine.device
         if self.device.type == "cpu":
