@@ -244,6 +244,7 @@ def _fake_processes(number: int, engine: str):
     if dist.is_initialized():
         raise DimoError("a dry run needs a process of its own: a process group is in use here")
     variables = {"RANK": "0", "WORLD_SIZE": str(number), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": str(number)}
+    variables |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}  # which nobody calls
     if engine == "fsdp2":
         variables |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     before = {name: os.environ.get(name) for name in variables}

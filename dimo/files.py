@@ -6,7 +6,8 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,34 @@ def clear_partials(folder: Path) -> None:
             recover(folder / partial.name[1:].removesuffix(ASIDE))
         else:
             remove(partial)
+
+
+def side_by_side(function: Callable[[Any], Any], items: list, at_once: int = 4) -> list:
+    """[function(item) for each], several at once: one thread hashes 1.5 GB/s, and a checkpoint of 1.7B is 40 GB.
+
+    In threads that no end of the process waits for, unlike a pool's. The first error is raised when all have stopped.
+    """
+    results, errors, rest, lock = [None] * len(items), [], list(enumerate(items))[::-1], threading.Lock()
+
+    def work() -> None:
+        while True:
+            with lock:
+                if errors or not rest:
+                    return
+                index, item = rest.pop()
+            try:
+                results[index] = function(item)
+            except Exception as error:
+                errors.append(error)
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(at_once, len(items)))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return results
 
 
 def write_text(file: str | Path, text: str) -> None:

@@ -1,5 +1,6 @@
 """Checkpoints: bit-equal or passed over by name, whatever was done to them, with real kills and a really full disk."""
 
+import hashlib
 import json
 import os
 import resource
@@ -10,6 +11,7 @@ import threading
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from dimo.errors import DimoError
 from dimo.train import checkpoints as module
@@ -238,3 +240,28 @@ def test_host_copies_are_copies_in_memory_that_is_used_again():
     longer = on_host(live | {"w": torch.ones(4, dtype=torch.float64)})  # another shape: other memory
     assert longer["w"].dtype == torch.float64 and longer["w"].tolist() == [1] * 4
     assert on_host({"w": torch.ones(4, requires_grad=True)})["w"].requires_grad is False
+
+
+def test_optimizers_have_files_of_their_own_and_those_that_lie_in_state_pt_are_read_too(tmp_path):
+    moments = {name: {"w": {"exp_avg": torch.randn(4)}} for name in ("student", "aux")}
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(3, {"student": {"w": torch.zeros(4)}}, {"step": 3, "optimizers": moments}, {})
+    new = checkpoints.finish()
+    assert {"optimizer-student.pt", "optimizer-aux.pt"} <= set(names(new))
+    assert "optimizers" not in torch.load(new / "state.pt", weights_only=True)
+
+    old = tmp_path / "step-00000007"  # as dimo wrote it before
+    old.mkdir()
+    save_file({"w": torch.zeros(4)}, old / "student.safetensors")
+    torch.save({"step": 7, "optimizers": moments}, old / "state.pt")
+    torch.save({}, old / "rank-00000.pt")
+    entries = {
+        file.name: {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+        for file in old.iterdir()
+    }
+    (old / "manifest.json").write_text(json.dumps(entries))
+    assert checkpoints.newest() == (old, {})
+    for folder in (new, old):
+        state = checkpoints.load(folder)[1]
+        for name in moments:
+            assert torch.equal(state["optimizers"][name]["w"]["exp_avg"], moments[name]["w"]["exp_avg"])

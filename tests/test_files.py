@@ -4,12 +4,13 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
 
 from dimo import files
-from dimo.files import PARTIALS, clear_partials, save_torch, whole_file, whole_folder, write_text
+from dimo.files import PARTIALS, clear_partials, save_torch, side_by_side, whole_file, whole_folder, write_text
 
 
 def test_write_text_leaves_the_old_file_when_it_fails(tmp_path):
@@ -147,3 +148,21 @@ def test_a_kill_leaves_only_what_partials_names(tmp_path, how):
     code = KILLED.format(how=how)
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "x.txt")]).returncode == -9
     assert not (tmp_path / "x.txt").exists() and list(tmp_path.iterdir()) == list(tmp_path.glob(PARTIALS)) != []
+
+
+def test_side_by_side_keeps_the_order_and_begins_nothing_after_an_error():
+    first, done = threading.Barrier(3), []
+
+    def work(item):
+        if item < 3:
+            first.wait(60)  # passes only where three are at work at once
+        done.append(item)
+        if item == 1:
+            raise OSError("no room")
+        return item * item
+
+    with pytest.raises(OSError, match="no room"):
+        side_by_side(work, list(range(1000)), at_once=3)
+    assert {0, 1, 2} <= set(done) and len(done) < 1000
+    assert side_by_side(lambda item: item * item, list(range(100))) == [i * i for i in range(100)]
+    assert side_by_side(work, []) == []

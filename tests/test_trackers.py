@@ -133,7 +133,7 @@ def test_work_whose_pieces_cost_differently(monkeypatch):
             bar.show(done, "teacher_25")
     assert out.getvalue().splitlines() == [
         "evaluate 20/100 passes  teacher_25",  # done before: no measure of speed
-        "evaluate 40/100 passes  teacher_25  ETA 00:36",  # 20 passes in 12 s
+        "evaluate 30/100 passes  teacher_25  ETA 00:56",  # 10 passes in 8 s
         "evaluate 60/100 passes  teacher_25  ETA 00:26",
         "evaluate 100/100 passes  teacher_25  ETA 00:00",
     ]

@@ -38,7 +38,7 @@ def config_for(folder, *more):
 def final_state(folder):
     last = sorted(Path(folder, "checkpoints").glob("step-*"))[-1]
     tensors = {f.stem: load_file(f) for f in last.glob("*.safetensors")}
-    return tensors, torch.load(last / "state.pt", weights_only=True)
+    return tensors, {f.name: torch.load(f, weights_only=True) for f in sorted(last.glob("*.pt"))}
 
 
 def assert_same(a, b, where=""):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
+
+import torch.distributed as dist
 
 from dimo.errors import DimoError, reason
 from dimo.output import lasting_output
@@ -34,9 +37,18 @@ def _main(arguments: list[str]) -> int:
         print(f"dimo: {reason(error)}", file=sys.stderr)
         return 2
     except Preempted as stopped:
-        print(f"dimo: {stopped}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # once for all
+            print(f"dimo: {stopped}", file=sys.stderr)
+        _part()
         return PREEMPTED
+    _part()
     return 0
+
+
+def _part() -> None:
+    """Leave the other processes, who all leave now; NCCL warns of those who just go."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

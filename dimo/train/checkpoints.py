@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +15,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dimo.errors import DimoError, reason
-from dimo.files import clear_partials, remove_folder, replace_folder, save_torch, sync
+from dimo.files import clear_partials, remove_folder, replace_folder, save_torch, side_by_side, sync
 from dimo.train.ranks import everywhere, raise_everywhere
 
-MANIFEST = "manifest.json"
+MANIFEST, OPTIMIZER = "manifest.json", "optimizer-"
 STEP = "step-" + "[0-9]" * 8  # a step's name as a pattern: a copy beside it, step-360-copy, is somebody's
 
 
 class Checkpoints:
     """The step-<step>/ folders of a run:
 
-        <network>.safetensors, state.pt   by rank 0
-        rank-<rank>.pt                    by every rank
-        manifest.json                     {file: {bytes, sha256}}, written when all the others are on the disk
+        <network>.safetensors, optimizer-<network>.pt, state.pt   by rank 0
+        rank-<rank>.pt                                            by every rank
+        manifest.json    {file: {bytes, sha256}}, written when all the others are on the disk
 
     `save` copies to host memory and returns while a thread writes; `finish` waits for it and renames the folder into
     place. Both are collective, and an error of one rank is raised on all; threads never communicate.
@@ -131,6 +132,10 @@ class Checkpoints:
         try:
             tensors = {file.stem: load_file(file) for file in sorted(folder.glob("*.safetensors"))}
             state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+            optimizers = {file.stem.removeprefix(OPTIMIZER): file for file in folder.glob(f"{OPTIMIZER}*.pt")}
+            if optimizers:  # else an older dimo's, who kept them in state.pt
+                loaded = {name: torch.load(f, map_location="cpu", weights_only=True) for name, f in optimizers.items()}
+                state["optimizers"] = loaded
             ranks = sorted(folder.glob("rank-*.pt"))
             own = torch.load(ranks[self.rank % len(ranks)], map_location="cpu", weights_only=True)
         except Exception as error:
@@ -176,23 +181,31 @@ class _Writing(threading.Thread):
 
     def run(self) -> None:
         try:
-            if self.whole:
-                for name, state_dict in self.whole["tensors"].items():
-                    file = self.partial / f"{name}.safetensors"
-                    save_file(state_dict, file)
-                    self._enter(file)
-                save_torch(self.whole["state"], self.partial / "state.pt")
-                self._enter(self.partial / "state.pt")
-            file = self.partial / f"rank-{self.rank:05d}.pt"
-            save_torch(self.rank_state, file)
-            self._enter(file)
+            self.entries = dict(side_by_side(self._write, self._files()))
         except Exception as error:  # safetensors has its own for a full disk
             self.error = error
         self.whole = self.rank_state = None
 
-    def _enter(self, file: Path) -> None:
+    def _files(self) -> list[tuple[str, Callable, Any]]:
+        """(name, function that writes, value); the largest first."""
+        files = [(f"rank-{self.rank:05d}.pt", save_torch, self.rank_state)]
+        if not self.whole:
+            return files
+        state = dict(self.whole["state"])
+        optimizers = state.pop("optimizers", {})
+        return [
+            *((f"{OPTIMIZER}{name}.pt", save_torch, value) for name, value in optimizers.items()),
+            *((f"{name}.safetensors", save_file, value) for name, value in self.whole["tensors"].items()),
+            ("state.pt", save_torch, state),
+            *files,
+        ]
+
+    def _write(self, what: tuple[str, Callable, Any]) -> tuple[str, dict]:
+        name, write, value = what
+        file = self.partial / name
+        write(value, file)
         sync(file)
-        self.entries[file.name] = describe(file)
+        return name, describe(file)
 
 
 def describe(file: Path) -> dict:
@@ -213,17 +226,21 @@ def what_is_wrong(folder: Path) -> str | None:
     for name in ("state.pt", "rank-00000.pt"):
         if name not in expected:
             return f"{MANIFEST} does not name {name}"
-    for name, (size, sha256) in expected.items():
-        file = folder / name
-        try:
-            if file.stat().st_size != size:
-                return f"{name} has {file.stat().st_size} bytes, not {size}"
-            if describe(file)["sha256"] != sha256:
-                return f"{name} has another checksum than when it was written"
-        except FileNotFoundError:
-            return f"{name} is missing"
-        except OSError as error:
-            return f"{name} is not readable ({error.strerror})"
+    found = side_by_side(lambda name: _differs(folder / name, *expected[name]), list(expected))
+    return next((wrong for wrong in found if wrong), None)
+
+
+def _differs(file: Path, size: int, sha256: str) -> str | None:
+    """In what a file is not the one that was written."""
+    try:
+        if file.stat().st_size != size:
+            return f"{file.name} has {file.stat().st_size} bytes, not {size}"
+        if describe(file)["sha256"] != sha256:
+            return f"{file.name} has another checksum than when it was written"
+    except FileNotFoundError:
+        return f"{file.name} is missing"
+    except OSError as error:
+        return f"{file.name} is not readable ({error.strerror})"
     return None
 
 

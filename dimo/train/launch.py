@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import dataclasses
+import importlib.util
 import os
 import signal
 import subprocess
@@ -102,7 +103,10 @@ def launch(config: Config, grace_s: float = GRACE_S) -> int:
     stopping = handling(lambda number, _: asked.append(number))
     with lasting_output(), open(launch_file(config, "log"), "ab") as log, stopping:
         follow, begin = _Follower(launch_file(config, "log")), log.tell()
-        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+        threads = {"OMP_NUM_THREADS": "1"} | os.environ  # torchrun's own default, about which it would print a banner
+        child = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, env=threads
+        )
         family = _Family(child)
         deadline = None
         while family.alive():
@@ -131,6 +135,8 @@ def launch_command(config: Config) -> list[str]:
             f"training.num_processes is {processes}, and {machines} machine(s) with {torch.cuda.device_count()} GPU(s) "
             "each are there; one process a GPU"
         )
+    if engine_kind(t.engine) == "deepspeed_zero2" and importlib.util.find_spec("deepspeed") is None:
+        raise DimoError("training.engine is deepspeed_zero2, and DeepSpeed is missing: pip install -e '.[gpu]'")
     if processes % machines:
         raise DimoError(f"{file} is for {machines} machines, which do not share {processes} process(es) evenly")
     if machines > 1 and not given.get("main_process_ip"):

@@ -7,6 +7,7 @@ launcher dies, accelerate is killed at once; when accelerate dies, each worker g
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import threading
 import time
 
 from dimo.output import lasting_output
+from dimo.train.signals import PREEMPTED
 
 GRACE_S = 300.0  # for a step and a checkpoint to end
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
@@ -59,6 +61,8 @@ def main(arguments: list[str]) -> int:
     """
     end_with_parent(signal.SIGKILL, int(arguments[0]))
     os.environ[LAUNCHER] = str(os.getpid())
+    # what torchrun logs of a stop, with times and host names, is told below in a sentence, or not worth one
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     from accelerate.commands.launch import main as accelerate_launch
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -69,10 +73,14 @@ def main(arguments: list[str]) -> int:
             accelerate_launch()
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        print(f"dimo: rank {rank} (process {failure.pid}) ended with exit code {failure.exitcode}", file=sys.stderr)
+        if failure.exitcode != PREEMPTED:
+            print(f"dimo: rank {rank} (process {failure.pid}) ended with exit code {failure.exitcode}", file=sys.stderr)
         return failure.exitcode % 256  # -9 becomes 247
     except subprocess.CalledProcessError as error:
         return error.returncode % 256
+    except ImportError as error:  # of what the engine needs
+        print(f"dimo: accelerate cannot launch, {error}; pip install -e '.[gpu]' brings DeepSpeed", file=sys.stderr)
+        return 2
     except SignalException as error:
         return 128 + error.sigval
     return 0

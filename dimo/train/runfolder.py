@@ -29,8 +29,8 @@ from dimo.ursa.weights import read_json
 
 try:
     import fcntl
-except ImportError as error:
-    raise DimoError("runs are kept on Linux and macOS alone; on Windows use WSL") from error
+except ImportError:  # Windows
+    fcntl = None
 
 OWN = ("config.yaml", SOURCES, "environment.json", "status.json", "metrics.jsonl", "events.jsonl", "train.log")
 OWN += ("report.json", "report.html", "sheet.png", "curves.png", "codes.safetensors")
@@ -110,6 +110,8 @@ class RunFolder:
 
     def _acquire(self) -> None:
         """Lock the folder; the kernel gives the lock back when the process dies, by kill -9 too."""
+        if fcntl is None:
+            raise DimoError("runs are kept on Linux and macOS alone; on Windows use WSL")
         self.path.mkdir(parents=True, exist_ok=True)
         lock = open(self.path / LOCK, "a+", encoding="utf-8")
         for attempt in range(5):  # `dimo runs` holds it for an instant when it looks
@@ -158,6 +160,8 @@ class RunFolder:
 
     def is_held(self) -> bool:
         """A living process trains in this folder."""
+        if fcntl is None:
+            return False
         try:
             with open(self.path / LOCK, encoding="utf-8") as lock:
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
