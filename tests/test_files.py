@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -156,6 +157,8 @@ def test_side_by_side_keeps_the_order_and_begins_nothing_after_an_error():
     def work(item):
         if item < 3:
             first.wait(60)  # passes only where three are at work at once
+        else:
+            time.sleep(0.01)
         done.append(item)
         if item == 1:
             raise OSError("no room")
