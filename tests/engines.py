@@ -48,8 +48,8 @@ def train(out: Path, size: str, steps: int, keys: list[str]) -> None:
         values = [*trainer.engine.mean(losses).tolist(), *(float(norms[key]) for key in KEYS[2:])]
         rows.append({"x_hat": step.x_hat.flatten()[:WRITTEN].tolist(), **dict(zip(KEYS, values))})
     if rank == 0:
-        peak = torch.cuda.max_memory_allocated() / 1e9 if cuda else None
-        report = {"seconds": statistics.median(seconds[2:] or seconds), "peak_gb": peak, "rows": rows}
+        peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
+        report = {"seconds": statistics.median(seconds[2:] or seconds), "peak_gib": peak, "rows": rows}
         out.mkdir(parents=True, exist_ok=True)
         (out / f"{trainer.engine.kind}.json").write_text(json.dumps(report))
 
@@ -61,7 +61,7 @@ def compare(out: Path, noise: float = 1e-3) -> int:
         first, base = run["rows"][0], runs["ddp"]["rows"][0]
         same = first["x_hat"] == base["x_hat"]
         off = {key: abs(first[key] / base[key] - 1) for key in KEYS}
-        peak = "" if run["peak_gb"] is None else f", peak {run['peak_gb']:.1f} GB"
+        peak = "" if run["peak_gib"] is None else f", peak {run['peak_gib']:.1f} GiB"
         print(
             f"{engine}: {1e3 * run['seconds']:.0f} ms a step{peak}; first step: codes {'equal' if same else 'DIFFER'}"
         )

@@ -203,10 +203,10 @@ def _line(name: str, result: dict) -> str:
     text = f"{name:44}{1e3 * result['seconds']:10.1f} ms ({1e3 * result['least']:.1f} to {1e3 * result['most']:.1f})"
     if "tflops" in result:
         text += f"  {result['tflops']:.3g} TFLOP/s, {100 * result['share_of_product']:.0f}% of the product"
-    if "peak_gb" in result:
-        text += f"  {result['peak_gb']:.1f} GB"
-    if "extra_gb" in result:
-        text += f" ({result['extra_gb']:.2f} GB of it the losses' own, gradients of heads included)"
+    if "peak_gib" in result:
+        text += f"  {result['peak_gib']:.1f} GiB"
+    if "extra_gib" in result:
+        text += f" ({result['extra_gib']:.2f} GiB of it the losses' own, gradients of heads included)"
     return text
 
 

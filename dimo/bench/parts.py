@@ -48,8 +48,8 @@ class Clock:
             seconds.append(time.perf_counter() - begin)
         result = {"seconds": statistics.median(seconds), "least": min(seconds), "most": max(seconds)}
         if self.device.type == "cuda":
-            result["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-            result["reserved_gb"] = torch.cuda.max_memory_reserved() / 1e9
+            result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            result["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
         return result
 
     def wait(self) -> None:
@@ -170,7 +170,7 @@ def losses_alone(trainer: Trainer, batch: int, clock: Clock) -> dict[str, dict]:
         leaf.grad = None
     times |= {"all": clock(all_parts), "its products alone": clock(products)}
     if device.type == "cuda":
-        times["all"]["extra_gb"] = times["all"]["peak_gb"] - base / 1e9
+        times["all"]["extra_gib"] = times["all"]["peak_gib"] - base / 2**30
     return times
 
 
