@@ -125,3 +125,8 @@ def test_a_key_twice_is_refused_in_an_engines_file_and_in_a_runs(tmp_path):
     (run.path / "config.yaml").write_text(text.replace("  lr: ", "  lr: 3.0\n  lr: "))
     with pytest.raises(DimoError, match=r"config.yaml, line \d+: optim.lr is there twice"):
         RunFolder.open(run.path, text)
+
+
+def test_half_of_a_surrogate_pair_is_no_text():
+    with pytest.raises(DimoError, match="distill.negative_prompt must be text in UTF-8"):
+        read_value("distill.negative_prompt", "str", "a \ud800 b")

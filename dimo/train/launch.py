@@ -20,6 +20,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from dimo.data.listing import list_files
 from dimo.errors import DimoError, nearest
 from dimo.output import lasting_output
 from dimo.paths import user_path
@@ -59,12 +60,15 @@ def refuse_early(config: Config) -> None:
     """What can be seen to be wrong before anything starts.
 
     Raises:
-        DimoError: no teacher, captions, tracker or engine of that name; more processes than GPUs.
+        DimoError: no teacher, captions, tracker or engine of that name, or what is no caption file in a folder of
+            them; more processes than GPUs.
     """
     source = config.distill.prompt_source
     checkpoint_folder(config.distill.teacher_ckpt)
     if source != "world" and not Path(source).exists():
         raise DimoError(f"distill.prompt_source {source!r} is neither world nor a file or folder")
+    if source != "world":
+        list_files(source)  # what is in it is looked at when it is read
     require_trackers(config.experiment.trackers)
     if needs_launch(config):
         launch_command(config)

@@ -42,6 +42,8 @@ def read_value(name: str, kind: str, written: Any) -> Any:
     if not isinstance(written, str):
         got = "a list" if isinstance(written, list) else "a group of keys"
         raise DimoError(f"{name} must be one value, got {got}: {_shown(written)}")
+    if any("\ud800" <= letter <= "\udfff" for letter in written):
+        raise DimoError(f"{name} must be text in UTF-8, got {written!r}")
     if kind == "str":
         return written
     if kind == "path":
