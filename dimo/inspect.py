@@ -11,7 +11,7 @@ import torch
 from dimo.errors import DimoError
 from dimo.train.config import default_prompt_length
 from dimo.ursa import MixturePath, UrsaConfig, UrsaTransformer, latents_shape_for
-from dimo.ursa.checkpoint import import_upstream, load_path, load_tokenizer, read_config
+from dimo.ursa.checkpoint import import_upstream, load_path, load_tokenizer, read_config, require_codes_of
 from dimo.ursa.layout import require_checkpoint, vae_config, vae_strides
 from dimo.ursa.weights import misfit, require_file, weight_files, weight_shapes
 from dimo.worlds import video_size
@@ -57,7 +57,7 @@ def inspect_folder(
             part(weight_files, folder / "transformer")
         for name in ("scheduler/scheduler_config.json", "scheduler/scheduler_model.pth", "tokenizer"):
             part(require_file, folder / name)
-    rows += (part(_vae, folder) or []) if strides else []
+    rows += (part(_vae, folder, config) or []) if strides else []
     if config and strides:
         given = zip((num_frames, height, width), video_size(folder))
         rows += _video(config, strides, *(default if size is None else size for size, default in given),
@@ -99,10 +99,12 @@ def _tokenizer(folder: Path, config: UrsaConfig) -> list[tuple[str, str]]:
     return [("tokenizer", f"{type(tokenizer).__name__}, {len(tokenizer):,} entries")]
 
 
-def _vae(folder: Path) -> list[tuple[str, str]]:
+def _vae(folder: Path, transformer: UrsaConfig | None) -> list[tuple[str, str]]:
     config = vae_config(folder)
     if config is None:
         return [("VAE", "none: not needed for training; of samples there are codes, and no frames")]
+    if transformer is not None:
+        require_codes_of(folder / "vae", config, transformer.codebook_size)
     name, (time, space) = config.get("_class_name"), vae_strides(folder)
     weight_shapes(folder / "vae")
     text = f"{name}, {time} frames and {space}x{space} pixels a token" + ("; an image model" if time == 1 else "")

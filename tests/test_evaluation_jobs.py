@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -12,8 +13,8 @@ from safetensors.torch import load_file
 
 from dimo.errors import DimoError
 from dimo.evaluation.comparison import Job
-from dimo.evaluation.evaluate import evaluate_to_folder, parts_of
-from dimo.evaluation.jobs import Parts, run_in_processes
+from dimo.evaluation.evaluate import PARTS, evaluate_to_folder, parts_of
+from dimo.evaluation.jobs import Parts, alone_in, run_in_processes
 from dimo.notebooks import notebook_folder
 from dimo.train.config import load_config
 from dimo.ursa import load_ursa, save_student
@@ -52,7 +53,7 @@ def alone(student, tmp_path_factory):
     """What one process gives: (figures, codes)."""
     out = tmp_path_factory.mktemp("alone")
     rows = evaluate_to_folder(load_config("distill_dimo", overrides(student)), student / "student", out, progress=False)
-    assert not (out / "evaluation").exists()  # all is in the report
+    assert not (out / PARTS).exists()  # all is in the report
     return figures(rows), load_file(out / "codes.safetensors")
 
 
@@ -75,7 +76,7 @@ def test_a_killed_evaluation_goes_on(student, alone, tmp_path):
     words = [sys.executable, "-m", "dimo", "evaluate", str(student / "student"), "-c", "distill_dimo"]
     words += ["-o", str(tmp_path), *overrides(student)]
     process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
-    folder = tmp_path / "evaluation"
+    folder = tmp_path / PARTS
     while len(list(folder.glob("[!.]*.safetensors"))) < 5:
         assert process.poll() is None
         time.sleep(0.02)
@@ -95,15 +96,50 @@ def test_a_killed_evaluation_goes_on(student, alone, tmp_path):
 
 def test_what_another_student_or_setting_has_left_is_not_taken_up(student, tmp_path):
     config = load_config("distill_dimo", overrides(student))
-    parts = parts_of(config, student / "student", tmp_path)
+    parts = parts_of(config, student / "student", tmp_path, ["rain"])
     parts.save(JOBS[0], {"codes": torch.zeros(1, 4)})
-    assert parts_of(config, student / "student", tmp_path).missing(JOBS) == JOBS[1:]
+    assert parts_of(config, student / "student", tmp_path, ["rain"]).missing(JOBS) == JOBS[1:]
     (weights,) = (student / "student").glob("*.safetensors")
     os.utime(weights, ns=(1, 1))  # written again
-    assert parts_of(config, student / "student", tmp_path).missing(JOBS) == JOBS
+    assert parts_of(config, student / "student", tmp_path, ["rain"]).missing(JOBS) == JOBS
     parts.save(JOBS[0], {"codes": torch.zeros(1, 4)})
     other = load_config("distill_dimo", [*overrides(student), "evaluation.seed=2"])
-    assert parts_of(other, student / "student", tmp_path).missing(JOBS) == JOBS
+    parts = parts_of(other, student / "student", tmp_path, ["rain"])
+    assert parts.missing(JOBS) == JOBS
+    parts.save(JOBS[0], {"codes": torch.zeros(1, 4)})
+    assert parts_of(other, student / "student", tmp_path, ["snow"]).missing(JOBS) == JOBS  # the captions were edited
+
+
+def test_what_another_teacher_of_the_same_name_has_left_is_not_taken_up(student, tmp_path):
+    teacher = shutil.copytree(TINY, tmp_path / "teacher")
+    config = load_config("distill_dimo", [*overrides(student), f"distill.teacher_ckpt={teacher}"])
+    parts_of(config, student / "student", tmp_path, ["rain"]).save(JOBS[0], {"codes": torch.zeros(1, 4)})
+    os.utime(teacher / "scheduler" / "scheduler_model.pth", ns=(1, 1))
+    assert parts_of(config, student / "student", tmp_path, ["rain"]).missing(JOBS) == JOBS
+
+
+def test_a_second_evaluation_into_the_same_folder_is_refused(student, tmp_path):
+    config = load_config("distill_dimo", overrides(student))
+    holds = "import pathlib, sys; from dimo.evaluation.jobs import alone_in\n"
+    holds += "with alone_in(pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    words = [sys.executable, "-c", holds, str(tmp_path)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(DimoError, match=f"another process writes an evaluation into {tmp_path}; wait"):
+            evaluate_to_folder(config, student / "student", tmp_path, progress=False)
+        other.kill()
+    with alone_in(tmp_path):  # the kernel has let it go
+        assert not list(tmp_path.iterdir())
+
+
+def test_what_others_keep_where_the_jobs_lie_stays(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
+    (tmp_path / "codes.safetensors").write_bytes(b"mine")
+    parts = Parts(tmp_path, {"a": 1})
+    parts.save(JOBS[0], {"codes": torch.zeros(1, 4)})
+    assert Parts(tmp_path, {"a": 2}).missing(JOBS) == JOBS
+    parts.remove()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["codes.safetensors", "notes.txt"]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from hostile import Hostile
 from safetensors.torch import load_file, save_file
 
 from dimo.errors import DimoError, are_finite
+from dimo.inspect import inspect_folder
 from dimo.train.config import load_config
 from dimo.train.trainer import Trainer
 from dimo.ursa import build_ursa_inputs, load_ursa, save_student, visual_logits
@@ -372,3 +374,60 @@ def test_the_student_of_another_model_is_refused(tiny, tmp_path, ursa):
     torch.save(ursa.transformer.state_dict(), tmp_path / "student.pt")
     with pytest.raises(DimoError, match="weights of .*student.pt do not fit this model: it has unknown model.layers.2"):
         load_student(tiny, tmp_path / "student.pt")
+
+
+DAMAGES = {  # what is not said by what libraries raise: {name: (file, its new text, the sentence)}
+    "brackets": (CONFIG, "[" * 100_000, "config.json is damaged: "),
+    "digits": (CONFIG, '{"hidden_size": ' + "1" * 5000 + "}", "config.json is damaged: "),
+    "twice": (CONFIG, '{"rope_theta": 10000, "rope_theta": 1000000}', "config.json is damaged: it has 'rope_theta' twice"),
+    "theta": (CONFIG, '{"rope_theta": 1' + "0" * 400 + "}", "rope_theta must be a number of at least 1 and at most 9007"),
+    "layers": (CONFIG, '{"num_hidden_layers": 1000000000}', "num_hidden_layers must be .* at most 1000, got 1000000000"),
+    "width": (CONFIG, '{"hidden_size": 1000000000000000}', "hidden_size must be .* at most 1048576"),
+    "tokens": ("tokenizer/special_tokens_map.json", '{"eos_token": ', "special_tokens_map.json is damaged"),
+    "page": ("tokenizer/added_tokens.json", "<!doctype html>", "added_tokens.json is damaged"),
+    "list": ("vae/config.json", '{"_class_name": ["AutoencoderVQ"], "num_vq_embeddings": 7}', "has 7 codes, the tr.* 240"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_told_by_loading_and_by_inspection(folder, damage):
+    name, text, sentence = DAMAGES[damage]
+    (folder / name).write_text(text, encoding="utf-8")
+    with pytest.raises(DimoError, match=sentence):
+        load_ursa(folder)
+    assert any(re.search(sentence, missing) for missing in inspect_folder(folder, 5, 8, 16)[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda emb: emb.to_sparse(), "'path.emb' in .* must be a dense tensor"),
+        (lambda emb: emb[:1].expand_as(emb).clone(), "all rows of 'path.emb' in .*scheduler_model.pth are the same"),
+    ],
+)
+def test_a_codebook_without_distances_is_refused(folder, change, sentence):
+    file = folder / "scheduler" / "scheduler_model.pth"
+    torch.save({key: change(value) for key, value in torch.load(file, weights_only=True).items()}, file)
+    with pytest.raises(DimoError, match=sentence):
+        load_ursa(folder)
+
+
+def test_a_file_in_place_of_the_vaes_folder_is_refused(folder):
+    shutil.rmtree(folder / "vae")
+    (folder / "vae").write_text("elsewhere")
+    with pytest.raises(DimoError, match="vae is a file, and a checkpoint's VAE is a folder"):
+        load_ursa(folder)
+
+
+def test_shards_that_hold_the_same_are_refused(folder):
+    """As where a folder was downloaded over an older one of other shards."""
+    state, first, second = load_file(folder / WEIGHTS), "a-00001-of-00002.safetensors", "a-00002-of-00002.safetensors"
+    keys = sorted(state)
+    (folder / WEIGHTS).unlink()
+    for name, part in ((first, keys[:6]), (second, keys[5:])):
+        save_file({key: state[key] for key in part}, folder / "transformer" / name)
+    index = {"weight_map": dict.fromkeys(keys[:6], first) | dict.fromkeys(keys[6:], second)}
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+    for read in (read_weights, weight_shapes):
+        with pytest.raises(DimoError, match=f"{second} holds {keys[5]}, and so does another shard"):
+            read(folder / "transformer")

@@ -72,6 +72,7 @@ def test_starting_over_removes_what_dimo_wrote_and_nothing_else(tmp_path):
     ours = ["checkpoints/step-00000050/ema.safetensors", "checkpoints/final/config.json", "samples/step-00000050.png"]
     ours += ["checkpoints/.step-00000075.partial/state.pt", "notebooks/03_train.ipynb", "notebooks/03_train.html"]
     ours += ["notebooks/03_train.failed.ipynb", "report.json", "sheet.png", "metrics.jsonl"]
+    ours += ["evaluation_jobs/about.json", "evaluation_jobs/teacher_25-00003.safetensors"]
     theirs = ["checkpoints/best/student.pt", "samples/mine.png", "notebooks/my.txt", "notes.md"]
     for name in ours + theirs:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -21,6 +21,11 @@ from dimo.views.sheets import save_sheet, video_sheet
 from dimo.views.widgets import sample_slider
 
 
+def test_a_single_logged_step_is_seen():
+    lines = curves([{"step": 6, "loss/aux": 1.0, "lambda_ent": 0.01}], smooth=5).axes[1].lines
+    assert [line.get_marker() for line in lines] == ["o"]
+
+
 def test_curves_plot_the_rows_with_units():
     rows = [{"step": s, "entropy/student": 1.0 / s, "loss/aux": None if s == 2 else 0.5} for s in (1, 2, 3)]
     figure = curves(rows, smooth=2)

@@ -16,10 +16,11 @@ import torch
 from dimo.errors import DimoError
 from dimo.evaluation import unscored
 from dimo.evaluation.comparison import Comparison
-from dimo.evaluation.jobs import Job, Parts, run_here, run_in_processes
+from dimo.evaluation.jobs import Job, Parts, alone_in, run_here, run_in_processes
 from dimo.files import write_text
 from dimo.train.config import Config, device_of, to_flat, to_yaml
 from dimo.train.prompts import evaluation_prompts, require_whole
+from dimo.train.sources import teacher_files
 from dimo.ursa import Ursa, UrsaTransformer, load_ursa
 from dimo.ursa.checkpoint import load_student, student_file
 from dimo.worlds import checkpoint_folder, is_world, load_world, require_world
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 COLUMNS = ("validity", "adherence", "token_accuracy", "coverage", "seconds_per_video")
 UNITS = "seconds_per_video in s; codes_used a count; token_entropy and teacher_nll in nats per token; the rest shares"
 SHEET_PROMPTS = 6
+PARTS = "evaluation_jobs"  # a name that nobody else's folder has: `dimo evaluate -o runs` finds runs/evaluation there
 
 
 def evaluate(
@@ -103,11 +105,21 @@ def evaluate_to_folder(config: Config, weights: str | Path, out: Path, progress:
     any other folder the prompts are captions that training holds out (`evaluation_prompts`), and codes.safetensors
     keeps the videos.
 
-    On GPUs of this machine it is done by `training.num_processes` processes. What is finished lies in `out`/evaluation
-    until all is; the same call goes on from there.
+    On GPUs of this machine it is done by `training.num_processes` processes. What is finished lies in `out`/PARTS until
+    all is; the same call goes on from there.
+
+    Raises:
+        DimoError: what `open_comparison` refuses; another process evaluates into `out`; a process failed.
     """
     comparison, world = open_comparison(config, weights)
-    parts, jobs = parts_of(config, weights, out), comparison.jobs()
+    with alone_in(out):
+        return _evaluate_alone(config, weights, out, progress, comparison, world)
+
+
+def _evaluate_alone(
+    config: Config, weights: str | Path, out: Path, progress: bool, comparison: Comparison, world: ShapesWorld | None
+) -> dict:
+    parts, jobs = parts_of(config, weights, out, comparison.prompts), comparison.jobs()
     missing = parts.missing(jobs)
     processes = max(1, min(processes_for(config), len(missing)))
     if progress:
@@ -176,14 +188,15 @@ def processes_for(config: Config) -> int:
     return min(processes, torch.cuda.device_count()) if device_of(config).type == "cuda" else processes
 
 
-def parts_of(config: Config, weights: str | Path, out: Path) -> Parts:
-    """The finished jobs in `out`, of an evaluation with the same settings of the same student's files."""
+def parts_of(config: Config, weights: str | Path, out: Path, prompts: list[str]) -> Parts:
+    """The finished jobs in `out`, of an evaluation with the same settings, prompts and files of both networks."""
     flat, source = to_flat(config), student_file(weights)
-    files = sorted(source.iterdir()) if source.is_dir() else [source]
-    student = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    student = sorted(source.iterdir()) if source.is_dir() else [source]
+    networks = [*student, *teacher_files(config.distill.teacher_ckpt).values()]
+    seen = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in networks]
     keys = [key for key in flat if key.startswith(("distill.", "evaluation."))]
     keys += ["model.device", "model.backend", "training.mixed_precision"]
-    return Parts(out / "evaluation", {key: flat[key] for key in keys} | {"student": student})
+    return Parts(out / PARTS, {key: flat[key] for key in keys} | {"networks": seen, "prompts": prompts})
 
 
 def _write_sheet(file: Path, ursa: Ursa, codes: dict[str, torch.Tensor], prompts: list[str], most_steps: int) -> None:

@@ -5,12 +5,13 @@ Processes share nothing but the folder. Each loads the networks onto a GPU of it
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
-import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -18,14 +19,19 @@ from safetensors.torch import load_file, save_file
 
 from dimo.errors import DimoError
 from dimo.evaluation.comparison import Comparison, Job
-from dimo.files import whole_file, write_text
+from dimo.files import PARTIALS, whole_file, write_text
 from dimo.train.progress import CostBar
 
 ABOUT = "about.json"
+OWN = (ABOUT, "config.yaml", "process-*.log", "*-?????.safetensors", PARTIALS)  # in its folder
 
 
 class Parts:
-    """A folder of finished jobs. `about` says of what, and jobs of anything else are thrown away; None: as it lies."""
+    """A folder of finished jobs. `about` says of what, and jobs of anything else are thrown away; None: as it lies.
+
+    Raises:
+        OSError: jobs of something else cannot be thrown away, or nothing can be written there.
+    """
 
     def __init__(self, folder: Path, about: dict | None = None):
         self.folder = folder
@@ -48,7 +54,36 @@ class Parts:
         return {job: load_file(self.file(job)) for job in jobs}
 
     def remove(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """What was written here, and nothing else."""
+        for file in [file for pattern in OWN for file in self.folder.glob(pattern)]:
+            file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not there; or not empty, and the rest is somebody's
+            self.folder.rmdir()
+
+
+@contextlib.contextmanager
+def alone_in(out: Path) -> Iterator[None]:
+    """Hold the folder that an evaluation writes into; the kernel lets it go when the process dies, by kill -9 too.
+
+    The folder itself is locked: no file stays behind, and a training in it goes on.
+
+    Raises:
+        DimoError: another process evaluates into it.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    handle = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DimoError(
+                f"another process writes an evaluation into {out}; wait for it, or give another --out_dir"
+            ) from None
+        except OSError:
+            pass  # a network file system without locks
+        yield
+    finally:
+        os.close(handle)
 
 
 def run_here(comparison: Comparison, jobs: list[Job], parts: Parts, progress: bool = True) -> None:

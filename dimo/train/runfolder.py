@@ -38,6 +38,7 @@ OWN_INSIDE = {  # patterns: people keep files of theirs in such folders
     "checkpoints": (STEP, "final", PARTIALS),
     "samples": (f"{STEP}.png", PARTIALS),
     "notebooks": ("0?_*.ipynb", "0?_*.html", PARTIALS),
+    "evaluation_jobs": ("about.json", "config.yaml", "process-*.log", "*-?????.safetensors", PARTIALS),
 }
 LOCK = ".lock"
 RESERVE, RESERVE_BYTES = ".reserve", 2**16  # room for the last words of a run whose disk is full

@@ -25,7 +25,7 @@ def read_sources(groups: dict[str, dict], known: dict[str, dict] | None = None) 
     What is not there is left out: who loads it says so, unless the trainer was given it as an object.
     """
     found = {}
-    for key, list_of, blocks in ((TEACHER, _teacher_files, None), (PROMPTS, _prompt_files, BLOCKS)):
+    for key, list_of, blocks in ((TEACHER, teacher_files, None), (PROMPTS, _prompt_files, BLOCKS)):
         before = (known or {}).get(key, {})
         with contextlib.suppress(DimoError):
             files = list_of(_named(groups, key))
@@ -77,7 +77,7 @@ def _read(file: Path) -> dict[str, dict]:
         ) from error
 
 
-def _teacher_files(teacher: str) -> dict[str, Path]:
+def teacher_files(teacher: str) -> dict[str, Path]:
     """Of a checkpoint folder what a step depends on; the VAE only makes pictures."""
     folder = checkpoint_folder(teacher)
     files = [*weight_files(folder / "transformer"), folder / "transformer" / "config.json", folder / WORLD_FILE]

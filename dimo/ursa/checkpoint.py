@@ -174,6 +174,10 @@ def load_path(folder: Path, codebook_size: int, device="cpu") -> tuple[MetricPat
         )
     require_numbers(codebook, f"'path.emb' in {pickled}")
     codebook = codebook.to(device).float()
+    if scheduler.get("alpha") is not None and bool((codebook == codebook[:1]).all()):
+        raise DimoError(
+            f"all rows of 'path.emb' in {pickled} are the same, so that no code is nearer to one than another"
+        )
     values = {"shift": 1.0, "eps": 1e-5} | {k: scheduler[k] for k in ("shift", "eps") if scheduler.get(k) is not None}
     mixture = scheduler.get("alpha") is None
     if not mixture:
@@ -199,6 +203,8 @@ def load_tokenizer(folder: Path, config: UrsaConfig):
         if file.suffix in (".json", ".txt", ".model"):
             require_file(file)
             refuse_what_is_none(file)
+        if file.suffix == ".json" and file.name != "tokenizer.json":
+            read_json(file)  # of some that are damaged, transformers says nothing
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             where, padding_side="left", local_files_only=True, trust_remote_code=False
@@ -232,11 +238,7 @@ def load_vae(folder: Path, codebook_size: int, device="cpu") -> tuple[Any, str]:
     where, config = folder / "vae", vae_config(folder)
     if config is None:
         return None, f"{where} holds no VAE"
-    if config.get("num_vq_embeddings", codebook_size) != codebook_size:
-        raise DimoError(
-            f"the VAE in {where} has {config['num_vq_embeddings']} codes, the transformer's config.json says "
-            f"{codebook_size}"
-        )
+    require_codes_of(where, config, codebook_size)
     if config.get("_class_name") == "PaletteDecoder":
         from dimo.worlds.palette import PaletteDecoder
 
@@ -249,6 +251,15 @@ def load_vae(folder: Path, codebook_size: int, device="cpu") -> tuple[Any, str]:
     except DimoError as error:
         return None, str(error)
     return upstream.load_vae(where, config, device), ""
+
+
+def require_codes_of(where: Path, config: dict, codebook_size: int) -> None:
+    """Raise where a VAE's config.json tells another number of codes than the transformer's."""
+    if config.get("num_vq_embeddings", codebook_size) != codebook_size:
+        raise DimoError(
+            f"the VAE in {where} has {config['num_vq_embeddings']} codes, the transformer's config.json says "
+            f"{codebook_size}"
+        )
 
 
 def load_student(ursa: Ursa, weights: str | Path) -> UrsaTransformer:

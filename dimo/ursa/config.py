@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +10,8 @@ from dimo.errors import DimoError
 
 CLASS = "URSATransformer3DModel"
 NORM_EPS = 1e-6
+MOST = {"rope_theta": 2**53, "num_hidden_layers": 1000}  # what a damaged file says must not be built
+MOST_OTHERS = 2**20
 COMPUTED = {  # fields of which our transformer computes these values alone
     "hidden_act": ("silu", "swish"),
     "rms_norm_eps": (NORM_EPS,),
@@ -65,8 +66,9 @@ class UrsaConfig:
         config = cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
         for name, value in dataclasses.asdict(config).items():
             kinds, least = (int, float) if name == "rope_theta" else int, 0 if name == "bov_token_id" else 1
-            if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value < math.inf:
-                raise DimoError(f"{name} must be a number of at least {least}, got {value!r}")
+            most = MOST.get(name, MOST_OTHERS)
+            if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most:
+                raise DimoError(f"{name} must be a number of at least {least} and at most {most}, got {value!r}")
         if config.bov_token_id >= config.lm_vocab_size:
             raise DimoError(
                 f"bov_token_id must lie in [0, lm_vocab_size = {config.lm_vocab_size}), got {config.bov_token_id}"

@@ -46,14 +46,16 @@ def _meant(given: Path) -> str:
 def vae_config(folder: Path) -> dict | None:
     """What the VAE's config.json holds; None where the folder has no VAE at all."""
     where = folder / "vae"
-    there = where.is_symlink() or (where.is_dir() and any(where.iterdir()))
+    there = where.is_symlink() or where.is_file() or (where.is_dir() and any(where.iterdir()))
+    if where.is_file():
+        raise DimoError(f"{where} is a file, and a checkpoint's VAE is a folder")
     return read_json(where / "config.json") if there else None
 
 
 def vae_strides(folder: Path) -> tuple[int, int]:
     """(time, space) strides of the folder's VAE; URSA's 4 and 8 where it does not say."""
     config = vae_config(folder) or {}
-    time, space = STRIDES.get(config.get("_class_name"), (TEMPORAL_STRIDE, SPATIAL_STRIDE))
+    time, space = STRIDES.get(str(config.get("_class_name")), (TEMPORAL_STRIDE, SPATIAL_STRIDE))
     strides = config.get("temporal_stride", time), config.get("spatial_stride", space)
     if not all(type(s) is int and s > 0 for s in strides):
         raise DimoError(

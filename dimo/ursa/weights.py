@@ -92,8 +92,16 @@ def read_weights(source: str | Path) -> dict[str, torch.Tensor]:
     """A state dict from a weights file (.safetensors, .bin, .pt) or from a folder that holds one, sharded or not."""
     state = {}
     for file in weight_files(source):
-        state |= _read_safetensors(file) if file.suffix == ".safetensors" else read_pickle(file)
+        _join(state, _read_safetensors(file) if file.suffix == ".safetensors" else read_pickle(file), file)
     return state
+
+
+def _join(known: dict, more: dict, file: Path) -> None:
+    """Add what another shard holds, where no other holds the same: which of two values is meant, nobody knows."""
+    twice = sorted(known.keys() & more.keys())
+    if twice:
+        raise DimoError(f"{file} holds {twice[0]}, and so does another shard beside it; download the shards again")
+    known |= more
 
 
 def weight_shapes(source: str | Path) -> dict[str, tuple[int, ...]]:
@@ -101,11 +109,11 @@ def weight_shapes(source: str | Path) -> dict[str, tuple[int, ...]]:
     shapes = {}
     for file in weight_files(source):
         if file.suffix != ".safetensors":
-            shapes |= {key: tuple(value.shape) for key, value in read_pickle(file).items()}
+            _join(shapes, {key: tuple(value.shape) for key, value in read_pickle(file).items()}, file)
             continue
         try:
             with safe_open(file, "pt") as content:
-                shapes |= {key: tuple(content.get_slice(key).get_shape()) for key in content.keys()}
+                _join(shapes, {key: tuple(content.get_slice(key).get_shape()) for key in content.keys()}, file)
         except SafetensorError as error:
             raise _damaged(file, error) from error
     return shapes
@@ -191,7 +199,9 @@ def load_weights(transformer: torch.nn.Module, state: dict, where: str, assign: 
 
 
 def require_numbers(tensor: torch.Tensor, name: str) -> None:
-    """Raise unless the tensor holds finite floating-point numbers."""
+    """Raise unless the tensor holds finite floating-point numbers, all of them."""
+    if tensor.layout != torch.strided:
+        raise DimoError(f"{name} must be a dense tensor, got {tensor.layout}")
     if not tensor.is_floating_point():
         raise DimoError(f"{name} must hold floating-point numbers, got {tensor.dtype}")
     if not are_finite(tensor):
@@ -213,13 +223,26 @@ def misfit(needed: dict[str, tuple], found: dict[str, tuple]) -> str:
 
 
 def read_json(file: Path) -> dict:
-    """The object in a JSON file, which may start with a byte order mark."""
+    """The object in a JSON file, which may start with a byte order mark.
+
+    Raises:
+        DimoError: no such file, it is damaged, has a key twice, or holds no object.
+    """
     require_file(file)
     try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        content = json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and brackets in brackets
         refuse_what_is_none(file)
         raise DimoError(f"{file} is damaged: {error}") from error
     if not isinstance(content, dict):
         raise DimoError(f"{file} must hold an object, got {type(content).__name__}")
+    return content
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object, in which json would take the last of two values."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it has {next(name for name in names if names.count(name) > 1)!r} twice")
     return content

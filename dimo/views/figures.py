@@ -42,7 +42,8 @@ def curves(rows: list[dict], smooth: int = 1) -> Figure:
             if points:
                 steps, values = zip(*points)
                 values = _running_mean(values, smooth)
-                axis.plot(steps, values, color=colour, label=name, linewidth=1.4, linestyle=style)
+                dot = "o" if len(steps) == 1 else None  # of one point there is no line
+                axis.plot(steps, values, color=colour, label=name, linewidth=1.4, linestyle=style, marker=dot)
         if title.startswith("gradient"):
             axis.set_yscale("log")
         axis.set_title(title, fontsize=9, loc="left")
