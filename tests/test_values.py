@@ -16,6 +16,7 @@ from dimo.train.values import read_value
 LOOKALIKES = """\
 no off On true null ~x 007 0b11 1e3 1_000 0.10 12:30 2026-02-30 =
 [ {a *x &x !x %x @x `x #1 it's $HOME ${x} ???""".split()
+LOOKALIKES += ["a\x85b", "a\u2028b", "\ufeffa"]
 LOOKALIKES += ["bad: blurry", "a #1", "- a", "'a' b", '"a" "b"', "a, b", "[a, b]", "null: null", " x "]
 
 
