@@ -10,11 +10,13 @@ from dimo.train.config import load_config, to_flat, to_yaml
 from dimo.train.flags import split_flags
 from dimo.train.launch import engine_settings
 from dimo.train.runfolder import RunFolder
+from dimo.train.values import read_value
 
 # what YAML 1.1 takes for something else, or cannot read
 LOOKALIKES = """\
 no off On true null ~x 007 0b11 1e3 1_000 0.10 12:30 2026-02-30 =
 [ {a *x &x !x %x @x `x #1 it's $HOME ${x} ???""".split()
+LOOKALIKES += ["a\x85b", "a\u2028b", "\ufeffa"]
 LOOKALIKES += ["bad: blurry", "a #1", "- a", "'a' b", '"a" "b"', "a, b", "[a, b]", "null: null", " x "]
 
 

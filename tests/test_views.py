@@ -68,6 +68,14 @@ def test_a_baseline_is_drawn_only_where_there_is_one():
     assert names(lambda s: -s + 0.1) == names(lambda s: -1) == ["reward/mean", "reward/baseline"]
 
 
+@pytest.mark.parametrize("frames", [1, 3, 5, 9, 13])
+def test_no_label_of_a_map_is_cut(frames):
+    maps = {f"entropy of the {net}": torch.rand(frames, 4, 4) for net in ("student at x_init", "teacher at x_t")}
+    shown = pixels(token_maps(maps, "nats per token"))
+    edges = (shown[:, :2], shown[:, -2:], shown[:2], shown[-2:])
+    assert all((edge == 1).all() for edge in edges)  # white
+
+
 def test_no_text_of_a_figure_lies_on_another_or_is_cut():
     maps = {f"entropy of the {net}": torch.rand(3, 4, 4) for net in ("student at x_init", "teacher at x_t")}
     inputs = input_map(torch.arange(53), torch.rand(53, 3), 4)

@@ -99,6 +99,23 @@ def read_yaml(text: str, where: str, typed: bool = False) -> Any:
         raise DimoError(f"{where} is not readable YAML: {reason(error)}{hint}") from error
 
 
+def write_yaml(value: Any) -> str:
+    """YAML that reads back to the same, in the order of its keys."""
+    return yaml.dump(value, Dumper=_Exact, sort_keys=False, allow_unicode=True)
+
+
+class _Exact(yaml.SafeDumper):
+    """PyYAML writes line breaks other than \\n as they are, and reads each as a space; in quotes it escapes them."""
+
+
+_Exact.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar(
+        "tag:yaml.org,2002:str", text, style='"' if set(text) & set("\x85\u2028\u2029\ufeff") else None
+    ),
+)
+
+
 class _Texts(yaml.SafeLoader):
     """Makes texts, lists and mappings; `<<` still merges."""
 

@@ -69,6 +69,7 @@ def token_maps(maps: dict[str, torch.Tensor], unit: str) -> Figure:
     everything = torch.cat([m.flatten().float() for m in maps.values()])
     low, high = min(0.0, everything.min().item()), everything.max().item()
     figure = Figure(figsize=(2.3 + 1.7 * frames, 0.4 + 1.6 * len(maps)), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12)  # inches; square axes are narrower than the layout thinks
     axes = figure.subplots(len(maps), frames, squeeze=False)
     for r, (name, values) in enumerate(maps.items()):
         for f in range(frames):
