@@ -379,13 +379,13 @@ def test_the_student_of_another_model_is_refused(tiny, tmp_path, ursa):
 DAMAGES = {  # what is not said by what libraries raise: {name: (file, its new text, the sentence)}
     "brackets": (CONFIG, "[" * 100_000, "config.json is damaged: "),
     "digits": (CONFIG, '{"hidden_size": ' + "1" * 5000 + "}", "config.json is damaged: "),
-    "twice": (CONFIG, '{"rope_theta": 10000, "rope_theta": 1000000}', "config.json is damaged: it has 'rope_theta' twice"),
-    "theta": (CONFIG, '{"rope_theta": 1' + "0" * 400 + "}", "rope_theta must be a number of at least 1 and at most 9007"),
-    "layers": (CONFIG, '{"num_hidden_layers": 1000000000}', "num_hidden_layers must be .* at most 1000, got 1000000000"),
+    "twice": (CONFIG, '{"rope_theta": 10000, "rope_theta": 1000000}', "config.json is damaged.*rope_theta' twice"),
+    "theta": (CONFIG, '{"rope_theta": 1' + "0" * 400 + "}", "rope_theta must be .* at most 9007"),
+    "layers": (CONFIG, '{"num_hidden_layers": 1000000000}', "num_hidden_layers must be .* at most 1000, got 10"),
     "width": (CONFIG, '{"hidden_size": 1000000000000000}', "hidden_size must be .* at most 1048576"),
     "tokens": ("tokenizer/special_tokens_map.json", '{"eos_token": ', "special_tokens_map.json is damaged"),
     "page": ("tokenizer/added_tokens.json", "<!doctype html>", "added_tokens.json is damaged"),
-    "list": ("vae/config.json", '{"_class_name": ["AutoencoderVQ"], "num_vq_embeddings": 7}', "has 7 codes, the tr.* 240"),
+    "list": ("vae/config.json", '{"_class_name": ["AutoencoderVQ"], "num_vq_embeddings": 7}', "has 7 codes, .* 240"),
 }
 
 

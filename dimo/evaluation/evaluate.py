@@ -86,7 +86,8 @@ def prompts_of(rows: dict) -> str:
     held_out = rows["student_1"].get("prompts_held_out")
     if held_out is None:
         return ""
-    return f"Prompts: {held_out} captions held out of training." if held_out else "Prompts: captions trained on."
+    of = "caption" if held_out == 1 else "captions"
+    return f"Prompts: {held_out} {of} held out of training." if held_out else "Prompts: captions trained on."
 
 
 def format_table(rows: dict) -> str:

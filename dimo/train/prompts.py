@@ -178,4 +178,5 @@ def _about(wanted: int, held_out: int, different: int) -> str:
     if held_out == 0:
         return f"too few captions to hold any out of training ({different} different ones): {trained_on}"
     few = f": one in {MOST} at most, where evaluation.held_out is {wanted}" if held_out < wanted else ""
-    return f"{held_out} captions are held out of training for evaluation{few}"
+    held = "1 caption is" if held_out == 1 else f"{held_out} captions are"
+    return f"{held} held out of training for evaluation{few}"
