@@ -157,7 +157,7 @@ def _execute(run: RunFolder, name: str, source: Path, parameters: dict, force: b
     papermill, _ = _require_jupyter()
     done = run.path / "notebooks" / f"{name}.ipynb"
     done.parent.mkdir(parents=True, exist_ok=True)
-    if not force and _is_done(done, source, parameters):
+    if not force and is_done(done, source, parameters):
         print(f"{name}: done before, not executed again")
         return
     working = done.with_name(f".{name}.partial.ipynb")
@@ -234,8 +234,8 @@ def _write_ending(run: RunFolder, problem: str, stopped: bool, before: dict) -> 
     raise DimoError(problem)
 
 
-def _is_done(done: Path, source: Path, parameters: dict) -> bool:
-    """Executed to the end, with these parameters, from the cells that the source has now."""
+def is_done(done: Path, source: Path, parameters: dict) -> bool:
+    """Executed to the end, with these parameters, from the cells that the source has now; and still readable."""
     if not done.exists():
         return False
 
@@ -244,8 +244,12 @@ def _is_done(done: Path, source: Path, parameters: dict) -> bool:
         tagged = [(c["metadata"].get("tags", []), c["source"]) for c in notebook["cells"]]
         return notebook, ["".join(text) for tags, text in tagged if "injected-parameters" not in tags]
 
-    old, old_cells = cells(done)
-    return old["metadata"].get("papermill", {}).get("parameters") == parameters and old_cells == cells(source)[1]
+    try:
+        old, old_cells = cells(done)
+        executed_with = old["metadata"].get("papermill", {}).get("parameters")
+    except (ValueError, LookupError, TypeError, AttributeError):  # damaged, or saved by hand as something else
+        return False
+    return executed_with == parameters and old_cells == cells(source)[1]
 
 
 def _write_html(notebook: Path, page: Path) -> None:

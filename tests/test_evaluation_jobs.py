@@ -132,6 +132,18 @@ def test_a_second_evaluation_into_the_same_folder_is_refused(student, tmp_path):
         assert not list(tmp_path.iterdir())
 
 
+def test_what_the_disk_has_damaged_is_made_again(tmp_path):
+    parts = Parts(tmp_path, {"a": 1})
+    parts.save(JOBS[0], {"codes": torch.zeros(1, 4)})
+    parts.file(JOBS[0]).write_bytes(parts.file(JOBS[0]).read_bytes()[:20])
+    with pytest.raises(DimoError, match=r"student_1-00000.safetensors was damaged .*; the same command makes it again"):
+        parts.load(JOBS[:1])
+    assert parts.missing(JOBS) == JOBS
+    parts.save(JOBS[0], {"codes": torch.zeros(1, 4)})
+    (tmp_path / "about.json").write_bytes(b"\xff\xfe")
+    assert Parts(tmp_path, {"a": 1}).missing(JOBS) == JOBS
+
+
 def test_what_others_keep_where_the_jobs_lie_stays(tmp_path):
     (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
     (tmp_path / "codes.safetensors").write_bytes(b"mine")

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from dimo.errors import DimoError
-from dimo.notebooks import notebook_folder, run_notebooks
+from dimo.notebooks import is_done, notebook_folder, run_notebooks
 from dimo.train.runfolder import RunFolder
 
 NAMES = ["01_inputs", "02_losses", "03_train", "04_diagnostics", "05_evaluation"]
@@ -262,3 +262,14 @@ def test_importing_the_engine_does_not_import_jupyter_or_pictures():
     code = "import sys, dimo, dimo.train.trainer, dimo.cli; print([m for m in sys.modules if m in " \
            "('IPython', 'papermill', 'matplotlib', 'nbconvert', 'datasets', 'diffnext')])"  # fmt: skip
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("text", ["", '{"cells": [', "null", "{}", '{"cells": [{}]}'])
+def test_a_damaged_executed_notebook_is_executed_again(tmp_path, text):
+    source, done = notebook_folder() / "01_inputs.ipynb", tmp_path / "01_inputs.ipynb"
+    notebook = json.loads(source.read_text(encoding="utf-8"))
+    notebook["metadata"]["papermill"] = {"parameters": {"config": "smoke"}}
+    done.write_text(json.dumps(notebook), encoding="utf-8")
+    assert is_done(done, source, {"config": "smoke"})
+    done.write_text(text, encoding="utf-8")
+    assert not is_done(done, source, {"config": "smoke"})

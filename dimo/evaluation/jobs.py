@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from dimo.errors import DimoError
@@ -36,7 +37,7 @@ class Parts:
     def __init__(self, folder: Path, about: dict | None = None):
         self.folder = folder
         text, file = json.dumps(about, indent=2, sort_keys=True) + "\n", folder / ABOUT
-        if about is not None and not (file.exists() and file.read_text(encoding="utf-8") == text):
+        if about is not None and not (file.is_file() and file.read_bytes() == text.encode()):
             self.remove()
             write_text(file, text)
 
@@ -51,7 +52,19 @@ class Parts:
             save_file({name: value.contiguous() for name, value in made.items()}, beside)
 
     def load(self, jobs: list[Job]) -> dict[Job, dict[str, torch.Tensor]]:
-        return {job: load_file(self.file(job)) for job in jobs}
+        """What all of them gave.
+
+        Raises:
+            DimoError: the disk has damaged a file; it is removed, so that its job is done again.
+        """
+        return {job: self._load(self.file(job)) for job in jobs}
+
+    def _load(self, file: Path) -> dict[str, torch.Tensor]:
+        try:
+            return load_file(file)
+        except SafetensorError as error:
+            file.unlink()
+            raise DimoError(f"{file} was damaged ({error}) and is removed; the same command makes it again") from error
 
     def remove(self) -> None:
         """What was written here, and nothing else."""
