@@ -6,7 +6,6 @@ Processes share nothing but the folder. Each loads the networks onto a GPU of it
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import subprocess
@@ -22,6 +21,11 @@ from dimo.errors import DimoError
 from dimo.evaluation.comparison import Comparison, Job
 from dimo.files import PARTIALS, whole_file, write_text
 from dimo.train.progress import CostBar
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 ABOUT = "about.json"
 OWN = (ABOUT, "config.yaml", "process-*.log", "*-?????.safetensors", PARTIALS)  # in its folder
@@ -87,7 +91,8 @@ def alone_in(out: Path) -> Iterator[None]:
     handle = os.open(out, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl is not None:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise DimoError(
                 f"another process writes an evaluation into {out}; wait for it, or give another --out_dir"
