@@ -13,6 +13,11 @@ from typing import Any
 
 import torch
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
 PARTIALS = ".*.partial*"  # what a killed process leaves behind, as a pattern for glob
 ASIDE = ".old.partial"  # ending of a folder that makes room for its successor, and comes back if that does not come
 
@@ -140,6 +145,20 @@ def side_by_side(function: Callable[[Any], Any], items: list, at_once: int = 4) 
     if errors:
         raise errors[0]
     return results
+
+
+@contextlib.contextmanager
+def no_more_bytes() -> Iterator[None]:
+    """Inside, whatever this process writes to a file fails, in threads that are writing one too."""
+    if resource is None:
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))  # Python ignores the signal that this sends
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def write_text(file: str | Path, text: str) -> None:
