@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 
 try:
@@ -180,6 +181,15 @@ def save_torch(value: Any, file: str | Path) -> None:
             if isinstance(error.__context__, OSError):  # torch's own word is a position in its archive
                 raise error.__context__ from None
             raise
+
+
+def save_file(tensors: dict[str, torch.Tensor], file: str | Path, metadata: dict[str, str] | None = None) -> None:
+    """safetensors' own, whose files their owner alone may read; here whoever may read what else this process writes."""
+    open(file, "wb").close()
+    mode = os.stat(file).st_mode & 0o777
+    safetensors.torch.save_file(tensors, file, metadata)
+    with contextlib.suppress(OSError):  # a file system without permissions
+        os.chmod(file, mode)
 
 
 def sync(path: str | Path) -> None:

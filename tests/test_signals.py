@@ -155,6 +155,37 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
     assert status["state"] == "preempted" and "at once" in status["error"] and not RunFolder(tmp_path).is_held()
 
 
+SLOW_START = """
+import sys, time
+from dimo.train import __main__ as command, trainer
+
+def load(*arguments, **more):
+    print("loading", flush=True)
+    time.sleep(1000)
+
+trainer.load_ursa = load
+{main}
+"""
+MAINS = {
+    "a worker": "sys.exit(command.main(sys.argv[1:]))",
+    "dimo": "from dimo import cli; sys.exit(cli.main(['train', '-c', *sys.argv[1:]]))",
+}
+
+
+@pytest.mark.parametrize("main, number", [("dimo", "SIGTERM"), ("dimo", "SIGINT"), ("a worker", "SIGUSR1")])
+def test_a_signal_while_the_teacher_is_loaded_ends_it_as_a_later_one_would(tmp_path, main, number):
+    words = ["smoke" if main == "dimo" else "config=smoke", *SETTINGS, f"experiment.output_dir={tmp_path}"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW_START.format(main=MAINS[main]), *words],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=as_in_a_terminal,
+    )  # fmt: skip
+    wait_for(process, "loading")
+    process.send_signal(getattr(signal, number))
+    _, errors = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 75
+    assert errors == f"dimo: {number} before the first step; the same command continues\n"
+
+
 def test_a_crash_says_failed_with_the_error_and_the_last_lines(tmp_path):
     process = start(tmp_path, inside="1 / 0 if index == 2 else None")
     _, errors = process.communicate()

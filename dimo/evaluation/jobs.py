@@ -14,11 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from dimo.errors import DimoError
 from dimo.evaluation.comparison import Comparison, Job
-from dimo.files import whole_file, write_text
+from dimo.files import save_file, whole_file, write_text
 from dimo.train.progress import CostBar
 
 ABOUT = "about.json"

@@ -13,10 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from dimo.errors import DimoError, reason
-from dimo.files import clear_partials, no_more_bytes, remove_folder, replace_folder, save_torch, side_by_side, sync
+from dimo.files import (
+    clear_partials,
+    no_more_bytes,
+    remove_folder,
+    replace_folder,
+    save_file,
+    save_torch,
+    side_by_side,
+    sync,
+)
 from dimo.train.ranks import everywhere, raise_everywhere
 
 MANIFEST, OPTIMIZER = "manifest.json", "optimizer-"
