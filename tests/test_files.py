@@ -11,7 +11,16 @@ import pytest
 import torch
 
 from dimo import files
-from dimo.files import PARTIALS, clear_partials, save_file, save_torch, side_by_side, whole_file, whole_folder, write_text
+from dimo.files import (
+    PARTIALS,
+    clear_partials,
+    save_file,
+    save_torch,
+    side_by_side,
+    whole_file,
+    whole_folder,
+    write_text,
+)
 
 
 def test_write_text_leaves_the_old_file_when_it_fails(tmp_path):
