@@ -11,7 +11,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 PARTIALS = ".*.partial*"  # what a killed process leaves behind, as a pattern for glob
 ASIDE = ".old.partial"  # ending of a folder that makes room for its successor, and comes back if that does not come
@@ -142,6 +148,20 @@ def side_by_side(function: Callable[[Any], Any], items: list, at_once: int = 4) 
     return results
 
 
+@contextlib.contextmanager
+def no_more_bytes() -> Iterator[None]:
+    """Inside, whatever this process writes to a file fails, in threads that are writing one too."""
+    if resource is None:
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))  # Python ignores the signal that this sends
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 def write_text(file: str | Path, text: str) -> None:
     """Whole or not at all."""
     with whole_file(file) as beside:
@@ -161,6 +181,15 @@ def save_torch(value: Any, file: str | Path) -> None:
             if isinstance(error.__context__, OSError):  # torch's own word is a position in its archive
                 raise error.__context__ from None
             raise
+
+
+def save_file(tensors: dict[str, torch.Tensor], file: str | Path, metadata: dict[str, str] | None = None) -> None:
+    """safetensors' own, whose files their owner alone may read; here whoever may read what else this process writes."""
+    open(file, "wb").close()
+    mode = os.stat(file).st_mode & 0o777
+    safetensors.torch.save_file(tensors, file, metadata)
+    with contextlib.suppress(OSError):  # a file system without permissions
+        os.chmod(file, mode)
 
 
 def sync(path: str | Path) -> None:

@@ -11,13 +11,12 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 import dimo
 from dimo.data.listing import list_files
 from dimo.data.readers import caption_column, caption_text, read_rows
 from dimo.errors import DimoError, reason, require_shape
-from dimo.files import whole_file, write_text
+from dimo.files import save_file, whole_file, write_text
 from dimo.train.config import default_prompt_length
 from dimo.train.origin import run_config, run_of
 from dimo.ursa import Ursa, load_ursa, sample

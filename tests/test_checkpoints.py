@@ -265,3 +265,27 @@ def test_optimizers_have_files_of_their_own_and_those_that_lie_in_state_pt_are_r
         state = checkpoints.load(folder)[1]
         for name in moments:
             assert torch.equal(state["optimizers"][name]["w"]["exp_avg"], moments[name]["w"]["exp_avg"])
+
+
+LEAVES = """
+import sys, torch
+from pathlib import Path
+from dimo.train.checkpoints import Checkpoints
+
+large = {str(i): torch.zeros(5_000_000) for i in range(10)}
+given = ({"student": large}, {}) if sys.argv[2] == "safetensors" else ({}, {"optimizers": {"student": large}})
+checkpoints = Checkpoints(sys.argv[1])
+checkpoints.save(1, *given, {})
+while not list(Path(sys.argv[1], ".step-00000001.partial").iterdir()):
+    pass
+assert not checkpoints.written()
+sys.exit(3)
+"""
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "torch"])
+def test_a_process_that_ends_while_one_is_written_has_its_own_exit_code(tmp_path, kind):
+    """As after a second Ctrl-C. A thread that Python ends inside PyTorch's or safetensors' code aborts the process."""
+    done = subprocess.run([sys.executable, "-c", LEAVES, str(tmp_path), kind], capture_output=True, text=True)
+    assert done.returncode == 3 and not done.stderr, done.stderr
+    assert Checkpoints(tmp_path).newest() == (None, {})

@@ -11,7 +11,16 @@ import pytest
 import torch
 
 from dimo import files
-from dimo.files import PARTIALS, clear_partials, save_torch, side_by_side, whole_file, whole_folder, write_text
+from dimo.files import (
+    PARTIALS,
+    clear_partials,
+    save_file,
+    save_torch,
+    side_by_side,
+    whole_file,
+    whole_folder,
+    write_text,
+)
 
 
 def test_write_text_leaves_the_old_file_when_it_fails(tmp_path):
@@ -169,3 +178,16 @@ def test_side_by_side_keeps_the_order_and_begins_nothing_after_an_error():
     assert {0, 1, 2} <= set(done) and len(done) < 1000
     assert side_by_side(lambda item: item * item, list(range(100))) == [i * i for i in range(100)]
     assert side_by_side(work, []) == []
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027])
+def test_tensors_may_be_read_by_whoever_reads_the_other_files(tmp_path, mask):
+    """A colleague who evaluates a run in a shared folder; safetensors alone writes for the owner only."""
+    before = os.umask(mask)
+    try:
+        save_file({"w": torch.ones(2)}, tmp_path / "new.safetensors")
+        write_text(tmp_path / "other", "")
+    finally:
+        os.umask(before)
+    modes = {file.stat().st_mode & 0o777 for file in tmp_path.iterdir()}
+    assert modes == {0o666 & ~mask}

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from dimo.errors import DimoError
 from dimo.evaluation.comparison import Comparison, Job
-from dimo.files import PARTIALS, whole_file, write_text
+from dimo.files import PARTIALS, save_file, whole_file, write_text
 from dimo.train.progress import CostBar
 
 try:

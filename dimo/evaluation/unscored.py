@@ -11,10 +11,9 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from dimo.errors import require_shape
-from dimo.files import whole_file
+from dimo.files import save_file, whole_file
 from dimo.ursa import Ursa, UrsaTransformer
 from dimo.ursa.answer import entropy, guide_answer, log_prob, visual_answer
 from dimo.ursa.chunks import tokens_at_once

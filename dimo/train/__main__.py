@@ -10,7 +10,7 @@ import torch.distributed as dist
 from dimo.errors import DimoError, reason
 from dimo.output import lasting_output
 from dimo.train.lifeline import end_with_launcher
-from dimo.train.signals import PREEMPTED, Preempted
+from dimo.train.signals import PREEMPTED, Preempted, stopping_at_once
 
 
 def main(arguments: list[str]) -> int:
@@ -29,7 +29,9 @@ def _main(arguments: list[str]) -> int:
         words, overrides = split_flags(arguments, own=set())
         preset = [word.removeprefix("config=") for word in words if word.startswith("config=")]
         overrides += [word for word in words if not word.startswith("config=")]
-        Trainer(load_config(preset[-1] if preset else None, overrides)).train()
+        with stopping_at_once():
+            trainer = Trainer(load_config(preset[-1] if preset else None, overrides))
+        trainer.train()
     except DimoError as error:
         print(f"dimo: {error}", file=sys.stderr)
         return 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import os
@@ -12,13 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from dimo.errors import DimoError, reason
-from dimo.files import clear_partials, remove_folder, replace_folder, save_torch, side_by_side, sync
+from dimo.files import (
+    clear_partials,
+    no_more_bytes,
+    remove_folder,
+    replace_folder,
+    save_file,
+    save_torch,
+    side_by_side,
+    sync,
+)
 from dimo.train.ranks import everywhere, raise_everywhere
 
 MANIFEST, OPTIMIZER = "manifest.json", "optimizer-"
+AT_ONCE = 4  # files that are written
 STEP = "step-" + "[0-9]" * 8  # a step's name as a pattern: a copy beside it, step-360-copy, is somebody's
 
 
@@ -178,13 +189,23 @@ class _Writing(threading.Thread):
         self.step, self.partial, self.whole, self.rank_state, self.rank = step, partial, whole, rank_state, rank
         self.entries: dict[str, dict] = {}
         self.error: Exception | None = None
+        self._saving = threading.Semaphore(AT_ONCE)
+        atexit.register(self._leave)
 
     def run(self) -> None:
         try:
-            self.entries = dict(side_by_side(self._write, self._files()))
+            self.entries = dict(side_by_side(self._write, self._files(), AT_ONCE))
         except Exception as error:  # safetensors has its own for a full disk
             self.error = error
         self.whole = self.rank_state = None
+        atexit.unregister(self._leave)
+
+    def _leave(self) -> None:
+        """At the end of a process that has not waited: one whose thread is inside PyTorch's or safetensors' code then
+        is aborted, and its exit code is lost. So all come out, by an error, and none goes in again."""
+        with no_more_bytes():
+            for _ in range(AT_ONCE):
+                self._saving.acquire()
 
     def _files(self) -> list[tuple[str, Callable, Any]]:
         """(name, function that writes, value); the largest first."""
@@ -203,7 +224,8 @@ class _Writing(threading.Thread):
     def _write(self, what: tuple[str, Callable, Any]) -> tuple[str, dict]:
         name, write, value = what
         file = self.partial / name
-        write(value, file)
+        with self._saving:
+            write(value, file)
         sync(file)
         return name, describe(file)
 

@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from dimo.distill.stages import Step
 from dimo.errors import DimoError, NonFiniteError
-from dimo.files import whole_file
+from dimo.files import save_file, whole_file
 from dimo.train.engine import Engine
 
 REPLAYED = ("txt_ids", "x_init", "x_hat", "x_t", "t")

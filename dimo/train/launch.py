@@ -28,7 +28,7 @@ from dimo.train.config import PRESETS, Config, device_of, to_yaml
 from dimo.train.lifeline import GRACE_S, adopt_orphans
 from dimo.train.older import as_begun
 from dimo.train.runfolder import RunFolder, write_text
-from dimo.train.signals import PREEMPTED, Preempted, handling
+from dimo.train.signals import PREEMPTED, Preempted, handling, stopping_at_once
 from dimo.train.trackers import require_trackers
 from dimo.train.values import read_yaml
 from dimo.worlds import checkpoint_folder
@@ -45,7 +45,9 @@ def train(config: Config) -> RunFolder:
     if not needs_launch(config):
         from dimo.train.trainer import Trainer
 
-        return Trainer(config).train()
+        with stopping_at_once():
+            trainer = Trainer(config)
+        return trainer.train()
     code = launch(config)
     run = RunFolder(config.experiment.output_dir, writes=False)
     if code == PREEMPTED:
@@ -259,9 +261,8 @@ def _exit_code(run: RunFolder, code: int, family: _Family, asked: bool, begin: i
         return code
     status = run.status()
     ours, nobodys = status.get("pid") in family.workers, status.get("pid") in (None, os.getpid())
-    if code == PREEMPTED or (ours and status["state"] == "preempted"):
-        return PREEMPTED
-    if asked and not ours and not family.killed:  # asked before the first step: nothing to save
+    early = asked and not ours and not family.killed  # before the first step: nothing to save
+    if code == PREEMPTED or early or (ours and status["state"] == "preempted"):
         if nobodys and status.get("state") not in (None, "finished"):
             run.write_status(state="preempted")
         return PREEMPTED

@@ -40,6 +40,15 @@ def handling(handler: Callable) -> Iterator[None]:
             signal.signal(number, old if old is not None else signal.SIG_DFL)
 
 
+def stopping_at_once() -> contextlib.AbstractContextManager[None]:
+    """While nothing is there to save: what asks to stop raises `Preempted`, and who sent it sees exit code 75."""
+
+    def stop(number: int, _) -> None:
+        raise Preempted(f"{signal.Signals(number).name} before the first step; the same command continues")
+
+    return handling(stop)
+
+
 class Signals:
     """`with Signals() as signals`: a signal only sets `signals.received`, a second Ctrl-C interrupts at once."""
 

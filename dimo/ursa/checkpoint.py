@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch.overrides import TorchFunctionMode
 
 from dimo.errors import DimoError, nearest, reason
-from dimo.files import whole_folder
+from dimo.files import save_file, whole_folder
 from dimo.ursa.inputs import SPATIAL_STRIDE, TEMPORAL_STRIDE, latents_shape_for
 from dimo.ursa.layout import require_checkpoint, vae_config, vae_strides
 from dimo.ursa.path import MetricPath, MixturePath

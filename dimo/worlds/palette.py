@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from dimo.errors import DimoError, require_ids, require_shape
+from dimo.files import save_file
 from dimo.ursa.inputs import SPATIAL_STRIDE, TEMPORAL_STRIDE
 from dimo.ursa.weights import WEIGHTS, read_weights
 
