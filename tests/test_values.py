@@ -10,6 +10,7 @@ from dimo.train.config import load_config, to_flat, to_yaml
 from dimo.train.flags import split_flags
 from dimo.train.launch import engine_settings
 from dimo.train.runfolder import RunFolder
+from dimo.train.values import read_value
 
 # what YAML 1.1 takes for something else, or cannot read
 LOOKALIKES = """\

@@ -9,21 +9,33 @@ from __future__ import annotations
 import csv
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dimo.data.foreign import OPENING, refuse_container
 from dimo.data.lines import read_lines, warn_once
 
 WHOLE_FIELDS = re.compile(r'(?:"(?:[^"]|"")*+",|[^",][^,]*+,|,)*+')
+DRESS = " \t\"'\ufeff"  # around a column's name
 BACKSLASHED = '\\"'
 DOUBLE_IT = 'write a quote inside quotes as "" (in Spark: option("escape", "\\""))'
 
 
 def csv_columns(file: Path) -> list[str]:
-    for _, header, _ in _rows(file):
-        return header
-    return []
+    _, header, _ = next(_rows(file), (0, [], []))
+    if not header:
+        raise ValueError("line 1 is blank; it must name the columns")
+    return header
+
+
+def unlike(columns: list[str], names: Sequence[str]) -> str:
+    """A hint where one of `names` is there after all, but not as it must be written; else empty."""
+    for column in columns:
+        if column not in names and column.strip(DRESS).lower() in names:
+            return f" (rename {column!r} to {column.strip(DRESS).lower()})"
+    cells = [cell.strip(DRESS).lower() for cell in re.split(r"[;\t|]", columns[0])] if len(columns) == 1 else []
+    commas = " (write commas between the columns, and their names in the first line)"  # sep= is Excel's
+    return commas if set(cells) & set(names) or columns[0].startswith("sep=") else ""
 
 
 def read_csv(file: Path, columns: list[str], skip: int) -> Iterator[dict]:
@@ -37,11 +49,17 @@ def read_csv(file: Path, columns: list[str], skip: int) -> Iterator[dict]:
             yield dict.fromkeys(columns)
             continue
         caption = row[captions]
-        if caption[:1] in OPENING:
+        if caption.startswith(OPENING):
             refuse_container(caption, "line", line)
-        if BACKSLASHED in caption and f'''"{caption.replace('"', '""')}"''' not in "".join(source):
+            if caption.lstrip()[:1] == '"' and not _is_quoted(caption, source):
+                raise ValueError(f"line {line} has white space between a comma and a quote; take it out")
+        if BACKSLASHED in caption and not _is_quoted(caption, source):
             raise ValueError(f"line {line} has {BACKSLASHED} outside quotes; quote the caption, and {DOUBLE_IT}")
         yield {column: row[place] for column, place in places}
+
+
+def _is_quoted(caption: str, source: list[str]) -> bool:
+    return f'''"{caption.replace('"', '""')}"''' in "".join(source)
 
 
 def _rows(file: Path) -> Iterator[tuple[int, list[str], list[str]]]:
