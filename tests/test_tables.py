@@ -159,6 +159,21 @@ def test_a_header_without_its_end_and_blank_rows_hold_nothing(tmp_path):
     assert PromptStream(file).counts()["rows"] == 6
 
 
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("id,caption,\n1,b,\n2,a dog, running\n", 3),  # pandas and Excel write such a header
+        ("caption,,\na,,\na dog, and, a cat\n", 3),
+        ("id,caption,score\n1,b,1,\n2,a dog, running,\n", 3),  # has no score, and a comma too many
+    ],
+)
+def test_no_caption_is_cut_at_its_comma_where_a_row_has_empty_fields_too_many(text, line, tmp_path):
+    file = make(tmp_path, "a.csv", text.encode())
+    for read in (PromptStream, read_prompts):
+        with pytest.raises(DimoError, match=f"line {line} has . fields under . column.*commas must be in quotes"):
+            read(file)
+
+
 def test_a_row_cut_outside_quotes_is_left_out_and_said_once(tmp_path, caplog):
     file = make(tmp_path, "a.csv", b"id,caption,score\n1,a,0.5\n2,half a capt")
     assert read_prompts(file) == PromptStream(file).take(1) == ["a"]

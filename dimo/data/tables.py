@@ -84,8 +84,8 @@ def _rows(file: Path) -> Iterator[tuple[int, list[str], list[str]]]:
             header, least = row, len(row)
             while least and not row[least - 1]:  # columns without a name, after a comma too many
                 least -= 1
-        elif any(row[len(header) :]) or len(row) > len(header) and row[len(header) - 1].endswith("\\"):
-            raise ValueError(f"line {line} has {len(row)} fields under {len(header)} column(s); a caption with commas "
+        elif any(row[least:]) or len(row) > least and _may_be_split(row[:least]):
+            raise ValueError(f"line {line} has {len(row)} fields under {least} column(s); a caption with commas "
                              "must be in quotes")  # fmt: skip
         elif len(row) < least and any(field.strip() for field in row):
             if not source[-1].endswith("\n"):
@@ -97,6 +97,11 @@ def _rows(file: Path) -> Iterator[tuple[int, list[str], list[str]]]:
             raise ValueError(f"line {line} is the header again; delete it")
         yield line, row, source
         line = reader.line_num + 1
+
+
+def _may_be_split(row: list[str]) -> bool:
+    """Whether a row with empty fields too many may owe one to an escaped comma, or to ", " in a caption."""
+    return row[-1:] and row[-1].endswith("\\") or any(field[:1].isspace() for field in row[1:])
 
 
 def _explain(file: Path, error: str, text: str, line: int, last: int) -> None:
