@@ -163,6 +163,26 @@ def test_more_than_the_run_held_out_is_not_claimed(tmp_path, caplog):
         assert rows["student_1"]["prompts_held_out"] == given
 
 
+def test_of_other_captions_than_the_runs_nothing_is_claimed(tmp_path, caplog):
+    run = Trainer(config_for(tmp_path, CAPTIONS, "training.max_train_steps=1")).train(False)
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "captions.csv").rename(tmp_path / "moved" / "captions.csv")
+    (tmp_path / "part.csv").write_text("\n".join(["caption", *CAPTIONS[:20]]))
+    known = "Prompts: 8 captions held out of training."
+    unknown = "Prompts: other captions than the run's; which of them it was trained on is not known."
+    for name, more, held_out, sentence in (
+        ("moved/captions.csv", [], 8, known),
+        ("part.csv", [], None, unknown),
+        ("moved/captions.csv", ["distill.min_motion=2"], None, unknown),
+    ):
+        caplog.clear()
+        words = [f"--prompt_file={tmp_path / name}", *more, "evaluation.teacher_steps=[1]", f"--out={tmp_path / 'out'}"]
+        assert main(["evaluate", str(run.path), *words]) == 0
+        rows = json.loads((tmp_path / "out" / "report.json").read_text())
+        assert rows["student_1"]["prompts_held_out"] == held_out and prompts_of(rows) == sentence
+        assert ("held out of training for evaluation" in caplog.text) == (held_out is not None)
+
+
 def test_prompts_that_become_one_by_cutting_are_said(tiny, tmp_path):
     captions = [f"a very long caption about a {word} thing" for word in WORDS]
     config = config_for(tmp_path, captions, "distill.max_prompt_length=3", "evaluation.held_out=0")

@@ -151,6 +151,8 @@ FOREIGN = {
     "it is JSON: write": (("txt",), b'{\n  "caption": "a dog"\n}\n'),
     "JSON: write one object a line": (("txt",), b'["a dog",\n"b"]\n'),
     "it is JSON: write one object a line, and end": (("txt",), b'{"caption": "a dog"}\n{"caption": "b"}\n'),
+    "a table with the column prompt": (("txt",), b"id\tprompt\n1\ta dog\n"),
+    "a table with the column text": (("txt",), b"url,text\nx,a dog\n"),
     "a table with the column caption": (("txt",), b'"id","caption"\n1,a dog\n'),
 }
 
@@ -173,6 +175,7 @@ def test_a_file_of_something_else_is_refused(sentence, kind, tmp_path):
         ("{'en': 'a dog'}", "dict"),
         ("[0.25, 0.5]", "list"),
         (r"['a \d']", "list"),
+        ("array(['a dog', 'a cat'], dtype=object)", "list"),
     ],
 )
 def test_the_text_of_a_list_is_refused_however_deep(kind, text, name, tmp_path):
@@ -187,7 +190,18 @@ def test_the_text_of_a_list_is_refused_however_deep(kind, text, name, tmp_path):
 
 @pytest.mark.parametrize("kind", ALL)
 def test_brackets_alone_make_no_list(kind, tmp_path):
-    texts = ["[applause] a man bows (slowly)", "(a dog)", '["STOP" sign]', "[]", "{a}", "('x')", "[b", "it's [c]"]
+    texts = [
+        "[applause] a man bows (slowly)",
+        "(a dog)",
+        '["STOP" sign]',
+        "[]",
+        "{a}",
+        "('x')",
+        "[b",
+        "it's [c]",
+        "b'a",
+        "array('x')",
+    ]
     assert read_prompts(write(tmp_path / f"a.{kind}", texts)) == texts
 
 
@@ -221,3 +235,42 @@ def test_lines_end_as_everywhere(tmp_path):
     assert read_prompts(make(tmp_path, "a.txt", "a\rb\r\nc\u2028d\n\r\n \x85e".encode())) == ["a", "b", "c\u2028d", "e"]
     with pytest.raises(DimoError, match="line 2 is longer than 16,777,216 bytes"):
         read_prompts(make(tmp_path, "a.txt", b"x\n" + b"y" * (1 << 24)))
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_the_text_of_bytes_is_refused_however_deep(kind, tmp_path):
+    for text in ("b'a dog'", 'b"a dog\'s"'):
+        file = write(tmp_path / f"a.{kind}", [f"prompt {i}" for i in range(1500)] + [text, "more"])
+        with pytest.raises(DimoError, match="the caption of (row|line) 150[12] is bytes, not a text: .*; decode it$"):
+            read_prompts(file)
+
+
+@pytest.mark.parametrize("last", ['{"caption": "c"},', '{"caption": "c"}{"caption": "d"}', "the end", "null"])
+def test_a_last_line_that_is_not_cut_but_wrong_is_refused(last, tmp_path):
+    file = make(tmp_path, "a.jsonl", ('{"caption": "a"}\n' * 1500 + last).encode())
+    for read in (read_prompts, lambda file: PromptStream(file, shuffle_buffer=10).take(1501)):
+        with pytest.raises(DimoError, match="line 1501 is not a JSON object"):
+            read(file)
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "csv"])
+def test_a_last_line_cut_within_a_character_is_left_out_and_said(kind, tmp_path, caplog):
+    file = write(tmp_path / f"a.{kind}", ["one", "two", "caf\u5496"])  # three, so JSON is in UTF-8 too
+    whole = file.read_bytes()
+    file.write_bytes(whole[: whole.index("\u5496".encode()) + 2])
+    assert read_prompts(file) == ["one", "two"]
+    assert sorted(PromptStream(file).take(2)) == ["one", "two"]
+    line = 4 if kind == "csv" else 3
+    assert caplog.messages == [f"{file}: the last line, {line}, is cut off within a character and left out"]
+
+
+@pytest.mark.parametrize("kind", ["txt", "csv"])
+def test_what_git_left_among_captions_is_refused_however_deep(kind, tmp_path):
+    good = "caption\n" + "a dog\n" * 1500
+    for left, sentence in (
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:12ab\nsize 7\n", "begins a Git LFS pointer"),
+        ("<<<<<<< HEAD\na\n=======\nb\n>>>>>>> other\n", "is git's mark of a conflict"),
+    ):
+        file = make(tmp_path, f"a.{kind}", (good + left + "a cat\n").encode())
+        with pytest.raises(DimoError, match=f"line 1502 {sentence}"):
+            read_prompts(file)

@@ -159,7 +159,58 @@ def test_a_header_without_its_end_and_blank_rows_hold_nothing(tmp_path):
     assert PromptStream(file).counts()["rows"] == 6
 
 
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("id,caption,\n1,b,\n2,a dog, running\n", 3),  # pandas and Excel write such a header
+        ("caption,,\na,,\na dog, and, a cat\n", 3),
+        ("id,caption,score\n1,b,1,\n2,a dog, running,\n", 3),  # has no score, and a comma too many
+    ],
+)
+def test_no_caption_is_cut_at_its_comma_where_a_row_has_empty_fields_too_many(text, line, tmp_path):
+    file = make(tmp_path, "a.csv", text.encode())
+    for read in (PromptStream, read_prompts):
+        with pytest.raises(DimoError, match=f"line {line} has . fields under . column.*commas must be in quotes"):
+            read(file)
+
+
 def test_a_row_cut_outside_quotes_is_left_out_and_said_once(tmp_path, caplog):
     file = make(tmp_path, "a.csv", b"id,caption,score\n1,a,0.5\n2,half a capt")
     assert read_prompts(file) == PromptStream(file).take(1) == ["a"]
     assert caplog.messages == [f"{file}: the last row, line 3, is cut off and left out"]
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("id;caption\n1;a, b\n", r"it has id;caption \(write commas between the columns"),
+        ("id\tcaption\n1\ta, b\n", r"\(write commas between the columns"),
+        ("'id'|\"text\"\n1|a\n", r"\(write commas between the columns"),
+        ("sep=;\nid;caption\n1;a\n", r"it has sep=; \(write commas .* names in the first line"),
+        ("id, caption\n1,a\n", r"it has id,  caption \(rename ' caption' to caption\)"),
+        ("ID,Caption\n1,a\n", r"\(rename 'Caption' to caption\)"),
+        ("id,title\n1,a\n", "it has id, title$"),
+        ("\nid,caption\n1,a\n", "line 1 is blank; it must name the columns"),
+    ],
+)
+def test_a_header_that_is_nearly_right_is_told_what_is_wrong(content, sentence, tmp_path):
+    with pytest.raises(DimoError, match=sentence):
+        read_prompts(make(tmp_path, "a.csv", content.encode()))
+
+
+def test_a_quote_after_white_space_is_no_part_of_a_caption(tmp_path):
+    lines = "".join(f"{i},a grey pigeon\n" for i in range(2000))
+    for gap in (" ", "\t "):
+        file = make(tmp_path, "a.csv", f'id,caption\n{lines}1,{gap}"a dog"\n2,b\n'.encode())
+        with pytest.raises(DimoError, match="line 2002 has white space between a comma and a quote"):
+            read_prompts(file)
+    file = write(tmp_path / "a.csv", [' "a dog" barks', 'a 5" dog'])
+    assert read_prompts(file) == ['"a dog" barks', 'a 5" dog']
+
+
+def test_scores_are_finite_numbers_in_plain_digits(tmp_path):
+    scores = ["inf", "Infinity", "1_0", "1e999", "nan", "", "7", " 8.25 "]
+    rows = "".join(f"{i},{score}\n" for i, score in enumerate(scores))
+    file = make(tmp_path, "a.csv", f"caption,motion_score\n{rows}".encode())
+    stream = PromptStream(file, minimum={"motion_score": 1}, motion="score")
+    assert sorted(stream.take(2)) == ["motion=7.0, 6", "motion=8.2, 7"] and stream.counts()["filtered"] == 6

@@ -132,3 +132,24 @@ def test_a_key_twice_is_refused_in_an_engines_file_and_in_a_runs(tmp_path):
 def test_half_of_a_surrogate_pair_is_no_text():
     with pytest.raises(DimoError, match="distill.negative_prompt must be text in UTF-8"):
         read_value("distill.negative_prompt", "str", "a \ud800 b")
+
+
+@pytest.mark.parametrize("key", ["experiment.output_dir", "distill.teacher_ckpt", "distill.prompt_source"])
+def test_nothing_is_no_path(key, tmp_path):
+    group, name = key.split(".")
+    for nothing in ("~", "null", "None"):
+        (tmp_path / "mine.yaml").write_text(f"{group}:\n  {name}: {nothing}\n")
+        with pytest.raises(
+            DimoError, match=f"^{key} must be a path, got '{nothing}'; leave the key out .* ./{nothing}$"
+        ):
+            load_config(tmp_path / "mine.yaml")
+    assert to_flat(load_config("smoke", [f"{key}=./null"]))[key] == "./null"
+
+
+def test_a_motion_score_is_a_number_as_any_other():
+    for text, value in (("9", 9.0), ("010", 10.0), ("1e1", 10.0), ("score", "score"), ("none", None)):
+        own = [f"distill.motion_prefix={text}", "distill.prompt_source=a.csv"]
+        assert load_config("smoke", own).distill.motion_value() == value
+    for text in ("1_0", "1,5", "0x9", "inf", "nan", ""):
+        with pytest.raises(DimoError, match="motion_prefix must be none, score or a number, got"):
+            load_config("smoke", [f"distill.motion_prefix={text}", "distill.prompt_source=a.csv"])

@@ -9,7 +9,8 @@ import warnings
 from pathlib import Path
 
 HEAD = 4096  # bytes
-OPENING = "[({ \t\r\n"  # a list's text begins with one of these
+OPENING = ("[", "(", "{", " ", "\t", "\r", "\n", "array(", "b'", 'b"')  # begin a list's text, or that of bytes
+ARRAY = re.compile(r"array\((\[.*\])(, dtype=.*)?\)", re.DOTALL)  # as NumPy spells one
 # what the first bytes are of; none of them begins a text
 MAGIC = {
     b"\xff\xfe": "UTF-16 text (save it as UTF-8)",
@@ -64,30 +65,39 @@ def refuse_foreign(file: Path, kind: str) -> None:
         raise ValueError(f"line {line} is not a JSON object, it begins an array; write one object a line")
     if kind == "txt" and JSON.match(text):
         raise ValueError("it is JSON: write one object a line, and end its name in .jsonl")
-    if kind == "txt" and b"caption" in [cell.strip(b" \"'") for cell in re.split(rb"[,;\t]", first)] != [b"caption"]:
-        raise ValueError("it is a table with the column caption: end its name in .csv")
+    cells = [cell.strip(b" \"'").decode("utf-8", "replace") for cell in re.split(rb"[,;\t]", first)]
+    names = ("caption",) if b" " in first else ("caption", "prompt", "text")  # a prompt may read "a sign, text"
+    column = next((name for name in names if name in cells), None)
+    if kind == "txt" and column and len(cells) > 1:
+        raise ValueError(f"it is a table with the column {column}: end its name in .csv")
 
 
 def refuse_container(caption: object, where: str, number: int) -> None:
-    """A list, or a text that spells one: several captions, not one.
+    """A list, or a text that spells one: several captions, not one; or a text that spells bytes.
 
     Raises:
         ValueError: it names `where` and `number`, such as line 7.
     """
     value = caption
     if isinstance(caption, str):
-        if caption[:1] not in OPENING:
+        if not caption.startswith(OPENING):
             return
         value = _spelled(caption.strip())
-    if isinstance(value, list | tuple | set | dict) and value:
+    if isinstance(value, list | tuple | set | dict | bytes) and value:
         shown = repr(caption) if len(repr(caption)) <= 60 else f"{repr(caption)[:60]}..."
-        raise ValueError(f"the caption of {where} {number} is a {type(value).__name__}, not a text: {shown}; write a "
-                         "row for each caption")  # fmt: skip
+        what = "decode it" if isinstance(value, bytes) else "write a row for each caption"
+        raise ValueError(f"the caption of {where} {number} is {_kind(value)}, not a text: {shown}; {what}")
+
+
+def _kind(value: object) -> str:
+    return "bytes" if isinstance(value, bytes) else f"a {type(value).__name__}"
 
 
 def _spelled(text: str) -> object:
-    """The Python or JSON value that a text in brackets spells; None for plain text."""
-    if text[:1] + text[-1:] not in ("[]", "()", "{}"):
+    """The Python or JSON value that a text in brackets, or after b, spells; None for plain text."""
+    array = ARRAY.fullmatch(text)
+    text = array[1] if array else text
+    if text[:1] + text[-1:] not in ("[]", "()", "{}", "b'", 'b"'):
         return None
     for parse in (ast.literal_eval, json.loads):
         try:

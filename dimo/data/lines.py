@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 LONGEST = 1 << 24  # bytes: where a line never ends, memory would
+# wherever in a file, as where files were put together
+POINTERS = (b"version https://git-lfs.github.com/spec/", b"version https://hawser.github.com/spec/")
+CONFLICT = (b"<<<<<<< ", b">>>>>>> ")
 logger = logging.getLogger(__name__)
 
 
@@ -23,11 +26,18 @@ def read_lines(file: Path, kept: list[str] | None = None) -> Iterator[str]:
             number += 1
             if len(data) == LONGEST:
                 raise ValueError(f"line {number} is longer than {LONGEST:,} bytes")
+            if data.startswith(POINTERS):
+                raise ValueError(f"line {number} begins a Git LFS pointer in place of a file's text: run git lfs pull")
+            if data.startswith(CONFLICT):
+                raise ValueError(f"line {number} is git's mark of a conflict: resolve it")
             if b"\0" in data:
                 raise ValueError(f"line {number} holds a NUL byte: it is no text, or UTF-16 (save it as UTF-8)")
             try:
                 line = data.decode()
             except UnicodeDecodeError as error:
+                if error.reason == "unexpected end of data" and number > 1:  # a line's end would be no such
+                    warn_once(file, f"the last line, {number}, is cut off within a character and left out")
+                    return
                 byte = data[error.start]
                 raise ValueError(f"line {number} is not UTF-8 text, it has the byte {byte:#04x}") from error
             if number == 1:

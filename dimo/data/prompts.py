@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -177,8 +178,10 @@ def _digest(values: list) -> str:
 
 
 def _number(value: object) -> float:
-    """NaN, which passes no minimum, for what is no number."""
+    """NaN, which passes no minimum, for what is no finite number, or is not written as one (1_0, of which Python makes
+    10)."""
     try:
-        return float(value)
-    except (TypeError, ValueError):
-        return float("nan")
+        number = float("nan" if isinstance(value, str) and "_" in value else value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+    return number if math.isfinite(number) else math.nan

@@ -17,7 +17,7 @@ from pathlib import Path
 from dimo.data.foreign import refuse_container, refuse_foreign
 from dimo.data.lines import read_lines, warn_once
 from dimo.data.listing import either
-from dimo.data.tables import csv_columns, read_csv
+from dimo.data.tables import csv_columns, read_csv, unlike
 from dimo.errors import DimoError, reason
 
 CAPTIONS = ("caption", "prompt", "text")  # the first of these that a file has
@@ -38,7 +38,8 @@ def caption_column(file: Path, kind: str, scores: list[str]) -> str:
         caption = next((c for c in CAPTIONS if c in columns), None)
         missing = ([] if caption else [either(CAPTIONS)]) + [s for s in scores if s not in columns]
         if missing:
-            raise DimoError(f"{file} has no column {missing[0]}; it has {', '.join(map(str, columns)) or 'none'}")
+            raise DimoError(f"{file} has no column {missing[0]}; it has {', '.join(columns) or 'none'}"
+                            f"{unlike(columns, [missing[0]] if caption else CAPTIONS)}")  # fmt: skip
         for column in (caption, *scores):
             if columns.count(column) > 1:
                 raise ValueError(f"{columns.count(column)} columns have the name {column}; rename all but one")
@@ -119,7 +120,8 @@ def _json_rows(file: Path) -> Iterator[tuple[int, dict]]:
         try:
             row = DECODER.decode(line) if line.strip() else {}
         except (ValueError, RecursionError) as error:
-            if number == 1 or line.endswith("\n"):
+            no_cut = not line.lstrip().startswith("{") or getattr(error, "msg", "") == "Extra data"
+            if number == 1 or line.endswith("\n") or no_cut:
                 raise ValueError(f"line {number} is not a JSON object") from error
             warn_once(file, f"the last line, {number}, is cut off and left out")
             return

@@ -9,21 +9,33 @@ from __future__ import annotations
 import csv
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dimo.data.foreign import OPENING, refuse_container
 from dimo.data.lines import read_lines, warn_once
 
 WHOLE_FIELDS = re.compile(r'(?:"(?:[^"]|"")*+",|[^",][^,]*+,|,)*+')
+DRESS = " \t\"'\ufeff"  # around a column's name
 BACKSLASHED = '\\"'
 DOUBLE_IT = 'write a quote inside quotes as "" (in Spark: option("escape", "\\""))'
 
 
 def csv_columns(file: Path) -> list[str]:
-    for _, header, _ in _rows(file):
-        return header
-    return []
+    _, header, _ = next(_rows(file), (0, [], []))
+    if not header:
+        raise ValueError("line 1 is blank; it must name the columns")
+    return header
+
+
+def unlike(columns: list[str], names: Sequence[str]) -> str:
+    """A hint where one of `names` is there after all, but not as it must be written; else empty."""
+    for column in columns:
+        if column not in names and column.strip(DRESS).lower() in names:
+            return f" (rename {column!r} to {column.strip(DRESS).lower()})"
+    cells = [cell.strip(DRESS).lower() for cell in re.split(r"[;\t|]", columns[0])] if len(columns) == 1 else []
+    commas = " (write commas between the columns, and their names in the first line)"  # sep= is Excel's
+    return commas if set(cells) & set(names) or columns[0].startswith("sep=") else ""
 
 
 def read_csv(file: Path, columns: list[str], skip: int) -> Iterator[dict]:
@@ -37,11 +49,17 @@ def read_csv(file: Path, columns: list[str], skip: int) -> Iterator[dict]:
             yield dict.fromkeys(columns)
             continue
         caption = row[captions]
-        if caption[:1] in OPENING:
+        if caption.startswith(OPENING):
             refuse_container(caption, "line", line)
-        if BACKSLASHED in caption and f'''"{caption.replace('"', '""')}"''' not in "".join(source):
+            if caption.lstrip()[:1] == '"' and not _is_quoted(caption, source):
+                raise ValueError(f"line {line} has white space between a comma and a quote; take it out")
+        if BACKSLASHED in caption and not _is_quoted(caption, source):
             raise ValueError(f"line {line} has {BACKSLASHED} outside quotes; quote the caption, and {DOUBLE_IT}")
         yield {column: row[place] for column, place in places}
+
+
+def _is_quoted(caption: str, source: list[str]) -> bool:
+    return f'''"{caption.replace('"', '""')}"''' in "".join(source)
 
 
 def _rows(file: Path) -> Iterator[tuple[int, list[str], list[str]]]:
@@ -66,8 +84,8 @@ def _rows(file: Path) -> Iterator[tuple[int, list[str], list[str]]]:
             header, least = row, len(row)
             while least and not row[least - 1]:  # columns without a name, after a comma too many
                 least -= 1
-        elif any(row[len(header) :]) or len(row) > len(header) and row[len(header) - 1].endswith("\\"):
-            raise ValueError(f"line {line} has {len(row)} fields under {len(header)} column(s); a caption with commas "
+        elif any(row[least:]) or len(row) > least and _may_be_split(row[:least]):
+            raise ValueError(f"line {line} has {len(row)} fields under {least} column(s); a caption with commas "
                              "must be in quotes")  # fmt: skip
         elif len(row) < least and any(field.strip() for field in row):
             if not source[-1].endswith("\n"):
@@ -79,6 +97,11 @@ def _rows(file: Path) -> Iterator[tuple[int, list[str], list[str]]]:
             raise ValueError(f"line {line} is the header again; delete it")
         yield line, row, source
         line = reader.line_num + 1
+
+
+def _may_be_split(row: list[str]) -> bool:
+    """Whether a row with empty fields too many may owe one to an escaped comma, or to ", " in a caption."""
+    return row[-1:] and row[-1].endswith("\\") or any(field[:1].isspace() for field in row[1:])
 
 
 def _explain(file: Path, error: str, text: str, line: int, last: int) -> None:

@@ -83,9 +83,12 @@ def format_cell(value: float | int | None) -> str:
 
 def prompts_of(rows: dict) -> str:
     """Which prompts the videos are of, in a sentence; empty for a world's, which are all that it has."""
-    held_out = rows["student_1"].get("prompts_held_out")
-    if held_out is None:
+    row = rows["student_1"]
+    if "prompts_held_out" not in row:
         return ""
+    held_out = row["prompts_held_out"]
+    if held_out is None:
+        return "Prompts: other captions than the run's; which of them it was trained on is not known."
     of = "caption" if held_out == 1 else "captions"
     return f"Prompts: {held_out} {of} held out of training." if held_out else "Prompts: captions trained on."
 
@@ -163,14 +166,13 @@ def open_comparison(config: Config, weights: str | Path) -> tuple[Comparison, Sh
     if world is not None:
         require_world(world, grid, ursa.path.codebook_size)
         require_whole(ursa, world.prompts, d.max_prompt_length)
-    source = None if world else evaluation_prompts(config, ursa, weights)
-    prompts = world.prompts if world else source.examples
+    prompts, held_out = (world.prompts, None) if world else evaluation_prompts(config, ursa, weights)
     return Comparison(
         ursa, load_student(ursa, weights), prompts, grid,
         videos_per_prompt=e.videos_per_prompt or (64 if world else 2), batch_size=e.batch_size if world else 1,
         teacher_steps=tuple(sorted({1, *e.teacher_steps})), seed=e.seed, max_prompt_length=d.max_prompt_length,
         guidance_scale=d.guidance_scale, guidance_trunc=d.guidance_trunc, negative_prompt=d.negative_prompt,
-        judged=world is None, held_out=len(source.held_out) if source else None,
+        judged=world is None, held_out=held_out,
     ), world  # fmt: skip
 
 

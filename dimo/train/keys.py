@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 from dimo.errors import DimoError
+from dimo.train.values import read_value
 
 
 def _key(default: Any, help: str, path: bool = False) -> Any:
@@ -117,12 +117,11 @@ class Distill:
         if self.motion_prefix in ("none", "score"):
             return None if self.motion_prefix == "none" else "score"
         try:
-            value = float(self.motion_prefix)
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value):
-            raise DimoError(f"distill.motion_prefix must be none, score or a number, got {self.motion_prefix!r}")
-        return value
+            return read_value("distill.motion_prefix", "float", self.motion_prefix)
+        except DimoError as error:
+            raise DimoError(
+                f"distill.motion_prefix must be none, score or a number, got {self.motion_prefix!r}"
+            ) from error
 
 
 @dataclasses.dataclass

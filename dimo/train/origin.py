@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from dimo.errors import DimoError
 from dimo.train.config import Config, load_config, read_groups, to_flat, values_of
 from dimo.train.older import BEFORE
 from dimo.train.runfolder import RunFolder
+from dimo.train.sources import PROMPTS, require_same_sources
 from dimo.worlds import built_in_worlds
 
 PLACES = ("distill.teacher_ckpt", "distill.prompt_source")  # what a student needs again
@@ -52,6 +55,20 @@ def run_config(run: Path, overrides: Sequence[str] = ()) -> Config:
         if own[key] not in NAMES and there is not None:
             found.append(f"{key}={there}")
     return load_config(file, [*found, *overrides])
+
+
+def learns_from(run: Path, config: Config) -> bool:
+    """Whether `config` names the rows that `run` was trained on: the same files, by content, and the same minimums."""
+    own = read_groups(run / "config.yaml")
+    before, now = values_of(own), to_flat(config)
+    minimums = [key for key in now if key.startswith("distill.min_")]
+    if any(before.get(key) != now[key] for key in minimums):
+        return False
+    try:
+        require_same_sources(run, own, own | {"distill": dataclasses.asdict(config.distill)}, [PROMPTS])
+    except DimoError:
+        return False
+    return True
 
 
 def held_out_by(run: Path) -> int:

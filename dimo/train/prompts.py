@@ -16,7 +16,7 @@ from dimo.data.prompts import PromptStream
 from dimo.distill.stages import tokenise
 from dimo.errors import DimoError
 from dimo.train.config import Config
-from dimo.train.origin import held_out_by, run_of
+from dimo.train.origin import held_out_by, learns_from, run_of
 from dimo.ursa import Ursa
 from dimo.worlds import is_world, load_world
 
@@ -136,18 +136,23 @@ def open_prompts(config: Config, ursa: Ursa, rank: int = 0, world_size: int = 1)
     )  # fmt: skip
 
 
-def evaluation_prompts(config: Config, ursa: Ursa, weights: str | Path) -> StreamedPrompts:
-    """The source whose `examples` the student behind `weights` is evaluated on; a warning says which these are.
+def evaluation_prompts(config: Config, ursa: Ursa, weights: str | Path) -> tuple[list[str], int | None]:
+    """What the student behind `weights` is evaluated on -> (prompts, how many of them its run has held out).
 
-    What its run has not held out from its first step on does not count as held out.
+    What its run has not held out from its first step on does not count as held out; and of other captions than the
+    run's it is not known (None). A warning says which prompts these are.
     """
     run, e = run_of(weights), config.evaluation
+    if run is not None and not learns_from(run, config):
+        log.warning("%s was trained on other captions than %s, or with other distill.min_*: which of these it was "
+                    "trained on is not known", run, config.distill.prompt_source)  # fmt: skip
+        return open_prompts(config, ursa).examples, None
     if run is not None and held_out_by(run) < e.held_out:
         log.warning("%s has held out %d captions throughout, not %d", run, held_out_by(run), e.held_out)
         config = dataclasses.replace(config, evaluation=dataclasses.replace(e, held_out=held_out_by(run)))
     source = open_prompts(config, ursa)
     log.warning("%s", source.about)
-    return source
+    return source.examples, len(source.held_out)
 
 
 def require_whole(ursa: Ursa, prompts: list[str], max_prompt_length: int) -> None:

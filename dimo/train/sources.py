@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from dimo.data.listing import list_files
@@ -38,7 +39,9 @@ def _named(groups: dict[str, dict], key: str) -> str:
     return str(groups.get(group, {}).get(name, ""))
 
 
-def require_same_sources(path: Path, old: dict[str, dict], new: dict[str, dict]) -> dict[str, dict]:
+def require_same_sources(
+    path: Path, old: dict[str, dict], new: dict[str, dict], keys: Sequence[str] = (TEACHER, PROMPTS)
+) -> dict[str, dict]:
     """What SOURCES is to hold of the run in `path`, begun with the groups `old`, resumed with `new`.
 
     Raises:
@@ -47,7 +50,7 @@ def require_same_sources(path: Path, old: dict[str, dict], new: dict[str, dict])
     file = path / SOURCES
     known = _read(file) if file.exists() else {}
     found = read_sources(new, known)
-    for key in (TEACHER, PROMPTS):
+    for key in keys:
         was, now, files = _named(old, key), _named(new, key), found.get(key, {})
         if key not in known or key not in found:
             if was != now and not _same_place(key, was, now):

@@ -49,6 +49,9 @@ def read_value(name: str, kind: str, written: Any) -> Any:
     if kind == "path":
         if "\0" in written:
             raise DimoError(f"{name} must be a path, got {written!r}")
+        if written.strip().lower() in ("~", "null", "none"):  # YAML's words for nothing; ~ would be the home itself
+            raise DimoError(f"{name} must be a path, got {written!r}; leave the key out for its default, and a folder "
+                            f"of that name is ./{written.strip()}")  # fmt: skip
         return user_path(written)
     text = written.strip()
     if optional and text.lower() in NOTHING:

@@ -138,7 +138,10 @@ def read_pickle(file: Path) -> dict[str, torch.Tensor]:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen types for a damaged or hostile file
         refuse_what_is_none(file)
-        raise DimoError(f"{file} could not be read as plain tensors: {reason(error)}") from error
+        why = reason(error)
+        if why.startswith("Weights only load failed"):  # its next sentences advise to execute what the file holds
+            why = "it is no file of torch.save, or holds more than tensors (code in it is not executed)"
+        raise DimoError(f"{file} could not be read as plain tensors: {why}") from error
     if not isinstance(content, dict):
         raise DimoError(f"{file} must hold a plain state dict, got {type(content).__name__}")
     for key, value in content.items():
