@@ -10,6 +10,7 @@ import yaml
 from dimo.errors import DimoError
 from dimo.train.config import config_keys, default_of, groups_in
 from dimo.train.older import begun_with, flat
+from dimo.train.values import write_yaml
 
 # it changes neither what is learnt nor in which order; max_train_steps may grow
 FREE_KEYS = {f"experiment.{k}" for k in ("name", "output_dir", "log_every", "save_every", "sample_every", "keep_last")}
@@ -61,7 +62,7 @@ def without_later_keys(old: dict[str, dict], new: str) -> tuple[str, str]:
     }
     kept = {key: value for key, value in later.items() if value != default_of(config_keys()[key])}
     said = ", ".join(f"{key}={value}" for key, value in sorted(kept.items()))
-    return yaml.safe_dump(groups, sort_keys=False, allow_unicode=True), said
+    return write_yaml(groups), said
 
 
 def spell(changes: list[tuple[str, Any, Any]]) -> str:

@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from dimo.distill.losses import beta_of
 from dimo.errors import DimoError, nearest, reason
 from dimo.paths import user_path
 from dimo.train.keys import Config, Optim, config_keys, default_of, describe, kind_of, to_flat
-from dimo.train.values import read_value, read_yaml, unquoted
+from dimo.train.values import read_value, read_yaml, unquoted, write_yaml
 from dimo.ursa.checkpoint import BACKENDS, DTYPES
 from dimo.ursa.inputs import latents_shape_for
 from dimo.ursa.layout import makes_images, vae_strides
@@ -156,7 +155,7 @@ def default_prompt_length(teacher_ckpt: str | Path) -> int:
 
 def to_yaml(config: Config) -> str:
     """The configuration as YAML that `load_config` reads back to the same."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+    return write_yaml(dataclasses.asdict(config))
 
 
 def validate(config: Config) -> None:

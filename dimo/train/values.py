@@ -102,6 +102,12 @@ def read_yaml(text: str, where: str, typed: bool = False) -> Any:
         raise DimoError(f"{where} is not readable YAML: {reason(error)}{hint}") from error
 
 
+def write_yaml(groups: dict) -> str:
+    """YAML that is read back to the same."""
+    text = yaml.safe_dump(groups, sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(groups, sort_keys=False) if "\x85" in text else text  # PyYAML would read a line's end there
+
+
 class _Texts(yaml.SafeLoader):
     """Makes texts, lists and mappings; `<<` still merges."""
 
