@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from dimo.errors import DimoError, reason
 from dimo.examples import EXAMPLES, examples
@@ -14,6 +16,7 @@ from dimo.paths import user_path
 from dimo.sampling import Request, read_prompts, sample_to_folder
 from dimo.train.flags import RENAMED, split_flags
 from dimo.train.signals import PREEMPTED, Preempted
+from dimo.train.values import read_value
 from dimo.worlds import DATA, checkpoint_folder
 from dimo.worlds.teacher import TeacherRecipe, make_teacher
 
@@ -93,6 +96,17 @@ def _underscored(argument: str) -> str:
     return f"--{name[2:].replace('-', '_')}{equals}{value}" if name.startswith("--") else argument
 
 
+def _read(kind: str, text: str) -> Any:
+    """As a configuration's numbers are read: Python's own int makes 10 of 1_0."""
+    try:
+        return read_value("it", kind, text)
+    except DimoError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("it").lstrip(": ")) from error
+
+
+_whole, _number = partial(_read, "int"), partial(_read, "float")
+
+
 def _is_override(word: str) -> bool:
     return "=" in word and not word.startswith("-")
 
@@ -138,7 +152,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
                   "Go through one step without weights or values, and print what each GPU needs, how long the run "
                   "takes where a GPU is there to try, and what to change if it does not fit.")  # fmt: skip
     sub.add_argument("--size", help="0.6B or 1.7B, in place of a folder in distill.teacher_ckpt")
-    sub.add_argument("--memory", type=float, metavar="GIB", help="of one GPU (default: of the GPU here, else 80)")
+    sub.add_argument("--memory", type=_number, metavar="GIB", help="of one GPU (default: of the GPU here, else 80)")
     sub.add_argument("--dry_run", action="store_true", help="only say whether the step goes through, on all ranks")
     overrides(sub)
 
@@ -160,11 +174,11 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
                   "whose coverage is at least 0.8, so that no collapsed student wins; where none has that, the highest "
                   "validity times coverage. Finished runs are not run again.")  # fmt: skip
     sub.add_argument("-o", "--out", default="runs/ablation", help="folder of all its runs (default: %(default)s)")
-    sub.add_argument("--seeds", type=int, default=3, help="seeds to report on (default: %(default)s)")
+    sub.add_argument("--seeds", type=_whole, default=3, help="seeds to report on (default: %(default)s)")
     sub.add_argument("--lrs", default="3e-4,1e-3,2e-3", help="student lrs to tune over (default: %(default)s)")
     sub.add_argument("--method", action="append", dest="methods", metavar="NAME",
                      help="only this method, such as reinforce; may be repeated")  # fmt: skip
-    sub.add_argument("--jobs", type=int, default=1, help="runs side by side (default: %(default)s)")
+    sub.add_argument("--jobs", type=_whole, default=1, help="runs side by side (default: %(default)s)")
     overrides(sub)
 
     sub = command("inspect", _inspect, "what a checkpoint folder in URSA's layout holds, and what is missing",
@@ -172,8 +186,8 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
                   "is missing or damaged.", configurable=False)  # fmt: skip
     sub.add_argument("folder", help="a checkpoint folder, or a built-in world's name")
     for name in ("num_frames", "height", "width"):
-        sub.add_argument(f"--{name}", type=int, help="of the video (default: the world's, else 17x256x256 or an image)")
-    sub.add_argument("--max_prompt_length", type=int, help="text tokens (default: 4 for a world, else 320)")
+        sub.add_argument(f"--{name}", type=_whole, help="default: the world's, else 17x256x256 or an image")
+    sub.add_argument("--max_prompt_length", type=_whole, help="text tokens (default: 4 for a world, else 320)")
 
     sub = command("sample", _sample, "make videos of prompts with a student or a teacher",
                   "Write 0000.mp4 (png for one frame) per prompt and 0000.json beside it: prompt, seed, settings. "
@@ -182,7 +196,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     sub.add_argument("--prompt_file", help="a txt, jsonl, csv or parquet file of captions, or a folder of them")
     sub.add_argument("--out_dir", default="runs/samples", help="default: %(default)s")
     for field in dataclasses.fields(Request):
-        kind = {"int": int, "float": float}.get(field.type.split(" ")[0], str)
+        kind = {"int": _whole, "float": _number}.get(field.type.split(" ")[0], str)
         sub.add_argument(f"--{field.name}", type=kind, default=field.default, help=field.metadata["help"])
 
     sub = command("runs", _runs, "the runs of a folder: state, steps, speed, age",
@@ -200,8 +214,8 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         help="of step, generate, path, losses, save, attention, kernels (default: %(default)s)",
     )
     sub.add_argument("--against", default="", help="naive, upstream, or both with a comma: measured in the same run")
-    sub.add_argument("--repeats", type=int, default=5, help="runs of which the median is taken (default: %(default)s)")
-    sub.add_argument("--warmup", type=int, default=2, help="runs before (default: %(default)s)")
+    sub.add_argument("--repeats", type=_whole, default=5, help="the median of so many is taken (default: %(default)s)")
+    sub.add_argument("--warmup", type=_whole, default=2, help="runs before (default: %(default)s)")
     sub.add_argument("--generate", default="1,25", help="numbers of passes (default: %(default)s)")
     sub.add_argument("-o", "--out", default="runs/bench.json", help="default: %(default)s")
     overrides(sub)
@@ -221,7 +235,8 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     sub.add_argument("-o", "--out", required=True, help="the checkpoint folder to write")
     for field in dataclasses.fields(TeacherRecipe):
         text = f"{field.metadata['help']} (default: {field.default})"
-        sub.add_argument(f"--{field.name}", type=type(field.default), default=field.default, help=text)
+        kind = {int: _whole, float: _number}.get(type(field.default), str)
+        sub.add_argument(f"--{field.name}", type=kind, default=field.default, help=text)
     return parser, commands.choices
 
 
@@ -252,6 +267,8 @@ def _evaluate(args) -> None:
 
     if args.student and _is_override(args.student) and not Path(args.student).exists():  # no student was named
         args.student, args.overrides = None, [args.student, *args.overrides]
+    if args.student_ckpt and args.student:
+        raise DimoError(f"two students are named, {args.student_ckpt} and {args.student}; name one")
     source = Path(args.student_ckpt or args.student or SHIPPED_STUDENT)
     run, overrides = run_of(source), [*args.set, *args.overrides]
     config = load_config(args.config, overrides) if args.config or not run else run_config(run, overrides)

@@ -52,6 +52,7 @@ def test_config_lists_keys_and_resolves_presets(capsys):
         (["run", "-c", "smoke", "--only", "06_more"], "there is no notebook '06_more'"),
         (["evaluate", "/nowhere/student.pt"], "weights file /nowhere/student.pt does not exist"),
         (["evaluate", "evaluation.sed=1"], "unknown key 'evaluation.sed'; did you mean 'evaluation.seed'"),
+        (["evaluate", "a.pt", "--student_ckpt", "b.pt"], "two students are named, b.pt and a.pt; name one"),
         (["evaluate", "a.pt", "b.pt"], "an override reads key=value, got 'b.pt'"),
         (["sample", "--prompt", "x", "--sed", "1"], "dimo sample does not take --sed 1; see dimo sample --help"),
         (["ablate", "--lrs", "big"], "--lrs must be numbers"),
@@ -213,3 +214,24 @@ def test_ctrl_c_while_torch_is_imported_is_no_traceback(tmp_path):
         assert process.stdout.readline() == "importing\n"
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == -signal.SIGINT and process.stderr.read() == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "refused"),
+    [
+        ("sample --prompt x --steps", ["1_0", "0x9", "1e1", "٣"]),
+        ("sample --prompt x --guidance_scale", ["1_0", "1,5", "nan", "inf"]),
+        ("inspect shapes --height", ["1_0"]),
+        ("ablate --jobs", ["1_0"]),
+        ("plan --memory", ["8_0", "inf"]),
+        ("world train shapes -o x --steps", ["1_000"]),
+        ("world train shapes -o x --alpha", ["0_1.5"]),
+    ],
+)
+def test_numbers_of_flags_are_written_as_those_of_keys(words, refused, capsys):
+    *words, flag = words.split()
+    assert getattr(parse([*words, flag, "010"]), flag[2:]) == 10
+    for text in refused:
+        with pytest.raises(SystemExit) as end:
+            parse([*words, flag, text])
+        assert end.value.code == 2 and f"argument {flag}: " in capsys.readouterr().err

@@ -1,7 +1,7 @@
 """What is written is what is meant: texts as they stand, decimal numbers, no key twice."""
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from dimo.errors import DimoError
@@ -44,6 +44,8 @@ def test_a_text_stays_as_it_is_written_in_a_file(text, tmp_path):
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=30))
+@example("a \x85 b")  # a line's end, to YAML
+@example("\u2028\u2029\ufeff")
 def test_any_text_comes_back_from_the_file_that_a_run_writes(tmp_path, text):
     config = load_config("smoke")
     config.distill.negative_prompt = text
