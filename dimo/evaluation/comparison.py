@@ -85,7 +85,7 @@ class Comparison:
             )
         self.ursa, self.student, self.grid, self.seed, self.judged = ursa, student, grid, seed, judged
         self.held_out = held_out
-        self.batch_size, self.copies = batch_size, videos_per_prompt
+        self.copies = videos_per_prompt
         self.prompts = [p for p in prompts for _ in range(videos_per_prompt)]
         self.txt_ids = ursa.tokenize(self.prompts, max_prompt_length).split(batch_size)
         uncond_ids = ursa.tokenize([negative_prompt], max_prompt_length)
@@ -96,7 +96,7 @@ class Comparison:
             "untrained_1": Row(of_student=False),
             "untrained_1_argmax": Row(of_student=False, argmax=True),
         } | {f"teacher_{n}": Row(of_student=False, steps=n, guided=guidance_scale > 1) for n in teacher_steps}
-        self._warm: set[Row] = set()
+        self._warm: set[tuple[bool, bool]] = set()  # (of_student, guided)
 
     def jobs(self) -> list[Job]:
         """All of them, the cheap rows first."""
@@ -145,8 +145,10 @@ class Comparison:
 
     def gather(self, made: dict[Job, dict[str, torch.Tensor]]) -> dict[str, dict[str, torch.Tensor]]:
         """What all jobs gave, by row: codes (B, N) and the rest as one tensor each."""
+        rows: dict[str, list[dict[str, torch.Tensor]]] = {}
+        for job in self.jobs():
+            rows.setdefault(job.row, []).append(made[job])
         return {
             name: {key: torch.cat([torch.atleast_1d(part[key]) for part in parts]) for key in parts[0]}
-            for name in self.rows
-            for parts in [[made[job] for job in self.jobs() if job.row == name]]
+            for name, parts in rows.items()
         }

@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 
 from dimo.errors import DimoError
 from dimo.evaluation.comparison import Comparison, Job
-from dimo.files import PARTIALS, save_file, whole_file, write_text
+from dimo.files import save_file, whole_file, write_text
 from dimo.train.progress import CostBar
+from dimo.train.runfolder import OWN_INSIDE
 
 try:
     import fcntl
@@ -28,7 +29,7 @@ except ImportError:  # Windows
     fcntl = None
 
 ABOUT = "about.json"
-OWN = (ABOUT, "config.yaml", "process-*.log", "*-?????.safetensors", PARTIALS)  # in its folder
+OWN = OWN_INSIDE["evaluation_jobs"]  # in its folder
 
 
 class Parts:

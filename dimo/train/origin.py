@@ -11,10 +11,10 @@ from dimo.errors import DimoError
 from dimo.train.config import Config, load_config, read_groups, to_flat, values_of
 from dimo.train.older import BEFORE
 from dimo.train.runfolder import RunFolder
-from dimo.train.sources import PROMPTS, require_same_sources
+from dimo.train.sources import PROMPTS, TEACHER, require_same_sources
 from dimo.worlds import built_in_worlds
 
-PLACES = ("distill.teacher_ckpt", "distill.prompt_source")  # what a student needs again
+PLACES = (TEACHER, PROMPTS)  # what a student needs again
 NAMES = ("world", *built_in_worlds())  # which are no places
 
 
