@@ -50,7 +50,7 @@ def as_in_a_terminal():
 
 def import_all():
     """What a run imports at once or later, each a second or two."""
-    for name in ("dimo.train.trainer", "dimo.views.sheets", "torch._dynamo", "transformers.models.auto", "datasets"):
+    for name in ("dimo.train.trainer", "dimo.views.sheets", "torch._dynamo", "transformers.models.auto"):
         importlib.import_module(name)
 
 
