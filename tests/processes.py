@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from torch.distributed import TCPStore
 
-from dimo.train.signals import STOPPING
+from dimo.run.signals import STOPPING
 
-PRESETS = Path(__file__).parents[1] / "dimo" / "train" / "presets" / "accelerate"
+PRESETS = Path(__file__).parents[1] / "dimo" / "config" / "presets" / "accelerate"
 ENGINES = {  # what the launcher makes of the presets
     "ddp": {},
     "fsdp2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dimo import bench
-from dimo.cli import main
+from dimo.commands.cli import main
 
 
 @pytest.fixture(autouse=True)

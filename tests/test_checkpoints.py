@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from dimo.errors import DimoError
-from dimo.train import checkpoints as module
-from dimo.train.checkpoints import Checkpoints, HostCopies
+from dimo.run import checkpoints as module
+from dimo.run.checkpoints import Checkpoints, HostCopies
 
 FILES = ["student.safetensors", "state.pt", "rank-00000.pt"]
 
@@ -153,8 +153,8 @@ def test_more_ranks_than_wrote_it_share_the_old_states(tmp_path):
 IN_A_PROCESS = """
 import os, signal, sys, torch
 from dimo.errors import DimoError
-from dimo.train import checkpoints as module
-from dimo.train.checkpoints import Checkpoints
+from dimo.run import checkpoints as module
+from dimo.run.checkpoints import Checkpoints
 
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -270,7 +270,7 @@ def test_optimizers_have_files_of_their_own_and_those_that_lie_in_state_pt_are_r
 LEAVES = """
 import sys, torch
 from pathlib import Path
-from dimo.train.checkpoints import Checkpoints
+from dimo.run.checkpoints import Checkpoints
 
 large = {str(i): torch.zeros(5_000_000) for i in range(10)}
 given = ({"student": large}, {}) if sys.argv[2] == "safetensors" else ({}, {"optimizers": {"student": large}})

@@ -9,11 +9,11 @@ import sys
 
 import pytest
 
-from dimo.cli import main, parse
+from dimo.commands.cli import main, parse
+from dimo.commands.examples import EXAMPLES
+from dimo.config import config_keys
 from dimo.errors import reason
-from dimo.examples import EXAMPLES
 from dimo.files import write_text
-from dimo.train.config import config_keys
 
 
 def run(capsys, *arguments):
@@ -96,7 +96,7 @@ def test_a_folder_where_a_file_is_to_be_written_is_a_sentence(tmp_path):
 
 @pytest.mark.parametrize(("name", "words"), [(name, words) for name in EXAMPLES for words in EXAMPLES[name]])
 def test_examples_of_the_help_are_taken(name, words, capsys, tmp_path, monkeypatch):
-    from dimo.train.config import load_config
+    from dimo.config import load_config
 
     (tmp_path / "FOLDER").mkdir()
     monkeypatch.chdir(tmp_path)
@@ -151,11 +151,11 @@ def test_flags_have_one_spelling_and_the_other_is_read():
 @pytest.mark.parametrize(
     ("words", "function", "resumes"),
     [
-        (["train", "-c", "smoke"], "dimo.train.launch.train", True),
-        (["run", "-c", "smoke"], "dimo.notebooks.run_notebooks", True),
+        (["train", "-c", "smoke"], "dimo.run.launch.train", True),
+        (["run", "-c", "smoke"], "dimo.commands.notebooks.run_notebooks", True),
         (["evaluate"], "dimo.evaluation.evaluate.evaluate_to_folder", False),
-        (["sample", "--prompt", "x"], "dimo.cli.sample_to_folder", False),
-        (["runs"], "dimo.train.runs.list_runs", False),
+        (["sample", "--prompt", "x"], "dimo.commands.cli.sample_to_folder", False),
+        (["runs"], "dimo.run.overview.list_runs", False),
     ],
 )
 def test_ctrl_c_promises_to_resume_only_where_that_is_so(words, function, resumes, capsys, monkeypatch):
@@ -179,7 +179,7 @@ def test_train_then_evaluate_then_train_again(tmp_path):
     small += ["evaluation.videos_per_prompt=1", "model.device=cpu"]
 
     def dimo(*arguments):
-        return subprocess.run([sys.executable, "-m", "dimo.cli", *arguments], capture_output=True, text=True)
+        return subprocess.run([sys.executable, "-m", "dimo.commands.cli", *arguments], capture_output=True, text=True)
 
     first = dimo("train", *small)
     assert first.returncode == 0 and "dimo evaluate" in first.stdout, first.stderr

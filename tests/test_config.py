@@ -2,8 +2,8 @@
 
 import pytest
 
+from dimo.config import PRESETS, config_keys, describe, load_config, to_flat, to_yaml
 from dimo.errors import DimoError
-from dimo.train.config import PRESETS, config_keys, describe, load_config, to_flat, to_yaml
 
 
 @pytest.mark.parametrize("preset", [p.stem for p in PRESETS.glob("*.yaml")])

@@ -6,8 +6,8 @@ import pytest
 import torch
 from processes import WITH_ZERO2
 
+from dimo.config import load_config
 from dimo.errors import DimoError
-from dimo.train.config import load_config
 from dimo.train.engine import average, load_whole
 from dimo.train.trainer import Trainer, step_through
 from dimo.ursa import load_ursa, visual_logits
@@ -27,7 +27,7 @@ import sys
 import torch
 import dimo.train.engine as engine
 import dimo.train.trainer as module
-from dimo.train.config import load_config
+from dimo.config import load_config
 
 engine.SENT_ALONE, send, sent = 5000, engine.Learner._send, []  # matrices alone while backward goes on, norms together
 engine.Learner._send = lambda self, p: (sent.append(p), send(self, p))[1]
@@ -170,7 +170,7 @@ def test_fsdp2_ends_where_ddp_ends(stepped, parts):
 SIX_STEPS = f"""
 import sys
 import torch
-from dimo.train.config import load_config
+from dimo.config import load_config
 from dimo.train.trainer import Trainer
 
 more = ["training.gradient_accumulation_steps=2", "optim.beta1=0.9", "optim.lr=1e-4", "optim.aux_lr=2e-4"]
@@ -199,7 +199,7 @@ def test_zero2_takes_adamws_steps(tmp_path, engine, ranks):
 # Under fsdp2 the head is used apart from the layers too: `hidden`, then `lm_head.weight`.
 HIDDEN = f"""
 import torch
-from dimo.train.config import load_config
+from dimo.config import load_config
 from dimo.train.trainer import Trainer
 
 trainer = Trainer(load_config("smoke", {SETTINGS!r}))
@@ -302,7 +302,7 @@ AVERAGE = """
 import pytest, torch, torch.distributed as dist
 import dimo.train.engine as engine
 from dimo.errors import DimoError
-from dimo.train.config import load_config
+from dimo.config import load_config
 
 dist.init_process_group("gloo")
 for entries in (1, 7, 10_000):

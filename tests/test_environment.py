@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from dimo.errors import DimoError
-from dimo.train.ranks import LAUNCH, MISLEADING, launched_or_alone, read_launch
-from dimo.train.runfolder import RunFolder
+from dimo.run.folder import RunFolder
+from dimo.run.ranks import LAUNCH, MISLEADING, launched_or_alone, read_launch
 
 WHOLE = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 

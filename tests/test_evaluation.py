@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dimo.config import load_config
 from dimo.errors import DimoError
 from dimo.evaluation.ablate import ablate, format_ablation
 from dimo.evaluation.alarms import alarms
 from dimo.evaluation.evaluate import COLUMNS, evaluate, evaluate_to_folder, format_table, load_student
-from dimo.train.config import load_config
 from dimo.ursa import sample, save_student
 from dimo.ursa.sampler import Trajectory
 from dimo.worlds.oracle import score

@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dimo.commands.notebooks import notebook_folder
+from dimo.config import load_config
 from dimo.errors import DimoError
 from dimo.evaluation.comparison import Job
 from dimo.evaluation.evaluate import PARTS, evaluate_to_folder, parts_of
 from dimo.evaluation.jobs import Parts, alone_in, run_in_processes
-from dimo.notebooks import notebook_folder
-from dimo.train.config import load_config
 from dimo.ursa import load_ursa, save_student
 
 TINY = notebook_folder().parent / "tests" / "data" / "tiny-ursa"

@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
+from dimo.config import config_keys, load_config
+from dimo.config.flags import flags, split_flags
 from dimo.errors import DimoError
-from dimo.train.config import config_keys, load_config
-from dimo.train.flags import flags, split_flags
 
 
 def test_every_flag_names_a_key_and_ambiguous_last_parts_are_no_flags():

@@ -6,12 +6,12 @@ import sys
 import pytest
 import torch
 
-from dimo.cli import main
+from dimo.commands.cli import main
+from dimo.config import load_config, to_yaml
 from dimo.errors import DimoError
 from dimo.files import PARTIALS, save_torch, whole_file, write_text
-from dimo.train.checkpoints import Checkpoints
-from dimo.train.config import load_config, to_yaml
-from dimo.train.runfolder import RunFolder
+from dimo.run.checkpoints import Checkpoints
+from dimo.run.folder import RunFolder
 from dimo.train.trainer import Trainer
 from dimo.worlds import checkpoint_folder
 
@@ -54,7 +54,7 @@ NETWORK = sum(f.stat().st_size for f in (checkpoint_folder("shapes") / "transfor
 
 @small(8 * NETWORK)  # a checkpoint holds three networks, and two to four times a network in moments
 def test_a_checkpoint_that_fills_the_disk_ends_the_run_and_the_same_command_continues(disk):
-    words = [sys.executable, "-m", "dimo.cli", "train", "-c", "smoke", *SETTINGS]
+    words = [sys.executable, "-m", "dimo.commands.cli", "train", "-c", "smoke", *SETTINGS]
     words.append(f"experiment.output_dir={disk.path}/run")
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr

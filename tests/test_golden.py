@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dimo.sampling import write_frames
-from dimo.train.config import load_config
+from dimo.commands.sample import write_frames
+from dimo.config import load_config
 from dimo.train.trainer import Trainer
 from dimo.ursa import (
     MetricPath,
@@ -26,8 +26,8 @@ from dimo.ursa import (
     timesteps,
     visual_logits,
 )
-from dimo.ursa.checkpoint import load_student
 from dimo.ursa.frames import eight_bits, frames_of
+from dimo.ursa.loading import load_student
 from dimo.ursa.sampler import Trajectory
 from dimo.ursa.weights import read_pickle, read_weights
 

@@ -8,10 +8,10 @@ import torch
 from processes import WITH_ZERO2
 from safetensors.torch import load_file
 
+from dimo.config import load_config
 from dimo.distill import stages
 from dimo.distill.schedules import EntropyController
 from dimo.errors import DimoError, NonFiniteError
-from dimo.train.config import load_config
 from dimo.train.metrics import MEASURED
 from dimo.train.trainer import Trainer, step_through
 
@@ -169,7 +169,7 @@ import sys
 import pytest
 from test_guards import SETTINGS, learnt, same, spoil_output
 from dimo.errors import DimoError
-from dimo.train.config import load_config
+from dimo.config import load_config
 from dimo.train.trainer import Trainer
 
 more = ["experiment.output_dir=run", "training.max_bad_steps=2"]

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from dimo.cli import main
+from dimo.commands.cli import main
+from dimo.commands.notebooks import write_report_page
+from dimo.config import load_config
 from dimo.errors import DimoError
 from dimo.evaluation.evaluate import evaluate_to_folder, prompts_of
-from dimo.notebooks import write_report_page
-from dimo.train.config import load_config
-from dimo.train.origin import held_out_by
+from dimo.run.folder import RunFolder
+from dimo.run.origin import held_out_by
 from dimo.train.prompts import open_prompts
-from dimo.train.runfolder import RunFolder
 from dimo.train.trainer import Trainer
 from dimo.ursa import load_ursa
 from dimo.worlds import DATA

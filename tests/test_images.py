@@ -9,13 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dimo import sampling
-from dimo.cli import main
-from dimo.dryrun import dry_run
+from dimo.commands import sample as sampling
+from dimo.commands.cli import main
+from dimo.commands.dry_run import dry_run
+from dimo.commands.inspect_folder import inspect_folder
+from dimo.commands.sample import Request, sample_to_folder
+from dimo.config import load_config
 from dimo.errors import DimoError
-from dimo.inspect import inspect_folder
-from dimo.sampling import Request, sample_to_folder
-from dimo.train.config import load_config
 from dimo.ursa import load_ursa
 from dimo.views.sheets import video_sheet
 

@@ -15,13 +15,13 @@ import pytest
 import yaml
 from processes import as_in_a_terminal
 
-from dimo.cli import main
+from dimo.commands.cli import main
+from dimo.config import load_config
 from dimo.errors import DimoError
-from dimo.train import launch as launching
-from dimo.train.config import load_config
-from dimo.train.launch import launch, launch_command, machine_of, needs_launch
-from dimo.train.runfolder import RunFolder
-from dimo.train.signals import Preempted
+from dimo.run import launch as launching
+from dimo.run.folder import RunFolder
+from dimo.run.launch import launch, launch_command, machine_of, needs_launch
+from dimo.run.signals import Preempted
 
 TAG = "DIMO_TEST_TAG"  # every process that a test starts inherits it
 
@@ -52,7 +52,7 @@ def wait_until(true, seconds=LIMIT_S):
 
 WORKER = """
 import json, os, signal, sys, time
-from dimo.train.lifeline import end_with_launcher
+from dimo.run.lifeline import end_with_launcher
 
 end_with_launcher()
 out, mode = sys.argv[1:]
@@ -92,8 +92,8 @@ write_status(state="finished", step=9)
 
 LAUNCHER = """
 import sys
-from dimo.train import launch as launching
-from dimo.train.config import load_config
+from dimo.run import launch as launching
+from dimo.config import load_config
 
 out, mode, folder, grace = sys.argv[1:]
 words = launching.launch_command
@@ -304,7 +304,7 @@ def few_steps_more(out):
 def pick(tag, level, first):
     """The process of a level: dimo run -> kernel -> accelerate launch -> worker."""
     everyone = {p.pid: p for p in tagged(tag)}
-    accelerate = next(p for p in everyone.values() if "dimo.train.lifeline" in p.cmdline())
+    accelerate = next(p for p in everyone.values() if "dimo.run.lifeline" in p.cmdline())
     if level == "dimo run":
         return psutil.Process(first)
     if level == "kernel":
@@ -317,9 +317,9 @@ def test_a_headless_run_of_two_processes_survives_signals_and_kills_at_every_lev
     same = ["-c", "smoke", f"experiment.output_dir={out}", "--log_every", "1"]
     same += ["model.device=cpu", "experiment.save_every=4", "experiment.sample_every=99"]
     same += ["evaluation.videos_per_prompt=1"]
-    headless = [sys.executable, "-m", "dimo.cli", "run", *same, "-p", "num_processes=2"]
+    headless = [sys.executable, "-m", "dimo.commands.cli", "run", *same, "-p", "num_processes=2"]
     # below the kernel everything is the same under `dimo train`, which starts sooner
-    alone = [sys.executable, "-m", "dimo.cli", "train", *same, "--num_processes", "2"]
+    alone = [sys.executable, "-m", "dimo.commands.cli", "train", *same, "--num_processes", "2"]
     for name, level in [
         ("SIGHUP", "dimo run"), ("SIGTERM", "kernel"), ("SIGUSR1", "accelerate"), ("SIGUSR2", "worker"),
         ("SIGKILL", "worker"), ("SIGKILL", "accelerate"), ("SIGKILL", "kernel"), ("SIGKILL", "dimo run"),
@@ -377,7 +377,7 @@ def test_two_machines_train_one_student_and_a_signal_to_one_stops_both(tmp_path,
             words = [
                 sys.executable,
                 "-m",
-                "dimo.cli",
+                "dimo.commands.cli",
                 *command,
                 *settings,
                 last,
@@ -411,7 +411,7 @@ def test_two_machines_train_one_student_and_a_signal_to_one_stops_both(tmp_path,
 
 def test_a_run_in_one_process_stops_and_continues_too(tmp_path):
     out = tmp_path / "run"
-    words = [sys.executable, "-m", "dimo.cli", "run", "-c", "smoke", "-p", "batch_size=1"]
+    words = [sys.executable, "-m", "dimo.commands.cli", "run", "-c", "smoke", "-p", "batch_size=1"]
     words += [f"experiment.output_dir={out}", "experiment.log_every=1", "model.device=cpu", "--only", "03_train"]
     process = subprocess.Popen([*words, ENDLESS], stderr=subprocess.PIPE, text=True)
     wait_until(lambda: steps(out) or process.poll() is not None)

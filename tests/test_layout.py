@@ -8,12 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dimo.cli import main
+from dimo.commands.cli import main
+from dimo.commands.inspect_folder import inspect_folder
 from dimo.errors import DimoError
-from dimo.inspect import inspect_folder
 from dimo.ursa import load_ursa, save_student
-from dimo.ursa.checkpoint import load_student, load_transformer
 from dimo.ursa.layout import default_size, require_checkpoint, vae_strides
+from dimo.ursa.loading import load_student, load_transformer
 from dimo.ursa.weights import read_weights, weight_files
 
 TINY = Path(__file__).parent / "data" / "tiny-ursa"

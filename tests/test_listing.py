@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from captions import make, write
 
-from dimo.cli import main
-from dimo.data.prompts import PromptStream
+from dimo.commands.cli import main
+from dimo.commands.sample import read_prompts
+from dimo.data.stream import PromptStream
 from dimo.errors import DimoError
-from dimo.sampling import read_prompts
 
 
 def test_endings_in_capitals_are_read(tmp_path):
@@ -111,7 +111,7 @@ OFFLINE = """
 import socket, sys
 def refuse(*a, **k): raise RuntimeError("the network was asked for")
 socket.socket.connect = socket.getaddrinfo = refuse
-from dimo.data.prompts import PromptStream
+from dimo.data.stream import PromptStream
 print([len(PromptStream(f"{sys.argv[1]}/a.{kind}").take(50)) for kind in ("txt", "jsonl", "csv", "parquet")])
 """
 

@@ -13,12 +13,12 @@ import torch
 from hostile import Hostile
 from safetensors.torch import load_file, save_file
 
+from dimo.commands.inspect_folder import inspect_folder
+from dimo.config import load_config
 from dimo.errors import DimoError, are_finite
-from dimo.inspect import inspect_folder
-from dimo.train.config import load_config
 from dimo.train.trainer import Trainer
 from dimo.ursa import build_ursa_inputs, load_ursa, save_student, visual_logits
-from dimo.ursa.checkpoint import load_student, load_transformer
+from dimo.ursa.loading import load_student, load_transformer
 from dimo.ursa.weights import read_weights, weight_shapes
 from dimo.worlds import checkpoint_folder
 

@@ -9,9 +9,9 @@ import time
 import psutil
 import pytest
 
+from dimo.commands.notebooks import is_done, notebook_folder, run_notebooks
 from dimo.errors import DimoError
-from dimo.notebooks import is_done, notebook_folder, run_notebooks
-from dimo.train.runfolder import RunFolder
+from dimo.run.folder import RunFolder
 
 NAMES = ["01_inputs", "02_losses", "03_train", "04_diagnostics", "05_evaluation"]
 
@@ -128,7 +128,7 @@ def copied(tmp_path, monkeypatch):
     """A folder of notebooks of one's own, and the settings of a run that is done quickly."""
     folder = tmp_path / "notebooks"
     shutil.copytree(notebook_folder(), folder)
-    monkeypatch.setattr("dimo.notebooks.notebook_folder", lambda: folder)
+    monkeypatch.setattr("dimo.commands.notebooks.notebook_folder", lambda: folder)
     return folder, [f"experiment.output_dir={tmp_path / 'run'}", "model.device=cpu"]
 
 
@@ -240,7 +240,7 @@ def test_a_short_name_is_the_key(tmp_path):
 def test_a_killed_kernel_is_a_failure_that_status_tells(tmp_path, only, state):
     """In-process training: the kernel is the training."""
     out = tmp_path / "run"
-    words = [sys.executable, "-m", "dimo.cli", "run", "-c", "smoke", "--only", only, f"experiment.output_dir={out}"]
+    words = [sys.executable, "-m", "dimo", "run", "-c", "smoke", "--only", only, f"experiment.output_dir={out}"]
     words += ["experiment.log_every=1", "model.device=cpu", "training.max_train_steps=2000"]
     process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
     started = out / ("metrics.jsonl" if only == "03_train" else f"notebooks/.{only}.partial.ipynb")
@@ -259,7 +259,7 @@ def test_a_killed_kernel_is_a_failure_that_status_tells(tmp_path, only, state):
 
 
 def test_importing_the_engine_does_not_import_jupyter_or_pictures():
-    code = "import sys, dimo, dimo.train.trainer, dimo.cli; print([m for m in sys.modules if m in " \
+    code = "import sys, dimo, dimo.train.trainer, dimo.commands.cli; print([m for m in sys.modules if m in " \
            "('IPython', 'papermill', 'matplotlib', 'nbconvert', 'datasets', 'diffnext')])"  # fmt: skip
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 

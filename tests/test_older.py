@@ -2,10 +2,10 @@
 
 import yaml
 
-from dimo.cli import main
-from dimo.train.changes import FREE_KEYS
-from dimo.train.config import config_keys
-from dimo.train.older import BEFORE, NO_MORE, ONE_BEFORE
+from dimo.commands.cli import main
+from dimo.config import config_keys
+from dimo.config.changes import FREE_KEYS
+from dimo.config.older import BEFORE, NO_MORE, ONE_BEFORE
 
 
 def train_words(folder, *more):

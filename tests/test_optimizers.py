@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dimo.train.config import Optim
+from dimo.config import Optim
 from dimo.train.optimizers import Muon, lr_factor, make_optimizers, orthogonalise, set_lr_factor
 from dimo.ursa import UrsaConfig, UrsaTransformer
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from dimo.cli import main
+from dimo.commands.cli import main
+from dimo.commands.sample import Request, sample_to_folder
+from dimo.config import load_config, to_yaml
 from dimo.errors import DimoError
-from dimo.sampling import Request, sample_to_folder
-from dimo.train.config import load_config, to_yaml
-from dimo.train.origin import run_of
+from dimo.run.origin import run_of
 from dimo.ursa import load_ursa, save_student
 from dimo.worlds import DATA
 

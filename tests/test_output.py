@@ -10,9 +10,9 @@ import termios
 
 import pytest
 
-from dimo.cli import main
+from dimo.commands.cli import main
 from dimo.output import LastingStream
-from dimo.train.runfolder import RunFolder
+from dimo.run.folder import RunFolder
 
 # imports nothing that takes long; what is said last is in a file
 WORK = """

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from dimo.cli import main, parse
+from dimo.commands.cli import main, parse
+from dimo.config import load_config, to_flat
 from dimo.errors import DimoError
-from dimo.train.config import load_config, to_flat
-from dimo.train.launch import engine_settings
+from dimo.run.launch import engine_settings
 from dimo.worlds import DATA, checkpoint_folder
 
 

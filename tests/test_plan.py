@@ -9,11 +9,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from dimo.bench.sizes import SIZES
-from dimo.cli import main
-from dimo.dryrun import dry_run
+from dimo.commands.cli import main
+from dimo.commands.dry_run import dry_run
+from dimo.commands.plan import GIB, alternatives, make_plan, parts_of
+from dimo.config import load_config
 from dimo.errors import DimoError
-from dimo.plan import GIB, alternatives, make_plan, parts_of
-from dimo.train.config import load_config
 from dimo.train.trainer import Trainer
 from dimo.ursa import UrsaConfig, UrsaTransformer
 from dimo.worlds import checkpoint_folder

@@ -11,7 +11,7 @@ SMALL = ["--batch_size", "2", "experiment.save_every=3", "experiment.log_every=1
 
 EQUAL = """
 import torch
-from dimo.train.config import load_config
+from dimo.config import load_config
 from dimo.train.trainer import Trainer
 
 trainer = Trainer(load_config("smoke", ["distill.batch_size_per_gpu=2", "distill.estimator=reinforce"]))
@@ -63,7 +63,7 @@ import types
 import torch.distributed as dist
 from dimo.errors import DimoError
 from dimo.train import loop
-from dimo.train.config import load_config
+from dimo.config import load_config
 
 loop.SEEN_WITHIN_S = 0.5
 dist.init_process_group("gloo")
@@ -92,7 +92,7 @@ def test_ranks_of_different_commands_or_folders_are_refused(tmp_path, ranks):
 TAKE_UP = """
 import sys
 import torch
-from dimo.train.config import load_config
+from dimo.config import load_config
 from dimo.train.trainer import Trainer
 
 trainer = Trainer(load_config("smoke", ["distill.batch_size_per_gpu=2", "optim.optimizer=adamw"]))

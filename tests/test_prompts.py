@@ -7,9 +7,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from koala import koala_row, koala_texts, write_koala
 
-from dimo.data.prompts import PromptStream
+from dimo.config import load_config
+from dimo.data.stream import PromptStream
 from dimo.errors import DimoError
-from dimo.train.config import load_config
 from dimo.train.trainer import Trainer, step_through
 
 quick = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])

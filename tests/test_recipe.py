@@ -1,11 +1,11 @@
-"""tests/recipe.py without a GPU: what it would put into a CUDA graph is the trainer's step."""
+"""scripts/recipe.py without a GPU: what it would put into a CUDA graph is the trainer's step."""
 
 import contextlib
 
 import recipe
 import torch
 
-from dimo.train.config import load_config
+from dimo.config import load_config
 from dimo.train.trainer import Trainer
 
 

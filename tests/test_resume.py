@@ -9,19 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from dimo.config import load_config
 from dimo.errors import DimoError
-from dimo.train import checkpoints
-from dimo.train.checkpoints import Checkpoints
-from dimo.train.config import load_config
-from dimo.train.runfolder import RunFolder
+from dimo.run import checkpoints
+from dimo.run.checkpoints import Checkpoints
+from dimo.run.folder import RunFolder
 from dimo.train.trainer import Trainer
 
-TESTS = Path(__file__).parent
+SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 
 @pytest.mark.parametrize("processes", ["1", "2"])
 def test_killed_runs_end_in_the_same_bits(processes):
-    words = [sys.executable, str(TESTS / "kill.py"), "--points", "2", "--steps", "9", "--processes", processes]
+    words = [sys.executable, str(SCRIPTS / "kill.py"), "--points", "2", "--steps", "9", "--processes", processes]
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("bit-equal") == 2 and done.stdout.count("-9") >= 2

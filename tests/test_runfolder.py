@@ -8,9 +8,9 @@ import tempfile
 
 import pytest
 
+from dimo.config import load_config, to_yaml
 from dimo.errors import DimoError
-from dimo.train.config import load_config, to_yaml
-from dimo.train.runfolder import RunFolder
+from dimo.run.folder import RunFolder
 
 CONFIG = to_yaml(load_config("smoke"))
 
@@ -169,7 +169,7 @@ def test_a_name_of_two_levels_and_any_folder_are_taken():
 
 HOLDER = """
 import sys, time
-from dimo.train.runfolder import RunFolder
+from dimo.run.folder import RunFolder
 run = RunFolder.open(sys.argv[1], open(sys.argv[2]).read(), hold=True)
 print("held", flush=True)
 time.sleep(60)
@@ -197,7 +197,7 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_is_dead(tmp_path):
 
 READ_ONLY = """
 import os, sys
-from dimo.cli import main
+from dimo.commands.cli import main
 from dimo.train.trainer import Trainer
 
 def as_nobody(trainer, train=Trainer.train):

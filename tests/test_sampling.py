@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dimo import sampling
-from dimo.cli import main
+from dimo.commands import sample as sampling
+from dimo.commands.cli import main
+from dimo.commands.inspect_folder import inspect_folder
+from dimo.commands.sample import Request, read_prompts, sample_to_folder, write_frames
 from dimo.errors import DimoError
-from dimo.inspect import inspect_folder
-from dimo.sampling import Request, read_prompts, sample_to_folder, write_frames
 from dimo.ursa import chunks, jump, sample
 from dimo.worlds import checkpoint_folder
 

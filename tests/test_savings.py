@@ -8,14 +8,14 @@ import torch
 
 from dimo.bench import bench, bench_config, write_report
 from dimo.bench.sizes import SIZES, model_flops, random_ursa, step_flops
+from dimo.config import load_config
 from dimo.distill import stages
 from dimo.distill.stages import Step
 from dimo.errors import DimoError
-from dimo.train.config import load_config
 from dimo.train.trainer import Trainer
 from dimo.ursa import UrsaConfig, UrsaTransformer, load_ursa, transformer, visual_logits
-from dimo.ursa.checkpoint import load_transformer
 from dimo.ursa.inputs import rope_positions
+from dimo.ursa.loading import load_transformer
 from dimo.worlds import checkpoint_folder
 
 GRID = (3, 4, 4)
@@ -281,7 +281,7 @@ def test_a_head_that_stays_has_no_gradient_to_count():
 
 
 def test_bf16_fused_losses_follow_the_float32_ones(tmp_path):
-    """The mean of the first losses; `python tests/numerics.py` compares 200, compiled, on a GPU."""
+    """The mean of the first losses; `python scripts/numerics.py` compares 200, compiled, on a GPU."""
     many = ["distill.batch_size_per_gpu=16", "distill.w_kd=0.1", "optim.warmup_steps=1"]
     plain, fast = trainer_for(tmp_path, *many), trainer_for(tmp_path, *many, "training.mixed_precision=bf16")
     fast.fused = True

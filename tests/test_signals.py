@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from processes import as_in_a_terminal
 
-from dimo.train import signals as signals_module
-from dimo.train.checkpoints import Checkpoints
-from dimo.train.config import load_config
-from dimo.train.runfolder import RunFolder
-from dimo.train.signals import SAME_KEYPRESS_S, STOPPING, Preempted, Signals
+from dimo.config import load_config
+from dimo.run import signals as signals_module
+from dimo.run.checkpoints import Checkpoints
+from dimo.run.folder import RunFolder
+from dimo.run.signals import SAME_KEYPRESS_S, STOPPING, Preempted, Signals
 from dimo.train.trainer import Trainer
 
 SETTINGS = ["model.device=cpu", "distill.batch_size_per_gpu=2", "experiment.log_every=1"]
@@ -168,7 +168,7 @@ trainer.load_ursa = load
 """
 MAINS = {
     "a worker": "sys.exit(command.main(sys.argv[1:]))",
-    "dimo": "from dimo import cli; sys.exit(cli.main(['train', '-c', *sys.argv[1:]]))",
+    "dimo": "from dimo.commands import cli; sys.exit(cli.main(['train', '-c', *sys.argv[1:]]))",
 }
 
 
@@ -205,7 +205,7 @@ def test_the_rank_that_failed_is_heard_and_the_others_end(tmp_path):
 
 RANK_1_CANNOT_WRITE = """
     if index == 0 and trainer.accelerator.process_index == 1:
-        from dimo.train import checkpoints
+        from dimo.run import checkpoints
         def refuse(*_):
             raise OSError(28, "No space left on device")
         checkpoints.sync = refuse
@@ -263,7 +263,7 @@ def test_old_handlers_come_back_and_other_threads_are_left_alone():
 
 def test_an_error_of_the_writing_thread_ends_the_run_at_the_next_step(tmp_path, monkeypatch):
     from dimo.errors import DimoError
-    from dimo.train import checkpoints
+    from dimo.run import checkpoints
 
     def refuse(*_):
         raise OSError(28, "No space left on device")
@@ -287,7 +287,7 @@ def test_an_error_of_the_writing_thread_ends_the_run_at_the_next_step(tmp_path, 
 
 
 CELL = """
-from dimo.train.config import load_config
+from dimo.config import load_config
 from dimo.train.trainer import Trainer
 print("ready", flush=True)
 Trainer(load_config("smoke", {settings!r})).train(progress=False)

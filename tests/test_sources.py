@@ -5,10 +5,10 @@ import shutil
 
 import pytest
 
+from dimo.config import load_config, to_yaml
 from dimo.errors import DimoError
-from dimo.train import sources
-from dimo.train.config import load_config, to_yaml
-from dimo.train.runfolder import RunFolder
+from dimo.run import sources
+from dimo.run.folder import RunFolder
 from dimo.worlds import checkpoint_folder
 
 

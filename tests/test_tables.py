@@ -8,9 +8,9 @@ from captions import make, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dimo.data.prompts import PromptStream
+from dimo.commands.sample import read_prompts
+from dimo.data.stream import PromptStream
 from dimo.errors import DimoError
-from dimo.sampling import read_prompts
 
 quick = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

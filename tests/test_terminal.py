@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from dimo.cli import main
-from dimo.train.config import load_config, to_yaml
-from dimo.train.runfolder import RunFolder
+from dimo.commands.cli import main
+from dimo.config import load_config, to_yaml
+from dimo.run.folder import RunFolder
 
 
 @pytest.fixture

@@ -6,11 +6,11 @@ import sys
 
 import pytest
 
-from dimo.cli import main
+from dimo.commands.cli import main
+from dimo.config import load_config
 from dimo.errors import DimoError
-from dimo.train import trackers
-from dimo.train.config import load_config
-from dimo.train.progress import CostBar, Progress
+from dimo.run import trackers
+from dimo.run.progress import CostBar, Progress
 
 
 def test_a_tracker_that_is_not_installed_is_refused_before_anything_starts(tmp_path, monkeypatch, capsys):
@@ -110,7 +110,7 @@ def test_a_line_per_logged_step_where_there_is_no_terminal(monkeypatch):
 def test_the_speed_is_that_of_the_steps_to_come_not_of_compiling(monkeypatch):
     now, out = [0.0], io.StringIO()
     monkeypatch.setattr(sys, "stderr", out)
-    monkeypatch.setattr("dimo.train.progress.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("dimo.run.progress.time.perf_counter", lambda: now[0])
     progress = Progress(0, 1000)
     for index in progress:
         now[0] += 70 if index in (0, 3) else 0.5  # the first step compiles, the fourth another shape
@@ -126,7 +126,7 @@ def test_the_speed_is_that_of_the_steps_to_come_not_of_compiling(monkeypatch):
 def test_work_whose_pieces_cost_differently(monkeypatch):
     now, out = [0.0], io.StringIO()
     monkeypatch.setattr(sys, "stderr", out)
-    monkeypatch.setattr("dimo.train.progress.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("dimo.run.progress.time.perf_counter", lambda: now[0])
     with CostBar("evaluate", 100, "passes") as bar:
         for seconds, done in ((0, 20), (40, 20), (8, 30), (4, 40), (1, 41), (13, 60), (20, 100), (1, 100)):
             now[0] += seconds

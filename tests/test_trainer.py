@@ -14,13 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dimo.config import load_config
 from dimo.errors import DimoError
-from dimo.train.config import load_config
+from dimo.run.folder import RunFolder
 from dimo.train.loop import write_samples
-from dimo.train.runfolder import RunFolder
 from dimo.train.trainer import Trainer, step_through
 from dimo.ursa import load_ursa, visual_logits
-from dimo.ursa.checkpoint import load_transformer
+from dimo.ursa.loading import load_transformer
 from dimo.worlds import checkpoint_folder
 
 # every stateful part takes part: mix, controller, curriculum, EMA baseline
@@ -128,7 +128,7 @@ def test_pictures_are_made_by_as_many_at_once_and_in_the_precision_as_training_h
     assert len(drawn[0]) == 8 and torch.equal(*drawn) and not torch.equal(*drawn[0].chunk(2))
 
 
-COMMAND = "import sys, torch; torch.set_num_threads(1); from dimo.cli import main; sys.exit(main())"
+COMMAND = "import sys, torch; torch.set_num_threads(1); from dimo.commands.cli import main; sys.exit(main())"
 
 
 def start(folder):

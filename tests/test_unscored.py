@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from dimo.config import load_config
 from dimo.errors import DimoError
 from dimo.evaluation import unscored
 from dimo.evaluation.comparison import Comparison, Job
 from dimo.evaluation.evaluate import columns_of, evaluate_to_folder, format_table
-from dimo.train.config import load_config
 from dimo.ursa import chunks, load_ursa, sample, save_student, visual_logits
 from dimo.worlds import checkpoint_folder
 
@@ -251,7 +251,7 @@ def test_without_a_decoder_the_codes_stay_and_a_sentence_says_what_to_install(tm
     def missing():
         raise DimoError("diffnext cannot be used: pip install it")
 
-    monkeypatch.setattr("dimo.ursa.checkpoint.import_upstream", missing)
+    monkeypatch.setattr("dimo.ursa.loading.import_upstream", missing)
     save_student(tmp_path / "student", load_ursa(TINY).transformer)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "sheet.png").write_text("of an earlier student")

@@ -21,13 +21,13 @@ from diffnext.models.transformers.transformer_ursa import URSATransformer3DModel
 from diffnext.pipelines import URSAPipeline
 
 from dimo.bench import bench, bench_config
+from dimo.commands.sample import Request, sample_to_folder
+from dimo.config import load_config
 from dimo.errors import DimoError
-from dimo.sampling import Request, sample_to_folder
-from dimo.train.config import load_config
 from dimo.train.trainer import Trainer
 from dimo.ursa import UrsaConfig, UrsaTransformer, build_ursa_inputs, load_ursa, upstream
-from dimo.ursa.checkpoint import load_student
 from dimo.ursa.frames import eight_bits
+from dimo.ursa.loading import load_student
 from dimo.ursa.weights import read_pickle, read_weights
 from dimo.worlds import checkpoint_folder
 

@@ -4,13 +4,13 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from dimo.commands.notebooks import _parse_parameters
+from dimo.config import load_config, to_flat, to_yaml
+from dimo.config.flags import split_flags
+from dimo.config.values import read_value
 from dimo.errors import DimoError
-from dimo.notebooks import _parse_parameters
-from dimo.train.config import load_config, to_flat, to_yaml
-from dimo.train.flags import split_flags
-from dimo.train.launch import engine_settings
-from dimo.train.runfolder import RunFolder
-from dimo.train.values import read_value
+from dimo.run.folder import RunFolder
+from dimo.run.launch import engine_settings
 
 # what YAML 1.1 takes for something else, or cannot read
 LOOKALIKES = """\

@@ -13,10 +13,10 @@ from IPython.core.interactiveshell import InteractiveShell
 from IPython.core.pylabtools import select_figure_formats
 
 from dimo.errors import DimoError
-from dimo.train.runfolder import RunFolder
+from dimo.run.folder import RunFolder
 from dimo.views import fonts
 from dimo.views.checks import Checks
-from dimo.views.figures import curves, histogram, input_map, lines, path_maps, token_maps
+from dimo.views.plots import curves, histogram, input_map, lines, path_maps, token_maps
 from dimo.views.sheets import save_sheet, video_sheet
 from dimo.views.widgets import sample_slider
 

@@ -21,12 +21,12 @@ import torch
 from dimo.bench.naive import naive_step, require_naive
 from dimo.bench.parts import Clock, attention_alone, kernels_of, losses_alone, matrix_product, saving, stage_times
 from dimo.bench.sizes import model_flops, passes_of, random_prompts, random_ursa, require_size, step_flops
+from dimo.config import Config, device_of, load_config
 from dimo.errors import DimoError, nearest, reason
 from dimo.files import write_text
-from dimo.train.config import Config, device_of, load_config
 from dimo.train.trainer import Trainer
 from dimo.ursa import sample
-from dimo.ursa.checkpoint import import_upstream
+from dimo.ursa.loading import import_upstream
 
 PARTS = ("step", "generate", "path", "losses")
 MORE_PARTS = ("attention", "kernels", "save")

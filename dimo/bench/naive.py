@@ -12,9 +12,9 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional as F
 
+from dimo.config import Config
 from dimo.distill.schedules import sample_t_curriculum
 from dimo.errors import DimoError
-from dimo.train.config import Config
 from dimo.ursa import UrsaTransformer, visual_logits
 
 

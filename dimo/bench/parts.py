@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
 
 from dimo.distill import fused, stages
-from dimo.train.checkpoints import HostCopies
+from dimo.run.checkpoints import HostCopies
 from dimo.train.trainer import Trainer
 from dimo.ursa.answer import Answer, draw
 from dimo.ursa.transformer import ATTENTION

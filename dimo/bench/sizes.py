@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
+from dimo.config import Config
 from dimo.errors import DimoError, nearest
-from dimo.train.config import Config
 from dimo.train.prompts import WorldPrompts
 from dimo.ursa import MetricPath, Ursa, UrsaConfig, UrsaTransformer
 

@@ -10,8 +10,8 @@ from diffnext.models.transformers.transformer_ursa import URSATransformer3DModel
 from diffnext.pipelines import URSAPipeline
 from diffnext.schedulers.scheduling_dfm import KineticOptimalScheduler, MetricDiscreteProbPath
 
+from dimo.config import Config
 from dimo.errors import DimoError
-from dimo.train.config import Config
 from dimo.ursa import Ursa
 from dimo.ursa.upstream import bridge, load_pipeline, require_pipeline
 from dimo.worlds import checkpoint_folder

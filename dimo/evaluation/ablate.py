@@ -13,10 +13,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from dimo.config import PRESETS, Config, load_config, to_yaml
+from dimo.config.load import read_groups
 from dimo.errors import DimoError
 from dimo.evaluation.evaluate import evaluate_to_folder
 from dimo.files import write_text
-from dimo.train.config import PRESETS, Config, load_config, read_groups, to_yaml
 from dimo.train.trainer import Trainer
 from dimo.worlds import checkpoint_folder, is_world
 

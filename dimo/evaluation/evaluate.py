@@ -13,16 +13,16 @@ from pathlib import Path
 
 import torch
 
+from dimo.config import Config, device_of, to_flat, to_yaml
 from dimo.errors import DimoError
 from dimo.evaluation import unscored
 from dimo.evaluation.comparison import Comparison
 from dimo.evaluation.jobs import Job, Parts, alone_in, run_here, run_in_processes
 from dimo.files import write_text
-from dimo.train.config import Config, device_of, to_flat, to_yaml
+from dimo.run.sources import teacher_files
 from dimo.train.prompts import evaluation_prompts, require_whole
-from dimo.train.sources import teacher_files
 from dimo.ursa import Ursa, UrsaTransformer, load_ursa
-from dimo.ursa.checkpoint import load_student, student_file
+from dimo.ursa.loading import load_student, student_file
 from dimo.worlds import checkpoint_folder, is_world, load_world, require_world
 from dimo.worlds.oracle import score, summarise
 from dimo.worlds.shapes import ShapesWorld

@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from dimo.errors import DimoError
 from dimo.evaluation.comparison import Comparison, Job
 from dimo.files import save_file, whole_file, write_text
-from dimo.train.progress import CostBar
-from dimo.train.runfolder import OWN_INSIDE
+from dimo.run.folder import OWN_INSIDE
+from dimo.run.progress import CostBar
 
 try:
     import fcntl

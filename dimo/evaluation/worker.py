@@ -6,11 +6,11 @@ import signal
 import sys
 from pathlib import Path
 
+from dimo.config import load_config
 from dimo.errors import DimoError, reason
 from dimo.evaluation.evaluate import open_comparison
 from dimo.evaluation.jobs import Parts, take_share
-from dimo.train.config import load_config
-from dimo.train.lifeline import end_with_parent
+from dimo.run.lifeline import end_with_parent
 
 
 def main(arguments: list[str]) -> int:

@@ -9,8 +9,8 @@ import torch.distributed as dist
 
 from dimo.errors import DimoError, reason
 from dimo.output import lasting_output
-from dimo.train.lifeline import end_with_launcher
-from dimo.train.signals import PREEMPTED, Preempted, stopping_at_once
+from dimo.run.lifeline import end_with_launcher
+from dimo.run.signals import PREEMPTED, Preempted, stopping_at_once
 
 
 def main(arguments: list[str]) -> int:
@@ -22,8 +22,8 @@ def main(arguments: list[str]) -> int:
 def _main(arguments: list[str]) -> int:
     end_with_launcher()
     try:
-        from dimo.train.config import load_config
-        from dimo.train.flags import split_flags
+        from dimo.config import load_config
+        from dimo.config.flags import split_flags
         from dimo.train.trainer import Trainer
 
         words, overrides = split_flags(arguments, own=set())

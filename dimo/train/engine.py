@@ -1,6 +1,6 @@
 """What differs between one process, DDP, FSDP2 and DeepSpeed ZeRO-2, all of it; the trainer does not know which runs.
 
-accelerate's launcher says which: `accelerate launch --config_file dimo/train/presets/accelerate/fsdp2.yaml ...`.
+accelerate's launcher says which: `accelerate launch --config_file dimo/config/presets/accelerate/fsdp2.yaml ...`.
 Student and auxiliary share no autograd edge and are stepped at different times, so each is a `Learner` of its own,
 with its own optimizer, gradient norm and clipping. Master weights are float32 everywhere; bf16 is autocast's.
 """
@@ -21,10 +21,10 @@ from accelerate import Accelerator
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from dimo.config import Config, device_of
 from dimo.errors import DimoError
-from dimo.train.config import Config, device_of
+from dimo.run.ranks import count_ranks, everywhere, launched_or_alone
 from dimo.train.optimizers import set_lr_factor
-from dimo.train.ranks import count_ranks, everywhere, launched_or_alone
 
 BUCKET_ENTRIES = 2**26  # gradients averaged in one call: 256 MiB of float32
 SENT_ALONE = 2**20  # entries from which a gradient is sent when it is ready, while the backward pass goes on

@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import SafetensorError
 
+from dimo.config import to_flat, to_yaml
 from dimo.errors import DimoError, are_finite
 from dimo.files import save_torch, whole_file, write_text
 from dimo.output import lasting_output
-from dimo.train.checkpoints import Checkpoints
-from dimo.train.config import to_flat, to_yaml
-from dimo.train.progress import Progress
-from dimo.train.ranks import count_ranks, everywhere, raise_everywhere
-from dimo.train.runfolder import RunFolder
-from dimo.train.signals import Preempted, Signals
-from dimo.train.trackers import close_trackers, open_trackers
+from dimo.run.checkpoints import Checkpoints
+from dimo.run.folder import RunFolder
+from dimo.run.progress import Progress
+from dimo.run.ranks import count_ranks, everywhere, raise_everywhere
+from dimo.run.signals import Preempted, Signals
+from dimo.run.trackers import close_trackers, open_trackers
 from dimo.ursa import sample, save_student
-from dimo.ursa.checkpoint import DTYPES, plain_state
+from dimo.ursa.loading import DTYPES, plain_state
 from dimo.worlds import is_world
 
 if TYPE_CHECKING:

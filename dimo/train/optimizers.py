@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from dimo.train.config import Optim
+from dimo.config import Optim
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Muon's quintic: brings singular values near 1 in five rounds
 STACK_ENTRIES = 2**24  # matrices of one shape are orthogonalised together, up to so many entries at once

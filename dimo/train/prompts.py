@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from dimo.data.prompts import PromptStream
+from dimo.config import Config
+from dimo.data.stream import PromptStream
 from dimo.distill.stages import tokenise
 from dimo.errors import DimoError
-from dimo.train.config import Config
-from dimo.train.origin import held_out_by, learns_from, run_of
+from dimo.run.origin import held_out_by, learns_from, run_of
 from dimo.ursa import Ursa
 from dimo.worlds import is_world, load_world
 

@@ -8,20 +8,20 @@ from collections.abc import Iterator
 
 import torch
 
+from dimo.config import Config
+from dimo.config.older import as_begun
 from dimo.distill import stages
 from dimo.distill.losses import beta_of
 from dimo.distill.schedules import Baseline, EntropyController, XInit, fade
 from dimo.distill.stages import Step
 from dimo.errors import NonFiniteError, require_finite, trusted_values
-from dimo.train.config import Config
+from dimo.run.folder import RunFolder
 from dimo.train.engine import Engine, Learner, load_whole, local, reshard
 from dimo.train.guards import Guard
 from dimo.train.loop import run_training
 from dimo.train.metrics import MEASURED, Averages, measured
-from dimo.train.older import as_begun
 from dimo.train.optimizers import lr_factor, make_optimizers, warm_ema_decay
 from dimo.train.prompts import WorldPrompts, open_prompts
-from dimo.train.runfolder import RunFolder
 from dimo.ursa import Ursa, UrsaTransformer, load_ursa
 from dimo.ursa.cpu import keep_memory
 from dimo.worlds import checkpoint_folder, is_world, load_world, require_world

@@ -1,6 +1,5 @@
 """The model family: URSA's transformer, its inputs, probability paths and sampler."""
 
-from dimo.ursa.checkpoint import Ursa, load_ursa, save_student
 from dimo.ursa.inputs import (
     UrsaInputs,
     build_ursa_inputs,
@@ -8,7 +7,8 @@ from dimo.ursa.inputs import (
     latents_shape_for,
     visual_logits,
 )
-from dimo.ursa.path import MetricPath, MixturePath, categorical
+from dimo.ursa.loading import Ursa, load_ursa, save_student
+from dimo.ursa.probability_path import MetricPath, MixturePath, categorical
 from dimo.ursa.sampler import draw_codes, guide, jump, sample, timesteps
 from dimo.ursa.transformer import UrsaConfig, UrsaTransformer
 

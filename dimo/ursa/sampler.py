@@ -12,7 +12,7 @@ from dimo.errors import DimoError, require_finite, require_shape
 from dimo.ursa.answer import Answer, draw, guide_answer, most_likely, visual_answer
 from dimo.ursa.chunks import FEW_CODES, by_tokens
 from dimo.ursa.inputs import visual_logits
-from dimo.ursa.path import MetricPath, MixturePath, inverse_cdf
+from dimo.ursa.probability_path import MetricPath, MixturePath, inverse_cdf
 
 log = logging.getLogger(__name__)
 

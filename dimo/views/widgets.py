@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dimo.errors import DimoError
-from dimo.train.runfolder import RunFolder
+from dimo.run.folder import RunFolder
 
 
 def sample_slider(run: RunFolder):

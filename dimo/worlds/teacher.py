@@ -15,9 +15,9 @@ from tqdm import tqdm
 from dimo.errors import DimoError, are_finite
 from dimo.files import whole_folder
 from dimo.ursa import MetricPath, UrsaConfig, UrsaTransformer, load_ursa, sample, save_student, visual_logits
+from dimo.ursa.palette import PaletteDecoder
 from dimo.worlds import WORLD_FILE, is_world
 from dimo.worlds.oracle import score
-from dimo.worlds.palette import PaletteDecoder
 from dimo.worlds.shapes import ShapesWorld
 
 PAD, UNKNOWN, BOV = "<pad>", "<unk>", "<bov>"
@@ -207,7 +207,7 @@ def write_checkpoint(folder: Path, world: ShapesWorld, transformer: UrsaTransfor
             "_class_name": "URSAPipeline",
             "transformer": ["diffnext.models.transformers.transformer_ursa", "URSATransformer3DModel"],
             "scheduler": ["diffnext.schedulers.scheduling_dfm", "KineticOptimalScheduler"],
-            "vae": ["dimo.worlds.palette", "PaletteDecoder"],
+            "vae": ["dimo.ursa.palette", "PaletteDecoder"],
             "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
         }
         (beside / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")

@@ -38,7 +38,7 @@ A student that dimo trained for two steps on `../tiny-ursa`, with the default ga
 
 def train(folder: Path) -> None:
     """`student.pt` of two steps of training."""
-    from dimo.train.config import load_config
+    from dimo.config import load_config
     from dimo.train.trainer import Trainer
 
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,0 +1,269 @@
+"""One whole training step of the real shapes on the real number of ranks, without weights, GPUs or other processes.
+
+Tensors are fake: they have a shape, a dtype and a size in bytes, and no values. The process group is fake, too, and
+answers every collective at once. A configuration really goes through `Trainer.step`, and what is counted is what that
+code allocates. Not seen are: values (every number that is read back is 1), speed, the workspaces of GPU kernels, a
+fragmented allocator, NCCL's buffers, and whether all ranks call their collectives in the same order.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import os
+import types
+import weakref
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState, GradientState
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+from dimo.bench.sizes import SIZES
+from dimo.config import Config
+from dimo.errors import DimoError
+from dimo.run.launch import engine_kind
+from dimo.train.prompts import WorldPrompts
+from dimo.ursa import MetricPath, Ursa, UrsaConfig, UrsaTransformer, chunks, cpu
+from dimo.ursa.layout import vae_strides
+from dimo.ursa.loading import read_config
+from dimo.worlds import checkpoint_folder
+
+
+@dataclasses.dataclass
+class DryRun:
+    """What rank 0 holds and sends, in bytes.
+
+    `weights` by network, what networks share counted once, and those that are `trained`; `kept` between steps by
+    optimizers and all else; `gradients` of the larger trained network; `peak` of a step, beyond what is kept;
+    `collectives` of a step, by name.
+    """
+
+    weights: dict[str, int]
+    trained: dict[str, int]
+    kept: int
+    gradients: int
+    peak: int
+    collectives: dict[str, int]
+    num_visual_tokens: int
+
+
+def empty_ursa(size: str | None, teacher_ckpt: str, device: str | torch.device = "cpu") -> Ursa:
+    """The networks and path of a release by its size, or of a folder by its config.json; weights are random or fake.
+
+    Raises:
+        DimoError: no such size or folder.
+    """
+    if size is not None and size not in SIZES:
+        raise DimoError(f"--size must be one of {', '.join(SIZES)}, got {size!r}")
+    folder, strides = Path(f"URSA-{size}"), (4, 8)
+    if size is not None:
+        config = UrsaConfig.from_dict(SIZES[size])
+    else:
+        folder = checkpoint_folder(teacher_ckpt)
+        config, strides = read_config(folder / "transformer"), vae_strides(folder)
+    with torch.device(device):
+        transformer, codebook = UrsaTransformer(config), torch.rand(config.codebook_size, 6)
+
+    def tokenizer(prompts, max_length, **_):
+        return types.SimpleNamespace(input_ids=torch.ones(len(prompts), max_length, dtype=torch.long))
+
+    path = MetricPath(codebook, 1.0, 5.0)
+    return Ursa(transformer, path, tokenizer, None, 1.0, folder, "a dry run decodes nothing", strides)
+
+
+def dry_run(config: Config, size: str | None = None, num_processes: int = 1) -> DryRun:
+    """Two steps of rank 0 of `num_processes`; the second is counted, when optimizers have their moments.
+
+    Under fsdp2 everything is really cut. DeepSpeed does not go through: deepspeed_zero2 is counted as ddp.
+
+    Raises:
+        DimoError: what the configuration's own checks refuse; no such size or folder; a process group that is in use.
+    """
+    from dimo.train.trainer import Trainer
+
+    on_gpu = config.model.device != "cpu"
+    model = dataclasses.replace(config.model, device="cpu", backend="native", compile=False)
+    config = dataclasses.replace(config, model=model)
+    processes, meter = _fake_processes(num_processes, engine_kind(config.training.engine)), _Meter()
+    with processes, _without_values(), _as_on_a_gpu(on_gpu), _Fake(allow_non_fake_inputs=True), meter.with_resizing():
+        ursa = empty_ursa(size, config.distill.teacher_ckpt)
+        prompts = WorldPrompts(["a red ball"], ursa, config.distill.max_prompt_length)
+        trainer = Trainer(config, ursa, prompts)
+        trainer.step(0)
+        before = meter.bytes
+        meter.peak, meter.collectives = before, collections.Counter()
+        trainer.step(1)
+        weights, trained, seen = {}, {}, set()
+        for name, network in vars(trainer.networks).items():
+            weights[name] = _bytes(network.parameters(), seen)
+            trained[name] = _bytes((p for p in network.parameters() if p.requires_grad), set())
+        return DryRun(
+            weights, {name: n for name, n in trained.items() if n}, before - sum(weights.values()),
+            max(trained.values()), meter.peak - before, dict(meter.collectives), trainer.num_visual_tokens,
+        )  # fmt: skip
+
+
+def _bytes(tensors, seen: set[int]) -> int:
+    """Of those whose memory is not among the `seen`, which they join."""
+    size = 0
+    for tensor in map(_own, tensors):
+        if tensor.untyped_storage()._cdata not in seen:
+            seen.add(tensor.untyped_storage()._cdata)
+            size += tensor.numel() * tensor.element_size()
+    return size
+
+
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's piece of a tensor that is cut."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def _gather_object(values: list, value, group=None) -> None:
+    values[:] = [value] * len(values)  # every rank has what this one has
+
+
+def _real_mesh(*arguments, **options):
+    with _disable_current_modes():  # it reads its own ranks back
+        return init_device_mesh(*arguments, **options)
+
+
+def _apply(module: torch.nn.Module, function, recurse: bool = True) -> torch.nn.Module:
+    """`Module._apply`, which moves and casts networks; the original cannot swap the contents of fake tensors."""
+    for part in module.modules():
+        for name, p in part._parameters.items():
+            if p is not None:
+                part._parameters[name] = torch.nn.Parameter(function(p), p.requires_grad)
+    return module
+
+
+@contextlib.contextmanager
+def _without_values():
+    """What of torch looks at values in a way that fake tensors cannot serve."""
+    with (
+        mock.patch.object(torch.nn.Module, "_apply", _apply),
+        mock.patch.object(FakeTensor, "data_ptr", lambda _: 0),  # what it is; but copying a tensor asks, and warns
+        mock.patch.object(dist, "all_gather_object", _gather_object),
+        mock.patch.object(dist, "init_device_mesh", _real_mesh),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _as_on_a_gpu(on_gpu: bool):
+    """Where dimo goes another way on a CPU, it goes a GPU's."""
+    if not on_gpu:
+        yield
+        return
+    with (
+        mock.patch.dict(chunks.ENTRIES, cpu=chunks.ENTRIES["cuda"]),
+        mock.patch.object(cpu, "serves", lambda *_, **__: False),
+    ):
+        yield
+
+
+class _Fake(FakeTensorMode):
+    def __deepcopy__(self, memo) -> _Fake:
+        return self  # a copied network's tensors stay in the same mode
+
+
+class _Meter(TorchDispatchMode):
+    """Counts the bytes of living storages and of collectives, and answers what Python asks of fake values."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = self.peak = 0
+        self.collectives: collections.Counter[str] = collections.Counter()
+        self.known: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # storage: [bytes]
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name, kwargs = function.overloadpacket._qualified_op_name, kwargs or {}
+        if kwargs.get("device") == torch.device("cpu", 0):  # accelerate's name of it; fake tensors take it for another
+            kwargs = kwargs | {"device": torch.device("cpu")}
+        if name == "aten::_local_scalar_dense":  # .item(), bool(), .tolist(): a value that passes every check
+            known = getattr(args[0], "constant", None)
+            with _disable_current_modes():
+                return _one(args[0].dtype) if known is None else known.item()
+        if name == "aten::nonzero":  # as many rows as there can be
+            result = args[0].new_empty((args[0].numel(), args[0].dim()), dtype=torch.long)
+        else:
+            constants = [getattr(t, "constant", None) for t in tree_leaves(args) if isinstance(t, torch.Tensor)]
+            result = function(*args, **kwargs)
+        if name.startswith(("c10d::", "_c10d_functional::")):
+            sent = [t for t in tree_leaves(args) if isinstance(t, torch.Tensor)]
+            moved = sum(t.numel() * t.element_size() for t in sent)
+            for tensor, known in zip(sent, constants):
+                tensor.constant = known  # a flag that is down here is down on every rank
+            self.collectives[name.split("::")[1].strip("_")] += moved
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._count(_own(tensor).untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        held = self.known.get(storage)
+        if held is None:
+            held = self.known[storage] = [0]
+            weakref.finalize(storage, self._set, held, 0).atexit = False
+        self._set(held, storage.nbytes())
+
+    def _set(self, held: list[int], size: int) -> None:
+        self.bytes += size - held[0]
+        held[0] = size
+        self.peak = max(self.peak, self.bytes)
+
+    @contextlib.contextmanager
+    def with_resizing(self):
+        """FSDP2 gives memory back by resizing storages, which no dispatched operation shows."""
+        resize = torch.UntypedStorage.resize_
+
+        def resized(storage, size):
+            result = resize(storage, size)
+            if storage in self.known:
+                self._set(self.known[storage], storage.nbytes())
+            return result
+
+        with self, mock.patch.object(torch.UntypedStorage, "resize_", resized):
+            yield
+
+
+def _one(dtype: torch.dtype) -> bool | int | float:
+    return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
+
+
+@contextlib.contextmanager
+def _fake_processes(number: int, engine: str):
+    """accelerate sees rank 0 of so many processes; every collective returns at once."""
+    if dist.is_initialized():
+        raise DimoError("a dry run needs a process of its own: a process group is in use here")
+    variables = {"RANK": "0", "WORLD_SIZE": str(number), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": str(number)}
+    variables |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}  # which nobody calls
+    if engine == "fsdp2":
+        variables |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    before = {name: os.environ.get(name) for name in variables}
+    _forget_accelerate()
+    if number > 1:
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+
+        os.environ |= variables
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=number)
+    try:
+        yield
+    finally:
+        if number > 1:
+            dist.destroy_process_group()
+        for name, value in before.items():
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+        _forget_accelerate()
+
+
+def _forget_accelerate() -> None:
+    GradientState._reset_state()
+    AcceleratorState._reset_state(reset_partial_state=True)

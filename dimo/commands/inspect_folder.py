@@ -1,0 +1,139 @@
+"""What is in a checkpoint folder: sizes, codebook, path, shapes and memory at a resolution, and what is missing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from dimo.config import default_prompt_length
+from dimo.errors import DimoError
+from dimo.ursa import MixturePath, UrsaConfig, UrsaTransformer, latents_shape_for
+from dimo.ursa.layout import require_checkpoint, vae_config, vae_strides
+from dimo.ursa.loading import import_upstream, load_path, load_tokenizer, read_config, require_codes_of
+from dimo.ursa.weights import misfit, require_file, weight_files, weight_shapes
+from dimo.worlds import video_size
+
+GIB = 2**30
+
+
+def inspect_folder(
+    folder: str | Path,
+    num_frames: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    max_prompt_length: int | None = None,
+) -> tuple[list[tuple[str, str]], list[str]]:
+    """(what there is, as rows of name and text; what is missing or damaged, as sentences).
+
+    Weights are not loaded: of safetensors only the headers are read. Sizes that are not given are a world's own,
+    17x256x256, or of an image model one image of 64x64 tokens; and 320 text tokens. A folder without a VAE lacks
+    nothing that training needs.
+
+    Raises:
+        DimoError: no part of a checkpoint is there, a size that does not divide, or a negative one.
+    """
+    folder = require_checkpoint(folder)
+    if max_prompt_length is not None and max_prompt_length < 0:
+        raise DimoError(f"max_prompt_length must not be negative, got {max_prompt_length}")
+    rows, missing = [], []
+
+    def part(function: Callable, *arguments):
+        try:
+            return function(*arguments)
+        except DimoError as error:
+            missing.append(str(error))
+
+    config = part(read_config, folder / "transformer")
+    strides = part(vae_strides, folder)
+    if config:
+        rows += part(_transformer, folder / "transformer", config) or []
+        rows += part(_path, folder, config) or []
+        rows += part(_tokenizer, folder, config) or []
+    else:  # without sizes it can still be told what is not there
+        if (folder / "transformer").is_dir():
+            part(weight_files, folder / "transformer")
+        for name in ("scheduler/scheduler_config.json", "scheduler/scheduler_model.pth", "tokenizer"):
+            part(require_file, folder / name)
+    rows += (part(_vae, folder, config) or []) if strides else []
+    if config and strides:
+        given = zip((num_frames, height, width), video_size(folder))
+        rows += _video(config, strides, *(default if size is None else size for size, default in given),
+                       max_prompt_length or default_prompt_length(folder))  # fmt: skip
+    return rows, missing
+
+
+def _transformer(folder: Path, config: UrsaConfig) -> list[tuple[str, str]]:
+    with torch.device("meta"):
+        needed = {key: tuple(value.shape) for key, value in UrsaTransformer(config).state_dict().items()}
+    parameters = sum(math.prod(shape) for shape in needed.values())
+    spans = "the codebook" if config.lm_head_size == config.codebook_size else "text and codebook"
+    rows = [
+        ("parameters", f"{parameters:,}; {_gib(parameters)}"),
+        ("layers", f"{config.num_hidden_layers} of width {config.hidden_size}, inside {config.intermediate_size}; "
+         f"{config.num_attention_heads} query and {config.num_key_value_heads} key/value heads of {config.head_dim}"),
+        ("vocabulary", f"{config.lm_vocab_size:,} text ids (BOV {config.bov_token_id}), "
+         f"then {config.codebook_size:,} codes"),
+        ("head", f"{config.lm_head_size:,} columns: {spans}"),
+    ]  # fmt: skip
+    files = weight_files(folder)
+    problem = misfit(needed, weight_shapes(folder))
+    if problem:
+        raise DimoError(f"the weights of {folder} do not fit its config.json: {problem}")
+    size = sum(file.stat().st_size for file in files)
+    return [*rows, ("weights", f"{', '.join(file.name for file in files)} ({size / GIB:.2f} GiB)")]
+
+
+def _path(folder: Path, config: UrsaConfig) -> list[tuple[str, str]]:
+    path, shift = load_path(folder, config.codebook_size)
+    if isinstance(path, MixturePath):
+        return [("path", f"mixture; shift {shift:g}")]
+    shape = " x ".join(f"{n:,}" for n in path.codebook.shape)
+    return [("path", f"metric; alpha {path.alpha:g}, c {path.c:g}, shift {shift:g}"), ("codebook", shape)]
+
+
+def _tokenizer(folder: Path, config: UrsaConfig) -> list[tuple[str, str]]:
+    tokenizer = load_tokenizer(folder, config)
+    return [("tokenizer", f"{type(tokenizer).__name__}, {len(tokenizer):,} entries")]
+
+
+def _vae(folder: Path, transformer: UrsaConfig | None) -> list[tuple[str, str]]:
+    config = vae_config(folder)
+    if config is None:
+        return [("VAE", "none: not needed for training; of samples there are codes, and no frames")]
+    if transformer is not None:
+        require_codes_of(folder / "vae", config, transformer.codebook_size)
+    name, (time, space) = config.get("_class_name"), vae_strides(folder)
+    weight_shapes(folder / "vae")
+    text = f"{name}, {time} frames and {space}x{space} pixels a token" + ("; an image model" if time == 1 else "")
+    if "sample_frames" in config:
+        text += f"; decodes {config['sample_frames']} frames at a time"
+    if name != "PaletteDecoder":
+        try:
+            import_upstream()
+        except DimoError as error:
+            text += f"; gives latents only here: {error}"
+    return [("VAE", text)]
+
+
+def _video(config, strides, num_frames: int, height: int, width: int, text: int) -> list[tuple[str, str]]:
+    t, h, w = latents_shape_for(num_frames, height, width, *strides)
+    n = t * h * w
+    logits = n * config.codebook_size
+    return [
+        ("video", f"{num_frames}x{height}x{width} -> latents {t}x{h}x{w} = {n:,} visual tokens; "
+         f"{n + text + 1:,} positions with {text} of text and BOV"),
+        ("logits", f"of one video: {_gib(logits)}"),
+    ]  # fmt: skip
+
+
+def _gib(entries: int) -> str:
+    return f"{entries * 2 / GIB:.2f} GiB at bf16, {entries * 4 / GIB:.2f} at float32"
+
+
+def format_rows(rows: list[tuple[str, str]], missing: list[str]) -> str:
+    """The same as text, for a terminal."""
+    lines = [f"{name:12}{text}" for name, text in rows]
+    return "\n".join(lines + [f"{'missing':12}{sentence}" for sentence in missing or ["nothing"]])

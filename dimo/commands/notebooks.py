@@ -1,0 +1,331 @@
+"""The papermill runner: the same notebooks that people open, executed headless into a run folder."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import html
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+from tqdm import tqdm
+
+from dimo.commands.train import refuse_early, train
+from dimo.config import Config, config_keys, load_config, to_yaml
+from dimo.config.flags import as_override, flags
+from dimo.config.older import as_begun
+from dimo.config.values import read_value, unquoted
+from dimo.errors import DimoError, nearest, reason
+from dimo.evaluation.evaluate import UNITS, columns_of, format_cell, format_table, prompts_of
+from dimo.run.folder import RunFolder, write_text
+from dimo.run.launch import children_told_to_stop, machine_of, wait_for_children
+from dimo.run.signals import Preempted
+from dimo.worlds import DATA
+
+NAMES = ("01_inputs", "02_losses", "03_train", "04_diagnostics", "05_evaluation")
+SHARED = ("config", "overrides")  # every notebook's parameters cell has them
+SOCKET_PATH = 100  # bytes that the name of a socket may have, on every system
+
+
+def notebook_folder() -> Path:
+    """notebooks/ beside the package (a source checkout), or in the working directory."""
+    for folder in (Path(__file__).parents[2] / "notebooks", Path("notebooks")):
+        if any((folder / f"{name}.ipynb").exists() for name in NAMES):
+            return folder
+    raise DimoError("notebooks/ was found neither beside the package nor here; run from a clone of the repository")
+
+
+def run_notebooks(
+    config: str | None,
+    overrides: list[str],
+    parameters: list[str] = (),
+    only: list[str] = (),
+    start: str | None = None,
+    force: bool = False,
+) -> RunFolder:
+    """Execute the notebooks in order into `<output_dir>/notebooks`, then write report.html.
+
+    Signals that ask to stop are passed on to what runs; training then saves and stops.
+
+    Args:
+        config, overrides: as `load_config` takes them.
+        parameters: "name=value" for a notebook's parameters cell, or a configuration key, also by its last part alone.
+        only: names of notebooks; empty: all.
+        start: the notebook to start with; those before it are left out.
+        force: execute again what this folder holds already, executed with the same parameters.
+
+    Raises:
+        DimoError: before anything starts, for what `load_config` or training would refuse, and for an unknown parameter
+            or notebook; later, when a notebook fails or its kernel dies.
+        Preempted: it was asked to stop; the same command continues.
+    """
+    _require_jupyter()
+    sources = {name: notebook_folder() / f"{name}.ipynb" for name in NAMES}
+    chosen = _choose(sources, only, start)
+    known = {name: _own_parameters(path, name in chosen) for name, path in sources.items()}
+    overrides = list(overrides)
+    extra = _parse_parameters(parameters, overrides, {k: v for own in known.values() for k, v in own.items()})
+    settings = as_begun(load_config(config, overrides))
+    refuse_early(settings)
+    c, (machine, machines) = settings.experiment, machine_of(settings)
+    if machine > 0:
+        return _only_train(settings, f"machine {machine} of {machines}", "03_train" in chosen, force)
+    run = RunFolder.open(c.output_dir, to_yaml(settings), c.resume, c.overwrite)
+    if c.overwrite or not c.resume:
+        overrides += ["experiment.overwrite=false", "experiment.resume=true"]  # done, or found to be no matter
+    shared = {"config": config or "shapes", "overrides": overrides}
+    with children_told_to_stop() as asked:
+        for name, path in chosen.items():
+            own = shared | {k: v for k, v in extra.items() if k in known[name]}
+            _execute(run, name, path, own, force, asked)
+    write_report_page(run)
+    print_summary(run)
+    return run
+
+
+def _only_train(settings: Config, name: str, chosen: bool, force: bool) -> RunFolder:
+    """What another machine than the first has to do."""
+    c, last = settings.experiment, settings.training.max_train_steps
+    run = RunFolder(c.output_dir, writes=False)
+    status = run.status()
+    done = status.get("state") == "finished" and status["step"] >= last
+    if not chosen or (done and not force and not c.overwrite):
+        print(f"{name}: nothing to train; the notebooks are machine 0's")
+        return run
+    print(f"{name}: trains with machine 0 when that comes to 03_train; the notebooks are machine 0's", flush=True)
+    return train(settings)
+
+
+def _own_parameters(source: Path, needed: bool) -> dict[str, Any]:
+    """A notebook's parameters cell, as papermill describes it; of one that is not needed and cannot be read, nothing.
+
+    Raises:
+        DimoError: a notebook that is needed is missing, cut short, or holds the marks of a merge conflict.
+    """
+    papermill, _ = _require_jupyter()
+    try:
+        json.loads(source.read_text(encoding="utf-8"))["cells"][0]["source"]
+        return papermill.inspect_notebook(str(source))
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        if not needed:
+            return {}
+        why = f"line {error.lineno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else reason(error)
+        raise DimoError(f"{source} is no readable notebook ({why}); `git checkout {source}` brings it back") from error
+
+
+def _choose(sources: dict[str, Path], only: list[str], start: str | None) -> dict[str, Path]:
+    for name in [*only, *([start] if start else [])]:
+        if name not in sources:
+            raise DimoError(f"there is no notebook {name!r}{nearest(name, sources)}")
+    chosen = {n: path for n, path in sources.items() if (not only or n in only) and (not start or n >= start)}
+    if not chosen:
+        raise DimoError(f"--only {', '.join(only)} and --from {start} leave no notebook")
+    return chosen
+
+
+def _parse_parameters(parameters: list[str], overrides: list[str], known: dict[str, Any]) -> dict[str, Any]:
+    """Split "name=value" into notebook parameters, returned, and configuration keys, appended to `overrides`.
+
+    `known`: the notebooks' own parameters as papermill describes them.
+    """
+    keys, short, extra = config_keys(), flags(), {}
+    own = {name: ast.literal_eval(about["default"]) for name, about in known.items() if name not in SHARED}
+    for parameter in parameters:
+        name, equals, value = parameter.partition("=")
+        if not equals:
+            raise DimoError(f"a parameter reads name=value, got {parameter!r}")
+        if name in own:
+            try:
+                extra[name] = read_value(name, type(own[name]).__name__, unquoted(value))
+            except DimoError:
+                raise DimoError(f"parameter {name} must be like its default {own[name]!r}, got {value!r}") from None
+        elif name in keys or name in short:
+            overrides.append(as_override(short.get(name, name), value))
+        else:
+            hint = nearest(name, {*own, *keys, *short})
+            hint = hint if "did you mean" in hint else f"; the notebooks have {', '.join(sorted(own))}"
+            raise DimoError(f"no notebook has a parameter {name!r}, and no configuration key is called so{hint}")
+    return extra
+
+
+def _execute(run: RunFolder, name: str, source: Path, parameters: dict, force: bool, asked: list) -> None:
+    papermill, _ = _require_jupyter()
+    done = run.path / "notebooks" / f"{name}.ipynb"
+    done.parent.mkdir(parents=True, exist_ok=True)
+    if not force and is_done(done, source, parameters):
+        print(f"{name}: done before, not executed again")
+        return
+    working = done.with_name(f".{name}.partial.ipynb")
+    failed = done.with_name(f"{name}.failed.ipynb")
+    print(f"{name} ...", flush=True)
+    problem, others = None, psutil.Process().children(recursive=True)  # whose process this is may have its own
+    before, begin = run.status(), time.monotonic()
+    try:
+        with _kernel() as kernel:
+            papermill.execute_notebook(
+                str(source),
+                str(working),
+                parameters,
+                kernel_name="python3",
+                kernel_manager_class=kernel,
+                cwd=os.getcwd(),
+                progress_bar=False,
+                stderr_file=sys.stderr,  # the training's own progress
+            )
+    except papermill.exceptions.PapermillExecutionError as error:
+        os.replace(working, failed)
+        problem = f"notebook {name} failed: {error.ename}: {error.evalue} (see {failed})"
+        stopped = error.ename == "Preempted"
+    except RuntimeError as error:  # the kernel died, or never came up
+        problem = f"notebook {name} was not finished: {error}; the same command continues"
+        stopped = bool(asked)
+    except OSError as error:  # a full disk: papermill writes after every cell
+        working.unlink(missing_ok=True)
+        problem, stopped = f"notebook {name} could not be written to {done.parent}: {reason(error)}", False
+    wait_for_children(others)  # of a dead kernel: they are saving
+    if problem:
+        _write_ending(run, problem, stopped, before)
+    failed.unlink(missing_ok=True)
+    _write_html(working, done.with_suffix(".html"))  # first: a notebook that lies there is not executed again
+    os.replace(working, done)
+    print(f"{name}: done in {tqdm.format_interval(time.monotonic() - begin)}", flush=True)
+
+
+@contextlib.contextmanager
+def _kernel():
+    """The class of a kernel that is this very Python, whatever kernels a user has installed under that name.
+
+    It talks over sockets in a folder that is this user's alone: over TCP, every user of the machine could listen.
+    """
+    from jupyter_client.kernelspec import KernelSpec
+    from jupyter_client.manager import AsyncKernelManager
+    from traitlets import Unicode
+
+    words = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    long = len(tempfile.gettempdir()) + len("/dimo-12345678/kernel-ipc-5") > SOCKET_PATH
+    with tempfile.TemporaryDirectory(prefix="dimo-", dir="/tmp" if long else None) as folder:
+
+        class Kernel(AsyncKernelManager):
+            transport = Unicode("ipc")
+            connection_file = Unicode(f"{folder}/kernel.json")
+            kernel_spec = KernelSpec(argv=words, display_name="Python 3", language="python")
+
+        yield Kernel
+
+
+def _write_ending(run: RunFolder, problem: str, stopped: bool, before: dict) -> None:
+    """Raise for a notebook that was not finished, after status.json says so: a killed kernel could not.
+
+    A failure that stood there `before` is some earlier notebook's, and says nothing of this one.
+    """
+    status = run.status()
+    state = None if status == before and before.get("state") == "failed" else status.get("state")
+    if stopped:
+        if state not in ("finished", "preempted"):
+            run.write_status(state="preempted", error=None)
+        raise Preempted(f"{run.path}: stopped when asked to; the same command continues")
+    if state not in ("finished", "preempted", "failed"):
+        run.write_status(state="failed", error=problem)
+    raise DimoError(problem)
+
+
+def is_done(done: Path, source: Path, parameters: dict) -> bool:
+    """Executed to the end, with these parameters, from the cells that the source has now; and still readable."""
+    if not done.exists():
+        return False
+
+    def cells(file):
+        notebook = json.loads(file.read_text(encoding="utf-8"))
+        tagged = [(c["metadata"].get("tags", []), c["source"]) for c in notebook["cells"]]
+        return notebook, ["".join(text) for tags, text in tagged if "injected-parameters" not in tags]
+
+    try:
+        old, old_cells = cells(done)
+        executed_with = old["metadata"].get("papermill", {}).get("parameters")
+    except (ValueError, LookupError, TypeError, AttributeError):  # damaged, or saved by hand as something else
+        return False
+    return executed_with == parameters and old_cells == cells(source)[1]
+
+
+def _write_html(notebook: Path, page: Path) -> None:
+    """The notebook as a page. Where that cannot be had, a sentence: what was executed is worth keeping without."""
+    _, nbconvert = _require_jupyter()
+    try:
+        exporter = nbconvert.HTMLExporter(template_name="classic")
+        with open(notebook, encoding="utf-8") as file:
+            text, _ = exporter.from_file(file, {"metadata": {"name": page.stem}})
+    except Exception as error:  # nbconvert's and jinja's have no base in common
+        page.unlink(missing_ok=True)  # of an earlier notebook
+        print(f"dimo: {page} was not made: {reason(error)}; pip install --force-reinstall nbconvert", file=sys.stderr)
+        return
+    write_text(page, text)
+
+
+def write_report_page(run: RunFolder) -> Path:
+    """report.html: the table, the pictures, and links to all executed notebooks of the folder, which show theirs."""
+    parts = [f"<h1>{html.escape(run.path.name)}</h1>"]
+    report = run.path / "report.json"
+    if report.exists():
+        rows = json.loads(report.read_text())
+        columns = columns_of(rows)
+        head = "".join(f"<th>{c}</th>" for c in ("", *columns))
+        parts.append(f"<table><tr>{head}</tr>{''.join(_table_row(n, r, columns) for n, r in rows.items())}</table>")
+        parts.append(f"<p>{UNITS}. {prompts_of(rows)}</p>")
+    for picture in [
+        run.path / "sheet.png",
+        run.path / "curves.png",
+        *sorted((run.path / "samples").glob("*.png"))[-1:],
+    ]:
+        if picture.exists():
+            relative = picture.relative_to(run.path).as_posix()
+            parts.append(f'<h2>{html.escape(relative)}</h2><img src="{relative}" alt="{html.escape(relative)}">')
+    names = [n for n in NAMES if (run.path / "notebooks" / f"{n}.html").exists()]
+    links = "".join(f'<li><a href="notebooks/{n}.html">{n}</a></li>' for n in names)
+    parts.append(f"<h2>Notebooks</h2><ul>{links}</ul><p><a href='config.yaml'>config.yaml</a></p>")
+    style = (
+        "body{font-family:sans-serif;max-width:70em;margin:2em auto;padding:0 1em}img{max-width:100%}"
+        "td,th{text-align:right;padding:.2em .8em;border-bottom:1px solid #ccc}td:first-child{text-align:left}"
+    )
+    page = f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{html.escape(run.path.name)}</title>"
+    write_text(run.path / "report.html", f"{page}<style>{style}</style><body>{''.join(parts)}</body></html>\n")
+    return run.path / "report.html"
+
+
+def _table_row(name: str, row: dict, columns: list[str]) -> str:
+    cells = "".join(f"<td>{format_cell(row[c])}</td>" for c in columns)
+    return f"<tr><td>{html.escape(name)}</td>{cells}</tr>"
+
+
+def print_summary(run: RunFolder) -> None:
+    """The table, where to look, and what the student that ships reached with a longer run."""
+    report, is_world = run.path / "report.json", False
+    if report.exists():
+        rows = json.loads(report.read_text())
+        is_world = "validity" in rows["student_1"]
+        print(format_table(rows))
+    shipped = DATA / "shapes" / "student" / "report.json"
+    if is_world and shipped.exists():
+        best = json.loads(shipped.read_text())["student_1"]
+        print(
+            f"\nThe best of three longer runs reached validity {best['validity']:.3f} with coverage "
+            f"{best['coverage']:.3f}; that student ships with dimo, and `dimo evaluate` scores it."
+        )
+    made = [name for name in ("report.html", "sheet.png") if (run.path / name).exists()]
+    print(f"\nLook at {', '.join(f'{run.path}/{name}' for name in made)} and {run.path}/notebooks/")
+
+
+def _require_jupyter():
+    try:
+        import nbconvert
+        import papermill
+    except ImportError as error:
+        raise DimoError(
+            f"{error.name} is missing; install dimo with its notebooks: pip install -e '.[notebooks]'"
+        ) from error
+    return papermill, nbconvert

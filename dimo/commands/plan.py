@@ -1,0 +1,229 @@
+"""`dimo plan`: what a configuration needs on each GPU, how long it takes, and what to change if it does not fit."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+
+import torch
+
+from dimo.commands.dry_run import DryRun, dry_run, empty_ursa
+from dimo.config import Config, load_config, to_flat
+from dimo.errors import DimoError
+from dimo.run.launch import engine_kind
+
+GIB = 2**30
+NETWORKS = {"teacher": "teacher", "student": "student", "aux": "auxiliary", "ema": "moving average"}
+UNSEEN = (
+    "not seen: values, speed, workspaces of GPU kernels, a fragmented allocator, buffers of NCCL, the context (about "
+    "0.5 GiB), and whether all ranks call their collectives in the same order"
+)
+
+
+@dataclasses.dataclass
+class Plan:
+    """Bytes per GPU by part; seconds per step where a GPU was there to measure them, with the memory it took."""
+
+    config: Config
+    run: DryRun
+    parts: dict[str, int]
+    seconds: float | None = None
+    measured: int | None = None
+    no_probe: str = ""
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def counts_too_much(self) -> bool:
+        """Layers go through uncompiled; compiled ones keep less for the backward pass, unless their input alone is."""
+        return self.config.model.compile and self.config.model.activation_checkpointing != "full"
+
+
+def make_plan(config: Config, size: str | None = None, memory_gib: float | None = None, probe: bool = True) -> Plan:
+    """One dry run, and a probe of a few real steps on one GPU where there is one and the step seems to fit.
+
+    Args:
+        size: "0.6B" or "1.7B" in place of the folder distill.teacher_ckpt.
+        memory_gib: of a GPU; None: that of the GPU here, else 80.
+
+    Raises:
+        DimoError: as `dry_run` does.
+    """
+    plan = _go_through(config, size)
+    if not probe or not torch.cuda.is_available():
+        plan.no_probe = "no GPU here" if probe else "not asked for"
+    elif plan.total > gpu_memory(memory_gib) and not plan.counts_too_much:
+        plan.no_probe = "it would not fit"
+    else:
+        plan.seconds, plan.measured, plan.no_probe = _probe(config, size)
+    return plan
+
+
+def _go_through(config: Config, size: str | None) -> Plan:
+    run, n = dry_run(config, size, config.training.num_processes), config.training.num_processes
+    return Plan(config, run, parts_of(run, engine_kind(config.training.engine), n))
+
+
+def gpu_memory(memory_gib: float | None) -> float:
+    """Bytes of one GPU."""
+    if memory_gib is not None:
+        return memory_gib * GIB
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 80 * GIB
+
+
+def parts_of(run: DryRun, kind: str, num_processes: int) -> dict[str, int]:
+    """Bytes per GPU by part, as counted; for deepspeed_zero2 from a run that went through as ddp.
+
+    ZeRO-2 keeps weights whole and cuts a second copy of those that are trained, gradients and moments.
+    """
+    n, activations = max(1, num_processes), max(0, run.peak - run.gradients)
+    kept, gradients = run.kept, run.gradients
+    if kind == "deepspeed_zero2":
+        kept, gradients = (kept + sum(run.trained.values())) // n, gradients // n
+    parts = {f"weights of the {NETWORKS.get(name, name)}": size for name, size in run.weights.items()}
+    return parts | {"optimizers": kept, "gradients": gradients, "activations and logits": activations}
+
+
+def _probe(config: Config, size: str | None) -> tuple[float | None, int | None, str]:
+    """(median seconds of a step after two, peak bytes, "") of one process here, or why not."""
+    from dimo.train.prompts import WorldPrompts
+    from dimo.train.trainer import Trainer
+
+    torch.cuda.reset_peak_memory_stats()
+    try:
+        ursa = empty_ursa(size, config.distill.teacher_ckpt, "cuda")
+        trainer = Trainer(config, ursa, WorldPrompts(["a red ball"], ursa, config.distill.max_prompt_length))
+        seconds = []
+        for index in range(5):
+            start = time.perf_counter()
+            trainer.step(index)
+            torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+        return statistics.median(seconds[2:]), torch.cuda.max_memory_allocated(), ""
+    except torch.OutOfMemoryError:
+        return None, None, "it did not fit on this GPU"
+    finally:
+        trainer = ursa = None
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def alternatives(plan: Plan, size: str | None, preset: str | None, overrides: Sequence[str]) -> dict[str, int]:
+    """{what could be changed: bytes per GPU then}, each a configuration that was gone through."""
+    n, d = plan.config.training.num_processes, plan.config.distill
+    flat, sparing = to_flat(plan.config), []
+    if flat["training.mixed_precision"] == "no":
+        sparing.append("training.mixed_precision=bf16")
+    if flat["model.activation_checkpointing"] != "full":
+        sparing.append("model.activation_checkpointing=full")
+    if flat["model.train_embeddings"]:
+        sparing.append("model.train_embeddings=false")
+    if flat["model.train_head"]:
+        sparing.append("model.train_head=false")
+    if d.t_draws > 1:
+        sparing.append("distill.t_draws=1")
+    if d.batch_size_per_gpu > 1:
+        more = f"training.gradient_accumulation_steps={2 * flat['training.gradient_accumulation_steps']}"
+        sparing.append(f"distill.batch_size_per_gpu={d.batch_size_per_gpu // 2} {more}")
+    changes = [[change] for change in sparing] + ([sparing] if len(sparing) > 1 else [])
+    if n > 1 and engine_kind(plan.config.training.engine) == "ddp":
+        engines = [f"training.engine={engine}" for engine in ("deepspeed_zero2", "fsdp2")]
+        changes += [[*some, engine] for engine in engines for some in ([], sparing)[: 1 + bool(sparing)]]
+    found = {}
+    for change in changes:
+        print(f"dimo: trying {' '.join(change)}", file=sys.stderr)
+        with contextlib.suppress(DimoError):  # an engine that does not serve this optimizer
+            words = [word for some in change for word in some.split()]
+            found[" ".join(change)] = _go_through(load_config(preset, [*overrides, *words]), size).total
+    return found
+
+
+def format_plan(plan: Plan, name: str, memory: float) -> str:
+    """The plan as text, for a terminal."""
+    d, t, n = plan.config.distill, plan.config.training, plan.run.num_visual_tokens
+    videos = d.batch_size_per_gpu * t.num_processes * t.gradient_accumulation_steps
+    lines = [
+        f"{name} at {d.num_frames}x{d.height}x{d.width}: {n:,} tokens a video, {d.batch_size_per_gpu} video(s) a GPU, "
+        f"{t.num_processes} GPU(s), engine {t.engine}, mixed_precision {t.mixed_precision}",
+        "",
+        f"{'per GPU':32}{'GiB':>8}",
+        *(f"{part:32}{size / GIB:8.2f}" for part, size in plan.parts.items()),
+        f"{'in all':32}{plan.total / GIB:8.2f}   {_verdict(plan, memory)} {memory / GIB:.0f}",
+    ]
+    if plan.measured is not None:
+        alone = "measured here, nothing cut" if plan.config.training.num_processes > 1 else "measured here"
+        lines.append(f"{alone:32}{plan.measured / GIB:8.2f}")
+    lines += ["", *_collectives(plan)]
+    tokens = t.max_train_steps * videos * n
+    lines.append(f"{t.max_train_steps:,} steps: {t.max_train_steps * videos:,} videos, {tokens:.3g} tokens")
+    if plan.seconds is None:
+        lines.append(f"time per step: not measured ({plan.no_probe})")
+    else:
+        days = t.max_train_steps * plan.seconds / 86_400
+        lines.append(
+            f"time per step: {plan.seconds:.3f} s, median of 3 on one GPU without communication; "
+            f"{days:.1f} days, {days * 24 * t.num_processes:.0f} GPU hours"
+        )
+    return "\n".join([*lines, UNSEEN])
+
+
+def _verdict(plan: Plan, memory: float) -> str:
+    if plan.total <= memory:
+        return "fits into"
+    if plan.counts_too_much:
+        return "counted as if not compiled, and compiled layers keep less; so counted it does NOT fit into"
+    return "does NOT fit into"
+
+
+def _collectives(plan: Plan) -> list[str]:
+    moved = ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in plan.run.collectives.items())
+    return [f"a step sends: {moved}"] if moved else []
+
+
+def format_alternatives(found: dict[str, int], memory: float) -> str:
+    """What to change, the least memory last."""
+    if not found:
+        return "to make it fit: fewer frames, a smaller height and width, or a GPU with more memory"
+    wide = max(map(len, found))
+    rows = sorted(found.items(), key=lambda row: -row[1])
+    fits = any(size <= memory for size in found.values())
+    text = "\n".join(
+        f"  {change:{wide}}  {size / GIB:8.2f} GiB{'   fits' if size <= memory else ''}" for change, size in rows
+    )
+    return f"to make it fit:\n{text}" + ("" if fits else "\n  and fewer frames, or a smaller height and width")
+
+
+def plan_report(
+    preset: str | None,
+    overrides: Sequence[str],
+    size: str | None = None,
+    memory_gib: float | None = None,
+    only_dry_run: bool = False,
+) -> str:
+    """All of the above for a configuration, as text.
+
+    Raises:
+        DimoError: memory_gib is not positive, or as `make_plan`.
+    """
+    if memory_gib is not None and not memory_gib > 0:
+        raise DimoError(f"--memory must be positive, in GiB, got {memory_gib}")
+    if preset is None and size is not None:
+        preset = "distill_dimo"
+    config = load_config(preset, overrides)
+    if only_dry_run:
+        plan = _go_through(config, size)
+        tokens = plan.run.num_visual_tokens
+        went = f"one step went through on rank 0 of {config.training.num_processes}; {tokens:,} tokens a video"
+        return "\n".join([went, f"peak: {plan.total / GIB:.2f} GiB", *_collectives(plan), UNSEEN])
+    plan, memory = make_plan(config, size, memory_gib), gpu_memory(memory_gib)
+    text = format_plan(plan, f"URSA-{size}" if size else str(config.distill.teacher_ckpt), memory)
+    if plan.total > memory:
+        text += "\n\n" + format_alternatives(alternatives(plan, size, preset, overrides), memory)
+    return text

@@ -1,0 +1,243 @@
+"""`dimo sample`: videos of prompts from a teacher or a student, each with a JSON that says how it was made."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import logging
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+
+import dimo
+from dimo.config import default_prompt_length
+from dimo.data.listing import list_files
+from dimo.data.readers import caption_column, caption_text, read_rows
+from dimo.errors import DimoError, reason, require_shape
+from dimo.files import save_file, whole_file, write_text
+from dimo.run.origin import run_config, run_of
+from dimo.ursa import Ursa, load_ursa, sample
+from dimo.ursa.frames import eight_bits
+from dimo.ursa.loading import DTYPES, load_student
+from dimo.ursa.sampler import warn_if_guided_again
+from dimo.worlds import checkpoint_folder, is_world, load_world, require_world, video_size
+
+log = logging.getLogger(__name__)
+FPS = 12  # of URSA's videos
+FFMPEG = (
+    "`pip install --force-reinstall imageio-ffmpeg` brings an ffmpeg with libx264, and the environment variable "
+    "IMAGEIO_FFMPEG_EXE, if set, names another"
+)
+
+
+def _flag(default, help: str):
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclasses.dataclass
+class Request:
+    """What `dimo sample` is asked for; every field is a flag and a line of the JSON beside each video."""
+
+    teacher_ckpt: str | None = _flag(
+        None, "a checkpoint folder in URSA's layout, or a built-in world's name; default: the run's, else shapes"
+    )
+    student_ckpt: str | None = _flag(None, "student.pt, its folder or a run folder; without it the teacher samples")
+    num_frames: int | None = _flag(None, "4 (T-1) + 1; default: the run's or world's, 1 of an image model, else 17")
+    height: int | None = _flag(None, "pixels; default: the run's or world's, of an image model 64 tokens, else 256")
+    width: int | None = _flag(None, "pixels; default: the run's or world's, of an image model 64 tokens, else 256")
+    steps: int = _flag(1, "passes of the transformer")
+    guidance_scale: float = _flag(1.0, "1 is none, and needs half the work")
+    guidance_trunc: float = _flag(0.9, "guidance is off where t >= this")
+    negative_prompt: str = _flag("", "what guidance leads away from")
+    max_prompt_length: int | None = _flag(
+        None, "text tokens, more are cut off; default: the run's, else 4 for a world, else 320"
+    )
+    seed: int = _flag(0, "of the noise and of every draw, the same for each prompt")
+    device: str = _flag("auto", "auto, cpu or cuda")
+    dtype: str = _flag("auto", "float32, bfloat16 or float16; auto: bfloat16 on a GPU, float32 on a CPU")
+    backend: str = _flag("native", "native or upstream (diffnext's transformer)")
+
+
+def sample_to_folder(request: Request, prompts: list[str], out: str | Path) -> list[Path]:
+    """Write one video per prompt into `out`: 0000.mp4 (.png for one frame) and 0000.json; returns the videos.
+
+    Where the checkpoint's VAE cannot be run here, 0000.safetensors holds the codes (T, H, W) instead. Every prompt
+    starts from the same noise, that of `request.seed`, so each file can be made again by itself.
+
+    What the request leaves open is as in the run that the student lies in, where it lies in one.
+
+    Raises:
+        DimoError: before anything is written, for no prompt, sizes that do not divide, guidance below 1, and so on.
+    """
+    r = dataclasses.replace(request)
+    if not prompts:
+        raise DimoError("prompts must not be empty; give --prompt or --prompt_file")
+    if not r.guidance_scale >= 1:
+        raise DimoError(f"guidance_scale must be at least 1 (1 is none), got {r.guidance_scale}")
+    if r.steps < 1:
+        raise DimoError(f"steps must be at least 1, got {r.steps}")
+    if not 0 <= r.seed < 2**63:
+        raise DimoError(f"seed must lie in [0, 2**63), got {r.seed}")
+    if r.max_prompt_length is not None and r.max_prompt_length < 0:
+        raise DimoError(f"max_prompt_length must not be negative, got {r.max_prompt_length}")
+    run = run_of(r.student_ckpt) if r.student_ckpt else None
+    trained = run_config(run).distill if run else None
+    r.teacher_ckpt = r.teacher_ckpt or (trained.teacher_ckpt if trained else "shapes")
+    folder, device = checkpoint_folder(r.teacher_ckpt), _device(r.device)
+    r.device, r.dtype = device.type, _dtype(r.dtype, device)
+    size = (trained.num_frames, trained.height, trained.width) if trained else video_size(folder)
+    given = zip((r.num_frames, r.height, r.width), size)
+    r.num_frames, r.height, r.width = (default if size is None else size for size, default in given)
+    length = trained.max_prompt_length if trained else default_prompt_length(folder)
+    r.max_prompt_length = r.max_prompt_length or length
+
+    ursa = load_ursa(folder, device, DTYPES[r.dtype], r.backend)
+    grid = ursa.latents_shape(r.num_frames, r.height, r.width)
+    if is_world(folder):
+        world = load_world(folder)
+        require_world(world, grid, ursa.path.codebook_size)
+        world.attributes(prompts)  # refuses a prompt of which the world knows nothing
+    network = load_student(ursa, r.student_ckpt) if r.student_ckpt else ursa.transformer
+    network.requires_grad_(False)
+    uncond_ids = ursa.tokenize([r.negative_prompt], r.max_prompt_length)
+    if r.student_ckpt:
+        warn_if_guided_again(r.guidance_scale, r.guidance_trunc)
+    if r.guidance_scale > 1:
+        _cut_to(ursa, r.negative_prompt, r.max_prompt_length)
+
+    if ursa.vae is None:
+        log.warning("codes will be written in place of frames: %s", ursa.no_vae)
+    else:
+        _require_writer(video=grid[0] > 1)
+    written = []
+    for i, prompt in enumerate(prompts):
+        kept = _cut_to(ursa, prompt, r.max_prompt_length)
+        start, generator = time.perf_counter(), torch.Generator(device).manual_seed(r.seed)
+        codes = sample(
+            network, ursa.path, ursa.tokenize([prompt], r.max_prompt_length), grid, r.steps, shift=ursa.shift,
+            guidance_scale=r.guidance_scale, guidance_trunc=r.guidance_trunc, uncond_ids=uncond_ids,
+            generator=generator,
+        ).view(-1, *grid)  # fmt: skip
+        made = {"prompt_cut_to": kept, "seconds_sampling": time.perf_counter() - start}
+        stem = Path(out) / f"{i:04d}"
+        if ursa.vae is None:
+            file = _write_codes(stem, codes)
+            made["no_frames"] = ursa.no_vae
+        else:
+            frames = ursa.decode(codes)[0].cpu()
+            file = _write_frames_or_codes(stem, frames, codes)
+            made["frames"] = len(frames)
+        how = {"file": file.name, "prompt": prompt, **dataclasses.asdict(r), **made}
+        how |= {"dimo": dimo.__version__, "torch": torch.__version__}
+        write_text(file.with_suffix(".json"), json.dumps(how, indent=2, ensure_ascii=False) + "\n")
+        written.append(file)
+    return written
+
+
+def write_frames(stem: Path, frames: torch.Tensor, fps: int = FPS) -> Path:
+    """Frames (F, height, width, 3) in [0, 1] as stem.mp4, or stem.png when there is one; whole or not at all.
+
+    Raises:
+        DimoError: ffmpeg does not serve; the sentence says what to install.
+    """
+    import imageio.v3 as iio  # only when a video is written
+
+    require_shape("frames", frames, ("F", "height", "width", 3))
+    pixels = eight_bits(frames).numpy()
+    if len(pixels) == 1:
+        file = stem.with_name(f"{stem.name}.png")
+        with whole_file(file) as beside:
+            iio.imwrite(beside, pixels[0], extension=".png")
+        return file
+    file = stem.with_name(f"{stem.name}.mp4")
+    # macro_block_size: by default sizes are stretched to multiples of 16
+    options = {"fps": fps, "codec": "libx264", "quality": 9, "macro_block_size": 2}
+    with whole_file(file) as beside:
+        try:
+            iio.imwrite(beside, pixels, plugin="FFMPEG", extension=".mp4", **options)
+        except OSError as error:
+            if error.errno:
+                raise
+            raise DimoError(f"ffmpeg could not write {file} ({reason(error)}): {FFMPEG}") from error
+        if not beside.exists():  # imageio does not ask how ffmpeg ended, and that would name a file of ours
+            raise DimoError(f"ffmpeg wrote no {file}, and said why on stderr: {FFMPEG}")
+    return file
+
+
+def _require_writer(video: bool) -> None:
+    """Raise, before anything is sampled, unless frames can be written here: a video by ffmpeg with H.264."""
+    needed = ("imageio", "imageio_ffmpeg") if video else ("imageio",)
+    if any(importlib.util.find_spec(name) is None for name in needed):
+        raise DimoError("videos are written by imageio, which is missing: pip install imageio imageio-ffmpeg")
+    if not video:
+        return
+    import imageio_ffmpeg
+
+    try:
+        ffmpeg = imageio_ffmpeg.get_ffmpeg_exe()
+        told = subprocess.run([ffmpeg, "-hide_banner", "-encoders"], capture_output=True, stdin=subprocess.DEVNULL)
+    except (RuntimeError, OSError) as error:
+        why = f"which cannot be run here ({reason(error)})"
+        raise DimoError(f"videos are written by ffmpeg, {why}: {FFMPEG}; nothing was sampled yet") from error
+    if b"libx264" not in told.stdout:
+        lacks = f"encoder libx264, which {ffmpeg} lacks"
+        raise DimoError(f"videos are written by ffmpeg's {lacks}: {FFMPEG}; nothing was sampled yet")
+
+
+def _write_frames_or_codes(stem: Path, frames: torch.Tensor, codes: torch.Tensor) -> Path:
+    try:
+        return write_frames(stem, frames)
+    except DimoError as error:
+        raise DimoError(f"{error}; the video's codes are kept in {_write_codes(stem, codes)}") from error
+
+
+def _write_codes(stem: Path, codes: torch.Tensor) -> Path:
+    """The first of codes (B, T, H, W) as stem.safetensors."""
+    file = stem.with_name(f"{stem.name}.safetensors")
+    with whole_file(file) as beside:
+        save_file({"codes": codes[0].cpu()}, beside)
+    return file
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """All prompts of a txt, jsonl, csv or parquet file, or of a folder of them, in their order.
+
+    Raises:
+        DimoError: the path, a file or its columns do not serve, or no row holds a prompt.
+    """
+    kind, files = list_files(path)
+    prompts = []
+    for file in files:
+        caption = caption_column(file, kind, [])
+        prompts += filter(None, (caption_text(row[caption]) for row in read_rows(file, kind, [caption])))
+    if not prompts:
+        raise DimoError(f"prompt_file {path} holds no prompt")
+    return prompts
+
+
+def _cut_to(ursa: Ursa, prompt: str, max_prompt_length: int) -> str | None:
+    """What a prompt longer than its tokens keeps, after a warning; None where nothing was cut."""
+    length = len(ursa.tokenizer(prompt).input_ids)
+    if length <= max_prompt_length:
+        return None
+    kept = ursa.tokenizer.decode(ursa.tokenize([prompt], max_prompt_length)[0], skip_special_tokens=True)
+    log.warning("the prompt %r has %d tokens and max_prompt_length is %d: it is cut to %r", prompt, length,
+                max_prompt_length, kept)  # fmt: skip
+    return kept
+
+
+def _device(name: str) -> torch.device:
+    if name not in ("auto", "cpu", "cuda"):
+        raise DimoError(f"device must be one of auto, cpu, cuda, got {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise DimoError("device is cuda, but PyTorch sees no GPU; use auto or cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _dtype(name: str, device: torch.device) -> str:
+    if name not in ("auto", *DTYPES):
+        raise DimoError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {name!r}")
+    return ("bfloat16" if device.type == "cuda" else "float32") if name == "auto" else name

@@ -1,0 +1,56 @@
+"""The whole run: in this process, or through accelerate's launcher."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dimo.config import Config
+from dimo.data.listing import list_files
+from dimo.errors import DimoError
+from dimo.run.folder import RunFolder
+from dimo.run.launch import launch, launch_command, launch_file, needs_launch
+from dimo.run.signals import PREEMPTED, Preempted, stopping_at_once
+from dimo.run.trackers import require_trackers
+from dimo.worlds import checkpoint_folder
+
+
+def train(config: Config) -> RunFolder:
+    """The whole run, in this process where one plain process does it, else through `launch`.
+
+    Raises:
+        Preempted: it was asked to stop, and has saved.
+        DimoError: bad input, or training failed; the run folder tells more.
+    """
+    refuse_early(config)
+    if not needs_launch(config):
+        from dimo.train.trainer import Trainer
+
+        with stopping_at_once():
+            trainer = Trainer(config)
+        return trainer.train()
+    code = launch(config)
+    run = RunFolder(config.experiment.output_dir, writes=False)
+    if code == PREEMPTED:
+        raise Preempted(f"stopped at step {run.status().get('step')} of {run.path}; the same command continues")
+    if code != 0:
+        reason = run.status().get("error") or "see what it printed"
+        raise DimoError(f"training ended with exit code {code}: {reason} ({launch_file(config, 'log')})")
+    return run
+
+
+def refuse_early(config: Config) -> None:
+    """What can be seen to be wrong before anything starts.
+
+    Raises:
+        DimoError: no teacher, captions, tracker or engine of that name, or what is no caption file in a folder of
+            them; more processes than GPUs.
+    """
+    source = config.distill.prompt_source
+    checkpoint_folder(config.distill.teacher_ckpt)
+    if source != "world" and not Path(source).exists():
+        raise DimoError(f"distill.prompt_source {source!r} is neither world nor a file or folder")
+    if source != "world":
+        list_files(source)  # what is in it is looked at when it is read
+    require_trackers(config.experiment.trackers)
+    if needs_launch(config):
+        launch_command(config)

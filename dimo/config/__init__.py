@@ -1,0 +1,19 @@
+"""The configuration: its keys, its presets, and how both are read."""
+
+from dimo.config.load import PRESETS, default_prompt_length, device_of, load_config, to_yaml, validate
+from dimo.config.schema import Config, Optim, config_keys, default_of, describe, to_flat
+
+__all__ = [
+    "PRESETS",
+    "Config",
+    "Optim",
+    "config_keys",
+    "default_of",
+    "default_prompt_length",
+    "describe",
+    "device_of",
+    "load_config",
+    "to_flat",
+    "to_yaml",
+    "validate",
+]

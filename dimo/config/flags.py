@@ -1,0 +1,58 @@
+"""Flags of the command line, other names of configuration keys: `--batch_size 2` is `distill.batch_size_per_gpu=2`."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from dimo.config import config_keys, default_of
+from dimo.errors import DimoError, nearest
+
+# the names that differ from their keys'; every other key is a flag by its last part, where that part is unique
+RENAMED = {
+    "prompt_file": "distill.prompt_source",
+    "batch_size": "distill.batch_size_per_gpu",
+    "num_steps": "training.max_train_steps",
+    "out_dir": "experiment.output_dir",
+}
+
+
+def flags() -> dict[str, str]:
+    """{flag without its dashes: configuration key}."""
+    last = [(key.split(".")[1], key) for key in config_keys()]
+    count = Counter(name for name, _ in last)
+    return {name: key for name, key in last if count[name] == 1 and name not in RENAMED} | RENAMED
+
+
+def split_flags(arguments: list[str], own: set[str]) -> tuple[list[str], list[str]]:
+    """Arguments -> (those that are no configuration flags, "key=value" overrides of those that are).
+
+    Args:
+        arguments: as they stand on the command line; `--name value` and `--name=value` are read.
+        own: options such as "--config" that the command itself takes.
+
+    Raises:
+        DimoError: a flag that does not exist (the nearest is named), or one without its value.
+    """
+    known, others, overrides = flags(), [], []
+    rest = iter(arguments)
+    for argument in rest:
+        name, equals, value = argument.partition("=")
+        if not name.startswith("--") or name in own or name == "--":
+            others.append(argument)
+            continue
+        if name[2:] not in known:
+            several = [f"{key}=..." for key in config_keys() if key.split(".")[1] == name[2:]]
+            hint = f"; say which: {' or '.join(several)}" if several else nearest(name, own | {f"--{f}" for f in known})
+            raise DimoError(f"there is no flag {name}{hint}")
+        if not equals:
+            value = next(rest, None)
+            if value is None or value.startswith("--"):
+                raise DimoError(f"{name} needs a value; it stands for {known[name[2:]]}")
+        overrides.append(as_override(known[name[2:]], value))
+    return others, overrides
+
+
+def as_override(key: str, value: str) -> str:
+    """"key=value"; a list may lack its brackets: --teacher_steps 1,25."""
+    bare = isinstance(default_of(config_keys()[key]), list) and not value.lstrip().startswith("[")
+    return f"{key}=[{value}]" if bare else f"{key}={value}"

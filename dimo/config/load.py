@@ -1,0 +1,295 @@
+"""The configuration: the dataclasses of `dimo.config.schema`, filled; unknown keys and bad values are errors.
+
+A preset by name or a YAML file, then `key=value` overrides; the same in the command line, in papermill parameters and
+in notebooks. How a value is written: `dimo.config.values`. `${group.key}` in it stands for another key's value.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dimo.config.schema import Config, config_keys, default_of, kind_of, to_flat
+from dimo.config.values import read_value, read_yaml, unquoted, write_yaml
+from dimo.distill.losses import beta_of
+from dimo.errors import DimoError, nearest, reason
+from dimo.paths import user_path
+from dimo.ursa.inputs import latents_shape_for
+from dimo.ursa.layout import makes_images, vae_strides
+from dimo.ursa.loading import BACKENDS, DTYPES
+from dimo.ursa.transformer import CHECKPOINTING
+from dimo.worlds import built_in_worlds, is_world
+
+PRESETS = Path(__file__).parent / "presets"
+REFERENCE = re.compile(r"\$\{(\w+\.\w+)\}")
+TRACKERS = ("tensorboard", "wandb", "trackio")
+NAMES = ("experiment.name", "experiment.output_dir", "distill.teacher_ckpt", "distill.prompt_source", "training.engine")
+RANGES = {  # null is no number
+    "lie in [0, 1]": (
+        lambda value: 0 <= value <= 1,
+        "distill.empty_prompt_share distill.p_corrupt distill.p_corrupt_fade distill.corrupt_ratio "
+        "distill.guidance_trunc distill.motion_share optim.min_lr_share optim.aux_min_lr_share",
+    ),
+    "lie in [0, 1)": (
+        lambda value: 0 <= value < 1,
+        "distill.label_smoothing distill.baseline_decay optim.beta1 optim.beta2 optim.muon_momentum optim.ema_decay",
+    ),
+    "not be negative": (
+        lambda value: value >= 0,
+        "distill.w_distill distill.w_kd distill.w_reinforce distill.lambda_ent distill.lambda_ent_high "
+        "distill.entropy_floor distill.ent_anneal_from distill.ent_anneal_to distill.t_curriculum_steps "
+        "distill.max_prompt_length optim.weight_decay optim.muon_weight_decay optim.warmup_steps evaluation.held_out",
+    ),
+    "be positive": (
+        lambda value: value > 0,
+        "distill.t_power optim.lr optim.aux_lr optim.muon_lr optim.max_grad_norm model.logit_gain "
+        "model.final_logit_gain",
+    ),
+    "be at least 1": (
+        lambda value: value >= 1,
+        "distill.guidance_scale distill.aux_steps distill.t_draws distill.batch_size_per_gpu "
+        "distill.shuffle_buffer distill.kd_every "
+        "experiment.log_every experiment.save_every experiment.sample_every experiment.keep_last "
+        "training.gradient_accumulation_steps training.max_bad_steps training.max_train_steps training.num_processes "
+        "evaluation.videos_per_prompt evaluation.batch_size",
+    ),
+    "lie in [0, 2^63)": (lambda value: 0 <= value < 2**63, "experiment.seed evaluation.seed"),
+}
+
+
+def load_config(config: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """A preset's name or a YAML file, then overrides such as `optim.lr=3e-4`.
+
+    Without a preset the defaults are the built-in world's recipe; where the overrides name another checkpoint, they are
+    preset `distill_dimo`'s (`distill_dimo_image`'s where it makes images): learning rates that suit a world of 175,000
+    parameters would destroy URSA; and model.activation_checkpointing is what a step of that many tokens needs
+    (`checkpointing_for`).
+
+    Raises:
+        DimoError: unknown preset or key (the nearest is named), a value of the wrong type or out of range.
+    """
+    if not isinstance(overrides, list | tuple):  # papermill's -p gives a text, whose letters are no overrides
+        raise DimoError(
+            f"overrides must be a list, as papermill's -y 'overrides: [optim.lr=1e-4]' gives, got {overrides!r}"
+        )
+    written = dict(_read_override(override) for override in overrides)
+    by_size = not config and "model.activation_checkpointing" not in written
+    config = config or _default_preset(written)
+    written = (_read(config) if config else {}) | written
+    result = Config()
+    for key, field in config_keys().items():
+        value = _refer(key, written.get(key, default_of(field)), written)
+        group, name = key.split(".")
+        setattr(getattr(result, group), name, read_value(key, kind_of(field), value) if key in written else value)
+    validate(result)
+    if result.distill.max_prompt_length == 0:
+        result.distill.max_prompt_length = default_prompt_length(result.distill.teacher_ckpt)
+    if by_size and config:
+        result.model.activation_checkpointing = checkpointing_for(result)
+    return result
+
+
+def _refer(key: str, written: Any, everything: dict[str, Any], on_the_way: tuple[str, ...] = ()) -> Any:
+    """`written` with what `${group.key}` in it stands for."""
+    if isinstance(written, list):
+        return [_refer(key, one, everything, on_the_way) for one in written]
+    if not isinstance(written, str):
+        return written
+    on_the_way += (key,)
+
+    def meant(match: re.Match) -> str:
+        other = match[1]
+        _check_known(other)
+        if other in on_the_way:
+            raise DimoError(f"{key}: {written!r} leads back to {other} itself")
+        return str(_refer(other, everything.get(other, default_of(config_keys()[other])), everything, on_the_way))
+
+    return REFERENCE.sub(meant, written)
+
+
+def _default_preset(written: dict[str, Any]) -> str | None:
+    teacher = written.get("distill.teacher_ckpt")
+    if teacher is None or _is_world(user_path(teacher)):
+        return None
+    return "distill_dimo_image" if makes_images(user_path(teacher)) else "distill_dimo"
+
+
+def checkpointing_for(config: Config) -> str:
+    """The least activation checkpointing with which URSA-1.7B's step fits into 80 GB, by its visual tokens.
+
+    As measured on H100s and H200s (README): none at 5,120 tokens, selective at 33,280, full at twice as many.
+    """
+    d = config.distill
+    tokens = d.batch_size_per_gpu * math.prod(_grid(config))
+    return "none" if tokens <= 6_000 else "selective" if tokens <= 36_000 else "full"
+
+
+def _is_world(teacher_ckpt: str | Path) -> bool:
+    return str(teacher_ckpt) in built_in_worlds() or is_world(teacher_ckpt)
+
+
+def default_prompt_length(teacher_ckpt: str | Path) -> int:
+    """Text tokens of a prompt: URSA's 320, or the 4 words of a built-in world's prompts."""
+    return 4 if _is_world(teacher_ckpt) else 320
+
+
+def to_yaml(config: Config) -> str:
+    """The configuration as YAML that `load_config` reads back to the same."""
+    return write_yaml(dataclasses.asdict(config))
+
+
+def validate(config: Config) -> None:
+    """Ranges and choices, each refusal a sentence that names the key."""
+    flat = to_flat(config)
+    choices = {
+        "model.device": ("auto", "cpu", "cuda"),
+        "model.backend": BACKENDS,
+        "experiment.student_dtype": ("auto", *DTYPES),
+        "distill.estimator": ("dimo", "reinforce"),
+        "distill.aux_objective": ("denoise", "match_teacher"),
+        "model.activation_checkpointing": CHECKPOINTING,
+        "distill.aux_pass": ("own", "shared"),
+        "distill.baseline": ("ema", "leave_one_out"),
+        "distill.t_per": ("sample", "frame"),
+        "optim.decay": ("linear", "cosine", "wsd", "constant"),
+        "optim.optimizer": ("muon", "adamw"),
+        "training.mixed_precision": ("no", "bf16"),
+    }
+    for key, allowed in choices.items():
+        if flat[key] not in allowed:
+            raise DimoError(f"{key} must be one of {', '.join(allowed)}, got {flat[key]!r}")
+    for tracker in flat["experiment.trackers"]:
+        if tracker not in TRACKERS:
+            raise DimoError(f"experiment.trackers may not hold {tracker!r}{nearest(tracker, TRACKERS)}")
+    for key in NAMES:
+        if not flat[key].strip():
+            raise DimoError(f"{key} must not be empty, got {flat[key]!r}")
+    name = flat["experiment.name"]
+    if not name.isprintable() or name[0] == "~" or {"", ".", ".."} & set(name.replace("\\", "/").split("/")):
+        raise DimoError(
+            f"experiment.name must name a folder inside runs/, got {name!r}; experiment.output_dir may be anywhere"
+        )
+    for phrase, (inside, keys) in RANGES.items():
+        for key in keys.split():
+            if flat[key] is not None and not inside(flat[key]):
+                raise DimoError(f"{key} must {phrase}, got {flat[key]}")
+    if not flat["evaluation.teacher_steps"] or min(flat["evaluation.teacher_steps"]) < 1:
+        raise DimoError(f"evaluation.teacher_steps must list numbers of passes, got {flat['evaluation.teacher_steps']}")
+    d = config.distill
+    asks_for_captions = d.motion_value() is not None or bool(d.score_minimums())
+    if d.prompt_source == "world" and asks_for_captions:
+        raise DimoError(
+            "distill.min_* and distill.motion_prefix are for a file of captions, and distill.prompt_source is world"
+        )
+    if d.aux_pass == "shared" and d.aux_objective == "denoise" and d.t_draws > d.aux_steps:
+        raise DimoError(
+            f"distill.aux_pass=shared needs an auxiliary's fit for each draw of t, got distill.t_draws={d.t_draws} and "
+            f"distill.aux_steps={d.aux_steps}; use distill.aux_pass=own"
+        )
+    leaves_one_out = d.w_reinforce > 0 or (d.estimator == "reinforce" and d.baseline == "leave_one_out")
+    if leaves_one_out and d.batch_size_per_gpu < 2:
+        raise DimoError(
+            "distill.w_reinforce and distill.baseline=leave_one_out compare the samples of a batch, so that "
+            f"distill.batch_size_per_gpu must be at least 2, got {d.batch_size_per_gpu}"
+        )
+    if d.w_distill == d.w_kd == 0:
+        raise DimoError(
+            "distill.w_distill and distill.w_kd are both 0, so that the student would learn nothing (w_reinforce is "
+            "a part of what w_distill weighs)"
+        )
+    if d.ent_anneal_to and d.ent_anneal_from > d.ent_anneal_to:
+        raise DimoError(
+            f"distill.ent_anneal_from must not lie behind ent_anneal_to, got {d.ent_anneal_from} and {d.ent_anneal_to}"
+        )
+    beta_of(config.distill.divergence)
+    _grid(config)
+
+
+def _grid(config: Config) -> tuple[int, int, int]:
+    """Latents (T, H, W) under the VAE of the folder, or under URSA's video VAE where there is no folder yet."""
+    d = config.distill
+    return latents_shape_for(d.num_frames, d.height, d.width, *vae_strides(Path(d.teacher_ckpt)))
+
+
+def device_of(config: Config) -> torch.device:
+    if config.model.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if config.model.device == "cuda" and not torch.cuda.is_available():
+        raise DimoError("model.device is cuda, but PyTorch sees no GPU; use model.device=auto or cpu")
+    return torch.device(config.model.device)
+
+
+def _read(config: str | Path) -> dict[str, Any]:
+    """{dotted key: what is written for it} in a preset or a file."""
+    presets = {p.stem: p for p in PRESETS.glob("*.yaml")}
+    file = presets.get(str(config), Path(user_path(str(config))))
+    if not file.is_file():
+        raise DimoError(f"{config!s} is neither a preset nor a YAML file{nearest(str(config), presets)}")
+    written = {f"{group}.{name}": value for group, keys in read_groups(file).items() for name, value in keys.items()}
+    for key in written:
+        _check_known(key)
+    return written
+
+
+def read_groups(file: Path) -> dict[str, dict[str, Any]]:
+    """The groups of keys in a YAML file, values as they are written there.
+
+    Raises:
+        DimoError: it is no YAML in UTF-8, holds something else, or a key twice.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DimoError(f"{file} is not readable YAML: {reason(error)}") from error
+    return groups_in(text, file)
+
+
+def groups_in(text: str, file: Path) -> dict[str, dict[str, Any]]:
+    """The same of a text; `file` is where it is from, for the sentences."""
+    content = read_yaml(text, str(file))
+    if not isinstance(content, dict):
+        got = "nothing" if content is None else type(content).__name__
+        raise DimoError(f"{file} must hold groups of keys, got {got}")
+    for group, keys in content.items():
+        if not isinstance(keys, dict):
+            hint = "" if group in _groups() else nearest(group, _groups())
+            if group in config_keys():
+                hint = f"; in a file it reads {group.replace('.', ': {')}: ...}}"
+            raise DimoError(f"{group} in {file} must be a group of keys, got {keys or 'nothing'}{hint}")
+    return content
+
+
+def values_of(groups: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """{dotted key: value} of groups of keys as written; a key that this dimo does not know stays as it is written."""
+    known = config_keys()
+    written = {f"{group}.{name}": value for group, keys in groups.items() for name, value in keys.items()}
+    return {k: read_value(k, kind_of(known[k]), value) if k in known else value for k, value in written.items()}
+
+
+def _read_override(override: str) -> tuple[str, str]:
+    if not isinstance(override, str):  # of papermill's -y, which is YAML
+        raise DimoError(f"an override must be a text, got {override!r}; one that holds ': ' needs quotes")
+    key, equals, value = override.partition("=")
+    if not equals:
+        raise DimoError(f"an override reads key=value, got {override!r}")
+    _check_known(key)
+    return key, unquoted(value)
+
+
+def _groups() -> list[str]:
+    return [f.name for f in dataclasses.fields(Config)]
+
+
+def _check_known(key: str) -> None:
+    known = config_keys()
+    if key in known:
+        return
+    same = [k for k in known if k.split(".")[1] == key.split(".")[-1]]
+    hint = f"; did you mean {same[0]!r}?" if same else nearest(key, known)
+    raise DimoError(f"unknown key {key!r}{hint if 'did you mean' in hint else '; `dimo config` lists them all'}")

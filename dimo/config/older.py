@@ -1,0 +1,77 @@
+"""Runs that an older dimo began go on as they began: what keys that came later are to them."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+from dimo.config import PRESETS, Config, config_keys, default_of, to_flat
+from dimo.config.load import read_groups, values_of
+from dimo.errors import DimoError
+
+# What dimo did before it had the key. A new key needs a line here, but one that a run may change while it is resumed.
+BEFORE = {
+    "model.backend": "native",
+    "model.train_embeddings": True,
+    "model.train_head": True,
+    "model.logit_gain": 1.0,
+    "model.final_logit_gain": 1.0,
+    "distill.min_clarity": None,
+    "distill.min_aesthetic": None,
+    "distill.min_motion": None,
+    "distill.min_suitability": None,
+    "distill.motion_prefix": "none",
+    "distill.motion_share": 0.6,
+    "distill.shuffle_buffer": 10_000,
+    "distill.negative_prompt": "",
+    "distill.aux_pass": "own",
+    "distill.kd_every": 1,
+    "distill.t_power": 1.0,
+    "distill.t_draws": 1,
+    "distill.p_corrupt_fade": 0.0,
+    "evaluation.held_out": 0,
+    "optim.optimizer": "adamw",
+    "optim.muon_lr": 7.5e-3,
+    "optim.muon_momentum": 0.9,
+    "optim.min_lr_share": 0.0,
+    "training.gradient_accumulation_steps": 1,
+}
+ONE_BEFORE = {"optim.muon_weight_decay": "optim.weight_decay", "optim.aux_min_lr_share": "optim.min_lr_share"}  # of two
+NO_MORE = {"distill.temperature": ("1", "1.0")}  # keys that are gone, with what dimo has in their place, as written
+
+
+def flat(groups: dict[str, dict]) -> dict[str, Any]:
+    """{dotted key: value} of a configuration's groups, without keys that are no more and say what dimo does anyway."""
+    return {key: value for key, value in values_of(groups).items() if value not in NO_MORE.get(key, ())}
+
+
+def begun_with(old: dict[str, Any]) -> dict[str, Any]:
+    """{key: value that does what dimo did then} of the keys that a config.yaml with the values `old` is too old for."""
+    values = BEFORE | old
+    values = {key: values[as_key] for key, as_key in ONE_BEFORE.items()} | values
+    return {key: value for key, value in values.items() if key not in old}
+
+
+def as_begun(config: Config) -> Config:
+    """The configuration with which a run that lies in its folder goes on as it began.
+
+    A key that the run's config.yaml lacks takes the value of then in the place of a default or a preset's. One that
+    somebody chose stays, and is refused by `RunFolder.open`, as a change of any other key.
+    """
+    c = config.experiment
+    file = Path(c.output_dir) / "config.yaml"
+    if not c.resume or c.overwrite or not file.is_file():
+        return config
+    try:
+        begun = begun_with(flat(read_groups(file)))
+    except (DimoError, OSError):  # which `RunFolder.open` says
+        return config
+    now, config = to_flat(config), copy.deepcopy(config)
+    presets = [flat(read_groups(preset)) for preset in PRESETS.glob("*.yaml")] if begun else []
+    for key, value in begun.items():
+        group, name = key.split(".")
+        nobodys = [default_of(config_keys()[key]), *(preset[key] for preset in presets if key in preset)]
+        if now[key] in nobodys:
+            setattr(getattr(config, group), name, value)
+    return config

@@ -1,0 +1,1 @@
+"""A run as a folder and as processes: checkpoints, launching, signals, progress."""

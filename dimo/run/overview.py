@@ -1,0 +1,88 @@
+"""`dimo runs`: every run under a folder, and which of them a process still works on."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+
+from dimo.errors import DimoError
+from dimo.run.folder import RunFolder
+
+DEPTH = ("", "*/", "*/*/")  # a run itself, runs/<name>, runs/<ablation>/<name>
+UNITS = ((86_400, "d"), (3_600, "h"), (60, "m"), (1, "s"))
+
+
+@dataclasses.dataclass
+class Run:
+    """state is status.json's, or `dead` where it says running and no process holds the folder."""
+
+    name: str
+    state: str
+    step: int | None
+    max_steps: int | None
+    steps_per_s: float | None
+    age_s: float
+    error: str | None
+
+
+def list_runs(folder: str | Path) -> list[Run]:
+    """The runs in `folder`, down to two levels, the latest last.
+
+    Raises:
+        DimoError: no such folder.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DimoError(f"{folder} is no folder; `dimo train` makes runs/<name>")
+    found = [file for depth in DEPTH for file in folder.glob(f"{depth}status.json")]
+    return sorted((_look(file, folder) for file in found), key=lambda run: -run.age_s)
+
+
+def _look(file: Path, folder: Path) -> Run:
+    run, age = RunFolder(file.parent), 0.0
+    name = str(file.parent.relative_to(folder)) if file.parent != folder else str(folder)
+    try:
+        age = max(0.0, time.time() - file.stat().st_mtime)
+        status = run.status()
+        state, step, most, error = (status.get(key) for key in ("state", "step", "max_steps", "error"))
+        if not isinstance(state, str) or not isinstance(error, str | None):
+            raise ValueError("a status.json of something else")
+    except (OSError, ValueError):
+        return Run(name, "unreadable", None, None, None, age, "status.json cannot be read")
+    if state in ("starting", "running") and not run.is_held():
+        state = "dead"
+    return Run(name, state, step, most, _speed(run), age, error)
+
+
+def _speed(run: RunFolder) -> float | None:
+    """Steps a second at the last logged step; None where nothing says so."""
+    try:
+        return 1 / run.metrics()[-1]["time/step_s"]
+    except (OSError, ValueError, LookupError, TypeError, ZeroDivisionError):
+        return None
+
+
+def format_runs(runs: list[Run]) -> str:
+    """A table: state, step/max, steps/s, age of the last word, name; under a failed run its error."""
+    if not runs:
+        return "no runs"
+    rows = [("state", "step", "steps/s", "age", "name")]
+    for run in runs:
+        speed = "-" if run.steps_per_s is None else f"{run.steps_per_s:.3g}"
+        rows.append((run.state, _steps(run), speed, _age(run.age_s), run.name))
+    wide = [max(len(row[i]) for row in rows) for i in range(4)]
+    lines = ["  ".join([row[0].ljust(wide[0]), *(row[i].rjust(wide[i]) for i in (1, 2, 3)), row[4]]) for row in rows]
+    for i, run in reversed(list(enumerate(runs, 1))):
+        if run.error:
+            lines.insert(i + 1, f"    {run.error.splitlines()[0]}")
+    return "\n".join(lines)
+
+
+def _steps(run: Run) -> str:
+    return "-" if run.step is None else f"{run.step}/{run.max_steps if run.max_steps is not None else '?'}"
+
+
+def _age(seconds: float) -> str:
+    size, unit = next(((size, unit) for size, unit in UNITS if seconds >= size), (1, "s"))
+    return f"{int(seconds // size)}{unit}"

@@ -1,0 +1,132 @@
+"""What a run learns from, teacher and captions, known by content: they may move, or be named otherwise, not change."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from dimo.config.changes import START_OVER
+from dimo.data.listing import list_files
+from dimo.errors import DimoError
+from dimo.ursa.weights import read_json, weight_files
+from dimo.worlds import WORLD_FILE, checkpoint_folder
+
+TEACHER, PROMPTS = "distill.teacher_ckpt", "distill.prompt_source"
+SOURCES = "sources.json"  # in the run folder: {key: {file: {bytes, sha256, seen}}}
+BLOCK, BLOCKS = 2**20, 64  # of a caption file larger than all of them, so many bytes at so many places are read
+
+
+def read_sources(groups: dict[str, dict], known: dict[str, dict] | None = None) -> dict[str, dict]:
+    """What SOURCES keeps of a configuration's groups. A file that was not touched since `known` is not read again.
+
+    What is not there is left out: who loads it says so, unless the trainer was given it as an object.
+    """
+    found = {}
+    for key, list_of, blocks in ((TEACHER, teacher_files, None), (PROMPTS, _prompt_files, BLOCKS)):
+        before = (known or {}).get(key, {})
+        with contextlib.suppress(DimoError):
+            files = list_of(_named(groups, key))
+            found[key] = {name: _describe(file, blocks, before.get(name, {})) for name, file in files.items()}
+    return found
+
+
+def _named(groups: dict[str, dict], key: str) -> str:
+    group, name = key.split(".")
+    return str(groups.get(group, {}).get(name, ""))
+
+
+def require_same_sources(
+    path: Path, old: dict[str, dict], new: dict[str, dict], keys: Sequence[str] = (TEACHER, PROMPTS)
+) -> dict[str, dict]:
+    """What SOURCES is to hold of the run in `path`, begun with the groups `old`, resumed with `new`.
+
+    Raises:
+        DimoError: teacher or captions are not those that it was begun with, or nothing is known of those.
+    """
+    file = path / SOURCES
+    known = _read(file) if file.exists() else {}
+    found = read_sources(new, known)
+    for key in keys:
+        was, now, files = _named(old, key), _named(new, key), found.get(key, {})
+        if key not in known or key not in found:
+            if was != now and not _same_place(key, was, now):
+                raise DimoError(
+                    f"{path} belongs to a run with another configuration ({key} was {was!r}, is {now!r}), and it has "
+                    f"no {SOURCES} that could tell whether both are the same; name it as before, or {START_OVER}"
+                )
+            continue
+        names = sorted(known[key].keys() | files.keys())
+        differ = [name for name in names if _content(known[key].get(name)) != _content(files.get(name))]
+        if differ:
+            what = "is missing" if differ[0] not in files else "is new" if differ[0] not in known[key] else "differs"
+            raise DimoError(
+                f"{path} was begun with another {key} (then {was}) than there is in {now}: {differ[0]} {what}, the "
+                f"first of {len(differ)} file(s); put back what was there, or {START_OVER}"
+            )
+    return known | found
+
+
+def _read(file: Path) -> dict[str, dict]:
+    try:
+        known = read_json(file)
+        return {key: {name: dict(about) for name, about in files.items()} for key, files in known.items()}
+    except (DimoError, ValueError, TypeError, AttributeError) as error:
+        raise DimoError(
+            f"{file} is damaged; remove it, and a run continues where teacher and captions are named as before"
+        ) from error
+
+
+def teacher_files(teacher: str) -> dict[str, Path]:
+    """Of a checkpoint folder what a step depends on; the VAE only makes pictures."""
+    folder = checkpoint_folder(teacher)
+    files = [*weight_files(folder / "transformer"), folder / "transformer" / "config.json", folder / WORLD_FILE]
+    files += [folder / "scheduler" / name for name in ("scheduler_config.json", "scheduler_model.pth")]
+    files += [f for f in sorted((folder / "tokenizer").glob("*")) if f.suffix in (".json", ".txt", ".model")]
+    return {file.relative_to(folder).as_posix(): file for file in files if file.is_file()}
+
+
+def _prompt_files(source: str) -> dict[str, Path]:
+    return {} if source == "world" else {file.name: file for file in list_files(Path(source).expanduser())[1]}
+
+
+def _describe(file: Path, blocks: int | None, before: dict) -> dict:
+    about = file.stat()
+    seen = [about.st_ino, about.st_ctime_ns]  # another one as soon as anybody writes to it, copies or moves it
+    if before.get("bytes") == about.st_size and before.get("seen") == seen:
+        return before
+    return {"bytes": about.st_size, "sha256": _digest(file, about.st_size, blocks), "seen": seen}
+
+
+def _digest(file: Path, size: int, blocks: int | None) -> str:
+    with open(file, "rb") as handle:
+        if blocks is None or size <= blocks * BLOCK:
+            return hashlib.file_digest(handle, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        for i in range(blocks):
+            handle.seek(i * (size - BLOCK) // (blocks - 1))
+            digest.update(handle.read(BLOCK))
+        return digest.hexdigest()
+
+
+def _content(about: dict | None) -> tuple | None:
+    return about and (about.get("bytes"), about.get("sha256"))
+
+
+def _same_place(key: str, was: str, now: str) -> bool:
+    if key == PROMPTS:
+        return "world" not in (was, now) and os.path.realpath(Path(was).expanduser()) == os.path.realpath(
+            Path(now).expanduser()
+        )
+    try:
+        return os.path.realpath(checkpoint_folder(was)) == os.path.realpath(checkpoint_folder(now))
+    except DimoError:
+        return False
+
+
+def to_json(sources: dict[str, dict]) -> str:
+    """The text of SOURCES."""
+    return json.dumps(sources, indent=2) + "\n"

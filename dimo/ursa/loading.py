@@ -1,0 +1,345 @@
+"""Checkpoint folders in URSA's own layout: read with no pickle executed, written whole or not at all."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from dimo.errors import DimoError, nearest, reason
+from dimo.files import save_file, whole_folder
+from dimo.ursa.inputs import SPATIAL_STRIDE, TEMPORAL_STRIDE, latents_shape_for
+from dimo.ursa.layout import require_checkpoint, vae_config, vae_strides
+from dimo.ursa.probability_path import MetricPath, MixturePath
+from dimo.ursa.transformer import UrsaConfig, UrsaTransformer
+from dimo.ursa.weights import (
+    WEIGHTS,
+    load_weights,
+    read_json,
+    read_pickle,
+    read_weights,
+    refuse_what_is_none,
+    require_file,
+    require_numbers,
+)
+
+SCHEDULER = "KineticOptimalScheduler"
+BACKENDS = ("native", "upstream")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+INSTALL = (
+    "pip install 'transformers>=4.57.1,<5' 'diffusers>=0.36,<0.40' scipy einops "
+    "git+https://github.com/baaivision/URSA.git@29284bb"
+)
+
+
+@dataclasses.dataclass
+class Ursa:
+    """What a checkpoint folder holds. `vae` decodes codes (B, T, H, W) to frames (B, F, height, width, 3) in [0, 1].
+
+    Without a decoder `vae` is None and `no_vae` says why. `strides` are the VAE's, (time, space).
+    """
+
+    transformer: UrsaTransformer
+    path: MetricPath | MixturePath
+    tokenizer: Any
+    vae: Any
+    shift: float
+    folder: Path
+    no_vae: str = ""
+    strides: tuple[int, int] = (TEMPORAL_STRIDE, SPATIAL_STRIDE)
+
+    def tokenize(self, prompts: list[str], max_prompt_length: int, device=None) -> torch.Tensor:
+        """txt_ids (B, max_prompt_length), left-padded and truncated as URSA's pipeline does."""
+        return self._encode(prompts, max_prompt_length).input_ids.to(device or self.path.device)
+
+    def tokenize_and_count(self, prompts: list[str], max_prompt_length: int, device=None) -> tuple[torch.Tensor, int]:
+        """The same, and how many of the prompts were longer, so that their ends are cut off."""
+        encoded = self._encode(prompts, max_prompt_length)
+        if encoded.encodings is None:  # a tokenizer in plain Python does not keep what it cuts off
+            cut = sum(len(ids) > max_prompt_length for ids in self.tokenizer(prompts).input_ids)
+        else:
+            cut = sum(bool(one.overflowing) for one in encoded.encodings)
+        return encoded.input_ids.to(device or self.path.device), cut
+
+    def _encode(self, prompts: list[str], max_prompt_length: int):
+        return self.tokenizer(
+            prompts, max_length=max_prompt_length, padding="max_length", truncation=True, return_tensors="pt"
+        )
+
+    def latents_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """(T, H, W) of a video of this size under this folder's VAE."""
+        return latents_shape_for(num_frames, height, width, *self.strides)
+
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """Frames (B, F, height, width, 3) in [0, 1] of codes (B, T, H, W).
+
+        Raises:
+            DimoError: there is no decoder; the sentence says what to install.
+        """
+        if self.vae is None:
+            raise DimoError(f"these codes cannot be turned into frames: {self.no_vae}")
+        return self.vae.decode(codes)
+
+
+def load_ursa(
+    folder: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    backend: str = "native",
+) -> Ursa:
+    """Load transformer, probability path, tokenizer and (where it can be run) the VAE from a checkpoint folder.
+
+    Args:
+        folder: holds `transformer/`, `scheduler/`, `tokenizer/` and `vae/`, as URSA-1.7B does.
+        device, dtype: of the transformer; path and VAE stay in float32.
+        backend: "native" (this package's transformer) or "upstream" (diffnext's class with the same weights).
+
+    Raises:
+        DimoError: something is missing or damaged, in a sentence that names it.
+    """
+    folder = require_checkpoint(folder)
+    transformer = load_transformer(folder / "transformer", device, dtype, backend)
+    config = transformer.config
+    path, shift = load_path(folder, config.codebook_size, device)
+    tokenizer = load_tokenizer(folder, config)
+    vae, no_vae = load_vae(folder, config.codebook_size, device)
+    return Ursa(transformer, path, tokenizer, vae, shift, folder, no_vae, vae_strides(folder))
+
+
+def load_transformer(
+    folder: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    backend: str = "native",
+) -> UrsaTransformer:
+    """The transformer in a folder with config.json and weights: safetensors, sharded safetensors, or .bin."""
+    folder = Path(folder)
+    if backend not in BACKENDS:
+        raise DimoError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}{nearest(backend, BACKENDS)}")
+    if dtype not in DTYPES.values():
+        raise DimoError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
+    config = read_config(folder)
+    if backend == "upstream":
+        transformer = import_upstream().empty_transformer(config)
+    else:
+        with torch.device("meta"), _NoFirstValues():
+            transformer = UrsaTransformer(config)
+    load_weights(transformer, read_weights(folder), where=str(folder), assign=True)
+    return transformer.to(device, dtype)
+
+
+class _NoFirstValues(TorchFunctionMode):
+    """Modules that are made inside are not initialised: on the meta device that alone would import torch._dynamo."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
+def read_config(folder: Path) -> UrsaConfig:
+    """The sizes in a transformer folder's config.json."""
+    values = read_json(folder / "config.json")
+    try:
+        return UrsaConfig.from_dict(values)
+    except DimoError as error:
+        raise DimoError(f"{folder / 'config.json'}: {error}") from error
+
+
+def load_path(folder: Path, codebook_size: int, device="cpu") -> tuple[MetricPath | MixturePath, float]:
+    """The probability path of `scheduler/` and its shift of the time steps; `alpha: null` is the mixture path.
+
+    Raises:
+        DimoError: values out of range, or a codebook that is not the transformer's.
+    """
+    file = folder / "scheduler" / "scheduler_config.json"
+    scheduler = read_json(file)
+    if scheduler.get("_class_name", SCHEDULER) != SCHEDULER:
+        raise DimoError(f"{file} is of class {scheduler['_class_name']!r}, and dimo reads {SCHEDULER}")
+    pickled = folder / "scheduler" / "scheduler_model.pth"
+    codebook = read_pickle(pickled).get("path.emb")
+    if codebook is None or codebook.dim() != 2:
+        raise DimoError(f"{pickled} must hold a matrix under 'path.emb'")
+    if codebook.shape[0] != codebook_size:
+        raise DimoError(
+            f"the scheduler's codebook in {folder} has {codebook.shape[0]} codes, "
+            f"the transformer's config.json says {codebook_size}"
+        )
+    require_numbers(codebook, f"'path.emb' in {pickled}")
+    codebook = codebook.to(device).float()
+    if scheduler.get("alpha") is not None and bool((codebook == codebook[:1]).all()):
+        raise DimoError(
+            f"all rows of 'path.emb' in {pickled} are the same, so that no code is nearer to one than another"
+        )
+    values = {"shift": 1.0, "eps": 1e-5} | {k: scheduler[k] for k in ("shift", "eps") if scheduler.get(k) is not None}
+    mixture = scheduler.get("alpha") is None
+    if not mixture:
+        values |= {key: scheduler.get(key) for key in ("alpha", "c")}
+    for key, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+            raise DimoError(f"{key} in {file} must be a positive number, got {value!r}")
+    path = MixturePath(codebook) if mixture else MetricPath(codebook, values["alpha"], values["c"], values["eps"])
+    return path, float(values["shift"])
+
+
+def load_tokenizer(folder: Path, config: UrsaConfig):
+    """The tokenizer, padding on the left.
+
+    Raises:
+        DimoError: it cannot be read, cannot pad, has ids that would be taken for visual codes, or lacks BOV.
+    """
+    from transformers import AutoTokenizer  # slow to import, and only needed here
+
+    where = folder / "tokenizer"
+    require_file(where)
+    for file in where.iterdir():  # where one is there by name alone, transformers' own words do not say so
+        if file.suffix in (".json", ".txt", ".model"):
+            require_file(file)
+            refuse_what_is_none(file)
+        if file.suffix == ".json" and file.name != "tokenizer.json":
+            read_json(file)  # of some that are damaged, transformers says nothing
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            where, padding_side="left", local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # transformers and tokenizers raise what they like for a damaged file
+        lacks = "" if (where / "tokenizer.json").exists() else "there is no tokenizer.json; "
+        raise DimoError(f"the tokenizer in {where} could not be read: {lacks}{reason(error)}") from error
+    if tokenizer.pad_token_id is None:
+        raise DimoError(f"the tokenizer in {where} has no padding token, which prompts need on their left")
+    ids = set(tokenizer.get_vocab().values())
+    largest = max(ids)
+    if largest >= config.lm_vocab_size:
+        raise DimoError(
+            f"the tokenizer in {where} has ids up to {largest}, but ids from lm_vocab_size = {config.lm_vocab_size} on "
+            "are visual codes: it belongs to another checkpoint"
+        )
+    if config.bov_token_id not in ids:
+        raise DimoError(
+            f"the tokenizer in {where} has no token {config.bov_token_id}, which config.json gives as bov_token_id "
+            f"(its ids go up to {largest})"
+        )
+    return tokenizer
+
+
+def load_vae(folder: Path, codebook_size: int, device="cpu") -> tuple[Any, str]:
+    """(decoder, ""), or (None, why there is none and what would change that).
+
+    Raises:
+        DimoError: its codebook is not the transformer's, or its files are damaged.
+    """
+    where, config = folder / "vae", vae_config(folder)
+    if config is None:
+        return None, f"{where} holds no VAE"
+    require_codes_of(where, config, codebook_size)
+    if config.get("_class_name") == "PaletteDecoder":
+        from dimo.ursa.palette import PaletteDecoder
+
+        decoder = PaletteDecoder.load(where).to(device)
+        if decoder.palette.shape[0] != codebook_size:
+            raise DimoError(f"the palette in {where} has {decoder.palette.shape[0]} codes, not {codebook_size}")
+        return decoder, ""
+    try:
+        upstream = import_upstream()
+    except DimoError as error:
+        return None, str(error)
+    return upstream.load_vae(where, config, device), ""
+
+
+def require_codes_of(where: Path, config: dict, codebook_size: int) -> None:
+    """Raise where a VAE's config.json tells another number of codes than the transformer's."""
+    if config.get("num_vq_embeddings", codebook_size) != codebook_size:
+        raise DimoError(
+            f"the VAE in {where} has {config['num_vq_embeddings']} codes, the transformer's config.json says "
+            f"{codebook_size}"
+        )
+
+
+def load_student(ursa: Ursa, weights: str | Path) -> UrsaTransformer:
+    """The teacher's architecture with a student's weights.
+
+    Args:
+        weights: student.pt, a .safetensors file, a folder of either, or a run folder.
+
+    Raises:
+        DimoError: no weights there, or those of another model.
+    """
+    source = student_file(weights)
+    student = copy.deepcopy(ursa.transformer)
+    load_weights(student, read_weights(source), where=str(source))
+    _require_same_config(ursa, source)
+    return student.to(ursa.path.device)
+
+
+def student_file(weights: str | Path) -> Path:
+    """The file or folder of weights behind the same words.
+
+    Raises:
+        DimoError: a run that has not finished.
+    """
+    source = Path(weights)
+    if (source / "checkpoints" / "final").is_dir():
+        source = source / "checkpoints" / "final"
+    elif (source / "status.json").exists():
+        raise DimoError(f"{source} is a run that has no checkpoints/final: it has not finished")
+    return source / "student.pt" if os.path.lexists(source / "student.pt") else source
+
+
+def _require_same_config(ursa: Ursa, source: Path) -> None:
+    """Raise where the config.json that lies beside a student's weights differs in what no shape shows."""
+    beside = source if source.is_dir() else source.parent / ("student" if source.name == "student.pt" else "")
+    if source.suffix == ".safetensors" and not source.name.startswith(WEIGHTS):
+        return  # weights of any name may lie beside anything
+    if not (beside / "config.json").exists():
+        return
+    own, teachers = (dataclasses.asdict(c) for c in (read_config(beside), ursa.transformer.config))
+    for key, value in teachers.items():
+        if own[key] != value:
+            raise DimoError(
+                f"the student in {source} is of another teacher than {ursa.folder}: its config.json says {key} = "
+                f"{own[key]}, the teacher's {value}"
+            )
+
+
+def import_upstream():
+    """`dimo.ursa.upstream`, the one module that imports diffnext.
+
+    Raises:
+        DimoError: diffnext is not installed, or what is installed beside it does not let it import.
+    """
+    try:
+        from dimo.ursa import upstream
+    except ModuleNotFoundError as error:
+        raise DimoError(f"diffnext cannot be used, {error.name} is not installed: {INSTALL}") from error
+    except Exception as error:  # versions that do not go together fail in many ways
+        raise DimoError(
+            f"diffnext cannot be imported ({reason(error)}); versions that go together: {INSTALL}"
+        ) from error
+    return upstream
+
+
+def save_student(
+    folder: str | Path, transformer: UrsaTransformer, state: dict | None = None, dtype: torch.dtype | None = None
+) -> Path:
+    """Write config.json and safetensors that `load_transformer` and upstream's `from_pretrained` read.
+
+    The folder appears whole or not at all. `state` replaces the transformer's own weights (the EMA's, say); `dtype`
+    is what they are written in, by default their own.
+    """
+    state = plain_state(state or transformer.state_dict(), dtype)
+    config = {"_class_name": "URSATransformer3DModel", **transformer.config.to_dict()}
+    with whole_folder(folder) as beside:
+        save_file(state, beside / f"{WEIGHTS}.safetensors", metadata={"format": "pt"})
+        (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return Path(folder)
+
+
+def plain_state(state: dict[str, torch.Tensor], dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    """The same state dict on the CPU, detached, contiguous, in `dtype`."""
+    return {key: value.detach().to("cpu", dtype).contiguous() for key, value in state.items()}

@@ -1,0 +1,44 @@
+"""What it costs to guide a student, whose guidance is distilled into it, once more: the one that ships, by the oracle.
+
+    python scripts/guidance.py            # 48 prompts x 64 videos a row, the noise of `dimo evaluate`
+"""
+
+import torch
+
+from dimo.commands.cli import SHIPPED_STUDENT
+from dimo.evaluation.evaluate import format_cell
+from dimo.ursa import load_ursa, sample
+from dimo.ursa.loading import load_student
+from dimo.worlds import checkpoint_folder, load_world
+from dimo.worlds.oracle import score, summarise
+
+VIDEOS, SEED, BATCH = 64, 1234, 512
+SCALES = (1.0, 1.5, 2.0, 3.0, 7.0)
+
+
+def one_pass(ursa, network, grid, ids, **guidance) -> torch.Tensor:
+    """Codes (B, N), of the same noise and the same draws in every call."""
+    parts = []
+    for i, some in enumerate(ids.split(BATCH)):
+        g = torch.Generator().manual_seed(SEED * 1_000_003 + i)
+        parts.append(sample(network, ursa.path, some, grid, 1, shift=ursa.shift, generator=g, **guidance))
+    return torch.cat(parts)
+
+
+def main() -> None:
+    folder = checkpoint_folder("shapes")
+    world, ursa = load_world(folder), load_ursa(folder)
+    student, grid = load_student(ursa, SHIPPED_STUDENT), world.latents_shape
+    prompts = [prompt for prompt in world.prompts for _ in range(VIDEOS)]
+    ids = ursa.tokenize(prompts, 4)
+    empty = ursa.tokenize([""], 4).expand(BATCH, -1)
+    made = {f"guidance {w:g}": one_pass(ursa, student, grid, ids, guidance_scale=w, uncond_ids=empty) for w in SCALES}
+    made["at the empty prompt"] = one_pass(ursa, student, grid, empty.repeat(len(ids) // BATCH, 1))
+    print(f"{'student, 1 pass':24}{'validity':>12}{'adherence':>12}{'coverage':>12}")
+    for name, codes in made.items():
+        row = summarise(world, score(world, codes, prompts))
+        print(f"{name:24}" + "".join(f"{format_cell(row[key]):>12}" for key in ("validity", "adherence", "coverage")))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Do compiled layers, fused losses and bf16 learn what eager float32 does? On the built-in world, seed by seed.
+
+`python scripts/numerics.py [--steps 200] [--seeds 4]`, on a GPU. Both forms draw the same noise from the same seed, but
+the first code drawn differently sends two runs apart, as another seed would; so windows of 20 losses are compared
+with the spread between seeds. Prints a table, exits with 1 where a window lies further off than 3.5 standard errors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+
+import torch
+
+from dimo.config import load_config
+from dimo.train.trainer import Trainer
+
+LOSSES = ("loss/aux", "reward/mean", "entropy/student", "gap/aux_teacher_tv")
+WINDOW = 20
+
+
+def losses_of(seed: int, steps: int, fast: bool, *more: str) -> torch.Tensor:
+    """(steps, len(LOSSES))."""
+    how = ["model.compile=true", "training.mixed_precision=bf16", "model.activation_checkpointing=selective"]
+    with tempfile.TemporaryDirectory() as folder:
+        same = [f"experiment.seed={seed}", f"experiment.output_dir={folder}", "experiment.log_every=1", *more]
+        trainer = Trainer(load_config("shapes", [*same, *(how if fast else [])]))
+    trainer.fused, rows = fast, []
+    for index in range(steps):
+        step, _ = trainer.step(index)
+        metrics = trainer.metrics(step)
+        rows.append([metrics[name] for name in LOSSES])
+    return torch.tensor(rows)
+
+
+def compare(reference: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Distance of the means over seeds in standard errors: (seeds, steps, losses) twice -> (windows, losses)."""
+    means = [x.unflatten(1, (-1, WINDOW)).mean(2) for x in (reference, other)]
+    spread = (means[0].var(0) + means[1].var(0)).div(len(reference)).sqrt()
+    return (means[1].mean(0) - means[0].mean(0)).abs() / spread
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--seeds", type=int, default=4)
+    args = parser.parse_args()
+    runs = [[losses_of(s, args.steps, fast) for s in range(args.seeds)] for fast in (False, True)]
+    reference, other = (torch.stack(rows) for rows in runs)
+    first = (reference - other)[:, :10].abs().amax((0, 1)).tolist()
+    print("largest difference in the first 10 steps, same seed:", dict(zip(LOSSES, first)))
+    distance = compare(reference, other)
+    print(f"{'steps':>12} " + " ".join(f"{name:>34}" for name in LOSSES))
+    for window, row in enumerate(distance):
+        both = [x[:, window * WINDOW : (window + 1) * WINDOW].mean((0, 1)) for x in (reference, other)]
+        cells = [f"{a:12.4f} {b:12.4f} {z:5.1f} s.e." for a, b, z in zip(*both, row)]
+        print(f"{window * WINDOW:5} to {window * WINDOW + WINDOW - 1:3} " + " ".join(f"{cell:>34}" for cell in cells))
+    print(f"largest distance: {distance.max():.1f} standard errors over {distance.numel()} windows")
+    return int(distance.max() > 3.5)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,281 @@
+"""One-step students of the built-in world, trained to their end on a GPU: the trainer's stages as one CUDA graph.
+
+`python scripts/recipe.py SEED [SEED ...] [--minutes M] [KEY=VALUE ...]` trains preset `shapes_long`, a step of which is
+some 2,000 small kernels that a GPU waits for; replayed as a graph they take a tenth of the time, and graphs of several
+seeds run beside each other, each on a stream of its own. First a few steps are compared with `Trainer.step`. Writes
+runs/recipe-SEED/student-EMA and report-EMA.json, of the student as `checkpoints/final` would hold it, and at every
+evaluation runs/recipe-SEEDS.safetensors, from which the same command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from dimo.config import load_config
+from dimo.distill import stages
+from dimo.distill.schedules import fade
+from dimo.distill.stages import Step
+from dimo.evaluation.evaluate import evaluate
+from dimo.files import whole_file
+from dimo.train.optimizers import Muon, lr_factor, orthogonalise, warm_ema_decay
+from dimo.train.trainer import Trainer
+from dimo.ursa import save_student
+from dimo.worlds import load_world
+from dimo.worlds.shapes import ShapesWorld
+
+CHECKED = 3  # steps that graph and trainer both make
+
+
+class Graph:
+    """A trainer's step as a CUDA graph; what varies from step to step is a tensor, set before a replay."""
+
+    def __init__(self, trainer: Trainer, emas: list[float]):
+        self.trainer, c = trainer, trainer.config
+        self.device, self.samples = trainer.device, c.distill.batch_size_per_gpu
+        assert c.distill.w_kd == 0 and c.distill.lambda_ent == 0 and not trainer.fused
+        self.factors = {name: torch.ones((), device=self.device) for name in ("student", "aux")}
+        self.emas = emas
+        self.keep = [torch.zeros((), device=self.device) for _ in emas]
+        self.loss = torch.zeros((), device=self.device)
+        self.first = math.ceil(trainer.x_init.capacity / self.samples)
+        for index in range(self.first):  # these fill the memory of x_hat and the optimizers' state
+            trainer.step(index)
+        n = trainer.networks
+        pairs = zip(n.ema.parameters(), n.student.parameters())
+        self.averaged, self.learning = zip(*((e, s.detach()) for e, s in pairs if s.requires_grad))
+        self.averages = [[p.detach().clone() for p in self.averaged] for _ in emas]
+        self.memory = trainer.x_init
+        self.memory.fade = self.fade = torch.zeros((), device=self.device)
+        before = self._snapshot()
+        self.graph, self.stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        self.graph.register_generator_state(trainer.generator)
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            for _ in range(3):
+                self._step()
+        torch.cuda.synchronize()
+        # chunks ask for free memory; a stream of its own has a workspace of its own, which graphs side by side need
+        with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="relaxed"):
+            self._step()
+        self._restore(before)
+        self.before = before
+
+    def _step(self) -> None:
+        t, d = self.trainer, self.trainer.config.distill
+        n, g, grid, step = t.networks, t.generator, t.grid, Step()
+        step.txt_ids = t.prompts.batch(self.samples, g)
+        stages.draw_x_init(step, t.x_init, t.num_visual_tokens, g)
+        stages.student_pass(step, n.student, grid, g)
+        time_ = stages.draw_t(self.samples, grid, 10**9, 0, d.t_per, g, self.device, d.t_power, d.t_draws)
+        stages.renoise(step, t.path, time_, g)
+        stages.teacher_pass(step, n.teacher, grid)
+        fits = stages.auxiliary_losses(
+            step, n.aux, t.path, grid, d.aux_objective, d.aux_steps, d.label_smoothing, d.empty_prompt_share,
+            t.empty_ids, g, d.aux_pass == "shared", d.t_per,
+        )  # fmt: skip
+        for loss in fits:
+            loss.backward()
+            self._update(t.aux, self.factors["aux"])
+        if d.aux_pass == "own":
+            stages.auxiliary_pass(step, n.aux, grid)
+        stages.distillation_loss(step, d.estimator, t.beta, None, d.w_reinforce)
+        stages.total_loss(step, d.w_distill)
+        step.loss.backward()
+        self._update(t.student, self.factors["student"])
+        with torch.no_grad():
+            self.loss.copy_(step.loss)
+            for kept, new in ((self.memory.x_hat, step.x_hat), (self.memory.txt_ids, step.txt_ids)):
+                kept.copy_(torch.cat([new, kept])[: len(kept)])
+            for average, keep in zip(self.averages, self.keep):
+                torch._foreach_mul_(average, keep)
+                torch._foreach_add_(average, torch._foreach_mul(self.learning, 1 - keep))
+
+    @torch.no_grad()
+    def _update(self, learner, factor: torch.Tensor) -> None:
+        norm = learner.gradient_norm()
+        torch._foreach_mul_(learner.gradients, (learner.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+        for optimizer in learner.optimizers:
+            for group in optimizer.param_groups:
+                rate = factor * group["initial_lr"]
+                if isinstance(optimizer, Muon):
+                    self._muon(optimizer, group, rate)
+                else:
+                    self._adamw(optimizer, group, rate)
+        for p in learner.model.parameters():
+            p.grad = None
+
+    @staticmethod
+    def _muon(optimizer, group: dict, rate: torch.Tensor) -> None:
+        params, momentum = [p for p in group["params"] if p.grad is not None], group["momentum"]
+        torch._foreach_mul_(params, 1 - rate * group["weight_decay"])
+        for shape in sorted({tuple(p.shape) for p in params}):
+            same = [p for p in params if tuple(p.shape) == shape]
+            updates = []
+            for p in same:
+                buffer = optimizer.state[p]["momentum_buffer"]
+                buffer.lerp_(p.grad, 1 - momentum)
+                updates.append(p.grad.lerp(buffer, momentum))
+            steps = orthogonalise(torch.stack(updates)) * (rate * -0.2 * math.sqrt(max(shape)))
+            torch._foreach_add_(same, list(steps.unbind()))
+
+    @staticmethod
+    def _adamw(optimizer, group: dict, rate: torch.Tensor) -> None:
+        (beta1, beta2), params = group["betas"], [p for p in group["params"] if p.grad is not None]
+        for p in params:
+            state = optimizer.state[p]
+            state["step"].add_(1)
+            p.mul_(1 - rate * group["weight_decay"])
+            state["exp_avg"].lerp_(p.grad, 1 - beta1)
+            state["exp_avg_sq"].mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
+            least = (state["exp_avg_sq"] / (1 - beta2 ** state["step"])).sqrt().add_(group["eps"])
+            p.sub_(rate / (1 - beta1 ** state["step"]) * state["exp_avg"] / least)
+
+    def _tensors(self) -> list[torch.Tensor]:
+        t = self.trainer
+        held = [o.state[p] for learner in (t.student, t.aux) for o in learner.optimizers for p in list(o.state)]
+        found = [p.detach() for net in (t.networks.student, t.networks.aux) for p in net.parameters()]
+        found += [value for state in held for value in state.values() if isinstance(value, torch.Tensor)]
+        return [*found, *(x for average in self.averages for x in average), self.memory.x_hat, self.memory.txt_ids]
+
+    def _snapshot(self) -> list[torch.Tensor]:
+        return [x.clone() for x in self._tensors()]
+
+    @torch.no_grad()
+    def _restore(self, values: list[torch.Tensor]) -> None:
+        for x, value in zip(self._tensors(), values, strict=True):
+            x.copy_(value)
+
+    def step(self, index: int, last: int) -> None:
+        """Step `index` of `last`, as `Trainer.step` makes it; does not wait for it."""
+        c = self.trainer.config
+        with torch.cuda.stream(self.stream):
+            self.trainer.generator.manual_seed(self.trainer.seed_of(index))
+            self.factors["student"].fill_(lr_factor(c.optim, index, last, c.optim.min_lr_share))
+            self.factors["aux"].fill_(lr_factor(c.optim, index, last, c.optim.aux_min_lr_share))
+            self.fade.fill_(fade(index, 0, c.distill.p_corrupt_fade * last))
+            for keep, decay in zip(self.keep, self.emas):
+                keep.fill_(warm_ema_decay(decay, index))
+            self.graph.replay()
+
+    def check(self) -> float:
+        """The largest difference of the student's weights after a few steps from what the trainer makes of them."""
+        last = self.trainer.config.training.max_train_steps
+        for index in range(self.first, self.first + CHECKED):
+            self.step(index, last)
+        torch.cuda.synchronize()
+        got = [p.detach().clone() for p in self.trainer.networks.student.parameters()]
+        self._restore(self.before)
+        memory = self.memory.state_dict()
+        for index in range(self.first, self.first + CHECKED):
+            self.trainer.step(index)
+        want = [p.detach() for p in self.trainer.networks.student.parameters()]
+        moved = max((a - b).abs().max().item() for a, b in zip(want, self.before))
+        error = max((a - b).abs().max().item() for a, b in zip(got, want)) / moved
+        self.memory.load_state_dict(memory)
+        self._restore(self.before)
+        return error
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """All that a step changes, by seed and number; what the step itself draws follows from its index."""
+        return dict(zip(self._names(), self._snapshot(), strict=True))
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        self._restore([state[name] for name in self._names()])
+
+    def _names(self) -> list[str]:
+        return [f"{self.trainer.config.experiment.seed}/{i}" for i in range(len(self._tensors()))]
+
+    def scores(self, world: ShapesWorld, out: Path, at: int, last: int) -> None:
+        """Print and write the figures of every average after `at` steps, and the students."""
+        t, final = self.trainer, copy.deepcopy(self.trainer.networks.ema)
+        for decay, average in zip(self.emas, self.averages):
+            for p, value in zip(self.averaged, average):
+                p.data.copy_(value)
+            final.load_state_dict(t.final_weights())
+            rows, _ = evaluate(world, t.ursa, final, teacher_steps=())
+            keys = ("validity", "adherence", "coverage", "coverage_detail")
+            row = {name: {k: rows[name][k] for k in keys} for name in ("student_1", "student_1_argmax")}
+            line = {"seed": t.config.experiment.seed, "step": at, "of": last, "ema": decay} | row
+            print(json.dumps(line), flush=True)
+            save_student(out / f"student-{decay:g}", final)
+            (out / f"report-{decay:g}.json").write_text(json.dumps(line))
+
+
+def resume(saved: Path, graphs: Iterable[Graph], keys: list[str]) -> tuple[int, int]:
+    """Put the state back that an earlier run with the same keys left; its (steps made, steps in all)."""
+    with safe_open(saved, "pt") as file:
+        about = file.metadata()
+    if about["keys"] != " ".join(keys):
+        raise SystemExit(f"{saved} is of a run with other keys ({about['keys']}): move it away, or give another --name")
+    state = load_file(saved)
+    for graph in graphs:
+        graph.load_state(state)
+    print(f"goes on at step {about['at']} of {about['of']}", flush=True)
+    return int(about["at"]), int(about["of"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("words", nargs="+", metavar="SEED | KEY=VALUE")
+    parser.add_argument("--minutes", type=float, help="as many steps as fit, in place of training.max_train_steps")
+    parser.add_argument("--emas", default="", help="further moving averages to score: 0.9998,0.9999; 0: the weights")
+    parser.add_argument("--evaluations", type=int, default=5, help="how often, the end included (default: 5)")
+    parser.add_argument("--name", default="recipe")
+    args = parser.parse_intermixed_args()
+    keys, seeds = ([word for word in args.words if ("=" in word) == is_key] for is_key in (True, False))
+    if not seeds:
+        parser.error("give a seed, or several")
+    begin, graphs = time.time(), {}
+    saved = Path("runs") / f"{args.name}-{'-'.join(seeds)}.safetensors"
+    torch._dynamo.config.recompile_limit = 64  # the networks of every seed are compiled anew
+    for seed in seeds:
+        out = Path("runs") / f"{args.name}-{seed}"
+        own = [f"experiment.seed={seed}", f"experiment.output_dir={out}"]
+        config = load_config("shapes_long", own + keys)
+        emas = [config.optim.ema_decay, *(float(x) for x in args.emas.split(",") if x)]
+        graphs[out] = graph = Graph(Trainer(config), emas)
+        print(f"seed {seed}: {CHECKED} steps differ by {graph.check():.1e} of what they moved", flush=True)
+    world, index, last = load_world(graph.trainer.ursa.folder), graph.first, config.training.max_train_steps
+    if saved.exists():
+        index, last = resume(saved, graphs.values(), keys)
+
+    def score(at: int) -> None:
+        torch.cuda.synchronize()
+        for out, graph in graphs.items():
+            graph.scores(world, out, at, last)
+        state = {name: x for graph in graphs.values() for name, x in graph.state().items()}
+        about = {"at": str(at), "of": str(last), "keys": " ".join(keys)}
+        with whole_file(saved) as beside:
+            save_file(state, beside, about)
+
+    first, measured_after = time.time(), 500
+    while index < last:
+        for graph in graphs.values():
+            graph.step(index, last)
+        index += 1
+        if index % 20 == 0:
+            torch.cuda.synchronize()  # or the CPU runs ahead of the GPU without end
+        if index == measured_after:
+            each = (time.time() - first) / (measured_after - graph.first)
+            if args.minutes:
+                scoring = 1.0 * len(graphs) * len(graph.emas) * args.evaluations
+                last = max(index, int((60 * args.minutes - (time.time() - begin) - scoring) / each))
+            print(f"{1e3 * each:.2f} ms a step of {len(graphs)} seeds, {last} steps", flush=True)
+        if index > measured_after and index % max(1, last // args.evaluations) == 0 and index < last - 100:
+            score(index)
+    score(last)
+    assert all(math.isfinite(graph.loss.item()) for graph in graphs.values())
+
+
+if __name__ == "__main__":
+    main()
