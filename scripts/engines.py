@@ -1,10 +1,10 @@
 """Do DDP, FSDP2 and DeepSpeed ZeRO-2 train alike? Twenty steps of random weights under each, then the comparison.
 
-`accelerate launch --config_file dimo/config/presets/accelerate/E.yaml --num_processes 2 scripts/engines.py OUT`, for E
-of ddp, fsdp2, deepspeed_zero2, then `python scripts/engines.py OUT`, under no launcher, for the table. The first step must
-agree in its codes, its losses and, within bf16 noise, its gradient norms. After its update the codes that are drawn
-differ, as other seeds' would; so steps 2 to 20 are compared by their means, in standard errors. Exits with 1 where the
-first step or a mean is further off than that.
+`accelerate launch --config_file dimo/config/presets/accelerate/E.yaml --num_processes 2 scripts/engines.py OUT`, for
+E of ddp, fsdp2, deepspeed_zero2, then `python scripts/engines.py OUT`, under no launcher, for the table. The first
+step must agree in its codes, its losses and, within bf16 noise, its gradient norms. After its update the codes that
+are drawn differ, as other seeds' would; so steps 2 to 20 are compared by their means, in standard errors. Exits with
+1 where the first step or a mean is further off than that.
 """
 
 from __future__ import annotations
