@@ -69,6 +69,7 @@ def follow(name: str, folder: Path) -> dict:
 
 def digest(checkpoint: Path) -> dict[str, tuple[float, float]]:
     """{network/tensor: (norm, product with a random vector of norm 1)}, in float64."""
+    torch.set_num_threads(1)  # or the sums depend on the machine
     found = {}
     for file in sorted(checkpoint.glob("*.safetensors")):
         for name, tensor in load_file(file).items():

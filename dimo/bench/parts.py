@@ -14,15 +14,16 @@ from torch.nn.attention import sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
 
-from dimo.distill import fused, stages
+from dimo.distill import losses
+from dimo.errors import trusted_values
 from dimo.run.checkpoints import HostCopies
 from dimo.train.trainer import Trainer
-from dimo.ursa.answer import Answer, draw
+from dimo.ursa import Chunked
 from dimo.ursa.transformer import ATTENTION
 
 STAGES = (
-    "draw_x_init", "student_pass", "renoise", "teacher_pass", "auxiliary_pass", "distil_knowledge",
-    "distillation_loss", "total_loss",
+    "1 prompts", "2 x_init", "3 student's pass", "4 x_t", "5 teacher", "6 auxiliary", "7 student at x_t",
+    "8 distillation signal", "9 losses, update",
 )  # fmt: skip
 
 
@@ -70,53 +71,25 @@ def matrix_product(clock: Clock) -> float:
 
 
 def stage_times(trainer: Trainer, counter, clock: Clock) -> dict[str, float]:
-    """Median seconds of each stage function, of backward passes and updates; the device is waited for after each."""
+    """Median seconds of each of the nine stages; the device is waited for after each.
+
+    Of several parts of a batch a stage's times add up. 6 holds the auxiliary's backward passes and updates, 9 the
+    student's.
+    """
     seconds: dict[str, list[float]] = {}
-
-    def timed(name, function):
-        def call(*args, **kwargs):
-            clock.wait()
-            begin = time.perf_counter()
-            try:
-                return function(*args, **kwargs)
-            finally:
+    for _ in range(max(1, clock.repeats // 2)):
+        spent = dict.fromkeys(STAGES, 0.0)
+        clock.wait()
+        begin = time.perf_counter()
+        with trusted_values():  # as in `Trainer.step`
+            for number, _, _ in trainer.walk(next(counter)):
                 clock.wait()
-                spent[name] = spent.get(name, 0.0) + time.perf_counter() - begin
-
-        return call
-
-    with contextlib.ExitStack() as undo:
-        for name in STAGES:
-            undo.callback(setattr, stages, name, getattr(stages, name))
-            setattr(stages, name, timed(name, getattr(stages, name)))
-        inner = stages.auxiliary_losses
-        undo.callback(setattr, stages, "auxiliary_losses", inner)
-        stages.auxiliary_losses = lambda *a, **k: iter(Timed(inner(*a, **k), timed))
-        for learner, who in ((trainer.aux, "auxiliary"), (trainer.student, "student")):
-            for method in ("backward", "gradient_norm", "update"):
-                undo.callback(delattr, learner, method)
-                setattr(learner, method, timed(f"{who}: {method}", getattr(learner, method)))
-        undo.callback(delattr, trainer, "_update_ema")
-        trainer._update_ema = timed("update_ema", trainer._update_ema)
-        for _ in range(max(1, clock.repeats // 2)):
-            spent: dict[str, float] = {}
-            trainer.step(next(counter))
-            for name, value in spent.items():
-                seconds.setdefault(name, []).append(value)
+                now = time.perf_counter()
+                spent[STAGES[number - 1]] += now - begin
+                begin = now
+        for name, value in spent.items():
+            seconds.setdefault(name, []).append(value)
     return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-class Timed:
-    """An iterator whose every next is timed as `auxiliary_losses`."""
-
-    def __init__(self, inner, timed):
-        self.next = timed("auxiliary_losses", lambda: next(inner))
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        return self.next()
 
 
 def losses_alone(trainer: Trainer, batch: int, clock: Clock) -> dict[str, dict]:
@@ -134,16 +107,16 @@ def losses_alone(trainer: Trainer, batch: int, clock: Clock) -> dict[str, dict]:
     base = _allocated(device)
 
     def draw_part():
-        return draw(Answer(hidden[0], student), g)
+        return Chunked(hidden[0], student).sample(g)
 
     def aux_part():
-        fused.denoising(Answer(hidden[1], aux), x, d.label_smoothing).backward()
+        losses.denoising(Chunked(hidden[1], aux), x, d.label_smoothing).backward()
 
     def student_part():
         beta = 0.0 if trainer.beta == "time" else trainer.beta
-        fused.student_losses(
-            Answer(hidden[0], student), Answer(hidden[3], teacher), Answer(hidden[1], aux), x, logp, entropy, beta=beta,
-            student_at_t=Answer(hidden[2], student) if kd else None, w_kd=d.w_kd, lambda_ent=d.lambda_ent,
+        losses.student_loss(
+            Chunked(hidden[0], student), Chunked(hidden[3], teacher), Chunked(hidden[1], aux), x, logp, entropy,
+            beta=beta, student_at_t=Chunked(hidden[2], student) if kd else None, w_kd=d.w_kd, lambda_ent=d.lambda_ent,
         ).total.backward()  # fmt: skip
 
     def all_parts():

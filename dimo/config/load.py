@@ -17,7 +17,6 @@ import torch
 
 from dimo.config.schema import Config, config_keys, default_of, kind_of, to_flat
 from dimo.config.values import read_value, read_yaml, unquoted, write_yaml
-from dimo.distill.losses import beta_of
 from dimo.errors import DimoError, nearest, reason
 from dimo.paths import user_path
 from dimo.ursa.inputs import latents_shape_for
@@ -207,7 +206,7 @@ def validate(config: Config) -> None:
         raise DimoError(
             f"distill.ent_anneal_from must not lie behind ent_anneal_to, got {d.ent_anneal_from} and {d.ent_anneal_to}"
         )
-    beta_of(config.distill.divergence)
+    d.beta()
     _grid(config)
 
 

@@ -8,6 +8,8 @@ from typing import Any
 from dimo.config.values import read_value
 from dimo.errors import DimoError
 
+BETA = {"forward": 0.0, "jeffreys": 0.5, "reverse": 1.0}
+
 
 def _key(default: Any, help: str, path: bool = False) -> Any:
     about = {"help": help, "path": path}
@@ -111,6 +113,25 @@ class Distill:
             "video_training_suitability_score": self.min_suitability,
         }
         return {column: least for column, least in minimums.items() if least is not None}
+
+    def beta(self) -> float | str:
+        """The beta of `divergence`, a number in [0, 1], or "time", where beta = t token by token.
+
+        Raises:
+            DimoError: neither a name nor a number in [0, 1].
+        """
+        if self.divergence == "time":
+            return "time"
+        beta = BETA.get(self.divergence)
+        if beta is None:
+            try:
+                beta = read_value("distill.divergence", "float", str(self.divergence))
+            except DimoError:
+                known = ", ".join(("time", *BETA))
+                raise DimoError(f"divergence must be one of {known} or a number, got {self.divergence!r}") from None
+        if not 0 <= beta <= 1:
+            raise DimoError(f"divergence as a number must lie in [0, 1], got {beta}")
+        return beta
 
     def motion_value(self) -> float | str | None:
         """`motion_prefix` as a number, "score" or None."""

@@ -1,108 +1,142 @@
-"""Divergences between teacher and auxiliary per token, and their exact gradients; all in float32, small, readable.
+"""The losses of a step and their exact gradients, written once against `Prediction`, a few tokens at a time.
 
-Notation: p_T, p_A are the softmax of the teacher's and the auxiliary's logits (B, N, K) at the same x_t. The family is
+Notation: p_T, p_A are what teacher and auxiliary predict at the same x_t, p_S what the student predicts at x_init. The
+family of divergences is
     D_beta = (1 - beta) KL(p_T || p_A) + beta KL(p_A || p_T):
 beta = 0 is the forward KL, 1 the reverse KL, 0.5 half of Jeffreys' divergence (Di[M]O, arXiv 2503.15457, eq. 8-10).
+
+The gradient of every loss with respect to logits is known in closed form, so gradients of hidden states and heads
+follow chunk by chunk, and full logits never exist. Inside a chunk everything is float32; gradients of logits are
+rounded to the dtype of the states for their products, as autograd's are. Products with a head of 64,000 rows, per
+token: teacher and auxiliary at x_t, and the student at x_t where knowledge is distilled, each once; two more for each
+gradient. The student's logits at x_init were needed once for x_hat, and are made again only where its own
+probabilities enter the gradient (entropy bonus, policy gradient).
 """
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
-from torch.nn import functional as F
 
-from dimo.errors import DimoError, require_ids, require_shape
-from dimo.ursa.chunks import by_tokens
-
-BETA = {"forward": 0.0, "jeffreys": 0.5, "reverse": 1.0}
+from dimo.errors import DimoError, require_finite, require_ids, require_shape
+from dimo.ursa.prediction import Chunked, Dense, Prediction, require_same_tokens
 
 
-def beta_of(divergence: str | float) -> float | str:
-    """The beta of a divergence given by name or by number in [0, 1]; "time" stays "time": beta = t, token by token."""
-    if divergence == "time":
-        return divergence
-    beta = BETA.get(divergence, divergence) if isinstance(divergence, str) else divergence
-    try:
-        beta = float(beta)
-    except ValueError:
-        raise DimoError(f"divergence must be one of time, {', '.join(BETA)} or a number, got {divergence!r}") from None
-    if not 0 <= beta <= 1:
-        raise DimoError(f"divergence as a number must lie in [0, 1], got {beta}")
-    return beta
+@dataclasses.dataclass
+class Gaps:
+    """What teacher and auxiliary say at x_t and how far they are apart, per token (B, N), in nats."""
+
+    forward: torch.Tensor  # KL(p_T || p_A)
+    reverse: torch.Tensor  # KL(p_A || p_T)
+    total_variation: torch.Tensor  # in [0, 1]
+    entropy_teacher: torch.Tensor
+    entropy_aux: torch.Tensor
+    log_ratio: torch.Tensor  # log p_T(x_hat) - log p_A(x_hat)
 
 
-def kl(logits_p: torch.Tensor, logits_q: torch.Tensor) -> torch.Tensor:
-    """KL(softmax(p) || softmax(q)) per token: (B, N, K) twice -> (B, N), in nats."""
-    require_shape("logits_q", logits_q, tuple(logits_p.shape))
+@dataclasses.dataclass
+class StudentLoss:
+    """`total` carries the gradient; its parts do not. Scalars, in nats per token."""
 
-    def one(p, q):
-        log_p, log_q = p.float().log_softmax(-1), q.float().log_softmax(-1)
-        return (log_p.exp() * (log_p - log_q)).sum(-1)
-
-    return by_tokens(one, logits_p, logits_q)
-
-
-def total_variation(logits_p: torch.Tensor, logits_q: torch.Tensor) -> torch.Tensor:
-    """Half the L1 distance of softmax(p) and softmax(q) per token: (B, N, K) twice -> (B, N), in [0, 1]."""
-    require_shape("logits_q", logits_q, tuple(logits_p.shape))
-    distance = lambda p, q: 0.5 * (p.float().softmax(-1) - q.float().softmax(-1)).abs().sum(-1)  # noqa: E731
-    return by_tokens(distance, logits_p, logits_q)
+    total: torch.Tensor
+    distill: torch.Tensor
+    kd: torch.Tensor | None
+    gaps: Gaps
 
 
-def divergence(teacher: torch.Tensor, aux: torch.Tensor, beta: float) -> torch.Tensor:
-    """D_beta per token: logits (B, N, K) twice -> (B, N), in nats."""
-    return (1 - beta) * kl(teacher, aux) + beta * kl(aux, teacher)
+def student_loss(
+    student: Dense | Chunked,
+    teacher: Prediction,
+    aux: Prediction,
+    x_hat: torch.Tensor,
+    logp: torch.Tensor,
+    entropy: torch.Tensor,
+    *,
+    beta: float | torch.Tensor | None,
+    student_at_t: Dense | Chunked | None = None,
+    advantage: torch.Tensor | None = None,
+    known: Gaps | None = None,
+    w_distill: float = 1.0,
+    w_policy: float = 0.0,
+    w_kd: float = 0.0,
+    lambda_ent: float = 0.0,
+) -> StudentLoss:
+    """Stages 7 to 9 in one pass: w_distill (L_token - w_policy mean(advantage log p_S)) + w_kd KL - lambda_ent H.
 
+    KL is KL(p_T || p_St) with the student at x_t, H the mean token entropy, and
+    L_token = mean <stopgrad(dD_beta / dz_A), z_S>: its gradient on the student's logits z_S is that of D_beta on the
+    auxiliary's, (1 - beta)(p_A - p_T) + beta p_A (log p_A - log p_T - KL(p_A || p_T)).
 
-def jeffreys(teacher: torch.Tensor, aux: torch.Tensor) -> torch.Tensor:
-    """KL(p_T || p_A) + KL(p_A || p_T) per token, (B, N)."""
-    return 2 * divergence(teacher, aux, 0.5)
+    Args:
+        student: at x_init; teacher and aux: at x_t; student_at_t: the student at x_t, with the same head.
+        x_hat, logp, entropy: each (B, N), what `student.sample` gave.
+        beta: of D_beta, a number or (B, 1 or N); None leaves out the token-level gradient (estimator `reinforce`).
+        advantage: (B, 1 or N), of the policy gradient.
+        known: what `gaps` gave, where the advantage was made of it; then teacher and aux are compared only for beta.
 
-
-def token_gradient(teacher: torch.Tensor, aux: torch.Tensor, beta: float | torch.Tensor) -> torch.Tensor:
-    """dD_beta / d(auxiliary's logits) per token: logits (B, N, K) twice, beta a number or (B, 1 or N, 1) -> (B, N, K).
-
-    (1-beta)(p_A - p_T) + beta p_A (log p_A - log p_T - KL(p_A || p_T)). Rows sum to zero.
+    Raises:
+        DimoError: shapes that do not fit each other, or no advantage; NonFiniteError: logits that are not finite.
     """
-    require_shape("aux", aux, tuple(teacher.shape))
-    beta = torch.as_tensor(beta, dtype=torch.float32, device=aux.device).expand(*aux.shape[:2], 1)
+    for name, prediction in (("teacher", teacher), ("aux", aux), ("student_at_t", student_at_t or student)):
+        require_same_tokens(name, prediction, student)
+    for name, tensor in (("x_hat", x_hat), ("logp", logp), ("entropy", entropy)):
+        require_shape(name, tensor, student.shape)
+    if w_policy and advantage is None:
+        raise DimoError("advantage is needed where w_policy is not 0")
+    if known is None and beta is None:
+        known = gaps(teacher, aux, x_hat)
 
-    def one(zt, za, beta):
-        log_t, log_a = zt.float().log_softmax(-1), za.float().log_softmax(-1)
-        p_t, p_a = log_t.exp(), log_a.exp()
-        ratio = log_a - log_t
-        return (1 - beta) * (p_a - p_t) + beta * p_a * (ratio - (p_a * ratio).sum(-1, keepdim=True))
+    def per_token(value):
+        if value is None:
+            return None
+        return torch.as_tensor(value, device=x_hat.device).float().expand(x_hat.shape).flatten()
 
-    return by_tokens(one, teacher, aux, beta)
-
-
-def token_entropy(logits: torch.Tensor) -> torch.Tensor:
-    """Entropy of softmax(logits) per token: (B, N, K) -> (B, N), in nats."""
-
-    def one(z):
-        log_p = z.float().log_softmax(-1)
-        return -(log_p.exp() * log_p).sum(-1)
-
-    return by_tokens(one, logits)
-
-
-def log_prob(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """log softmax(logits)[tokens]: (B, N, K) and (B, N) -> (B, N), in nats."""
-    require_shape("tokens", tokens, tuple(logits.shape[:-1]))
-    require_ids("tokens", tokens, logits.shape[-1])
-    chosen = lambda z, x: z.float().log_softmax(-1).gather(-1, x.unsqueeze(-1)).squeeze(-1)  # noqa: E731
-    return by_tokens(chosen, logits, tokens)
+    settings = _Settings(
+        x_hat.flatten(), per_token(beta), per_token(advantage if w_policy else None), w_distill, w_policy, w_kd,
+        torch.full((), lambda_ent, device=x_hat.device) if lambda_ent else None,
+    )  # fmt: skip
+    fixed = student.detach()  # one copy of the head in the states' dtype serves both passes
+    at_t = None if student_at_t is None else fixed.with_states(student_at_t.states.detach())
+    felt, token, kd, rows = _StudentLoss.apply(
+        student.states, None if at_t is None else student_at_t.states, student.head,
+        fixed, at_t, teacher.detach(), aux.detach(), settings,
+    )  # fmt: skip
+    known = known or Gaps(*rows.view(-1, *x_hat.shape))
+    require_finite("the teacher's logits", known.entropy_teacher)
+    require_finite("the auxiliary's logits", known.entropy_aux)
+    distill = token - w_policy * (advantage * logp).mean() if w_policy else token
+    total = w_distill * distill + w_kd * kd - lambda_ent * entropy.mean()
+    return StudentLoss(felt + total.detach(), distill, None if at_t is None else kd, known)
 
 
-def denoising(logits: torch.Tensor, tokens: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
-    """Mean cross-entropy of the clean tokens (B, N) under logits (B, N, K), in nats per token."""
-    require_shape("tokens", tokens, tuple(logits.shape[:-1]))
-    require_ids("tokens", tokens, logits.shape[-1])
+@torch.no_grad()
+def gaps(teacher: Prediction, aux: Prediction, x_hat: torch.Tensor) -> Gaps:
+    """The comparison without gradients, for an advantage, which must be known before the gradient; x_hat (B, N)."""
+    require_same_tokens("aux", aux, teacher)
+    require_shape("x_hat", x_hat, teacher.shape)
+    teacher, aux, x = teacher.detach(), aux.detach(), x_hat.flatten()
+    one = aux.kernel(_compare)
+    rows = [one(teacher.logits(r), aux.logits(r), x[r], None, torch.float32)[1] for r in aux.row_chunks()]
+    return Gaps(*torch.cat(rows, 1).view(-1, *x_hat.shape))
 
-    def one(z, x):
-        z, x = z.float().flatten(0, -2), x.flatten()
-        return F.cross_entropy(z, x, label_smoothing=label_smoothing, reduction="none")
 
-    return by_tokens(one, logits, tokens).mean()
+def denoising(prediction: Dense | Chunked, tokens: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
+    """Mean cross-entropy of the clean tokens (B, N), in nats per token; its gradient goes to the prediction."""
+    require_shape("tokens", tokens, prediction.shape)
+    require_ids("tokens", tokens, prediction.codebook_size)
+    one, dtype, x = prediction.kernel(_cross_entropy), prediction.states.dtype, tokens.flatten()
+    return _mean_loss(prediction, lambda z, rows: one(z, x[rows], label_smoothing, dtype))
+
+
+def jeffreys(teacher: Prediction, aux: Dense | Chunked) -> torch.Tensor:
+    """Mean of KL(p_T || p_A) + KL(p_A || p_T), in nats per token; its gradient goes to the auxiliary."""
+    return _mean_to(teacher, aux, _jeffreys)
+
+
+def kl(teacher: Prediction, student: Dense | Chunked) -> torch.Tensor:
+    """Mean of KL(p_T || p_S), in nats per token; its gradient goes to the student."""
+    return _mean_to(teacher, student, _kl)
 
 
 def leave_one_out(reward: torch.Tensor) -> torch.Tensor:
@@ -110,3 +144,169 @@ def leave_one_out(reward: torch.Tensor) -> torch.Tensor:
     if len(reward) < 2:
         raise DimoError("a leave-one-out baseline needs a batch of at least 2")
     return (reward - reward.mean(0)) * (len(reward) / (len(reward) - 1))
+
+
+def _mean_to(teacher: Prediction, learning: Dense | Chunked, function) -> torch.Tensor:
+    require_same_tokens("the teacher", teacher, learning)
+    fixed, one, dtype = teacher.detach(), learning.kernel(function), learning.states.dtype
+    return _mean_loss(learning, lambda z, rows: one(fixed.logits(rows), z, dtype))
+
+
+def _mean_loss(prediction: Dense | Chunked, function) -> torch.Tensor:
+    return _MeanLoss.apply(prediction.states, prediction.head, prediction.detach(), function)
+
+
+class _MeanLoss(torch.autograd.Function):
+    """The mean over tokens of one network's loss: function(logits (n, K), rows) gives d_z and values (n,)."""
+
+    @staticmethod
+    def forward(ctx, states, head, fixed: Dense | Chunked, function):
+        learns, count, values = any(ctx.needs_input_grad), states.shape[0] * states.shape[1], []
+        d_flat = torch.empty_like(fixed.states.flatten(0, 1)) if learns else None
+        d_head = _zeros_of(head, ctx.needs_input_grad[1])
+        for rows in fixed.row_chunks():
+            d_z, value = function(fixed.logits(rows), rows)
+            values.append(value.sum())
+            if learns:
+                fixed.pull_back(d_z, rows, d_flat, d_head, 1 / count)
+        ctx.save_for_backward(d_flat.mul_(1 / count).view_as(states) if learns else None, d_head)
+        return torch.stack(values).sum() / count
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return *(None if g is None else g * grad for g in ctx.saved_tensors), None, None
+
+
+@dataclasses.dataclass
+class _Settings:
+    """What `_StudentLoss` reads beside the predictions; x_hat, beta and advantage are (B N,)."""
+
+    x_hat: torch.Tensor
+    beta: torch.Tensor | None
+    advantage: torch.Tensor | None
+    w_distill: float
+    w_policy: float
+    w_kd: float
+    lambda_ent: torch.Tensor | None
+
+
+class _StudentLoss(torch.autograd.Function):
+    """0 with the gradient of everything, then without one: <g, z_S> and KL, means, and the rows of `Gaps` (6, B N).
+
+    A chunk's gradients of logits are in units of one token's loss; weights and 1 / (B N) come after the product.
+    """
+
+    @staticmethod
+    def forward(ctx, states, states_at_t, head, student, at_t, teacher, aux, s: _Settings):
+        flat = student.states.flatten(0, 1)
+        d_flat, d_flat_at_t = torch.zeros_like(flat), None if at_t is None else torch.zeros_like(flat)
+        d_head, share = _zeros_of(head, ctx.needs_input_grad[2]), 1 / len(flat)
+        compare, with_own, distil = (student.kernel(f) for f in (_compare, _own, _kl))
+        zero = torch.zeros((), device=flat.device)
+        token, kd, gap_rows = [zero], [zero], []
+        own = s.lambda_ent is not None or s.advantage is not None
+        for rows in student.row_chunks():
+            x = s.x_hat[rows]
+            z_t = teacher.logits(rows) if s.beta is not None or at_t is not None else None
+            d_z = None
+            if s.beta is not None:
+                d_z, row = compare(z_t, aux.logits(rows), x, s.beta[rows], flat.dtype)
+                gap_rows.append(row)
+            if own:
+                advantage = None if s.advantage is None else s.advantage[rows]
+                z = student.logits(rows)
+                d_z, value = with_own(z, d_z, x, advantage, s.w_distill, s.w_policy, s.lambda_ent, flat.dtype)
+                token.append(value.sum())
+            if d_z is not None:
+                student.pull_back(d_z, rows, d_flat, d_head, share if own else share * s.w_distill)
+                if not own:
+                    token.append((d_flat[rows].float() * flat[rows].float()).sum())  # <g, h W^T> = <g W, h>
+            if at_t is not None:
+                d_z, value = distil(z_t, at_t.logits(rows), flat.dtype)
+                kd.append(value.sum())
+                at_t.pull_back(d_z, rows, d_flat_at_t, d_head, share * s.w_kd)
+        d_states = d_flat.mul_(share if own else share * s.w_distill).view_as(states)
+        d_at_t = None if at_t is None else d_flat_at_t.mul_(share * s.w_kd).view_as(states_at_t)
+        ctx.save_for_backward(d_states, d_at_t, d_head)
+        token, kd = torch.stack(token).sum() * share, torch.stack(kd).sum() * share
+        outputs = zero, token, kd, torch.cat(gap_rows, 1) if gap_rows else zero.clone()
+        ctx.mark_non_differentiable(*outputs[1:])
+        return outputs
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, *_):
+        return *(None if g is None else g * grad for g in ctx.saved_tensors), None, None, None, None, None
+
+
+def _zeros_of(head: torch.Tensor | None, learns: bool) -> torch.Tensor | None:
+    """Zeros to add to in float32; None for a head that is frozen, or none."""
+    return torch.zeros(head.shape, dtype=torch.float32, device=head.device) if learns else None
+
+
+# What follows works on a chunk: float32 logits (n, K) in, gradients (n, K) in `dtype` and values (n,) out.
+
+
+def _log_softmax(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    log_p = z - z.logsumexp(-1, keepdim=True)
+    return log_p, log_p.exp()
+
+
+def _compare(z_t, z_a, x, beta, dtype):
+    """The gradient of D_beta on the auxiliary's logits (beta None: no gradient), and the rows of `Gaps`."""
+    log_t, p_t = _log_softmax(z_t)
+    log_a, p_a = _log_softmax(z_a)
+    ratio = log_a - log_t
+    forward, reverse = -(p_t * ratio).sum(-1), (p_a * ratio).sum(-1)
+    log_ratio = -ratio.gather(-1, x.unsqueeze(-1)).squeeze(-1)
+    rows = [
+        forward,
+        reverse,
+        0.5 * (p_t - p_a).abs().sum(-1),
+        -(p_t * log_t).sum(-1),
+        -(p_a * log_a).sum(-1),
+        log_ratio,
+    ]
+    d_z = None
+    if beta is not None:
+        beta = beta.unsqueeze(-1)
+        d_z = (1 - beta) * (p_a - p_t) + beta * p_a * (ratio - reverse.unsqueeze(-1))
+        d_z = d_z.to(dtype)
+    return d_z, torch.stack(rows)
+
+
+def _own(z, d_z, x, advantage, w_distill, w_policy, lambda_ent, dtype):
+    """w_distill (d_z + the policy gradient) + the bonus's gradient, and <d_z, z> of what came in."""
+    log_p, p = _log_softmax(z)
+    value = z.new_zeros(len(z)) if d_z is None else (d_z.float() * z).sum(-1)
+    total = 0.0 if d_z is None else w_distill * d_z.float()
+    if advantage is not None:
+        chosen = torch.arange(z.shape[-1], device=z.device) == x.unsqueeze(-1)
+        total = total - w_distill * w_policy * advantage.unsqueeze(-1) * (chosen.float() - p)
+    if lambda_ent is not None:
+        entropy = -(p * log_p).sum(-1, keepdim=True)
+        total = total + lambda_ent * p * (log_p + entropy)
+    return total.to(dtype), value
+
+
+def _kl(z_t, z, dtype):
+    log_t, p_t = _log_softmax(z_t)
+    log_p, p = _log_softmax(z)
+    return (p - p_t).to(dtype), (p_t * (log_t - log_p)).sum(-1)
+
+
+def _jeffreys(z_t, z_a, dtype):
+    log_t, p_t = _log_softmax(z_t)
+    log_a, p_a = _log_softmax(z_a)
+    ratio = log_a - log_t
+    reverse = (p_a * ratio).sum(-1)
+    d_z = p_a - p_t + p_a * (ratio - reverse.unsqueeze(-1))
+    return d_z.to(dtype), reverse - (p_t * ratio).sum(-1)
+
+
+def _cross_entropy(z, x, label_smoothing, dtype):
+    log_p, p = _log_softmax(z)
+    chosen = torch.arange(z.shape[-1], device=z.device) == x.unsqueeze(-1)
+    target = (1 - label_smoothing) * chosen.float() + label_smoothing / z.shape[-1]
+    return (p - target).to(dtype), -(target * log_p).sum(-1)

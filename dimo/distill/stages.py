@@ -1,11 +1,10 @@
 """The nine stages of a training step, one function each, and the `Step` that carries what they produced.
 
-A notebook calls them one by one and looks at every tensor; `dimo.train.trainer` calls the same functions in the same
-order. B samples, L text tokens, N visual tokens, K codes throughout. Source: Di[M]O, arXiv 2503.15457.
+A notebook calls them one by one and looks at every tensor; `dimo.distill.step` calls them in order. B samples, L text
+tokens, N visual tokens, K codes, R draws of t throughout. Source: Di[M]O, arXiv 2503.15457.
 
-Two forms, by `Step.fused`. Plain: logits are tensors, and autograd differentiates the readable `losses`. Fused, for
-64,000 codes: a step holds hidden states, stage 9 makes all losses and gradients of the student in one pass over chunks
-of tokens (`fused`), and `step.student_logits` and the like are made when looked at.
+Stages 7 and 8 say what the student is to be told, and stage 9 makes all its losses and gradients in one pass over
+chunks of tokens (`losses.student_loss`), so that logits of 64,000 codes are never held for all tokens.
 """
 
 from __future__ import annotations
@@ -15,50 +14,52 @@ from collections.abc import Iterator
 
 import torch
 
-from dimo.distill import fused, losses
+from dimo.distill import losses
 from dimo.distill.schedules import Baseline, XInit, sample_t_curriculum
-from dimo.errors import DimoError, require_finite, require_shape
-from dimo.ursa import MetricPath, MixturePath, UrsaTransformer, draw_codes, guide, visual_logits
-from dimo.ursa.answer import Answer, draw, guide_answer, visual_answer
+from dimo.errors import DimoError, require_finite
+from dimo.ursa import Chunked, Dense, MetricPath, MixturePath, Prediction, UrsaTransformer, predict
 
 Grid = tuple[int, int, int]
 LOOKED_AT = 128  # tokens of the first sample whose logits are measured
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)
 class Step:
-    """What one training step produced, stage by stage; logits keep their graph where the student must learn.
+    """What one training step produced, stage by stage.
 
-    A logits field may be set to an `Answer` (hidden states and head): reading it gives logits, `answers` the answer.
+    `student` and `student_at_t` carry the graph through which the student learns until stage 9 has used it; `dense`
+    says that predictions hold logits, else they make them from hidden states when asked (`dimo.ursa.prediction`).
     """
 
-    fused: bool = False
+    dense: bool = True
     txt_ids: torch.Tensor | None = None  # 1: (B, L)
     x_init: torch.Tensor | None = None  # 2: (B, N)
     corrupted: torch.Tensor | None = None  # 2: (B,) bool
-    student_logits: torch.Tensor | None = None  # 3: z_S (B, N, K)
+    student: Dense | Chunked | None = None  # 3: at x_init, (B, N, K)
     x_hat: torch.Tensor | None = None  # 3: (B, N)
-    logp: torch.Tensor | None = None  # 3: (B, N)
+    logp: torch.Tensor | None = None  # 3: (B, N), nats
     entropy: torch.Tensor | None = None  # 3: (B, N), nats
     logits_std: torch.Tensor | None = None  # 3: scalar, nats; of a few tokens, over the codes
-    t: torch.Tensor | None = None  # 4: (R B,) or (R B, N), R = distill.t_draws
+    t: torch.Tensor | None = None  # 4: (R B,) or (R B, N)
     x_t: torch.Tensor | None = None  # 4: (R B, N), all samples once for each draw of t
-    teacher_logits: torch.Tensor | None = None  # 5: (R B, N, K)
-    aux_losses: list[torch.Tensor] = dataclasses.field(default_factory=list)  # 6
-    aux_logits: torch.Tensor | None = None  # 6: (R B, N, K), after the auxiliary's updates
-    student_at_t: Answer | None = None  # 7: fused only
-    kd: torch.Tensor | None = None  # 7: scalar; fused: after 9
-    felt: dict = dataclasses.field(default_factory=dict)  # 8: fused only, what `fused.student_losses` is to do
-    gaps: fused.Gaps | None = None  # 9: fused only
-    reward: torch.Tensor | None = None  # 8: (B,); fused: after 9
+    teacher: Prediction | None = None  # 5: at x_t, (R B, N, K)
+    aux_losses: list[torch.Tensor] = dataclasses.field(default_factory=list)  # 6: scalars, nats per token
+    aux: Prediction | None = None  # 6: at x_t, (R B, N, K)
+    student_at_t: Dense | Chunked | None = None  # 7: at x_t, (R B, N, K), where stage 7 runs
+    beta: float | torch.Tensor | None = None  # 8: of D_beta, a number or (R B, 1 or N); None: no token-level gradient
+    w_policy: float = 0.0  # 8: weight of the policy gradient, inside w_distill
+    advantage: torch.Tensor | None = None  # 8: (R B, 1 or N), of the policy gradient
     baseline: torch.Tensor | None = None  # 8: scalar
-    distill: torch.Tensor | None = None  # 8: scalar; fused: after 9
-    loss: torch.Tensor | None = None  # 9: scalar
+    gaps: losses.Gaps | None = None  # 9, or 8 where the advantage needs them
+    reward: torch.Tensor | None = None  # 9: (B,), nats per token
+    distill: torch.Tensor | None = None  # 9: scalar
+    kd: torch.Tensor | None = None  # 9: scalar, where stage 7 runs
+    loss: torch.Tensor | None = None  # 9: scalar, with the gradient
 
-    @property
-    def answers(self) -> dict[str, torch.Tensor | Answer]:
-        """{"student": ..., "teacher": ..., "aux": ...}, as set: logits, or an `Answer`."""
-        return self.__dict__.setdefault("_answers", {})
+    def __repr__(self) -> str:
+        """Names and shapes; of what is not there yet, nothing."""
+        shown = {field.name: _shown(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        return f"Step({', '.join(f'{name}={text}' for name, text in shown.items() if text)})"
 
     @property
     def txt_ids_at_t(self) -> torch.Tensor:
@@ -66,16 +67,14 @@ class Step:
         return for_each_draw(self.txt_ids, self.x_t)
 
 
-def _logits_of(name: str) -> property:
-    def read(step: Step) -> torch.Tensor | None:
-        kept = step.answers.get(name)
-        return kept.logits if isinstance(kept, Answer) else kept
-
-    return property(read, lambda step, value: step.answers.__setitem__(name, value))
-
-
-for _name in ("student", "teacher", "aux"):
-    setattr(Step, f"{_name}_logits", _logits_of(_name))
+def _shown(value) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{value.item():.4g}" if value.dim() == 0 and not value.is_cuda else str(tuple(value.shape))
+    if isinstance(value, losses.Gaps):
+        return f"Gaps{tuple(value.forward.shape)}"
+    if isinstance(value, list):
+        return f"{len(value)} values" if value else ""
+    return "" if value is None else repr(value)
 
 
 def for_each_draw(value: torch.Tensor, at_t: torch.Tensor) -> torch.Tensor:
@@ -105,19 +104,11 @@ def draw_x_init(step: Step, x_init: XInit, num_visual_tokens: int, generator=Non
 
 def student_pass(step: Step, student: UrsaTransformer, grid: Grid, generator=None) -> None:
     """Stage 3: one pass at x_init; x_hat ~ softmax(z_S), its log-probability and entropy per token."""
-    if step.fused:
-        step.student_logits = answer = visual_answer(student, step.txt_ids, step.x_init, grid)
-        fixed = answer.detach()  # the head is rounded once for both
-        step.x_hat, step.logp, step.entropy = draw(fixed, generator)
-        step.logits_std = Answer(fixed.hidden[:1, :LOOKED_AT], fixed.weight).logits.std(-1).mean()
-        return require_finite("the student's logits", step.entropy)
-    step.student_logits = visual_logits(student, step.txt_ids, step.x_init, grid)
-    require_finite("the student's logits", step.student_logits)
-    with torch.no_grad():
-        step.x_hat = draw_codes(step.student_logits, generator)
-    step.logp = losses.log_prob(step.student_logits, step.x_hat)
-    step.entropy = losses.token_entropy(step.student_logits)
-    step.logits_std = step.student_logits[:1, :LOOKED_AT].detach().std(-1).mean()
+    step.student = predict(student, step.txt_ids, step.x_init, grid, step.dense)
+    fixed = step.student.detach()  # the head is rounded once for both
+    step.x_hat, step.logp, step.entropy = fixed.sample(generator)
+    step.logits_std = fixed.logits(slice(0, min(LOOKED_AT, step.x_hat.shape[1]))).std(-1).mean()
+    require_finite("the student's logits", step.entropy)
 
 
 def draw_t(
@@ -173,17 +164,14 @@ def teacher_pass(
     """
     if guidance_scale != 1 and uncond_ids is None:
         raise DimoError("uncond_ids is needed when guidance_scale is not 1: the ids of the empty prompt, (1, L)")
-    ask, combine = (visual_answer, guide_answer) if step.fused else (visual_logits, guide)
     txt_ids = step.txt_ids_at_t
     if guidance_scale == 1 or not bool((step.t < guidance_trunc).any()):
-        step.teacher_logits = ask(teacher, txt_ids, step.x_t, grid)
+        step.teacher = predict(teacher, txt_ids, step.x_t, grid, step.dense)
     else:
         ids = torch.cat([txt_ids, uncond_ids.expand_as(txt_ids)])
-        cond, uncond = ask(teacher, ids, step.x_t.repeat(2, 1), grid).chunk(2)
+        cond, uncond = predict(teacher, ids, step.x_t.repeat(2, 1), grid, step.dense).chunk(2)
         w = torch.where(step.t < guidance_trunc, guidance_scale, 1.0)
-        step.teacher_logits = combine(cond, uncond, w.view(len(w), -1, 1))
-    if not step.fused:  # else found in stage 9, where the logits are made
-        require_finite("the teacher's logits", step.teacher_logits)
+        step.teacher = cond.guided(uncond, w.view(len(w), -1, 1))
 
 
 def auxiliary_losses(
@@ -207,14 +195,13 @@ def auxiliary_losses(
     `match_teacher` (preset `literal`) pulls it to the teacher: Jeffreys' divergence at x_t.
 
     With `share_x_t` the first pass is at x_t itself (of several draws of t, the first passes are, one each), under the
-    step's own prompts, and its logits, from before the update, are the auxiliary's answer there: `auxiliary_pass` is
-    not needed.
+    step's own prompts, and what it predicts before the update stands for the auxiliary there: `auxiliary_pass` is not
+    needed.
     """
     if objective not in ("denoise", "match_teacher"):
         raise DimoError(f"aux_objective must be 'denoise' or 'match_teacher', got {objective!r}")
-    ask, one = (visual_answer, fused) if step.fused else (visual_logits, losses)
     batch, device = len(step.txt_ids), step.txt_ids.device
-    draws, answers = step.x_t.split(batch) if share_x_t else (), []
+    draws, kept = step.x_t.split(batch) if share_x_t else (), []
     if objective == "match_teacher":
         draws = [step.x_t] * aux_steps  # all draws in every fit
     if len(draws) > aux_steps:
@@ -229,151 +216,89 @@ def auxiliary_losses(
                 drop = torch.rand(batch, generator=generator, device=device) < empty_share
                 txt_ids = torch.where(drop[:, None], empty_ids, txt_ids)
             x = path.sample(step.x_hat, t, generator)
-        answer = ask(aux, txt_ids, x, grid)
+        prediction = predict(aux, txt_ids, x, grid, step.dense)
         if share_x_t and at_x_t:
-            kept = answer.detach(copy=True) if step.fused else answer.detach()
-            answers = [kept] if objective == "match_teacher" else [*answers, kept]
-            step.aux_logits = _join(answers)
+            fixed = prediction.detach(copy=True)
+            kept = [fixed] if objective == "match_teacher" else [*kept, fixed]
+            # of several draws as one, under the head as it is now where that learns
+            step.aux = fixed if len(kept) == 1 else fixed.with_states(torch.cat([one.states for one in kept]))
         if objective == "match_teacher":
-            loss = one.jeffreys(step.answers["teacher"], answer).mean()
+            loss = losses.jeffreys(step.teacher, prediction)
         else:
-            loss = one.denoising(answer, step.x_hat, label_smoothing)
+            loss = losses.denoising(prediction, step.x_hat, label_smoothing)
         step.aux_losses.append(loss.detach())
         yield loss
-
-
-def _join(answers: list[torch.Tensor] | list[Answer]) -> torch.Tensor | Answer:
-    """The auxiliary's answers at the draws of t as one; of a head that learns, under its last state."""
-    if len(answers) == 1:
-        return answers[0]
-    if isinstance(answers[0], Answer):
-        return Answer(torch.cat([answer.hidden for answer in answers]), answers[-1].weight)
-    return torch.cat(answers)
 
 
 @torch.no_grad()
 def auxiliary_pass(step: Step, aux: UrsaTransformer, grid: Grid) -> None:
     """Stage 6, its end: the updated auxiliary at x_t."""
-    step.aux_logits = (visual_answer if step.fused else visual_logits)(aux, step.txt_ids_at_t, step.x_t, grid)
-    if not step.fused:
-        require_finite("the auxiliary's logits", step.aux_logits)
+    step.aux = predict(aux, step.txt_ids_at_t, step.x_t, grid, step.dense)
 
 
 def distil_knowledge(step: Step, student: UrsaTransformer, grid: Grid) -> None:
-    """Stage 7: KL(p_T || p_St) with the student at x_t, mean over tokens."""
-    if step.fused:
-        step.student_at_t = visual_answer(student, step.txt_ids_at_t, step.x_t, grid)
-        return
-    step.kd = losses.kl(step.teacher_logits, visual_logits(student, step.txt_ids_at_t, step.x_t, grid)).mean()
+    """Stage 7: the student at x_t, for KL(p_T || p_St), which stage 9 adds as a mean over tokens."""
+    step.student_at_t = predict(student, step.txt_ids_at_t, step.x_t, grid, step.dense)
 
 
-def distillation_loss(
+def distillation_signal(
     step: Step,
     estimator: str = "dimo",
     beta: float | str = 0.5,
     baseline: Baseline | None = None,
     w_reinforce: float = 0.0,
 ) -> None:
-    """Stage 8: a scalar whose gradient on z_S is the distillation gradient.
+    """Stage 8: which gradient stage 9 sends to the student's logits z_S at x_init.
 
-    `dimo`: <stopgrad(g), z_S> with g the exact gradient of D_beta on the auxiliary's logits, per token; beta a number,
-    or "time": beta = t, forward KL near the noise, where all videos are open and coverage is decided, reverse KL near
-    the data, where tokens must agree. `w_reinforce` adds a policy gradient whose reward per token is
-    log p_T(x_hat) - log p_A(x_hat).
-    `reinforce`: reward per sample -Jeffreys(p_T, p_A), with an EMA baseline or (baseline None) leave-one-out.
-    Gradients and rewards are means over the draws of t.
+    `dimo`: the exact gradient of D_beta on the auxiliary's logits, per token; beta a number, or "time": beta = t,
+    forward KL near the noise, where all videos are open and coverage is decided, reverse KL near the data, where tokens
+    must agree. `w_reinforce` adds a policy gradient whose reward per token is log p_T(x_hat) - log p_A(x_hat).
+    `reinforce`: the policy gradient with reward -Jeffreys(p_T, p_A) per sample, and an EMA baseline or (baseline None)
+    leave-one-out. Gradients and rewards are means over the draws of t.
     """
-    if estimator not in ("dimo", "reinforce"):
-        raise DimoError(f"estimator must be 'dimo' or 'reinforce', got {estimator!r}")
-    if beta == "time":
-        beta = step.t.view(len(step.t), -1, 1)  # (R B, 1 or N, 1)
-    if step.fused:
-        _choose(step, estimator, beta, baseline, w_reinforce)
-        return
-    samples = len(step.student_logits)
-    require_shape("aux_logits", step.aux_logits, (len(step.teacher_logits), *step.student_logits.shape[1:]))
-    with torch.no_grad():
-        step.reward = over_draws(-losses.jeffreys(step.teacher_logits, step.aux_logits).mean(1), samples)
-    if estimator == "reinforce":
-        advantage, step.baseline = _advantage(step.reward, baseline)
-        step.distill = -(advantage[:, None] * step.logp).mean()
-        return
-    gradient = over_draws(losses.token_gradient(step.teacher_logits, step.aux_logits, beta), samples)
-    step.distill = (gradient * step.student_logits).sum(-1).mean()
+    if estimator not in ESTIMATORS:
+        raise DimoError(f"estimator must be one of {', '.join(ESTIMATORS)}, got {estimator!r}")
+    ESTIMATORS[estimator](step, beta, baseline, w_reinforce)
+
+
+def _dimo(step: Step, beta: float | str, baseline: Baseline | None, w_reinforce: float) -> None:
+    step.beta = step.t.view(len(step.t), -1) if beta == "time" else beta
     if w_reinforce > 0:
-        with torch.no_grad():
-            x_hat = for_each_draw(step.x_hat, step.teacher_logits)
-            ratio = losses.log_prob(step.teacher_logits, x_hat) - losses.log_prob(step.aux_logits, x_hat)
-            ratio = over_draws(ratio, samples)
-        step.distill = step.distill - w_reinforce * (losses.leave_one_out(ratio) * step.logp).mean()
+        step.gaps = losses.gaps(step.teacher, step.aux, for_each_draw(step.x_hat, step.x_t))
+        advantage = losses.leave_one_out(over_draws(step.gaps.log_ratio, len(step.x_hat)))
+        step.w_policy, step.advantage = w_reinforce, for_each_draw(advantage, step.x_t)
 
 
-def _choose(step: Step, estimator: str, beta, baseline: Baseline | None, w_reinforce: float) -> None:
-    """Stage 8, fused: what stage 9 is to compute, and the advantage, which must be known before any gradient."""
-    by_policy = estimator == "reinforce"
-    step.felt = {"w_policy": 1.0 if by_policy else w_reinforce}
-    step.felt["beta"] = None if by_policy else beta.squeeze(-1) if isinstance(beta, torch.Tensor) else beta
-    if by_policy or w_reinforce > 0:
-        x_hat, samples = for_each_draw(step.x_hat, step.answers["teacher"].hidden), len(step.x_hat)
-        step.felt["known"] = gaps = fused.gaps(step.answers["teacher"], step.answers["aux"], x_hat)
-        if by_policy:
-            advantage, step.baseline = _advantage(_reward(gaps, samples), baseline)
-            advantage = advantage[:, None]
-        else:
-            advantage = losses.leave_one_out(over_draws(gaps.log_ratio, samples))
-        step.felt["advantage"] = for_each_draw(advantage, x_hat)
-
-
-def _reward(gaps: fused.Gaps, samples: int) -> torch.Tensor:
-    """(B,): -Jeffreys(p_T, p_A), the mean over tokens and draws of t."""
-    return over_draws(-(gaps.forward + gaps.reverse).mean(1), samples)
-
-
-def _advantage(reward: torch.Tensor, baseline: Baseline | None) -> tuple[torch.Tensor, torch.Tensor]:
+def _reinforce(step: Step, beta: float | str, baseline: Baseline | None, w_reinforce: float) -> None:
+    step.gaps = losses.gaps(step.teacher, step.aux, for_each_draw(step.x_hat, step.x_t))
+    reward = reward_of(step.gaps, len(step.x_hat))
     if baseline is None:
-        return losses.leave_one_out(reward), reward.mean()
-    value = baseline(reward)
-    return reward - value, value
+        advantage, step.baseline = losses.leave_one_out(reward), reward.mean()
+    else:
+        step.baseline = baseline(reward)
+        advantage = reward - step.baseline
+    step.w_policy, step.advantage = 1.0, for_each_draw(advantage[:, None], step.x_t)
+
+
+# Each sets of a step: beta (None leaves out the token-level gradient), w_policy, advantage and, if any, baseline.
+ESTIMATORS = {"dimo": _dimo, "reinforce": _reinforce}
+
+
+def reward_of(gaps: losses.Gaps, samples: int) -> torch.Tensor:
+    """(B,): -Jeffreys(p_T, p_A), the mean over tokens and draws of t, in nats per token."""
+    return over_draws(-(gaps.forward + gaps.reverse).mean(1), samples)
 
 
 def total_loss(step: Step, w_distill: float = 1.0, w_kd: float = 0.0, lambda_ent: float | torch.Tensor = 0.0) -> None:
     """Stage 9: L = w_distill L_8 + w_kd L_7 - lambda_ent H, whose gradient updates the student."""
-    if step.fused:
-        student, teacher, aux = (step.answers[name] for name in ("student", "teacher", "aux"))
-        # of several draws of t each meets the student's answer, so that the means over samples are over draws too
-        of_student = (student.hidden, step.x_hat, step.logp, step.entropy)
-        hidden, x_hat, logp, entropy = (for_each_draw(x, teacher.hidden) for x in of_student)
-        made = fused.student_losses(
-            Answer(hidden, student.weight), teacher, aux, x_hat, logp, entropy,
-            student_at_t=step.student_at_t, w_distill=w_distill, w_kd=w_kd, lambda_ent=float(lambda_ent), **step.felt,
-        )  # fmt: skip
-        step.loss, step.distill, step.kd, step.gaps = made.total, made.distill, made.kd, made.gaps
-        step.reward = _reward(made.gaps, len(step.x_hat))
-    else:
-        step.loss = w_distill * step.distill - lambda_ent * step.entropy.mean()
-        if step.kd is not None:
-            step.loss = step.loss + w_kd * step.kd
+    # of several draws of t each meets the student's prediction, so that the means over samples are over draws too
+    draws = len(step.x_t) // len(step.x_hat)
+    x_hat, logp, entropy = (for_each_draw(x, step.x_t) for x in (step.x_hat, step.logp, step.entropy))
+    made = losses.student_loss(
+        step.student.repeat(draws), step.teacher, step.aux, x_hat, logp, entropy, beta=step.beta,
+        student_at_t=step.student_at_t, advantage=step.advantage, known=step.gaps, w_distill=w_distill,
+        w_policy=step.w_policy, w_kd=w_kd, lambda_ent=float(lambda_ent),
+    )  # fmt: skip
+    step.loss, step.distill, step.kd, step.gaps = made.total, made.distill, made.kd, made.gaps
+    step.reward = reward_of(made.gaps, len(step.x_hat))
     require_finite("the student's loss", step.loss)
-
-
-@torch.no_grad()
-def gap_metrics(step: Step, student: UrsaTransformer, grid: Grid) -> dict[str, torch.Tensor]:
-    """Entropies of teacher and auxiliary at x_t, their total variation, and the student's KL there, means over tokens.
-
-    The KL costs a pass of the student where stage 7 has not run.
-    """
-    if step.fused:
-        teacher, aux, tv = step.gaps.entropy_teacher, step.gaps.entropy_aux, step.gaps.total_variation
-    else:
-        teacher, aux = losses.token_entropy(step.teacher_logits), losses.token_entropy(step.aux_logits)
-        tv = losses.total_variation(step.teacher_logits, step.aux_logits)
-    ask, one = (visual_answer, fused) if step.fused else (visual_logits, losses)
-    kd = step.kd
-    if kd is None:
-        kd = one.kl(step.answers["teacher"], ask(student, step.txt_ids_at_t, step.x_t, grid))
-    return {
-        "entropy/teacher": teacher.mean(),
-        "entropy/aux": aux.mean(),
-        "gap/aux_teacher_tv": tv.mean(),
-        "gap/student_teacher_kl": kd.mean(),
-    }

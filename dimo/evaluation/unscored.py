@@ -14,8 +14,7 @@ import torch
 
 from dimo.errors import require_shape
 from dimo.files import save_file, whole_file
-from dimo.ursa import Ursa, UrsaTransformer
-from dimo.ursa.answer import entropy, guide_answer, log_prob, visual_answer
+from dimo.ursa import Ursa, UrsaTransformer, predict
 from dimo.ursa.chunks import tokens_at_once
 
 COLUMNS = ("seconds_per_video", "codes_used", "token_entropy", "teacher_nll", "diversity")
@@ -55,10 +54,11 @@ def pass_entropy(
     videos = max(1, tokens_at_once(codebook_size, x_t.device) // x_t.shape[1])
     parts = []
     for ids, x in zip(txt_ids.split(videos), x_t.split(videos)):
-        answer = visual_answer(network, ids, x, grid)
+        prediction = predict(network, ids, x, grid)
         if guidance_scale > 1:
-            answer = guide_answer(answer, visual_answer(network, uncond_ids.expand_as(ids), x, grid), guidance_scale)
-        parts.append(entropy(answer))
+            uncond = predict(network, uncond_ids.expand_as(ids), x, grid)
+            prediction = prediction.guided(uncond, guidance_scale)
+        parts.append(prediction.entropy())
     return torch.cat(parts)
 
 
@@ -78,8 +78,8 @@ def teacher_nll(
     total = torch.zeros(len(codes), device=codes.device)
     for t in times:
         for i, (ids, x_1) in enumerate(zip(txt_ids.split(1), codes.split(1))):
-            answer = visual_answer(ursa.transformer, ids, ursa.path.sample(x_1, t, generator), grid)
-            total[i] -= log_prob(answer, x_1).mean()
+            prediction = predict(ursa.transformer, ids, ursa.path.sample(x_1, t, generator), grid)
+            total[i] -= prediction.log_prob(x_1).mean()
     return total / len(times)
 
 

@@ -26,13 +26,10 @@ def measured(step: Step) -> dict[str, torch.Tensor]:
         "reward/baseline": step.baseline if step.baseline is not None else step.reward.mean(),
         "t/mean": step.t.mean(),
         "x_init/corrupt_share": step.corrupted.float().mean(),
+        "entropy/teacher": step.gaps.entropy_teacher.mean(),
+        "entropy/aux": step.gaps.entropy_aux.mean(),
+        "gap/aux_teacher_tv": step.gaps.total_variation.mean(),
     }
-    if step.gaps is not None:
-        values |= {
-            "entropy/teacher": step.gaps.entropy_teacher.mean(),
-            "entropy/aux": step.gaps.entropy_aux.mean(),
-            "gap/aux_teacher_tv": step.gaps.total_variation.mean(),
-        }
     return values if step.kd is None else values | {"gap/student_teacher_kl": step.kd}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator
@@ -10,31 +11,21 @@ import torch
 
 from dimo.config import Config
 from dimo.config.older import as_begun
-from dimo.distill import stages
-from dimo.distill.losses import beta_of
+from dimo.distill import losses, stages
 from dimo.distill.schedules import Baseline, EntropyController, XInit, fade
 from dimo.distill.stages import Step
-from dimo.errors import NonFiniteError, require_finite, trusted_values
+from dimo.distill.step import Networks, nine_stages
+from dimo.errors import NonFiniteError, trusted_values
 from dimo.run.folder import RunFolder
-from dimo.train.engine import Engine, Learner, load_whole, local, reshard
+from dimo.train.engine import Engine, load_whole, local, reshard
 from dimo.train.guards import Guard
 from dimo.train.loop import run_training
 from dimo.train.metrics import MEASURED, Averages, measured
 from dimo.train.optimizers import lr_factor, make_optimizers, warm_ema_decay
 from dimo.train.prompts import WorldPrompts, open_prompts
-from dimo.ursa import Ursa, UrsaTransformer, load_ursa
+from dimo.ursa import Ursa, load_ursa
 from dimo.ursa.cpu import keep_memory
 from dimo.worlds import checkpoint_folder, is_world, load_world, require_world
-
-
-@dataclasses.dataclass
-class Networks:
-    """Teacher (frozen), student, auxiliary, and the student's moving average (frozen)."""
-
-    teacher: UrsaTransformer
-    student: UrsaTransformer
-    aux: UrsaTransformer
-    ema: UrsaTransformer
 
 
 class Trainer:
@@ -45,7 +36,8 @@ class Trainer:
 
     def __init__(self, config: Config, ursa: Ursa | None = None, prompts: WorldPrompts | None = None):
         self.config = config = as_begun(config)
-        d, o = config.distill, config.optim
+        self.settings = d = config.distill
+        o = config.optim
         self.engine = Engine(config)
         self.accelerator, self.device = self.engine.accelerator, self.engine.device
         if self.device.type == "cpu":
@@ -86,12 +78,12 @@ class Trainer:
             d.lambda_ent, d.lambda_ent_high, d.entropy_floor, d.ent_anneal_from, d.ent_anneal_to
         )
         self.baseline = Baseline(d.baseline_decay) if d.baseline == "ema" else None
-        self.beta = beta_of(d.divergence)
+        self.beta = d.beta()
         self.generator = torch.Generator(self.device)
         self.lambda_ent = d.lambda_ent
-        # logits are not made where a batch's would be larger than 128 MiB, or bf16 would round them
+        # logits are not kept where a batch's would be larger than 128 MiB, or bf16 would round them
         large = d.t_draws * d.batch_size_per_gpu * self.num_visual_tokens * self.path.codebook_size > 2**25
-        self.fused = large or config.training.mixed_precision == "bf16"
+        self.dense = not large and config.training.mixed_precision == "no"
         self.guard = Guard(self.engine, config.training.max_bad_steps)
         self.averages = Averages()
         self.events: list[dict] = []  # {"step", "event", ...}: whoever runs the steps takes them away
@@ -123,12 +115,13 @@ class Trainer:
         self.student.set_lr_factor(factor)
         self.aux.set_lr_factor(lr_factor(c.optim, index, last, c.optim.aux_min_lr_share))
         self.x_init.fade = fade(index, 0, c.distill.p_corrupt_fade * last)
-        steps = [Step(fused=self.fused) for _ in range(c.training.gradient_accumulation_steps)]
+        steps = [Step(dense=self.dense) for _ in range(c.training.gradient_accumulation_steps)]
         norms = {"grad_norm/student": math.nan, "grad_norm/aux": math.nan}
         baseline = self.baseline.state_dict() if self.baseline else None
         try:
-            for number, step in self._nine_stages(index, steps, norms):
-                yield number, step, {}
+            for number, step in nine_stages(self, index, steps, norms):
+                if number < 9:
+                    yield number, step, {}
             self.guard.count(None)
             for step in steps:
                 self.averages.add(measured(step))
@@ -146,87 +139,23 @@ class Trainer:
         """Of (seed, rank, step), so that a resumed run draws what the run would have drawn."""
         return ((self.config.experiment.seed * 1_000_003 + index) * 4099 + self.engine.rank) % 2**63
 
-    def _nine_stages(self, index: int, steps: list[Step], norms: dict) -> Iterator[tuple[int, Step]]:
-        """Yields after each of the stages 1 to 8; `steps` are the parts of the batch. Fills in the gradient norms.
+    def draw_prompts(self) -> torch.Tensor:
+        """Stage 1's txt_ids (B, L)."""
+        return self.prompts.batch(self.settings.batch_size_per_gpu, self.generator)
 
-        Autocast is on inside the stages alone, so that whoever walks is not left in it.
-        """
-        d, n, g, grid = self.config.distill, self.networks, self.generator, self.grid
-        before_pass, entropy, parts = [], 0.0, len(steps)
-        for step in steps:
-            with self.guard.agreed():
-                # 1 prompts; a guided teacher's student must know the empty prompt too
-                step.txt_ids = self.prompts.batch(d.batch_size_per_gpu, g)
-                if d.guidance_scale != 1 and d.empty_prompt_share > 0:
-                    drop = torch.rand(d.batch_size_per_gpu, generator=g, device=self.device) < d.empty_prompt_share
-                    step.txt_ids = torch.where(drop[:, None], self.empty_ids, step.txt_ids)
-                yield 1, step
-                # 2 x_init
-                stages.draw_x_init(step, self.x_init, self.num_visual_tokens, g)
-                yield 2, step
-                # 3 the student's one pass; of several parts only x_hat is kept, and each passes again before stage 7
-                before_pass.append(g.get_state())
-                passed = step if parts == 1 else dataclasses.replace(step)
-                with self.engine.autocast(), torch.set_grad_enabled(parts == 1):
-                    stages.student_pass(passed, n.student, grid, g)
-                step.x_hat, entropy = passed.x_hat, entropy + passed.entropy.detach().mean() / parts
-                self.x_init.remember(step.x_hat, step.txt_ids)
-                yield 3, step
-                # 4 x_t
-                t = stages.draw_t(
-                    d.batch_size_per_gpu, grid, index, d.t_curriculum_steps, d.t_per, g, self.device, d.t_power,
-                    d.t_draws,
-                )  # fmt: skip
-                stages.renoise(step, self.path, t, g)
-                yield 4, step
-                # 5 teacher
-                with self.engine.autocast():
-                    stages.teacher_pass(step, n.teacher, grid, d.guidance_scale, d.guidance_trunc, self.uncond_ids)
-                yield 5, step
-        # 6 auxiliary: its updates, then (below) its answer at x_t
-        aux_losses = [
-            stages.auxiliary_losses(
-                step, n.aux, self.path, grid, d.aux_objective, d.aux_steps, d.label_smoothing,
-                d.empty_prompt_share, self.empty_ids, g, d.aux_pass == "shared", d.t_per,
-            )
-            for step in steps
-        ]  # fmt: skip
-        for _ in range(d.aux_steps):
-            for part, losses in enumerate(aux_losses):
-                with self.engine.autocast():
-                    loss = next(losses)
-                self.aux.backward(loss / parts, last=part == parts - 1)
-            norms["grad_norm/aux"] = self._update(self.aux, "auxiliary")
-        if d.lambda_ent > 0:
-            self._set_entropy_bonus(index, entropy)
-        for part, step in enumerate(steps):
-            if parts > 1:
-                again = torch.Generator(self.device)
-                again.set_state(before_pass[part])
-                with self.guard.agreed(), self.engine.autocast():
-                    stages.student_pass(step, n.student, grid, again)
-            if d.aux_pass == "own":
-                with self.guard.agreed(), self.engine.autocast():
-                    stages.auxiliary_pass(step, n.aux, grid)
-            yield 6, step
-            with self.guard.agreed():
-                # 7 knowledge distillation, only where it counts
-                if d.w_kd > 0 and index % d.kd_every == 0:
-                    with self.engine.autocast():
-                        stages.distil_knowledge(step, n.student, grid)
-                yield 7, step
-                # 8 the distillation gradient
-                stages.distillation_loss(step, d.estimator, self.beta, self.baseline, d.w_reinforce)
-                yield 8, step
-                # 9 the student's update
-                stages.total_loss(step, d.w_distill, d.w_kd, self.lambda_ent)
-            self.student.backward(step.loss / parts, last=part == parts - 1)
-        norms["grad_norm/student"] = self._update(self.student, "student")
-        self._update_ema(index)
-        if self.baseline and self.baseline.value is not None:
-            self.baseline.value = self.engine.mean(self.baseline.value)  # one baseline for all processes
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """The precision of the passes."""
+        return self.engine.autocast()
 
-    def _set_entropy_bonus(self, index: int, entropy: torch.Tensor) -> None:
+    def agreed(self) -> contextlib.AbstractContextManager:
+        """Around stages: a NonFiniteError in one process is raised in all."""
+        return self.guard.agreed()
+
+    def mean(self, value: torch.Tensor) -> torch.Tensor:
+        """Over all processes."""
+        return self.engine.mean(value)
+
+    def set_entropy_bonus(self, index: int, entropy: torch.Tensor) -> None:
         """lambda_ent from the entropy over all processes; its rise and its fall are events."""
         raised, before = self.entropy_bonus.raised, self.lambda_ent
         entropy = self.engine.mean(entropy).item()
@@ -236,14 +165,9 @@ class Trainer:
             change = {"was": before, "is": self.lambda_ent, "entropy": entropy}
             self.events.append({"step": index + 1, "event": event, **change})
 
-    def _update(self, learner: Learner, name: str) -> torch.Tensor:
-        norm = learner.gradient_norm()
-        require_finite(f"the norm of the {name}'s gradient", norm)  # the same norm in every process
-        learner.update(norm)
-        return norm
-
     @torch.no_grad()
-    def _update_ema(self, index: int) -> None:
+    def update_ema(self, index: int) -> None:
+        """Move the average towards the student."""
         decay = warm_ema_decay(self.config.optim.ema_decay, index)
         reshard(self.networks.ema)
         pairs = zip(self.networks.ema.parameters(), self.networks.student.parameters())
@@ -254,14 +178,12 @@ class Trainer:
     def metrics(self, step: Step) -> dict[str, float]:
         """Means over the steps since the last call, their parts and all processes; collective.
 
-        What a step does not compute anyway is of `step`, the latest, alone: gaps and entropies at x_t where logits are
-        made whole, KL(p_T || p_St) without stage 7 (one more pass of the student), and codes/used. Where no step was
-        finite, or for these the latest was not, they are NaN.
+        What a step does not compute anyway is of `step`, the latest, alone: KL(p_T || p_St) without stage 7 (one more
+        pass of the student), and codes/used. Where no step was finite, or for these the latest was not, they are NaN.
         """
         means = dict.fromkeys([*MEASURED, "reward/square"], torch.tensor(math.nan, device=self.device))
         if not self.guard.in_a_row:
-            with self.engine.autocast():
-                means |= stages.gap_metrics(step, self.networks.student, self.grid)
+            means["gap/student_teacher_kl"] = self._student_teacher_kl(step)
             means["codes/used"] = torch.tensor(float(step.x_hat.unique().numel()), device=self.device)
             means |= measured(step)  # for who asks a second time of one step, when there is nothing left to average
         means |= self.averages.take()
@@ -270,6 +192,14 @@ class Trainer:
         means["reward/std"] = math.sqrt(max(means.pop("reward/square") - means["reward/mean"] ** 2, 0.0))
         means["loss/kd"] = means["gap/student_teacher_kl"]
         return means | {"lambda_ent": self.lambda_ent} | self.prompts.metrics()
+
+    def _student_teacher_kl(self, step: Step) -> torch.Tensor:
+        if step.kd is not None:
+            return step.kd
+        at_t = dataclasses.replace(step)
+        with self.engine.autocast():
+            stages.distil_knowledge(at_t, self.networks.student, self.grid)
+        return losses.kl(at_t.teacher, at_t.student_at_t)
 
     def state(self) -> tuple[dict, dict]:
         """(tensors by network, all else that the processes share) of a checkpoint; whole, whatever the engine.

@@ -8,25 +8,29 @@ from dimo.ursa.inputs import (
     visual_logits,
 )
 from dimo.ursa.loading import Ursa, load_ursa, save_student
+from dimo.ursa.prediction import Chunked, Dense, Prediction, Sparse, predict
 from dimo.ursa.probability_path import MetricPath, MixturePath, categorical
-from dimo.ursa.sampler import draw_codes, guide, jump, sample, timesteps
+from dimo.ursa.sampler import jump, sample, timesteps
 from dimo.ursa.transformer import UrsaConfig, UrsaTransformer
 
 __all__ = [
+    "Chunked",
+    "Dense",
     "MetricPath",
     "MixturePath",
+    "Prediction",
+    "Sparse",
     "Ursa",
     "UrsaConfig",
     "UrsaInputs",
     "UrsaTransformer",
     "build_ursa_inputs",
     "categorical",
-    "draw_codes",
     "extract_visual_logits",
-    "guide",
     "jump",
     "latents_shape_for",
     "load_ursa",
+    "predict",
     "sample",
     "save_student",
     "timesteps",

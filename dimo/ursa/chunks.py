@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 # float32 products are exact on purpose (path, losses): torch need not propose TF32, which rounds them to ten bits
 warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
@@ -68,6 +67,13 @@ def on_device(function: Callable, x: torch.Tensor) -> Callable:
     return _compiled(function) if x.is_cuda and _compiles.get() else function
 
 
+def inverse_cdf(prob: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """The index (...) at which the sum of prob (..., K) first exceeds u (...) of the whole, u float64 in [0, 1)."""
+    cumulative = prob.cumsum(-1, dtype=torch.float64)
+    at = u.unsqueeze(-1) * cumulative[..., -1:]
+    return torch.searchsorted(cumulative, at, right=True).squeeze(-1).clamp(max=prob.shape[-1] - 1)
+
+
 def pick(logits: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     """One index per row from softmax(logits): the inverse of the distribution function at u.
 
@@ -82,6 +88,8 @@ def pick(logits: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
         (n,) in [0, K).
     """
     n, codes = logits.shape
+    if codes <= BLOCK:
+        return inverse_cdf(logits.softmax(-1), u)
     blocks = math.ceil(codes / BLOCK)
     top = logits.amax(-1, keepdim=True)
     if codes % BLOCK:
@@ -95,26 +103,3 @@ def pick(logits: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     inside = (inside - top).exp().double().cumsum(-1)
     at = torch.minimum(at - before, inside[:, -1:] * (1 - 1e-15))  # the two sums of a block differ by rounding
     return (block * BLOCK + (inside <= at).sum(-1, keepdim=True)).squeeze(-1)
-
-
-def by_tokens(function: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
-    """function(*tensors) without full-size temporaries, where it treats every token by itself.
-
-    Args:
-        function: takes tensors (n, ...) of n tokens, returns (n, ...).
-        tensors: each (B, N, ...); the first holds the logits, (B, N, K).
-
-    Returns:
-        (B, N, ...). Gradients flow; each chunk is computed again in the backward pass instead of being remembered.
-    """
-    batch, tokens, codes = tensors[0].shape
-    chunk = tokens_at_once(codes, tensors[0].device)
-    if batch * tokens <= chunk:
-        return function(*tensors)
-    remember = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    samples = []
-    for sample in zip(*(x.unbind(0) for x in tensors)):
-        parts = zip(*(x.split(chunk) for x in sample))
-        done = [checkpoint(function, *p, use_reentrant=False) if remember else function(*p) for p in parts]
-        samples.append(torch.cat(done))
-    return torch.stack(samples)

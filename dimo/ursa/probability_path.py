@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from dimo.errors import DimoError, require_ids, require_shape, require_time
-from dimo.ursa.chunks import FEW_CODES, chunks, on_device, pick, tokens_at_once
+from dimo.ursa.chunks import FEW_CODES, chunks, inverse_cdf, on_device, pick, tokens_at_once
 
 
 def categorical(prob: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -24,13 +24,6 @@ def categorical(prob: torch.Tensor, generator: torch.Generator | None = None) ->
     which draws a number per entry, takes half of a training step on a CPU.
     """
     return inverse_cdf(prob, torch.rand(prob.shape[:-1], generator=generator, device=prob.device, dtype=torch.float64))
-
-
-def inverse_cdf(prob: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """The index (...) at which the sum of prob (..., K) first exceeds u (...) of the whole, u float64 in [0, 1)."""
-    cumulative = prob.cumsum(-1, dtype=torch.float64)
-    at = u.unsqueeze(-1) * cumulative[..., -1:]
-    return torch.searchsorted(cumulative, at, right=True).squeeze(-1).clamp(max=prob.shape[-1] - 1)
 
 
 def _time_like(t: torch.Tensor | float, x: torch.Tensor) -> torch.Tensor:

@@ -9,10 +9,9 @@ import math
 import torch
 
 from dimo.errors import DimoError, require_finite, require_shape
-from dimo.ursa.answer import Answer, draw, guide_answer, most_likely, visual_answer
-from dimo.ursa.chunks import FEW_CODES, by_tokens
-from dimo.ursa.inputs import visual_logits
-from dimo.ursa.probability_path import MetricPath, MixturePath, inverse_cdf
+from dimo.ursa.chunks import FEW_CODES
+from dimo.ursa.prediction import Chunked, Dense, Prediction, predict
+from dimo.ursa.probability_path import MetricPath, MixturePath
 
 log = logging.getLogger(__name__)
 
@@ -43,39 +42,31 @@ def warn_if_guided_again(guidance_scale: float, guidance_trunc: float = 1.0) -> 
         )  # fmt: skip
 
 
-def guide(cond: torch.Tensor, uncond: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
-    """Classifier-free guidance on logits: u + w (c - u), all (B, N, K); w a number or (B, 1 or N, 1)."""
-    require_shape("uncond", uncond, tuple(cond.shape))
-    return uncond + scale * (cond - uncond)
-
-
-def draw_codes(logits: torch.Tensor, generator: torch.Generator | None = None):
-    """One code per token from softmax(logits): (B, N, K) -> (B, N). One uniform number a token decides."""
-    u = torch.rand(logits.shape[:-1], generator=generator, device=logits.device, dtype=torch.float64)
-    return by_tokens(lambda z, u: inverse_cdf(z.float().softmax(-1), u), logits, u)
-
-
 def jump(
     path: MetricPath | MixturePath,
-    logits: torch.Tensor | Answer,
+    prediction: Prediction | torch.Tensor,
     x_t: torch.Tensor,
     t: float,
     t_next: float | None,
     generator: torch.Generator | None = None,
     argmax: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One sampling step: logits (B, N, K) or an `Answer` at x_t (B, N) -> (x at t_next, the predicted clean codes x_1).
+    """One sampling step: what a network predicts at x_t (B, N) -> (x at t_next, the predicted clean codes x_1).
 
-    With t_next None this is the last step, and x_1 itself is the answer. `argmax` takes the most likely x_1.
+    Args:
+        prediction: a `Prediction`, or logits (B, N, K).
+        t_next: None in the last step, whose x_1 is the result.
+        argmax: take the most likely x_1 in place of a draw.
     """
-    if isinstance(logits, Answer):
-        require_shape("the answer's head", logits.weight, (path.codebook_size, "D"))
-        require_finite("hidden states", logits.hidden)
-        x_1 = most_likely(logits) if argmax else draw(logits, generator)[0]
-    else:
-        require_shape("logits", logits, (*x_t.shape, path.codebook_size))
-        require_finite("logits", logits)
-        x_1 = logits.argmax(-1) if argmax else draw_codes(logits, generator)
+    if isinstance(prediction, torch.Tensor):
+        prediction = Dense(prediction)
+    if (*prediction.shape, prediction.codebook_size) != (*x_t.shape, path.codebook_size):
+        raise DimoError(
+            f"the prediction must be about {tuple(x_t.shape)} tokens of {path.codebook_size} codes, got {prediction!r}"
+        )
+    if isinstance(prediction, Dense | Chunked):
+        require_finite("logits" if isinstance(prediction, Dense) else "hidden states", prediction.states)
+    x_1 = prediction.argmax() if argmax else prediction.sample(generator)[0]
     return (x_1 if t_next is None else path.jump(x_1, x_t, t, t_next - t, generator)), x_1
 
 
@@ -118,15 +109,16 @@ def sample(
         raise DimoError("uncond_ids is needed when guidance_scale > 1: the ids of the empty or the negative prompt")
 
     x_t, times = x_init, timesteps(steps, shift)
-    ask, combine = (visual_logits, guide) if path.codebook_size <= FEW_CODES else (visual_answer, guide_answer)
+    dense = path.codebook_size <= FEW_CODES
     for i, t in enumerate(times):
         if guidance_scale > 1 and t < guidance_trunc:
-            both = ask(transformer, torch.cat([txt_ids, uncond_ids]), x_t.repeat(2, 1), latents_shape)
-            logits = combine(*both.chunk(2), guidance_scale)
+            both = predict(transformer, torch.cat([txt_ids, uncond_ids]), x_t.repeat(2, 1), latents_shape, dense)
+            cond, uncond = both.chunk(2)
+            prediction = cond.guided(uncond, guidance_scale)
         else:
-            logits = ask(transformer, txt_ids, x_t, latents_shape)
+            prediction = predict(transformer, txt_ids, x_t, latents_shape, dense)
         t_next = times[i + 1] if i + 1 < steps else None
-        x_next, x_1 = jump(path, logits, x_t, t, t_next, generator, argmax)
+        x_next, x_1 = jump(path, prediction, x_t, t, t_next, generator, argmax)
         if trajectory is not None:
             trajectory.t.append(t)
             trajectory.x_t.append(x_t)

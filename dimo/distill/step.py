@@ -1,0 +1,170 @@
+"""One training step: the nine stages in order, as the README's table lists them.
+
+It knows nothing of files, captions or progress, nor how many processes train: whoever runs it brings a `Distillation`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+
+from dimo.config.schema import Distill
+from dimo.distill import stages
+from dimo.distill.schedules import Baseline, XInit
+from dimo.distill.stages import Grid, Step
+from dimo.errors import require_finite
+from dimo.ursa import MetricPath, MixturePath, UrsaTransformer
+
+
+@dataclasses.dataclass
+class Networks:
+    """Teacher (frozen), student, auxiliary, and the student's moving average (frozen)."""
+
+    teacher: UrsaTransformer
+    student: UrsaTransformer
+    aux: UrsaTransformer
+    ema: UrsaTransformer
+
+
+class Learner(Protocol):
+    """A network with its optimizer."""
+
+    def backward(self, loss: torch.Tensor, last: bool = True) -> None:
+        """Add the loss's gradient; `last` of those before the update."""
+
+    def gradient_norm(self) -> torch.Tensor:
+        """The norm of the gradient, averaged over the processes."""
+
+    def update(self, norm: torch.Tensor) -> None:
+        """Clip by the norm, step, and forget the gradient."""
+
+
+class Distillation(Protocol):
+    """What a step reads and changes. `dimo.train.trainer.Trainer` is one."""
+
+    networks: Networks
+    student: Learner
+    aux: Learner
+    path: MetricPath | MixturePath
+    grid: Grid
+    num_visual_tokens: int
+    settings: Distill
+    beta: float | str  # of D_beta
+    x_init: XInit
+    baseline: Baseline | None
+    lambda_ent: float  # may change during the step: `set_entropy_bonus`
+    empty_ids: torch.Tensor  # (1, L): the empty prompt
+    uncond_ids: torch.Tensor  # (1, L): what guidance leads away from
+    generator: torch.Generator
+
+    def draw_prompts(self) -> torch.Tensor:
+        """Stage 1's txt_ids (B, L)."""
+
+    def set_entropy_bonus(self, index: int, entropy: torch.Tensor) -> None:
+        """Set `lambda_ent` from the student's mean token entropy, a scalar in nats."""
+
+    def update_ema(self, index: int) -> None:
+        """Move the average towards the student."""
+
+    def mean(self, value: torch.Tensor) -> torch.Tensor:
+        """Over all processes."""
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """The precision of the passes."""
+
+    def agreed(self) -> contextlib.AbstractContextManager:
+        """Around stages: a NonFiniteError in one process is raised in all."""
+
+
+def nine_stages(run: Distillation, index: int, steps: list[Step], norms: dict[str, torch.Tensor]) -> Iterator[tuple]:
+    """Step `index` of a run, stopping after each stage: yields (its number, the `Step` so far).
+
+    The batch may have several parts, a `Step` each: stages 1 to 5 go part by part, then the auxiliary's updates, then
+    6 to 9 part by part, then the student's update. `norms` receives grad_norm/student and grad_norm/aux. Autocast is on
+    inside the stages alone, so that whoever stops between them is not left in it.
+    """
+    d, n, g, grid = run.settings, run.networks, run.generator, run.grid
+    before_pass, entropy, parts = [], 0.0, len(steps)
+    for step in steps:
+        with run.agreed():
+            # 1 prompts; a guided teacher's student must know the empty prompt too
+            step.txt_ids = run.draw_prompts()
+            if d.guidance_scale != 1 and d.empty_prompt_share > 0:
+                drop = torch.rand(len(step.txt_ids), generator=g, device=step.txt_ids.device) < d.empty_prompt_share
+                step.txt_ids = torch.where(drop[:, None], run.empty_ids, step.txt_ids)
+            yield 1, step
+            # 2 x_init
+            stages.draw_x_init(step, run.x_init, run.num_visual_tokens, g)
+            yield 2, step
+            # 3 the student's one pass; of several parts only x_hat is kept, and each passes again before stage 7
+            before_pass.append(g.get_state())
+            passed = step if parts == 1 else dataclasses.replace(step)
+            with run.autocast(), torch.set_grad_enabled(parts == 1):
+                stages.student_pass(passed, n.student, grid, g)
+            step.x_hat, entropy = passed.x_hat, entropy + passed.entropy.mean() / parts
+            run.x_init.remember(step.x_hat, step.txt_ids)
+            yield 3, step
+            # 4 x_t
+            t = stages.draw_t(
+                len(step.x_hat), grid, index, d.t_curriculum_steps, d.t_per, g, step.x_hat.device, d.t_power, d.t_draws
+            )
+            stages.renoise(step, run.path, t, g)
+            yield 4, step
+            # 5 teacher
+            with run.autocast():
+                stages.teacher_pass(step, n.teacher, grid, d.guidance_scale, d.guidance_trunc, run.uncond_ids)
+            yield 5, step
+    # 6 auxiliary: its updates, then (below) what it predicts at x_t
+    fits = [
+        stages.auxiliary_losses(
+            step, n.aux, run.path, grid, d.aux_objective, d.aux_steps, d.label_smoothing, d.empty_prompt_share,
+            run.empty_ids, g, d.aux_pass == "shared", d.t_per,
+        )
+        for step in steps
+    ]  # fmt: skip
+    for _ in range(d.aux_steps):
+        for part, losses in enumerate(fits):
+            with run.autocast():
+                loss = next(losses)
+            run.aux.backward(loss / parts, last=part == parts - 1)
+        norms["grad_norm/aux"] = _update(run.aux, "auxiliary")
+    if d.lambda_ent > 0:
+        run.set_entropy_bonus(index, entropy)
+    for part, step in enumerate(steps):
+        if parts > 1:
+            again = torch.Generator(g.device)
+            again.set_state(before_pass[part])
+            with run.agreed(), run.autocast():
+                stages.student_pass(step, n.student, grid, again)
+        if d.aux_pass == "own":
+            with run.agreed(), run.autocast():
+                stages.auxiliary_pass(step, n.aux, grid)
+        yield 6, step
+        with run.agreed():
+            # 7 knowledge distillation, only where it counts
+            if d.w_kd > 0 and index % d.kd_every == 0:
+                with run.autocast():
+                    stages.distil_knowledge(step, n.student, grid)
+            yield 7, step
+            # 8 the distillation gradient
+            stages.distillation_signal(step, d.estimator, run.beta, run.baseline, d.w_reinforce)
+            yield 8, step
+            # 9 the student's update
+            stages.total_loss(step, d.w_distill, d.w_kd, run.lambda_ent)
+        run.student.backward(step.loss / parts, last=part == parts - 1)
+    norms["grad_norm/student"] = _update(run.student, "student")
+    run.update_ema(index)
+    if run.baseline and run.baseline.value is not None:
+        run.baseline.value = run.mean(run.baseline.value)  # one baseline for all processes
+    yield 9, steps[-1]
+
+
+def _update(learner: Learner, name: str) -> torch.Tensor:
+    norm = learner.gradient_norm()
+    require_finite(f"the norm of the {name}'s gradient", norm)  # the same norm in every process
+    learner.update(norm)
+    return norm

@@ -1,0 +1,294 @@
+"""What a network says about the visual tokens: a distribution over the codebook for each of them.
+
+At 49x320x512 one float32 tensor of logits takes 8 GB, and the hidden states behind it 0.14 GB. So a prediction is read
+a few tokens at a time through `logits(rows)`, and its kinds differ in where those come from: `Dense` holds them,
+`Chunked` makes them from hidden states and the head, `Sparse` from the few codes that an exact teacher finds possible.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import torch
+from torch.nn import functional as F
+
+from dimo.errors import DimoError, require_ids, require_shape
+from dimo.ursa.chunks import on_device, pick, tokens_at_once
+from dimo.ursa.inputs import build_ursa_inputs, visual_logits
+
+
+class Prediction:
+    """Distributions over K codes of the tokens (B, N) of a batch; the token after (0, N - 1) is (1, 0)."""
+
+    shape: tuple[int, int]  # (B, N)
+    codebook_size: int  # K
+    device: torch.device
+
+    def _rows(self, rows: slice) -> torch.Tensor:
+        """Logits (n, K) of some of the B N tokens, float32."""
+        raise NotImplementedError
+
+    def logits(self, rows: slice | None = None) -> torch.Tensor:
+        """Logits (n, K) of some of the B N tokens, or those of all, (B, N, K), to look at; float32."""
+        if rows is not None:
+            return self._rows(rows)
+        return self._rows(slice(None)).unflatten(0, self.shape)
+
+    def detach(self, copy: bool = False) -> Prediction:
+        """The same without a graph; `copy`: it stays as it is, whatever happens to the weights behind it."""
+        raise NotImplementedError
+
+    def kernel(self, function: Callable) -> Callable:
+        """`function`, which works on chunks of these logits, compiled where that pays."""
+        return function
+
+    def row_chunks(self) -> Iterator[slice]:
+        """All tokens, as many at a time as a temporary may hold."""
+        count, size = self.shape[0] * self.shape[1], tokens_at_once(self.codebook_size, self.device)
+        return (slice(start, min(start + size, count)) for start in range(0, count, size))
+
+    @torch.no_grad()
+    def map(self, function: Callable[..., tuple[torch.Tensor, ...]], *tensors: torch.Tensor):
+        """function(logits (n, K), *pieces) -> tensors (n, ...), for all tokens: tensors (B, N, ...), without gradients.
+
+        Args:
+            tensors: (B, N, ...) each, cut like the logits.
+        """
+        for i, tensor in enumerate(tensors):
+            require_shape(f"tensors[{i}]", tensor, (*self.shape, *tensor.shape[2:]))
+        fixed, flat = self.detach(), [tensor.flatten(0, 1) for tensor in tensors]
+        one = self.kernel(function)
+        parts = [one(fixed._rows(rows), *(x[rows] for x in flat)) for rows in self.row_chunks()]
+        return tuple(torch.cat(part).unflatten(0, self.shape) for part in zip(*parts))
+
+    def sample(self, generator: torch.Generator | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Codes x (B, N) drawn token by token, and per token log p(x) and the entropy, in nats; without gradients.
+
+        One uniform number per token decides, drawn before any chunk is: the result does not depend on their size.
+        """
+        u = torch.rand(self.shape, generator=generator, device=self.device, dtype=torch.float64)
+        return self.map(_draw, u)
+
+    def argmax(self) -> torch.Tensor:
+        """The most likely code of every token, (B, N)."""
+        return self.map(_argmax)[0]
+
+    def log_prob(self, x: torch.Tensor) -> torch.Tensor:
+        """log p(x) in nats of codes x (B, N): (B, N), without gradients."""
+        require_shape("x", x, self.shape)
+        require_ids("x", x, self.codebook_size)
+        return self.map(_log_prob, x)[0]
+
+    def entropy(self) -> torch.Tensor:
+        """Of every token's distribution, in nats: (B, N), without gradients."""
+        return self.map(_entropy)[0]
+
+    def divergence(self, other: Prediction, beta: float) -> torch.Tensor:
+        """(1 - beta) KL(self || other) + beta KL(other || self) per token, in nats: (B, N), without gradients."""
+        require_same_tokens("other", other, self)
+        fixed, other = self.detach(), other.detach()
+        one = self.kernel(_divergence)
+        parts = [one(fixed._rows(rows), other._rows(rows), beta) for rows in self.row_chunks()]
+        return torch.cat(parts).view(self.shape)
+
+    def __repr__(self) -> str:
+        batch, tokens = self.shape
+        return f"{type(self).__name__}({batch} x {tokens} tokens, {self.codebook_size} codes, {self.device})"
+
+
+class _OfNetwork(Prediction):
+    """A prediction with states (B, N, ...) that gradients can go to, and from which logits follow linearly."""
+
+    states: torch.Tensor
+    head: torch.Tensor | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return tuple(self.states.shape[:2])
+
+    @property
+    def device(self) -> torch.device:
+        return self.states.device
+
+    def with_states(self, states: torch.Tensor) -> _OfNetwork:
+        """Other states under the same head."""
+        return dataclasses.replace(self, states=states)
+
+    def guided(self, uncond: _OfNetwork, scale: torch.Tensor | float) -> _OfNetwork:
+        """Classifier-free guidance u + w (c - u), this being c; w a number or (B, 1 or N, 1).
+
+        Logits are linear in the states, so that this costs one product with the head and not two.
+        """
+        require_shape("uncond's states", uncond.states, tuple(self.states.shape))
+        c, u = self.states.float(), uncond.states.float()
+        return self.with_states((u + scale * (c - u)).to(self.states.dtype))
+
+    def chunk(self, parts: int) -> list[_OfNetwork]:
+        """Cut along the batch."""
+        return [self.with_states(states) for states in self.states.chunk(parts)]
+
+    def repeat(self, times: int) -> _OfNetwork:
+        """The batch so many times over."""
+        return self if times == 1 else self.with_states(self.states.repeat(times, 1, 1))
+
+
+@dataclasses.dataclass(repr=False, eq=False)
+class Dense(_OfNetwork):
+    """Logits (B, N, K) themselves: for a few thousand codes."""
+
+    states: torch.Tensor
+    head: None = None
+
+    def __post_init__(self):
+        require_shape("logits", self.states, ("B", "N", "K"))
+
+    @property
+    def codebook_size(self) -> int:
+        return self.states.shape[-1]
+
+    def _rows(self, rows: slice) -> torch.Tensor:
+        return self.states.flatten(0, 1)[rows].float()
+
+    def detach(self, copy: bool = False) -> Dense:
+        return Dense(self.states.detach())
+
+    def pull_back(self, d_logits: torch.Tensor, rows: slice, d_states: torch.Tensor, d_head=None, scale=1.0) -> None:
+        """d_states[rows] = d_logits: the states are the logits."""
+        d_states[rows] = d_logits
+
+
+@dataclasses.dataclass(repr=False, eq=False)
+class Chunked(_OfNetwork):
+    """Hidden states (B, N, D) and the head's rows (K, D) of the codes, from which logits are made when asked for."""
+
+    states: torch.Tensor
+    head: torch.Tensor
+
+    def __post_init__(self):
+        require_shape("hidden", self.states, ("B", "N", self.head.shape[-1]))
+
+    @property
+    def codebook_size(self) -> int:
+        return len(self.head)
+
+    def _rows(self, rows: slice) -> torch.Tensor:
+        return logits_of(self.states.flatten(0, 1)[rows], self.head)
+
+    def detach(self, copy: bool = False) -> Chunked:
+        """With the head in the dtype of the hidden states."""
+        return Chunked(self.states.detach(), self.head.detach().to(self.states.dtype, copy=copy))
+
+    def kernel(self, function: Callable) -> Callable:
+        return on_device(function, self.states)
+
+    def pull_back(
+        self, d_logits: torch.Tensor, rows: slice, d_states: torch.Tensor, d_head: torch.Tensor | None, scale: float
+    ) -> None:
+        """d_states[rows] = d_logits head, and d_head (K, D) float32 += scale d_logits^T hidden; None: it is frozen."""
+        torch.mm(d_logits, self.head, out=d_states[rows])
+        if d_head is None:
+            return
+        hidden = self.states.flatten(0, 1)[rows]
+        if d_logits.is_cuda and d_logits.dtype != torch.float32:
+            torch.addmm(d_head, d_logits.T, hidden, torch.float32, alpha=scale, out=d_head)
+        else:
+            d_head.addmm_(d_logits.T.float(), hidden.float(), alpha=scale)
+
+
+@dataclasses.dataclass(repr=False, eq=False)
+class Sparse(Prediction):
+    """What an exact teacher says: log-probabilities of S codes per token, and one floor for all the others.
+
+    Args:
+        codes: (B, N, S), different ones for each token.
+        log_p: (B, N, S), in nats.
+        floor: of every other code, in nats, so that the reverse KL stays finite. Need not be normalised with log_p.
+        codebook_size: K.
+    """
+
+    codes: torch.Tensor
+    log_p: torch.Tensor
+    floor: float
+    codebook_size: int
+
+    def __post_init__(self):
+        require_shape("codes", self.codes, ("B", "N", "S"))
+        require_shape("log_p", self.log_p, tuple(self.codes.shape))
+        require_ids("codes", self.codes, self.codebook_size)
+        if not -float("inf") < self.floor < 0:
+            raise DimoError(f"floor must be a finite log-probability below 0, got {self.floor}")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return tuple(self.codes.shape[:2])
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    def _rows(self, rows: slice) -> torch.Tensor:
+        codes, log_p = (x.flatten(0, 1)[rows] for x in (self.codes, self.log_p))
+        made = torch.full((len(codes), self.codebook_size), self.floor, device=self.device)
+        return made.scatter_(-1, codes, log_p.float())
+
+    def detach(self, copy: bool = False) -> Sparse:
+        return self
+
+
+def predict(
+    transformer, txt_ids: torch.Tensor, visual_tokens: torch.Tensor, latents_shape, dense: bool = False
+) -> Dense | Chunked:
+    """One pass of a transformer: codes (B, N) under prompts (B, L) -> what it says about the clean codes."""
+    if dense:
+        return Dense(visual_logits(transformer, txt_ids, visual_tokens, latents_shape))
+    inputs, config = build_ursa_inputs(transformer, txt_ids, visual_tokens, latents_shape), transformer.config
+    hidden = transformer.hidden(inputs.input_ids, inputs.rope_pos)[:, -(inputs.num_visual_tokens + 1) : -1]
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        hidden = hidden.to(torch.get_autocast_dtype(device))
+    weight, codes = transformer.lm_head.weight, config.vocab_size - config.lm_vocab_size
+    return Chunked(hidden, weight if len(weight) == codes else weight[-codes:])  # a slice's gradient is a copy more
+
+
+def require_same_tokens(name: str, prediction: Prediction, as_in: Prediction) -> None:
+    """Raise unless both are about as many samples, tokens and codes."""
+    got, want = ((*p.shape, p.codebook_size) for p in (prediction, as_in))
+    if got != want:
+        raise DimoError(f"{name} must predict (B, N, K) = {want}, got {got}")
+
+
+def logits_of(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """(n, D) and (K, D) -> float32 logits (n, K), never rounded to bfloat16 on a GPU."""
+    weight = weight.to(hidden.dtype)
+    if hidden.is_cuda and hidden.dtype != torch.float32 and not (hidden.requires_grad or weight.requires_grad):
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    return F.linear(hidden, weight).float()
+
+
+# What follows works on a chunk of float32 logits (n, K).
+
+
+def _draw(logits: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Codes (n,), their log-probability and the entropy."""
+    x, log_z = pick(logits, u), logits.logsumexp(-1, keepdim=True)
+    return x, _log_prob(logits, x, log_z)[0], _entropy(logits, log_z)[0]
+
+
+def _log_prob(logits: torch.Tensor, x: torch.Tensor, log_z: torch.Tensor | None = None) -> tuple[torch.Tensor]:
+    log_z = logits.logsumexp(-1, keepdim=True) if log_z is None else log_z
+    return ((logits.gather(-1, x.unsqueeze(-1)) - log_z).squeeze(-1),)
+
+
+def _entropy(logits: torch.Tensor, log_z: torch.Tensor | None = None) -> tuple[torch.Tensor]:
+    log_z = logits.logsumexp(-1, keepdim=True) if log_z is None else log_z
+    return (log_z.squeeze(-1) - ((logits - log_z).exp() * logits).sum(-1),)
+
+
+def _argmax(logits: torch.Tensor) -> tuple[torch.Tensor]:
+    return (logits.argmax(-1),)
+
+
+def _divergence(z_p: torch.Tensor, z_q: torch.Tensor, beta: float) -> torch.Tensor:
+    log_p, log_q = z_p.log_softmax(-1), z_q.log_softmax(-1)
+    return (((1 - beta) * log_p.exp() - beta * log_q.exp()) * (log_p - log_q)).sum(-1)
