@@ -26,7 +26,7 @@ def losses_of(seed: int, steps: int, fast: bool, *more: str) -> torch.Tensor:
     with tempfile.TemporaryDirectory() as folder:
         same = [f"experiment.seed={seed}", f"experiment.output_dir={folder}", "experiment.log_every=1", *more]
         trainer = Trainer(load_config("shapes", [*same, *(how if fast else [])]))
-    trainer.fused, rows = fast, []
+    trainer.dense, rows = not fast, []
     for index in range(steps):
         step, _ = trainer.step(index)
         metrics = trainer.metrics(step)

@@ -42,7 +42,7 @@ class Graph:
     def __init__(self, trainer: Trainer, emas: list[float]):
         self.trainer, c = trainer, trainer.config
         self.device, self.samples = trainer.device, c.distill.batch_size_per_gpu
-        assert c.distill.w_kd == 0 and c.distill.lambda_ent == 0 and not trainer.fused
+        assert c.distill.w_kd == 0 and c.distill.lambda_ent == 0 and trainer.dense
         self.factors = {name: torch.ones((), device=self.device) for name in ("student", "aux")}
         self.emas = emas
         self.keep = [torch.zeros((), device=self.device) for _ in emas]
@@ -88,7 +88,7 @@ class Graph:
             self._update(t.aux, self.factors["aux"])
         if d.aux_pass == "own":
             stages.auxiliary_pass(step, n.aux, grid)
-        stages.distillation_loss(step, d.estimator, t.beta, None, d.w_reinforce)
+        stages.distillation_signal(step, d.estimator, t.beta, None, d.w_reinforce)
         stages.total_loss(step, d.w_distill)
         step.loss.backward()
         self._update(t.student, self.factors["student"])

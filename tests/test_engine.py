@@ -7,6 +7,7 @@ import torch
 from processes import WITH_ZERO2
 
 from dimo.config import load_config
+from dimo.distill.step import nine_stages
 from dimo.errors import DimoError
 from dimo.train.engine import average, load_whole
 from dimo.train.trainer import Trainer, step_through
@@ -65,8 +66,8 @@ for parts in (1, 2):
     spy(trainer.aux, "aux")
     hook = lambda module, args, kwargs: aux_ids.append(args[0]) if torch.is_grad_enabled() else None
     trainer.networks.aux.register_forward_pre_hook(hook, with_kwargs=True)
-    stages = trainer._nine_stages
-    trainer._nine_stages = lambda *a: (draws.extend(a[1]), stages(*a))[1]
+    stages = module.nine_stages
+    module.nine_stages = lambda run, index, steps, norms: (draws.extend(steps), stages(run, index, steps, norms))[1]
     trainer.step(0)
     drawn = [{{k: getattr(s, k) for k in ("txt_ids", "x_init", "x_hat", "t", "x_t")}} for s in draws]
     tensors, state = trainer.state()
@@ -258,12 +259,12 @@ def test_state_of_one_engine_is_taken_up_by_another(stepped, engine):
     assert trainer.events == [{"step": 0, "event": "ranks_without_state", "ranks": [0]}]
 
 
-def test_parts_draw_the_same_x_hat_in_both_passes():
+def test_parts_draw_the_same_x_hat_in_both_passes(monkeypatch):
     trainer = Trainer(load_config("smoke", [*SETTINGS, "training.gradient_accumulation_steps=2"]))
     seen, inner = [], trainer.x_init.remember
     trainer.x_init.remember = lambda x_hat, txt_ids: (seen.append(x_hat.clone()), inner(x_hat, txt_ids))[1]
-    stages, kept = trainer._nine_stages, []
-    trainer._nine_stages = lambda *a: (kept.extend(a[1]), stages(*a))[1]
+    stages, kept = nine_stages, []
+    monkeypatch.setattr("dimo.train.trainer.nine_stages", lambda *a: (kept.extend(a[2]), stages(*a))[1])
     trainer.step(0)
     assert len(kept) == len(seen) == 2 and not torch.equal(seen[0], seen[1])
     assert all(torch.equal(step.x_hat, first) for step, first in zip(kept, seen))

@@ -72,7 +72,7 @@ def test_nan_logits_update_nothing_and_the_next_step_is_whole(tmp_path, where):
     assert all(value == value for value in (trainer.metrics(step) | extra).values())
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])  # fused steps find a teacher's NaN only after the reward
+@pytest.mark.parametrize("precision", ["no", "bf16"])  # of hidden states a NaN is found only after the reward
 def test_a_skipped_step_leaves_the_baseline_of_the_reward(tmp_path, precision):
     trainer = trainer_for(tmp_path, "distill.estimator=reinforce", f"training.mixed_precision={precision}")
     list(step_through(trainer, 2))
@@ -157,7 +157,7 @@ def test_the_entropy_bonus_rises_and_falls_as_events(tmp_path, monkeypatch):
     entropies = iter([2.0] * EntropyController.WARMUP + [0.9, 1.05, 1.2])  # floor 1.0, back only above 1.1
     monkeypatch.setattr(trainer.engine, "mean", lambda value: torch.tensor(next(entropies)))
     for index in range(EntropyController.WARMUP + 3):
-        trainer._set_entropy_bonus(index, None)
+        trainer.set_entropy_bonus(index, None)
     raised, lowered = trainer.events
     assert raised["event"] == "entropy_bonus_raised" and raised["step"] == 21
     assert (raised["was"], raised["is"], raised["entropy"]) == (0.01, 0.05, pytest.approx(0.9))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dimo.errors import DimoError
-from dimo.ursa import MetricPath, MixturePath, categorical, chunks, draw_codes
+from dimo.ursa import Dense, MetricPath, MixturePath, categorical, chunks
 from dimo.ursa import probability_path as path_module
 
 CODEBOOK = torch.tensor([[3.0, 0.0], [0.0, 1.0], [1.0, 1.0], [-1.0, 0.2]])
@@ -74,7 +74,7 @@ def test_a_seed_gives_the_same_draws_in_chunks_of_any_size(path, monkeypatch):
     for tokens in (1000, 13, 1):  # on a GPU the memory that is free decides
         monkeypatch.setitem(chunks.ENTRIES, "cpu", 4 * tokens)
         g = torch.Generator().manual_seed(0)
-        made.append([path.jump(x_1, x_t, 0.3, 0.4, g), path.sample(x_1, 0.3, g), draw_codes(logits, g)])
+        made.append([path.jump(x_1, x_t, 0.3, 0.4, g), path.sample(x_1, 0.3, g), Dense(logits).sample(g)[0]])
     assert all(torch.equal(*pair) for one in made[1:] for pair in zip(one, made[0]))
     assert not torch.equal(made[0][0], x_t)
 

@@ -1,6 +1,7 @@
 """What is left out or done once, compiled or computed again: the step's result is the same."""
 
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -13,7 +14,7 @@ from dimo.distill import stages
 from dimo.distill.stages import Step
 from dimo.errors import DimoError
 from dimo.train.trainer import Trainer
-from dimo.ursa import UrsaConfig, UrsaTransformer, load_ursa, transformer, visual_logits
+from dimo.ursa import Chunked, UrsaConfig, UrsaTransformer, load_ursa, predict, transformer, visual_logits
 from dimo.ursa.inputs import rope_positions
 from dimo.ursa.loading import load_transformer
 from dimo.worlds import checkpoint_folder
@@ -31,9 +32,7 @@ def run(trainer, steps=3):
     rows = []
     for index in range(steps):
         step, norms = trainer.step(index)
-        with trainer.engine.autocast():  # of the last part in both forms; the fused one averages them over parts
-            gaps = stages.gap_metrics(step, trainer.networks.student, trainer.grid)
-        metrics = trainer.metrics(step) | {name: float(value) for name, value in gaps.items()}
+        metrics = trainer.metrics(step)
         rows.append([metrics[name] for name in MEASURED] + [float(norms["grad_norm/student"])])
     return torch.tensor(rows)
 
@@ -69,46 +68,52 @@ def passes_in(monkeypatch, trainer, index=0):
         ["distill.aux_pass=shared", "distill.t_draws=1"],
     ],
 )
-def test_the_fused_step_is_the_plain_one(tmp_path, more):
+def test_a_step_of_hidden_states_is_that_of_logits(tmp_path, more):
     every_term = ["distill.w_kd=0.1", "distill.lambda_ent=0.01", "distill.guidance_scale=2"]
-    plain, fused = (trainer_for(tmp_path, *every_term, *more) for _ in range(2))
-    assert not plain.fused
-    fused.fused = True
-    want = run(plain)
-    assert torch.allclose(run(fused), want, atol=2e-5)
-    for a, b in zip(plain.networks.student.parameters(), fused.networks.student.parameters()):
+    dense, chunked = (trainer_for(tmp_path, *every_term, *more) for _ in range(2))
+    assert dense.dense
+    chunked.dense = False
+    want = run(dense)
+    assert torch.allclose(run(chunked), want, atol=2e-5)
+    for a, b in zip(dense.networks.student.parameters(), chunked.networks.student.parameters()):
         assert (a - b).abs().max() < 1e-4  # Muon and AdamW step by about 1e-2 here
     assert want.std(0).min() > 0
 
 
-def test_a_fused_step_can_be_looked_at(tmp_path):
+def test_a_step_of_hidden_states_can_be_looked_at(tmp_path, monkeypatch):
     trainer = trainer_for(tmp_path)
-    trainer.fused = True
+    trainer.dense = False
     step, _ = trainer.step(0)
     want = visual_logits(trainer.networks.teacher, step.txt_ids.repeat(4, 1), step.x_t, trainer.grid)
-    assert torch.allclose(step.teacher_logits, want, atol=1e-5)
-    assert step.aux_logits.shape == want.shape and step.student_logits.shape == (4, *want.shape[1:])
+    assert torch.allclose(step.teacher.logits(), want, atol=1e-5)
+    assert step.aux.logits().shape == want.shape and step.student.logits().shape == (4, *want.shape[1:])
+    again = dataclasses.replace(step, beta=0.0, gaps=None)
+    stages.total_loss(again, w_distill=0.0, lambda_ent=0.0)
+    assert again.loss.item() == 0 != again.distill.item() and step.loss is not again.loss
+    monkeypatch.setattr(Chunked, "_rows", lambda *_: pytest.fail("logits were made"))
+    assert "x_hat=(4, 48), " in repr(step) and "teacher=Chunked(16 x 48 tokens, 10 codes, cpu)" in repr(step)
+    assert "reward=(4,)" in repr(step) and repr(Step()) == "Step(dense=True, w_policy=0.0)"
 
 
 def test_no_unconditional_pass_where_no_t_asks_for_guidance(ursa, generator, monkeypatch):
     ids, empty = ursa.tokenize(["blue bar moving up", "pink square moving left"], 4), ursa.tokenize([""], 4)
     x, sizes = torch.randint(10, (2, 48), generator=generator), []
-    monkeypatch.setattr(stages, "visual_logits", lambda n, i, *r: (sizes.append(len(i)), visual_logits(n, i, *r))[1])
+    monkeypatch.setattr(stages, "predict", lambda n, i, *r: (sizes.append(len(i)), predict(n, i, *r))[1])
     for t in ([0.95, 0.91], [0.95, 0.2]):
         step = Step(txt_ids=ids, x_t=x, t=torch.tensor(t))
         stages.teacher_pass(step, ursa.transformer, GRID, 3.0, 0.9, empty)
-        assert torch.allclose(step.teacher_logits[0], visual_logits(ursa.transformer, ids, x, GRID)[0], atol=1e-5)
+        assert torch.allclose(step.teacher.logits()[0], visual_logits(ursa.transformer, ids, x, GRID)[0], atol=1e-5)
     assert sizes == [2, 4]
 
 
 def test_a_shared_pass_of_the_auxiliary_is_its_answer_from_before_the_update(tmp_path, monkeypatch):
-    for fused in (False, True):
+    for dense in (True, False):
         trainer = trainer_for(tmp_path, "distill.aux_pass=shared", "distill.aux_steps=1", "distill.t_draws=1")
-        trainer.fused, before = fused, copy.deepcopy(trainer.networks.aux)
+        trainer.dense, before = dense, copy.deepcopy(trainer.networks.aux)
         step, counts = passes_in(monkeypatch, trainer)
         assert counts == {"student": 1, "teacher": 1, "aux": 1}
         want = visual_logits(before, step.txt_ids, step.x_t, trainer.grid)
-        assert torch.allclose(step.aux_logits, want, atol=1e-5)
+        assert torch.allclose(step.aux.logits(), want, atol=1e-5)
     _, counts = passes_in(monkeypatch, trainer_for(tmp_path, "distill.aux_steps=1", "distill.t_draws=1"))
     assert counts == {"student": 1, "teacher": 1, "aux": 2}
 
@@ -280,11 +285,11 @@ def test_a_head_that_stays_has_no_gradient_to_count():
     assert step_flops(own, network, 2, 12, 8) - step_flops(stays, network, 2, 12, 8) == gradients
 
 
-def test_bf16_fused_losses_follow_the_float32_ones(tmp_path):
+def test_bf16_losses_follow_the_float32_ones(tmp_path):
     """The mean of the first losses; `python scripts/numerics.py` compares 200, compiled, on a GPU."""
     many = ["distill.batch_size_per_gpu=16", "distill.w_kd=0.1", "optim.warmup_steps=1"]
     plain, fast = trainer_for(tmp_path, *many), trainer_for(tmp_path, *many, "training.mixed_precision=bf16")
-    fast.fused = True
+    assert plain.dense and not fast.dense
     assert fast.networks.teacher.lm_head.weight.dtype == torch.bfloat16
     want, got = run(plain, 6), run(fast, 6)
     assert not torch.equal(got, want)

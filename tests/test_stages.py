@@ -1,6 +1,7 @@
 """The nine stages: what each reads and writes, against computations written out here."""
 
 import copy
+import dataclasses
 import types
 
 import pytest
@@ -10,7 +11,7 @@ from dimo.distill import stages
 from dimo.distill.schedules import T_MAX, Baseline, XInit
 from dimo.distill.stages import Step
 from dimo.errors import DimoError
-from dimo.ursa import MetricPath, visual_logits
+from dimo.ursa import Dense, MetricPath, visual_logits
 
 GRID = (3, 4, 4)
 
@@ -28,21 +29,25 @@ def step(ursa, generator):
 def test_student_pass_is_one_pass_at_x_init(step, ursa):
     z = visual_logits(ursa.transformer, step.txt_ids, step.x_init, GRID)
     p = z.softmax(-1)
-    assert torch.equal(step.student_logits, z)
+    assert torch.equal(step.student.logits(), z)
     assert torch.allclose(step.logp, p.gather(-1, step.x_hat[..., None])[..., 0].log(), atol=1e-5)
     assert torch.allclose(step.entropy, -(p * p.log()).sum(-1), atol=1e-5)
     spread = (z[0] - z[0].mean(-1, keepdim=True)).square().sum(-1).div(z.shape[-1] - 1).sqrt().mean()
-    fused = Step(txt_ids=step.txt_ids, x_init=step.x_init, fused=True)
-    stages.student_pass(fused, ursa.transformer, GRID)
-    assert step.logits_std.item() == pytest.approx(spread.item(), rel=1e-5) == fused.logits_std.item()
+    chunked = Step(txt_ids=step.txt_ids, x_init=step.x_init, dense=False)
+    stages.student_pass(chunked, ursa.transformer, GRID)
+    assert step.logits_std.item() == pytest.approx(spread.item(), rel=1e-5) == chunked.logits_std.item()
 
 
 def test_x_hat_is_drawn_from_the_students_softmax(ursa, generator):
-    ids = ursa.tokenize(["blue bar moving up"], 4).repeat(4000, 1)
-    many = Step(txt_ids=ids, x_init=torch.zeros(4000, 48, dtype=torch.long))
-    stages.student_pass(many, ursa.transformer, GRID, generator)
-    share = torch.nn.functional.one_hot(many.x_hat[:, 7], ursa.path.codebook_size).float().mean(0)
-    assert torch.allclose(share, many.student_logits[0, 7].softmax(-1), atol=0.03)
+    ids = ursa.tokenize(["blue bar moving up"], 4)
+    one = Step(txt_ids=ids, x_init=torch.randint(10, (1, 48), generator=generator))
+    draws = []
+    for _ in range(400):
+        stages.student_pass(one, ursa.transformer, GRID, generator)
+        draws.append(one.x_hat[0])
+    p, x = one.student.logits()[0].softmax(-1), torch.stack(draws)
+    share = torch.nn.functional.one_hot(x, ursa.path.codebook_size).float().mean(0)
+    assert ((share - p).abs() < 5 * (p / 400).sqrt() + 0.01).all()
 
 
 def test_one_t_per_sample_or_per_latent_frame(generator):
@@ -63,8 +68,8 @@ def test_guidance_is_off_above_guidance_trunc(step, ursa):
     stages.teacher_pass(step, ursa.transformer, GRID, 3.0, 0.9, empty)
     c = visual_logits(ursa.transformer, step.txt_ids, step.x_t, GRID)
     u = visual_logits(ursa.transformer, empty.expand(3, -1), step.x_t, GRID)
-    assert torch.allclose(step.teacher_logits[:2], (u + 3 * (c - u))[:2], atol=1e-4)
-    assert torch.allclose(step.teacher_logits[2], c[2], atol=1e-4)
+    z = step.teacher.logits()
+    assert torch.allclose(z[:2], (u + 3 * (c - u))[:2], atol=1e-4) and torch.allclose(z[2], c[2], atol=1e-4)
     with pytest.raises(DimoError, match="uncond_ids is needed"):
         stages.teacher_pass(step, ursa.transformer, GRID, 3.0)
 
@@ -91,11 +96,12 @@ def test_the_auxiliary_is_fitted_at_the_kind_of_noise_it_is_asked_at(step, ursa,
 
 
 def test_what_the_student_feels_is_the_token_gradient(step, ursa, generator):
-    logits = step.student_logits.detach().requires_grad_(True)
+    logits = step.student.logits().detach().requires_grad_(True)
     teacher, aux = (2 * torch.randn(logits.shape, generator=generator) for _ in range(2))
-    made = Step(student_logits=logits, teacher_logits=teacher, aux_logits=aux)
-    stages.distillation_loss(made, "dimo", 0.5)
-    (felt,) = torch.autograd.grad(made.distill, logits)
+    made = dataclasses.replace(step, student=Dense(logits), teacher=Dense(teacher), aux=Dense(aux))
+    stages.distillation_signal(made, "dimo", 0.5)
+    stages.total_loss(made)
+    (felt,) = torch.autograd.grad(made.loss, logits)
     leaf = aux.double().requires_grad_(True)
     p, q = teacher.double().softmax(-1), leaf.softmax(-1)
     both = 0.5 * (p * (p / q).log()).sum(-1).mean() + 0.5 * (q * (q / p).log()).sum(-1).mean()
@@ -103,9 +109,9 @@ def test_what_the_student_feels_is_the_token_gradient(step, ursa, generator):
     assert torch.allclose(felt.double(), want, atol=1e-8)
 
 
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("dense", [True, False])
 @pytest.mark.parametrize(("estimator", "w_reinforce"), [("dimo", 0.0), ("dimo", 0.3), ("reinforce", 0.0)])
-def test_draws_of_t_are_averaged(ursa, generator, fused, estimator, w_reinforce):
+def test_draws_of_t_are_averaged(ursa, generator, dense, estimator, w_reinforce):
     """Gradient and reward of three draws at once are the means of what each draw gives by itself."""
     ids = ursa.tokenize(["blue bar moving up", "pink square moving left"], 4)
     teacher, student, aux = (copy.deepcopy(ursa.transformer) for _ in range(3))
@@ -118,7 +124,7 @@ def test_draws_of_t_are_averaged(ursa, generator, fused, estimator, w_reinforce)
     student.requires_grad_(True)
 
     def sampled():
-        step = Step(txt_ids=ids, x_init=x_init, fused=fused)
+        step = Step(txt_ids=ids, x_init=x_init, dense=dense)
         stages.student_pass(step, student, GRID, torch.Generator().manual_seed(3))
         return step
 
@@ -132,7 +138,7 @@ def test_draws_of_t_are_averaged(ursa, generator, fused, estimator, w_reinforce)
         step.t, step.x_t = t[rows], drawn.x_t[rows]
         stages.teacher_pass(step, teacher, GRID)
         stages.auxiliary_pass(step, aux, GRID)
-        stages.distillation_loss(step, estimator, "time", None, w_reinforce)
+        stages.distillation_signal(step, estimator, "time", None, w_reinforce)
         stages.total_loss(step)
         step.loss.backward()
         gradients = torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None])
@@ -149,8 +155,8 @@ def test_draws_of_t_are_averaged(ursa, generator, fused, estimator, w_reinforce)
 def test_fits_at_x_t_are_the_answers_to_its_draws(ursa, generator):
     """The auxiliary's answer to a draw is from before the update that the draw leads to; then fits are elsewhere."""
     ids = ursa.tokenize(["blue bar moving up", "pink square moving left"], 4)
-    for fused in (False, True):
-        step = Step(txt_ids=ids, x_hat=torch.randint(10, (2, 48), generator=generator), fused=fused)
+    for dense in (True, False):
+        step = Step(txt_ids=ids, x_hat=torch.randint(10, (2, 48), generator=generator), dense=dense)
         stages.renoise(step, ursa.path, torch.tensor([0.1, 0.4, 0.6, 0.8]), generator)
         aux, want = copy.deepcopy(ursa.transformer).requires_grad_(True), []
         aux.lm_head.requires_grad_(False)
@@ -168,7 +174,7 @@ def test_fits_at_x_t_are_the_answers_to_its_draws(ursa, generator):
                     if p.grad is not None:
                         p -= 0.1 * p.grad
                         p.grad = None
-        assert torch.allclose(step.aux_logits, torch.cat(want), atol=1e-4)
+        assert torch.allclose(step.aux.logits(), torch.cat(want), atol=1e-4)
     with pytest.raises(DimoError, match="aux_steps must be at least 2"):
         next(stages.auxiliary_losses(step, aux, ursa.path, GRID, "denoise", 1, share_x_t=True))
     with pytest.raises(DimoError, match="t must have a multiple of 2 rows, as x_hat has, got 3"):
@@ -179,17 +185,18 @@ def test_fits_at_x_t_are_the_answers_to_its_draws(ursa, generator):
 def test_reinforce_is_the_exact_policy_gradient_on_average(baseline):
     """One token, three codes, a known reward per code: the mean over draws is d/dz sum_x p(x) r(x)."""
     torch.manual_seed(0)
-    draws, z = 200_000, torch.tensor([0.3, -0.2, 0.8])
+    draws, z = 100_000, torch.tensor([0.3, -0.2, 0.8])
     x_hat = torch.multinomial(z.softmax(-1), draws, replacement=True)[:, None]
     # a teacher-to-auxiliary gap of its own for each code makes the reward depend on x_hat
     gap = torch.tensor([0.0, 1.0, 2.0])[x_hat]
     teacher = torch.zeros(draws, 1, 3)
     aux = torch.cat([gap[..., None], torch.zeros(draws, 1, 2)], -1)
     logits = z.expand(draws, 1, 3).clone().requires_grad_(True)
-    made = Step(student_logits=logits, x_hat=x_hat, teacher_logits=teacher, aux_logits=aux)
-    made.logp = logits.log_softmax(-1).gather(-1, x_hat[..., None])[..., 0]
-    stages.distillation_loss(made, "reinforce", baseline=Baseline() if baseline == "ema" else None)
-    (got,) = torch.autograd.grad(made.distill, logits)
+    made = Step(student=Dense(logits), x_hat=x_hat, x_t=x_hat, teacher=Dense(teacher), aux=Dense(aux))
+    made.logp, made.entropy = made.student.log_prob(x_hat), made.student.entropy()
+    stages.distillation_signal(made, "reinforce", baseline=Baseline() if baseline == "ema" else None)
+    stages.total_loss(made)
+    (got,) = torch.autograd.grad(made.loss, logits)
 
     def jeffreys(g):
         p, q = torch.full((3,), 1 / 3), torch.tensor([g, 0.0, 0.0]).softmax(-1)
@@ -207,7 +214,8 @@ def test_literal_is_a_fixed_point_and_dimo_is_none(step, ursa, generator):
     (loss,) = stages.auxiliary_losses(step, ursa.transformer, ursa.path, GRID, "match_teacher")
     stages.auxiliary_pass(step, ursa.transformer, GRID)
     stages.distil_knowledge(step, ursa.transformer, GRID)
-    stages.distillation_loss(step, "reinforce")
+    stages.distillation_signal(step, "reinforce")
+    stages.total_loss(step)
     assert max(loss.abs(), step.kd.abs(), step.reward.abs().max()) < 1e-6
     aux = copy.deepcopy(ursa.transformer).requires_grad_(True)
     next(stages.auxiliary_losses(step, aux, ursa.path, GRID, generator=generator)).backward()
@@ -215,18 +223,24 @@ def test_literal_is_a_fixed_point_and_dimo_is_none(step, ursa, generator):
         for p in aux.parameters():
             p -= 0.05 * p.grad
     stages.auxiliary_pass(step, aux, GRID)
-    stages.distillation_loss(step, "dimo")
+    step.gaps = None
+    stages.distillation_signal(step, "dimo")
+    stages.total_loss(step)
     assert step.reward.abs().min() > 1e-4
 
 
-def test_total_loss_is_the_weighted_sum(step):
-    step.distill, step.kd = torch.tensor(2.0), torch.tensor(3.0)
+def test_total_loss_is_the_weighted_sum(step, ursa, generator):
+    stages.teacher_pass(step, ursa.transformer, GRID)
+    shape = step.student.states.shape
+    step.aux, step.student_at_t = (Dense(torch.randn(shape, generator=generator)) for _ in range(2))
+    stages.distillation_signal(step, "dimo", 0.5)
     stages.total_loss(step, 0.5, 0.1, 0.2)
-    assert step.loss.item() == pytest.approx(0.5 * 2 + 0.1 * 3 - 0.2 * step.entropy.mean().item(), abs=1e-6)
+    want = 0.5 * step.distill.item() + 0.1 * step.kd.item() - 0.2 * step.entropy.mean().item()
+    assert step.loss.item() == pytest.approx(want, abs=1e-6) and min(abs(step.distill), step.kd, step.entropy.min()) > 0
 
 
 def test_nan_is_named_where_it_appears(step, ursa, generator):
-    broken = copy.deepcopy(ursa.transformer)
+    broken, whole, good = copy.deepcopy(ursa.transformer), dataclasses.replace(step), step.student.detach()
     with torch.no_grad():
         broken.lm_head.weight[0, 0] = float("nan")
     with pytest.raises(DimoError, match="the teacher's logits must be finite"):
@@ -235,17 +249,21 @@ def test_nan_is_named_where_it_appears(step, ursa, generator):
         stages.student_pass(step, broken, GRID)
     with pytest.raises(DimoError, match="the auxiliary's logits must be finite"):
         stages.auxiliary_pass(step, broken, GRID)
-    step.distill = torch.tensor(float("nan"))
+    for name, who in (("teacher", "the teacher's logits"), ("aux", "the auxiliary's logits")):
+        healthy = dataclasses.replace(whole, beta=0.5, teacher=good, aux=good)
+        broken_one = dataclasses.replace(healthy, **{name: Dense(good.states * torch.nan)})
+        stages.total_loss(healthy)
+        with pytest.raises(DimoError, match=f"{who} must be finite"):
+            stages.total_loss(broken_one)
     with pytest.raises(DimoError, match="the student's loss must be finite"):
-        stages.total_loss(step)
+        stages.total_loss(healthy, lambda_ent=float("nan"))
 
 
 def test_unknown_choices_are_refused(step, ursa):
     with pytest.raises(DimoError, match="aux_objective must be"):
         next(stages.auxiliary_losses(step, ursa.transformer, ursa.path, GRID, "copy"))
-    step.teacher_logits = step.aux_logits = step.student_logits.detach()
-    with pytest.raises(DimoError, match="estimator must be"):
-        stages.distillation_loss(step, "soft")
+    with pytest.raises(DimoError, match="estimator must be one of dimo, reinforce, got 'soft'"):
+        stages.distillation_signal(step, "soft")
     with pytest.raises(DimoError, match="prompts must not be empty"):
         stages.tokenise(ursa.tokenize, [], 4)
 
@@ -260,3 +278,20 @@ def test_a_path_without_metric_serves_too(step, ursa, generator):
     path = MetricPath(torch.eye(ursa.path.codebook_size), 1.0, 1.0)
     stages.renoise(step, path, torch.tensor([0.0, 0.5, 0.999]), generator)
     assert (step.x_t[2] == step.x_hat[2]).float().mean() > 0.9 > (step.x_t[0] == step.x_hat[0]).float().mean()
+
+
+def test_beta_by_time_is_forward_kl_at_the_noise_and_reverse_at_the_data(generator):
+    teacher, aux, student = (torch.randn(3, 4, 6, generator=generator) for _ in range(3))
+    student.requires_grad_(True)
+    x, t = torch.randint(6, (3, 4), generator=generator), torch.tensor([0.0, 0.25, 0.999])
+    step = Step(student=Dense(student), teacher=Dense(teacher), aux=Dense(aux), x_hat=x, x_t=x, t=t)
+    step.logp, step.entropy = step.student.log_prob(x), step.student.entropy()
+    stages.distillation_signal(step, "dimo", "time")
+    stages.total_loss(step)
+    (felt,) = torch.autograd.grad(step.loss, student)
+    for row, beta in enumerate(t.tolist()):
+        leaf = aux[row].double().requires_grad_(True)
+        p, q = teacher[row].double().softmax(-1), leaf.softmax(-1)
+        value = (1 - beta) * (p * (p / q).log()).sum() + beta * (q * (q / p).log()).sum()
+        (want,) = torch.autograd.grad(value / 12, leaf)
+        assert torch.allclose(felt[row].double(), want, atol=1e-7)

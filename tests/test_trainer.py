@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from dimo.config import load_config
+from dimo.distill.step import nine_stages
 from dimo.errors import DimoError
 from dimo.run.folder import RunFolder
 from dimo.train.loop import write_samples
@@ -69,11 +70,10 @@ def uninterrupted(tmp_path_factory):
     return folder
 
 
-def test_a_line_of_metrics_is_the_mean_over_its_steps_and_their_parts(tmp_path):
+def test_a_line_of_metrics_is_the_mean_over_its_steps_and_their_parts(tmp_path, monkeypatch):
     more = ["training.gradient_accumulation_steps=2", "distill.kd_every=2"]
     trainer, seen = Trainer(config_for(tmp_path, *more)), []
-    inner = trainer._nine_stages
-    trainer._nine_stages = lambda *a: (seen.append(a[1]), inner(*a))[1]
+    monkeypatch.setattr("dimo.train.trainer.nine_stages", lambda *a: (seen.append(a[2]), nine_stages(*a))[1])
     for index in range(4):
         step, _ = trainer.step(index)
     got, parts = trainer.metrics(step), [part for steps in seen for part in steps]
@@ -92,7 +92,7 @@ def test_a_line_of_metrics_is_the_mean_over_its_steps_and_their_parts(tmp_path):
     assert again["t/mean"] == pytest.approx(step.t.mean().item()) and not any(map(math.isnan, again.values()))
 
 
-@pytest.mark.parametrize(("precision", "most"), [("no", 7), ("bf16", 8)])  # plain and fused
+@pytest.mark.parametrize(("precision", "most"), [("no", 7), ("bf16", 8)])  # logits and hidden states
 def test_a_step_looks_at_few_values(tmp_path, monkeypatch, precision, most):
     trainer = Trainer(config_for(tmp_path, f"training.mixed_precision={precision}", "distill.aux_steps=1"))
     trainer.step(0)

@@ -172,7 +172,7 @@ def test_a_world_file_of_another_world_is_refused(folder):
 def test_training_the_teacher_learns():
     """Fifty steps on an easy world: the loss on fresh videos falls well below the start's."""
     from dimo.distill.losses import denoising
-    from dimo.ursa import MetricPath, UrsaTransformer, visual_logits
+    from dimo.ursa import MetricPath, UrsaTransformer, predict
     from dimo.worlds.teacher import initialise, train_teacher, ursa_config
 
     recipe = TeacherRecipe(layers=1, hidden=32, heads=2, intermediate=32, steps=150, batch_size=32, lr=5e-3)
@@ -186,6 +186,6 @@ def test_training_the_teacher_learns():
     trained = train_teacher(recipe, progress=False)
     with torch.no_grad():
         before, after = (
-            denoising(visual_logits(m, ids, x_t, world.latents_shape), x_1).item() for m in (fresh, trained)
+            denoising(predict(m, ids, x_t, world.latents_shape), x_1).item() for m in (fresh, trained)
         )
     assert after < 0.5 * before

@@ -88,6 +88,12 @@ def over_draws(value: torch.Tensor, samples: int) -> torch.Tensor:
     return value if len(value) == samples else value.view(-1, samples, *value.shape[1:]).mean(0)
 
 
+def _require_finite(name: str, prediction: Prediction) -> None:
+    """Of logits that are there; others are looked at in stage 9, where they are made."""
+    if isinstance(prediction, Dense):
+        require_finite(name, prediction.states)
+
+
 def tokenise(tokenize, prompts: list[str], max_prompt_length: int) -> torch.Tensor:
     """Stage 1: prompts -> txt_ids (B, max_prompt_length), padded on the left; `tokenize` is `Ursa.tokenize`."""
     if not prompts:
@@ -172,6 +178,7 @@ def teacher_pass(
         cond, uncond = predict(teacher, ids, step.x_t.repeat(2, 1), grid, step.dense).chunk(2)
         w = torch.where(step.t < guidance_trunc, guidance_scale, 1.0)
         step.teacher = cond.guided(uncond, w.view(len(w), -1, 1))
+    _require_finite("the teacher's logits", step.teacher)
 
 
 def auxiliary_losses(
@@ -234,6 +241,7 @@ def auxiliary_losses(
 def auxiliary_pass(step: Step, aux: UrsaTransformer, grid: Grid) -> None:
     """Stage 6, its end: the updated auxiliary at x_t."""
     step.aux = predict(aux, step.txt_ids_at_t, step.x_t, grid, step.dense)
+    _require_finite("the auxiliary's logits", step.aux)
 
 
 def distil_knowledge(step: Step, student: UrsaTransformer, grid: Grid) -> None:
