@@ -7,7 +7,7 @@ from transformers import Qwen3Config
 
 from dimo.errors import DimoError
 from dimo.ursa import UrsaConfig
-from dimo.ursa.loading import read_config
+from dimo.ursa.layout import read_config
 
 SIZES = {"vocab_size": 512, "lm_vocab_size": 272, "lm_head_size": 240, "bov_token_id": 3}
 

@@ -32,8 +32,7 @@ from dimo.errors import DimoError
 from dimo.run.launch import engine_kind
 from dimo.train.prompts import WorldPrompts
 from dimo.ursa import MetricPath, Ursa, UrsaConfig, UrsaTransformer, chunks, cpu
-from dimo.ursa.layout import vae_strides
-from dimo.ursa.loading import read_config
+from dimo.ursa.layout import read_config, vae_strides
 from dimo.worlds import checkpoint_folder
 
 

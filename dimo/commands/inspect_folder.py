@@ -11,8 +11,8 @@ import torch
 from dimo.config import default_prompt_length
 from dimo.errors import DimoError
 from dimo.ursa import MixturePath, UrsaConfig, UrsaTransformer, latents_shape_for
-from dimo.ursa.layout import require_checkpoint, vae_config, vae_strides
-from dimo.ursa.loading import import_upstream, load_path, load_tokenizer, read_config, require_codes_of
+from dimo.ursa.layout import read_config, require_checkpoint, vae_config, vae_strides
+from dimo.ursa.loading import import_upstream, load_path, load_tokenizer, require_codes_of
 from dimo.ursa.weights import misfit, require_file, weight_files, weight_shapes
 from dimo.worlds import video_size
 

@@ -119,13 +119,9 @@ def nine_stages(run: Distillation, index: int, steps: list[Step], norms: dict[st
                 stages.teacher_pass(step, n.teacher, grid, d.guidance_scale, d.guidance_trunc, run.uncond_ids)
             yield 5, step
     # 6 auxiliary: its updates, then (below) what it predicts at x_t
-    fits = [
-        stages.auxiliary_losses(
-            step, n.aux, run.path, grid, d.aux_objective, d.aux_steps, d.label_smoothing, d.empty_prompt_share,
-            run.empty_ids, g, d.aux_pass == "shared", d.t_per,
-        )
-        for step in steps
-    ]  # fmt: skip
+    how = d.aux_objective, d.aux_steps, d.label_smoothing, d.empty_prompt_share
+    shared = d.aux_pass == "shared"
+    fits = [stages.auxiliary_losses(s, n.aux, run.path, grid, *how, run.empty_ids, g, shared, d.t_per) for s in steps]
     for _ in range(d.aux_steps):
         for part, losses in enumerate(fits):
             with run.autocast():

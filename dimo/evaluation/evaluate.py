@@ -22,7 +22,8 @@ from dimo.files import write_text
 from dimo.run.sources import teacher_files
 from dimo.train.prompts import evaluation_prompts, require_whole
 from dimo.ursa import Ursa, UrsaTransformer, load_ursa
-from dimo.ursa.loading import load_student, student_file
+from dimo.ursa.layout import student_file
+from dimo.ursa.loading import load_student
 from dimo.worlds import checkpoint_folder, is_world, load_world, require_world
 from dimo.worlds.oracle import score, summarise
 from dimo.worlds.shapes import ShapesWorld

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from dimo.errors import DimoError
+from dimo.ursa.config import UrsaConfig
 from dimo.ursa.inputs import SPATIAL_STRIDE, TEMPORAL_STRIDE
 from dimo.ursa.weights import absence, read_json
 
@@ -77,3 +79,26 @@ def default_size(folder: str | Path) -> tuple[int, int, int]:
     """
     time, space = vae_strides(Path(folder))
     return (1, 64 * space, 64 * space) if time == 1 else (4 * time + 1, 32 * space, 32 * space)
+
+
+def read_config(folder: Path) -> UrsaConfig:
+    """The sizes in a transformer folder's config.json."""
+    values = read_json(folder / "config.json")
+    try:
+        return UrsaConfig.from_dict(values)
+    except DimoError as error:
+        raise DimoError(f"{folder / 'config.json'}: {error}") from error
+
+
+def student_file(weights: str | Path) -> Path:
+    """The file or folder of weights behind the same words.
+
+    Raises:
+        DimoError: a run that has not finished.
+    """
+    source = Path(weights)
+    if (source / "checkpoints" / "final").is_dir():
+        source = source / "checkpoints" / "final"
+    elif (source / "status.json").exists():
+        raise DimoError(f"{source} is a run that has no checkpoints/final: it has not finished")
+    return source / "student.pt" if os.path.lexists(source / "student.pt") else source

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from dimo.errors import DimoError, nearest, reason
 from dimo.files import save_file, whole_folder
 from dimo.ursa.inputs import SPATIAL_STRIDE, TEMPORAL_STRIDE, latents_shape_for
-from dimo.ursa.layout import require_checkpoint, vae_config, vae_strides
+from dimo.ursa.layout import read_config, require_checkpoint, student_file, vae_config, vae_strides
 from dimo.ursa.probability_path import MetricPath, MixturePath
 from dimo.ursa.transformer import UrsaConfig, UrsaTransformer
 from dimo.ursa.weights import (
@@ -143,15 +142,6 @@ class _NoFirstValues(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def read_config(folder: Path) -> UrsaConfig:
-    """The sizes in a transformer folder's config.json."""
-    values = read_json(folder / "config.json")
-    try:
-        return UrsaConfig.from_dict(values)
-    except DimoError as error:
-        raise DimoError(f"{folder / 'config.json'}: {error}") from error
-
-
 def load_path(folder: Path, codebook_size: int, device="cpu") -> tuple[MetricPath | MixturePath, float]:
     """The probability path of `scheduler/` and its shift of the time steps; `alpha: null` is the mixture path.
 
@@ -275,20 +265,6 @@ def load_student(ursa: Ursa, weights: str | Path) -> UrsaTransformer:
     load_weights(student, read_weights(source), where=str(source))
     _require_same_config(ursa, source)
     return student.to(ursa.path.device)
-
-
-def student_file(weights: str | Path) -> Path:
-    """The file or folder of weights behind the same words.
-
-    Raises:
-        DimoError: a run that has not finished.
-    """
-    source = Path(weights)
-    if (source / "checkpoints" / "final").is_dir():
-        source = source / "checkpoints" / "final"
-    elif (source / "status.json").exists():
-        raise DimoError(f"{source} is a run that has no checkpoints/final: it has not finished")
-    return source / "student.pt" if os.path.lexists(source / "student.pt") else source
 
 
 def _require_same_config(ursa: Ursa, source: Path) -> None:

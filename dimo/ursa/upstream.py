@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from dimo.errors import DimoError, nearest, reason, require_ids, require_shape
 from dimo.ursa.frames import frames_of
 from dimo.ursa.inputs import build_ursa_inputs
-from dimo.ursa.loading import read_config, student_file
+from dimo.ursa.layout import read_config, student_file
 from dimo.ursa.sampler import warn_if_guided_again
 from dimo.ursa.transformer import UrsaConfig
 from dimo.ursa.weights import load_weights, read_json, read_pickle, read_weights
