@@ -28,6 +28,7 @@ import sys
 import torch
 import dimo.train.engine as engine
 import dimo.train.trainer as module
+from dimo.distill.step import nine_stages
 from dimo.config import load_config
 
 engine.SENT_ALONE, send, sent = 5000, engine.Learner._send, []  # matrices alone while backward goes on, norms together
@@ -66,8 +67,7 @@ for parts in (1, 2):
     spy(trainer.aux, "aux")
     hook = lambda module, args, kwargs: aux_ids.append(args[0]) if torch.is_grad_enabled() else None
     trainer.networks.aux.register_forward_pre_hook(hook, with_kwargs=True)
-    stages = module.nine_stages
-    module.nine_stages = lambda run, index, steps, norms: (draws.extend(steps), stages(run, index, steps, norms))[1]
+    module.nine_stages = lambda *a, draws=draws: (draws.extend(a[2]), nine_stages(*a))[1]
     trainer.step(0)
     drawn = [{{k: getattr(s, k) for k in ("txt_ids", "x_init", "x_hat", "t", "x_t")}} for s in draws]
     tensors, state = trainer.state()

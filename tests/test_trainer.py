@@ -277,6 +277,6 @@ def test_a_walk_that_is_left_before_the_updates_changes_no_weight(tmp_path):
     for number, step, _ in trainer.walk(0):  # noqa: B007
         if number == 5:
             break
-    assert step.answers["teacher"] is not None and step.loss is None
+    assert step.teacher is not None and step.loss is None
     assert all(torch.equal(w, net.state_dict()[name]) for net, old in zip(nets, before) for name, w in old.items())
     trainer.step(0)  # and the trainer goes on

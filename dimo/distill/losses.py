@@ -19,7 +19,7 @@ import dataclasses
 
 import torch
 
-from dimo.errors import DimoError, require_finite, require_ids, require_shape
+from dimo.errors import DimoError, NonFiniteError, require_finite, require_ids, require_shape
 from dimo.ursa.prediction import Chunked, Dense, Prediction, require_same_tokens
 
 
@@ -94,7 +94,7 @@ def student_loss(
 
     settings = _Settings(
         x_hat.flatten(), per_token(beta), per_token(advantage if w_policy else None), w_distill, w_policy, w_kd,
-        torch.full((), lambda_ent, device=x_hat.device) if lambda_ent else None,
+        torch.full((), lambda_ent, dtype=torch.float64, device=x_hat.device) if lambda_ent else None,
     )  # fmt: skip
     fixed = student.detach()  # one copy of the head in the states' dtype serves both passes
     at_t = None if student_at_t is None else fixed.with_states(student_at_t.states.detach())
@@ -103,10 +103,14 @@ def student_loss(
         fixed, at_t, teacher.detach(), aux.detach(), settings,
     )  # fmt: skip
     known = known or Gaps(*rows.view(-1, *x_hat.shape))
-    require_finite("the teacher's logits", known.entropy_teacher)
-    require_finite("the auxiliary's logits", known.entropy_aux)
     distill = token - w_policy * (advantage * logp).mean() if w_policy else token
     total = w_distill * distill + w_kd * kd - lambda_ent * entropy.mean()
+    try:
+        require_finite("the student's loss", total)  # one look; only what is wrong is looked for
+    except NonFiniteError:
+        require_finite("the teacher's logits", known.entropy_teacher)
+        require_finite("the auxiliary's logits", known.entropy_aux)
+        raise
     return StudentLoss(felt + total.detach(), distill, None if at_t is None else kd, known)
 
 
