@@ -253,8 +253,8 @@ def test_files_of_several_machines_that_cannot_work_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("training.engine=fsdp3", "neither a preset nor a YAML file"),
-        ("training.engine=/nowhere.yaml", "neither a preset nor a YAML file"),
+        ("training.engine=fsdp3", "neither a preset nor an existing YAML file"),
+        ("training.engine=/nowhere.yaml", "neither a preset nor an existing YAML file"),
         ("training.num_processes=0", "training.num_processes must be at least 1"),
     ],
 )

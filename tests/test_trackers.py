@@ -22,7 +22,7 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_starts(tmp_p
         words = [command, "-c", "smoke", "experiment.trackers=[wandb]", f"experiment.output_dir={tmp_path}/run"]
         assert main(words) == 2 and "pip install wandb" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(DimoError, match="may not hold 'excel'; there is tensorboard, trackio, wandb"):
+    with pytest.raises(DimoError, match="unknown tracker 'excel'; choose from tensorboard, trackio, wandb"):
         load_config("smoke", ["experiment.trackers=[excel]"])
 
 

@@ -129,7 +129,9 @@ def engine_file(engine: str) -> Path:
     presets = {file.stem: file for file in (PRESETS / "accelerate").glob("*.yaml")}
     file = presets.get(engine, Path(user_path(engine)))
     if not file.is_file():
-        raise DimoError(f"training.engine {engine!r} is neither a preset nor a YAML file{nearest(engine, presets)}")
+        raise DimoError(
+            f"training.engine {engine!r} is neither a preset nor an existing YAML file{nearest(engine, presets)}"
+        )
     return file
 
 
