@@ -192,7 +192,9 @@ def test_a_checkpoint_that_made_room_comes_back_and_one_that_was_being_removed_d
 def test_a_folder_of_checkpoints_that_is_not_there_is_no_reason_to_begin_at_step_0(tmp_path, kind):
     where = tmp_path / "checkpoints"
     where.symlink_to(tmp_path / "unmounted") if kind == "link" else where.touch()
-    sentence = f"{where} leads to {tmp_path}/unmounted, which is not there" if kind == "link" else f"{where} is a file"
+    sentence = (
+        f"{where} is a link to {tmp_path}/unmounted, which does not exist" if kind == "link" else f"{where} is a file"
+    )
     with pytest.raises(DimoError, match=sentence):
         Checkpoints(where).remove_partials()
     with pytest.raises(DimoError, match=f"checkpoint of step 3 could not be written to {where}: {sentence}"):
