@@ -108,7 +108,7 @@ def test_the_manifest_names_every_file(tmp_path):
 def test_where_none_is_whole_nothing_starts_over_by_itself(tmp_path):
     assert Checkpoints(tmp_path / "new").newest() == (None, {})
     flip(save(tmp_path, 4) / "state.pt")
-    with pytest.raises(DimoError, match="no checkpoint in .* is whole .step-00000004: state.pt has another checksum"):
+    with pytest.raises(DimoError, match="no checkpoint in .* is intact .step-00000004: state.pt has another checksum"):
         Checkpoints(tmp_path).newest()
 
 
@@ -137,7 +137,7 @@ def test_a_hostile_pickle_is_not_executed(tmp_path):
 
     folder = save(tmp_path / "c", 7)
     torch.save({"step": Hostile()}, folder / "state.pt")
-    with pytest.raises(DimoError, match="step-00000007 does not load"):
+    with pytest.raises(DimoError, match="step-00000007 cannot be loaded"):
         Checkpoints(tmp_path / "c").load(folder)
     assert not (tmp_path / "executed").exists()
 
@@ -226,7 +226,7 @@ def test_a_full_disk_stops_with_a_sentence_and_keeps_the_older_checkpoint(tmp_pa
     )
     assert done.returncode == 7, done.stderr
     assert "checkpoint of step 8 could not be written to " in done.stdout
-    assert "step-00000004 stays, and the same command continues from it" in done.stdout
+    assert "step-00000004 is kept, and the same command continues from it" in done.stdout
     assert names(tmp_path) == ["step-00000004"] and Checkpoints(tmp_path).newest() == (older, {})
 
 

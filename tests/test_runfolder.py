@@ -92,7 +92,7 @@ def test_a_damaged_configuration_or_status_is_a_sentence_and_no_end(tmp_path):
     run = RunFolder.open(tmp_path, CONFIG, overwrite=True)
     for text in ("", "{", "[]", '{"state": "r\xe9"}'):
         (tmp_path / "status.json").write_text(text, encoding="latin-1")
-        with pytest.raises(DimoError, match="status.json .*; remove it, a run continues without"):
+        with pytest.raises(DimoError, match="status.json .*; delete it, the run continues without"):
             run.write_status(step=1)
     RunFolder.open(tmp_path, CONFIG)
 
