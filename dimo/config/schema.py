@@ -164,10 +164,10 @@ class Distill:
         return {column: least for column, least in minimums.items() if least is not None}
 
     def beta(self) -> float | str:
-        """The beta of `divergence`, a number in [0, 1], or "time", where beta = t token by token.
+        """`divergence` parsed: beta in [0, 1], or "time" for beta = t per token.
 
         Raises:
-            DimoError: neither a name nor a number in [0, 1].
+            DimoError: not a known name or a number in [0, 1].
         """
         if self.divergence == "time":
             return "time"
@@ -177,9 +177,11 @@ class Distill:
                 beta = read_value("distill.divergence", "float", str(self.divergence))
             except DimoError:
                 known = ", ".join(("time", *BETA))
-                raise DimoError(f"divergence must be one of {known} or a number, got {self.divergence!r}") from None
+                raise DimoError(
+                    f"distill.divergence must be one of {known} or a number, got {self.divergence!r}"
+                ) from None
         if not 0 <= beta <= 1:
-            raise DimoError(f"divergence as a number must lie in [0, 1], got {beta}")
+            raise DimoError(f"distill.divergence as a number must lie in [0, 1], got {beta}")
         return beta
 
     def motion_value(self) -> float | str | None:
