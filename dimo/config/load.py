@@ -223,6 +223,11 @@ def _grid(config: Config) -> tuple[int, int, int]:
 
 
 def device_of(config: Config) -> torch.device:
+    """The device that `model.device` stands for.
+
+    Raises:
+        DimoError: it is cuda and there is no GPU.
+    """
     if config.model.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if config.model.device == "cuda" and not torch.cuda.is_available():

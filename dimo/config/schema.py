@@ -278,5 +278,5 @@ def describe() -> str:
 
 
 def to_flat(config: Config) -> dict[str, Any]:
-    """{dotted key: value}."""
+    """The configuration as {dotted key: value}."""
     return {key: getattr(getattr(config, key.split(".")[0]), key.split(".")[1]) for key in config_keys()}
