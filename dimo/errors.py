@@ -1,4 +1,4 @@
-"""The one exception whose message is meant for a person, and the checks that raise it."""
+"""`DimoError`, whose message is written for the user, and the input checks that raise it."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ _trusted = contextvars.ContextVar("trusted", default=False)
 
 
 class DimoError(ValueError):
-    """Bad input, said in a sentence. The command line prints it without a traceback."""
+    """Invalid input, described in one sentence. The command line prints the message without a traceback."""
 
 
 class NonFiniteError(DimoError):
-    """A value that must be finite is NaN or infinite: bad luck in a batch, or the end of a run, but no bad input."""
+    """NaN or infinity where values must be finite: a bad batch or a diverged run rather than invalid input."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint such as `; did you mean 'beta'?`, or the list of what exists when nothing is near."""
+    """A hint for an unknown name: `; did you mean 'beta'?`, or the list of known names if none is similar."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else f"; there is {', '.join(known)}"
+    return f"; did you mean {close[0]!r}?" if close else f"; choose from {', '.join(known)}"
 
 
 def reason(error: BaseException) -> str:
-    """What an exception says, on one line: its first, a parser's problem with its line, a system's with its file."""
+    """An exception's message on one line: for a parser error with its line number, for an OSError with its path."""
     mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
     if mark is not None and problem:
         return f"line {mark.line + 1}: {problem}"
@@ -38,24 +38,24 @@ def reason(error: BaseException) -> str:
         return _reason_of_system(error)
     text = str(error).strip() or type(error).__name__
     first = text.splitlines()[0].rstrip()
-    return " ".join(text.split()) if first.endswith(":") else first  # a list follows
+    return " ".join(text.split()) if first.endswith(":") else first  # "...:" introduces a list on the next lines
 
 
 def _reason_of_system(error: OSError) -> str:
-    path = Path(os.fsdecode(error.filename2 or error.filename))  # of a rename, where to
+    path = Path(os.fsdecode(error.filename2 or error.filename))  # a rename fails at its destination
     if isinstance(error, FileExistsError | NotADirectoryError):
-        lost = next((p for p in (path, *path.parents) if p.is_symlink() and not p.exists()), None)
-        if lost:
-            return f"{lost} leads to {os.readlink(lost)}, which is not there"
+        broken = next((p for p in (path, *path.parents) if p.is_symlink() and not p.exists()), None)
+        if broken:
+            return f"{broken} is a link to {os.readlink(broken)}, which does not exist"
         in_the_way = next((p for p in (path, *path.parents) if p.is_file()), path)
-        return f"{in_the_way} is a file, a folder is needed"
+        return f"{in_the_way} is a file, but a folder is needed"
     if isinstance(error, IsADirectoryError):
-        return f"{path} is a folder, a file is needed"
+        return f"{path} is a folder, but a file is needed"
     return f"{path}: {error.strerror}"
 
 
 def require_shape(name: str, tensor: torch.Tensor, shape: tuple) -> None:
-    """Raise unless `tensor` has `shape`, where None and letters match any size: ("B", "N", 16)."""
+    """Raise DimoError unless `tensor` has `shape`. None and letters match any size: ("B", "N", 16)."""
     if not isinstance(tensor, torch.Tensor):
         raise DimoError(f"{name} must be a tensor of shape {_spell(shape)}, got {type(tensor).__name__}")
     fits = tensor.dim() == len(shape) and all(
@@ -66,7 +66,7 @@ def require_shape(name: str, tensor: torch.Tensor, shape: tuple) -> None:
 
 
 def require_ids(name: str, ids: torch.Tensor, upper: int) -> None:
-    """Raise unless `ids` holds integers in [0, upper)."""
+    """Raise DimoError unless `ids` is an integer tensor with all values in [0, upper)."""
     if ids.is_floating_point() or ids.dtype == torch.bool:
         raise DimoError(f"{name} must hold integer ids, got {ids.dtype}")
     if ids.numel() and not _trusted.get() and not _capturing(ids):
@@ -76,7 +76,7 @@ def require_ids(name: str, ids: torch.Tensor, upper: int) -> None:
 
 
 def require_time(name: str, t: torch.Tensor | float) -> None:
-    """Raise unless every time is a number in [0, 1): 0 is noise, 1 (excluded) is data."""
+    """Raise DimoError unless every time lies in [0, 1): 0 is noise, 1 (excluded) is data."""
     if isinstance(t, torch.Tensor) and (_trusted.get() or _capturing(t)):
         return
     inside = (t >= 0) & (t < 1) if isinstance(t, torch.Tensor) else 0 <= t < 1
@@ -87,9 +87,9 @@ def require_time(name: str, t: torch.Tensor | float) -> None:
 
 @contextlib.contextmanager
 def trusted_values() -> Iterator[None]:
-    """Inside, ids and times of tensors are not read back by `require_ids` and `require_time`; types and shapes are.
+    """In this context `require_ids` and `require_time` skip the range checks of tensors; dtypes are still checked.
 
-    For a caller who has drawn them in range: on a GPU every look at a value waits for all that was asked before it.
+    For callers whose values are in range by construction: on a GPU, reading a value back waits for all queued kernels.
     """
     token = _trusted.set(True)
     try:
@@ -102,19 +102,19 @@ def require_finite(name: str, tensor: torch.Tensor) -> None:
     """Raise NonFiniteError if `tensor` holds NaN or infinity."""
     if _capturing(tensor) or not tensor.numel():
         return
-    if not bool(torch.isfinite(torch.stack(tensor.detach().aminmax())).all()):  # NaN wins in both; one pass, no copy
+    if not bool(torch.isfinite(torch.stack(tensor.detach().aminmax())).all()):  # aminmax propagates NaN
         bad = int((~torch.isfinite(tensor)).sum())
         raise NonFiniteError(f"{name} must be finite, got {bad} of {tensor.numel()} entries NaN or infinite")
 
 
 def are_finite(weights: torch.Tensor) -> bool:
-    """Whether no entry is NaN or infinite, by their sum, which in float32 is finite where all weights are."""
+    """Whether all entries are finite, judged by their sum in at least float32, which sane weights do not overflow."""
     wide = weights.dtype if weights.element_size() > 2 else torch.float32
     return bool(weights.sum(dtype=wide).isfinite())
 
 
 def _capturing(tensor: torch.Tensor) -> bool:
-    """Values cannot be read back while a CUDA graph is captured; the warm-up steps before it have checked them."""
+    """Whether a CUDA graph is being captured: values cannot be read back then; the warm-up steps have checked them."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 

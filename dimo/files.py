@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all: written beside their name, then renamed."""
+"""Atomic writes: files and folders are written under a temporary name next to the final one, then renamed."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ try:
 except ImportError:  # Windows
     resource = None
 
-PARTIALS = ".*.partial*"  # what a killed process leaves behind, as a pattern for glob
-ASIDE = ".old.partial"  # ending of a folder that makes room for its successor, and comes back if that does not come
+PARTIALS = ".*.partial*"  # glob pattern of what a killed process leaves behind
+ASIDE = ".old.partial"  # suffix of a folder set aside while its replacement is renamed; restored if that fails
 
 
 @contextlib.contextmanager
 def whole_file(file: str | Path) -> Iterator[Path]:
-    """Yield the name to write to, with the same ending; `file` is replaced at the end, and untouched after an error."""
+    """Yield a temporary path with the same suffix; it replaces `file` on exit, or is deleted after an error."""
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     beside = file.with_name(f".{file.stem}.{os.getpid()}.partial{file.suffix}")
@@ -34,7 +34,7 @@ def whole_file(file: str | Path) -> Iterator[Path]:
         sync(beside)
         os.replace(beside, file)
     except OSError as error:
-        if error.errno and not error.filename:  # a disk that is full while it writes names none
+        if error.errno and not error.filename:  # a write to a full disk does not name the file
             error.filename = str(file)
         raise
     finally:
@@ -43,10 +43,10 @@ def whole_file(file: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_folder(folder: str | Path) -> Iterator[Path]:
-    """Yield an empty folder to fill; it takes the name `folder` at the end, in place of an older one.
+    """Yield an empty temporary folder; on exit it is renamed to `folder`, replacing an older one.
 
     Raises:
-        FileExistsError: at once, where a file has the name.
+        FileExistsError: on entry, if `folder` is a file.
     """
     folder = Path(folder)
     if folder.is_file():
@@ -65,10 +65,10 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
 
 
 def replace_folder(beside: Path, folder: Path) -> None:
-    """Rename `beside` to `folder`; an older one steps aside first, for no rename replaces a folder with files in it.
+    """Rename `beside` to `folder`. An existing `folder` is set aside first: a rename cannot replace a non-empty folder.
 
-    It is deleted when the new one is in place, and comes back where that fails, or at the latest by `recover` where the
-    process was killed in between.
+    The old folder is deleted once the new one is in place, and restored if the rename fails. If the process is killed
+    in between, the next call of `recover` restores it.
     """
     recover(folder)
     try:
@@ -81,7 +81,7 @@ def replace_folder(beside: Path, folder: Path) -> None:
 
 
 def recover(folder: Path) -> None:
-    """What stepped aside for `folder` gets its name back where there is no `folder`, and is deleted where there is."""
+    """Restore the copy that `replace_folder` set aside if `folder` is missing; delete the copy otherwise."""
     old = _aside(folder)
     if folder.exists():
         remove(old)
@@ -94,7 +94,7 @@ def _aside(folder: Path) -> Path:
 
 
 def remove_folder(folder: Path) -> None:
-    """Renamed away, then deleted, so that a process killed on the way leaves no half of it under its name."""
+    """Rename `folder`, then delete it, so that a kill halfway does not leave a partial folder under its name."""
     if folder.exists():
         removed = folder.with_name(f".{folder.name}.removed.partial")
         remove(removed)
@@ -103,7 +103,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """A file, a link or a whole folder, as far as it can be deleted; nothing if it is not there."""
+    """Delete a file, link or folder tree; what is missing or cannot be deleted is ignored."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -112,7 +112,7 @@ def remove(path: Path) -> None:
 
 
 def clear_partials(folder: Path) -> None:
-    """What a killed process left in `folder`: what stepped aside comes back where it is needed, all else goes."""
+    """Clean up `folder` after a killed process: restore folders that were set aside, delete all other partial files."""
     for partial in list(folder.glob(PARTIALS)):
         if partial.name.endswith(ASIDE) and partial.is_dir():
             recover(folder / partial.name[1:].removesuffix(ASIDE))
@@ -121,9 +121,10 @@ def clear_partials(folder: Path) -> None:
 
 
 def side_by_side(function: Callable[[Any], Any], items: list, at_once: int = 4) -> list:
-    """[function(item) for each], several at once: one thread hashes 1.5 GB/s, and a checkpoint of 1.7B is 40 GB.
+    """[function(item) for item in items] in `at_once` threads. One thread hashes 1.5 GB/s; a 1.7B checkpoint is 40 GB.
 
-    In threads that no end of the process waits for, unlike a pool's. The first error is raised when all have stopped.
+    The threads are daemons: unlike those of a ThreadPoolExecutor, they do not delay the exit of the process. After an
+    error no further item is started, and the first error is raised once all threads have stopped.
     """
     results, errors, rest, lock = [None] * len(items), [], list(enumerate(items))[::-1], threading.Lock()
 
@@ -150,12 +151,12 @@ def side_by_side(function: Callable[[Any], Any], items: list, at_once: int = 4) 
 
 @contextlib.contextmanager
 def no_more_bytes() -> Iterator[None]:
-    """Inside, whatever this process writes to a file fails, in threads that are writing one too."""
+    """In this context every write to a file by this process fails, including writes of other threads in progress."""
     if resource is None:
         yield
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))  # Python ignores the signal that this sends
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))  # Python ignores SIGXFSZ, so the write fails with EFBIG
     try:
         yield
     finally:
@@ -163,28 +164,28 @@ def no_more_bytes() -> Iterator[None]:
 
 
 def write_text(file: str | Path, text: str) -> None:
-    """Whole or not at all."""
+    """Write UTF-8 text atomically."""
     with whole_file(file) as beside:
         beside.write_text(text, encoding="utf-8")
 
 
 def save_torch(value: Any, file: str | Path) -> None:
-    """`torch.save`, whose bytes depend on the value alone: given a name, it would write it into the archive.
+    """`torch.save` with reproducible bytes: given a path, torch would store the file's name in the archive.
 
     Raises:
-        OSError: the disk is full, or refuses otherwise.
+        OSError: the disk is full, or writing fails for another reason.
     """
-    with open(file, "wb") as handle:  # each tensor is written from where it lies
+    with open(file, "wb") as handle:  # streams each tensor, without a copy of the archive in memory
         try:
             torch.save(value, handle)
         except RuntimeError as error:
-            if isinstance(error.__context__, OSError):  # torch's own word is a position in its archive
+            if isinstance(error.__context__, OSError):  # torch's own message is only an offset in its archive
                 raise error.__context__ from None
             raise
 
 
 def save_file(tensors: dict[str, torch.Tensor], file: str | Path, metadata: dict[str, str] | None = None) -> None:
-    """safetensors' own, whose files their owner alone may read; here whoever may read what else this process writes."""
+    """`safetensors.torch.save_file`, but with permissions by umask instead of readable by the owner only."""
     open(file, "wb").close()
     mode = os.stat(file).st_mode & 0o777
     safetensors.torch.save_file(tensors, file, metadata)
@@ -193,7 +194,7 @@ def save_file(tensors: dict[str, torch.Tensor], file: str | Path, metadata: dict
 
 
 def sync(path: str | Path) -> None:
-    """Wait until a file's bytes, or a folder's names, are on the disk."""
+    """fsync a file's content or a folder's entries."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,4 +1,4 @@
-"""What is printed may be lost, and the work goes on: a closed terminal or pipe ends no training."""
+"""Printing must never stop training: output to a closed terminal or pipe is dropped."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import TextIO
 
-GONE = {errno.EPIPE, errno.EIO, errno.ENXIO, errno.EBADF, errno.ECONNRESET, errno.ESTALE}  # nobody will ever read it
+# the reader is gone for good
+GONE = {errno.EPIPE, errno.EIO, errno.ENXIO, errno.EBADF, errno.ECONNRESET, errno.ESTALE}
 
 
 class LastingStream:
-    """A text stream whose failures are nobody's end. Where its reader is gone, its descriptor leads to nowhere from
-    then on, so that what writes past this object (a library's own handle, a child) fails no more either.
+    """A text stream whose write errors are swallowed.
+
+    Once the reader is gone, the file descriptor is redirected to /dev/null, so that writers that bypass this object (a
+    library's own handle, a child process) do not fail either.
     """
 
     def __init__(self, stream: TextIO):
         self.stream = stream
-        self.lost: list[OSError] = []  # the first failure of another kind: a full disk, which may have room again later
+        self.lost: list[OSError] = []  # the first other error, such as a full disk, which may recover
 
     def write(self, text: str) -> int:
         try:
@@ -47,7 +50,7 @@ class LastingStream:
             return False
 
     def end(self) -> None:
-        """Flush for the last time: what Python itself could not flush at its end would be the process's exit code."""
+        """Final flush. If Python's own flush at exit failed, it would change the exit code of the process."""
         self.flush()
         try:
             self.stream.flush()
@@ -72,8 +75,9 @@ class LastingStream:
 
 @contextlib.contextmanager
 def lasting_output() -> Iterator[list[OSError]]:
-    """Inside, neither stdout nor stderr can fail, closed ones included. At the end the list that it yields holds what
-    went wrong other than that nobody reads any more: a full disk, say.
+    """In this context writes to stdout and stderr never fail, even if they are closed.
+
+    Yields a list that on exit receives the errors other than a lost reader, such as a full disk.
     """
     _open_descriptors()
     before, lost = (sys.stdout, sys.stderr), []
@@ -95,8 +99,8 @@ def _nowhere() -> TextIO:
 
 
 def _open_descriptors() -> None:
-    """Where a shell closed 0, 1 or 2 (`2>&-`), the next file that is opened would take the number, and with it all that
-    libraries print."""
+    """Open descriptors 0, 1 and 2 on /dev/null where the shell closed them (`2>&-`): otherwise the next opened file
+    would get that number, and whatever libraries print would end up in it."""
     for number in (0, 1, 2):
         try:
             os.fstat(number)

@@ -1,4 +1,4 @@
-"""Paths as people write them."""
+"""Paths as users write them."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from dimo.errors import DimoError
 
 
 def user_path(path: str | Path) -> str:
-    """`path` as it stands ("./x" too), but for a ~ or ~user that it begins with: that becomes the user's home.
+    """`path` with a leading ~ or ~user replaced by that user's home folder; otherwise unchanged ("./x" included).
 
     Raises:
-        DimoError: there is no such user.
+        DimoError: the user does not exist.
     """
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
         name = Path(expanded).parts[0]
-        raise DimoError(f"{path}: there is no user {name[1:]!r}; what is called {name} in this folder is ./{name}")
+        raise DimoError(f"{path}: there is no user {name[1:]!r}; to name {name} in this folder, write ./{name}")
     return expanded

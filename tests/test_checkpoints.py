@@ -108,7 +108,7 @@ def test_the_manifest_names_every_file(tmp_path):
 def test_where_none_is_whole_nothing_starts_over_by_itself(tmp_path):
     assert Checkpoints(tmp_path / "new").newest() == (None, {})
     flip(save(tmp_path, 4) / "state.pt")
-    with pytest.raises(DimoError, match="no checkpoint in .* is whole .step-00000004: state.pt has another checksum"):
+    with pytest.raises(DimoError, match="no checkpoint in .* is intact .step-00000004: state.pt has another checksum"):
         Checkpoints(tmp_path).newest()
 
 
@@ -137,7 +137,7 @@ def test_a_hostile_pickle_is_not_executed(tmp_path):
 
     folder = save(tmp_path / "c", 7)
     torch.save({"step": Hostile()}, folder / "state.pt")
-    with pytest.raises(DimoError, match="step-00000007 does not load"):
+    with pytest.raises(DimoError, match="step-00000007 cannot be loaded"):
         Checkpoints(tmp_path / "c").load(folder)
     assert not (tmp_path / "executed").exists()
 
@@ -192,7 +192,9 @@ def test_a_checkpoint_that_made_room_comes_back_and_one_that_was_being_removed_d
 def test_a_folder_of_checkpoints_that_is_not_there_is_no_reason_to_begin_at_step_0(tmp_path, kind):
     where = tmp_path / "checkpoints"
     where.symlink_to(tmp_path / "unmounted") if kind == "link" else where.touch()
-    sentence = f"{where} leads to {tmp_path}/unmounted, which is not there" if kind == "link" else f"{where} is a file"
+    sentence = (
+        f"{where} is a link to {tmp_path}/unmounted, which does not exist" if kind == "link" else f"{where} is a file"
+    )
     with pytest.raises(DimoError, match=sentence):
         Checkpoints(where).remove_partials()
     with pytest.raises(DimoError, match=f"checkpoint of step 3 could not be written to {where}: {sentence}"):
@@ -224,7 +226,7 @@ def test_a_full_disk_stops_with_a_sentence_and_keeps_the_older_checkpoint(tmp_pa
     )
     assert done.returncode == 7, done.stderr
     assert "checkpoint of step 8 could not be written to " in done.stdout
-    assert "step-00000004 stays, and the same command continues from it" in done.stdout
+    assert "step-00000004 is kept, and the same command continues from it" in done.stdout
     assert names(tmp_path) == ["step-00000004"] and Checkpoints(tmp_path).newest() == (older, {})
 
 

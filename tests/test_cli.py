@@ -41,7 +41,7 @@ def test_config_lists_keys_and_resolves_presets(capsys):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["train", "-c", "shaps"], "neither a preset nor a YAML file; did you mean 'shapes'"),
+        (["train", "-c", "shaps"], "neither a preset nor an existing YAML file; did you mean 'shapes'"),
         (
             ["train", "-c", "smoke", "distill.estimatr=dimo"],
             "unknown key 'distill.estimatr'; did you mean 'distill.estimator'",
@@ -53,7 +53,7 @@ def test_config_lists_keys_and_resolves_presets(capsys):
         (["evaluate", "/nowhere/student.pt"], "weights file /nowhere/student.pt does not exist"),
         (["evaluate", "evaluation.sed=1"], "unknown key 'evaluation.sed'; did you mean 'evaluation.seed'"),
         (["evaluate", "a.pt", "--student_ckpt", "b.pt"], "two students are named, b.pt and a.pt; name one"),
-        (["evaluate", "a.pt", "b.pt"], "an override reads key=value, got 'b.pt'"),
+        (["evaluate", "a.pt", "b.pt"], "an override must have the form key=value, got 'b.pt'"),
         (["sample", "--prompt", "x", "--sed", "1"], "dimo sample does not take --sed 1; see dimo sample --help"),
         (["ablate", "--lrs", "big"], "--lrs must be numbers"),
         (["world", "train", "shapes", "-o", "x", "--frames", "1"], "at least 2 frames"),
@@ -73,8 +73,8 @@ def test_config_lists_keys_and_resolves_presets(capsys):
         (["train", "-c", "smoke", "--out_dir", ""], "experiment.output_dir must not be empty"),
         (["run", "-c", "smoke", "-p", "typo=1"], "has a parameter 'typo', and no configuration key is called so; the"),
         (["run", "-c", "smoke", "-p", "min_share=["], "parameter min_share must be like its default 0.0, got '['"),
-        (["train", "-c", "smoke", "--out_dir", __file__], f"{__file__} is a file, a folder is needed"),
-        (["train", "-c", "smoke", "--out_dir", f"{__file__}/run"], f"{__file__} is a file, a folder is needed"),
+        (["train", "-c", "smoke", "--out_dir", __file__], f"{__file__} is a file, but a folder is needed"),
+        (["train", "-c", "smoke", "--out_dir", f"{__file__}/run"], f"{__file__} is a file, but a folder is needed"),
         (["run", "-c", "smoke", "-p", "min_share=true"], "min_share must be like its default 0.0, got 'true'"),
         (["run", "-c", "smoke", "-p", "min_share=nan"], "parameter min_share must be like its default 0.0, got 'nan'"),
         (["run", "-c", "smoke", "-p", "teacher_ckpt=["], "teacher_ckpt [ is neither a folder nor"),
@@ -91,7 +91,7 @@ def test_bad_input_is_a_sentence_and_exit_code_two(arguments, sentence, capsys, 
 def test_a_folder_where_a_file_is_to_be_written_is_a_sentence(tmp_path):
     with pytest.raises(OSError) as refused:
         write_text(tmp_path, "x")
-    assert reason(refused.value) == f"{tmp_path} is a folder, a file is needed"
+    assert reason(refused.value) == f"{tmp_path} is a folder, but a file is needed"
 
 
 @pytest.mark.parametrize(("name", "words"), [(name, words) for name in EXAMPLES for words in EXAMPLES[name]])

@@ -40,7 +40,7 @@ def test_a_launch_is_whole_or_none(environment, capsys, missing):
     assert all(os.environ[name] == value for name, value in WHOLE.items()) and not capsys.readouterr().err
     environment.setenv(missing, "")
     assert read_launch() == "" and not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & os.environ.keys()
-    assert f"which without {missing} is no launch" in capsys.readouterr().err
+    assert f"which without {missing} is not a launch" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -49,14 +49,14 @@ def test_a_launch_is_whole_or_none(environment, capsys, missing):
 def test_a_launch_that_cannot_be_is_a_sentence(environment, name, value):
     for key, given in (WHOLE | {name: value}).items():
         environment.setenv(key, given)
-    with pytest.raises(DimoError, match=f"{name}={value} .*is no launcher's; unset all five"):
+    with pytest.raises(DimoError, match=f"{name}={value} .*is not a valid launch; unset all five"):
         read_launch()
 
 
 def test_processes_that_do_not_meet_are_a_sentence(environment):
     for key, given in WHOLE.items():
         environment.setenv(key, given)
-    with pytest.raises(DimoError, match="the other processes .* were not met: address in use; unset all five"):
+    with pytest.raises(DimoError, match="the other processes .* could not be reached: address in use; unset all five"):
         with launched_or_alone():
             raise RuntimeError("address in use")
 
@@ -74,4 +74,4 @@ sys.exit(main())
 def test_without_fcntl_it_is_a_sentence():
     done = subprocess.run([sys.executable, "-c", WINDOWS, "train", "-c", "smoke"], capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert done.stderr.endswith("dimo: runs are kept on Linux and macOS alone; on Windows use WSL\n")
+    assert done.stderr.endswith("dimo: training runs on Linux and macOS only; on Windows, use WSL\n")

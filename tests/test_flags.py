@@ -37,7 +37,7 @@ def test_a_list_may_lack_its_brackets_in_a_flag():
         (["--num_step", "5"], "did you mean '--num_steps'"),
         (["--height"], "--height needs a value; it stands for distill.height"),
         (["--height", "--width", "8"], "--height needs a value"),
-        (["--seed", "1"], "no flag --seed; say which: experiment.seed=... or evaluation.seed=..."),
+        (["--seed", "1"], "unknown flag --seed; write experiment.seed=... or evaluation.seed=..."),
     ],
 )
 def test_bad_flags_are_refused_in_a_sentence(words, message):

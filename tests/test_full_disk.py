@@ -60,7 +60,7 @@ def test_a_checkpoint_that_fills_the_disk_ends_the_run_and_the_same_command_cont
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     sentence = done.stderr.splitlines()[-1].removeprefix("dimo: ")
     assert sentence.startswith(f"checkpoint of step 8 could not be written to {disk.path}/run/checkpoints: ")
-    assert sentence.endswith("; step-00000004 stays, and the same command continues from it")
+    assert sentence.endswith("; step-00000004 is kept, and the same command continues from it")
     assert "No space left on device" in sentence and "enforce" not in sentence
     run = RunFolder(disk.path / "run")
     good = run.path / "checkpoints" / "step-00000004"
@@ -79,7 +79,7 @@ def test_without_a_byte_left_the_run_still_says_that_it_failed_and_why(disk):
     trainer = Trainer(load_config("smoke", [*SETTINGS, f"experiment.output_dir={disk.path}/run"]))
     inner = trainer.step
     trainer.step = lambda index: (inner(index), disk.fill() if index == 5 else None)[0]
-    with pytest.raises(DimoError, match="could not be written: No space left on device; checkpoints .* stay"):
+    with pytest.raises(DimoError, match="could not be written: No space left on device; existing checkpoints are kept"):
         trainer.train(progress=False)
     run = RunFolder(disk.path / "run")
     assert run.status()["state"] == "failed" and "No space left" in run.status()["error"]
@@ -119,7 +119,7 @@ def test_a_disk_that_is_full_from_the_start_is_a_sentence_and_harms_nothing(disk
     assert main(words) == 2
     errors = capsys.readouterr().err
     assert errors == f"dimo: {disk.path}/run/.lock could not be written: No space left on device; " + (
-        "checkpoints that are there stay\n"
+        "existing checkpoints are kept\n"
     )
     (disk.path / "others").write_bytes(b"")
     run = RunFolder.open(disk.path / "run", to_yaml(load_config("smoke", words[3:])))

@@ -147,7 +147,7 @@ def test_a_run_that_began_without_hold_out_goes_on_and_its_evaluation_says_so(tm
     assert held_out_by(run.path) == 0
     Trainer(config_for(tmp_path, CAPTIONS, "training.max_train_steps=2")).train(progress=False)
     assert RunFolder(run.path).status()["step"] == 2 and held_out_by(run.path) == 0
-    assert "goes on as it began: evaluation.held_out=0" in (run.path / "train.log").read_text()
+    assert "continues with the old behaviour: evaluation.held_out=0" in (run.path / "train.log").read_text()
     assert main(["evaluate", str(run.path), "evaluation.teacher_steps=[1]"]) == 0
     assert "has held out 0 captions throughout, not 8" in caplog.text
     rows = json.loads((run.path / "report.json").read_text())

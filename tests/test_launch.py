@@ -238,7 +238,7 @@ def of_two_machines(folder, rank, **more):
 
 def test_files_of_several_machines_that_cannot_work_are_refused(tmp_path):
     for more, sentence in [
-        ({"num_processes": 3}, r"is for 2 machines, which do not share 3 process\(es\) evenly"),
+        ({"num_processes": 3}, r"is for 2 machines, which cannot share 3 process\(es\) evenly"),
         ({"main_process_ip": None}, "is for 2 machines and needs main_process_ip"),
     ]:
         with pytest.raises(DimoError, match=sentence):
@@ -253,8 +253,8 @@ def test_files_of_several_machines_that_cannot_work_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("training.engine=fsdp3", "neither a preset nor a YAML file"),
-        ("training.engine=/nowhere.yaml", "neither a preset nor a YAML file"),
+        ("training.engine=fsdp3", "neither a preset nor an existing YAML file"),
+        ("training.engine=/nowhere.yaml", "neither a preset nor an existing YAML file"),
         ("training.num_processes=0", "training.num_processes must be at least 1"),
     ],
 )
@@ -268,7 +268,7 @@ def test_more_processes_than_gpus_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(launching.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(launching.torch.cuda, "device_count", lambda: 4)
     config = load_config("smoke", ["training.num_processes=8", f"experiment.output_dir={tmp_path}/run"])
-    with pytest.raises(DimoError, match=r"num_processes is 8, and 1 machine\(s\) with 4 GPU"):
+    with pytest.raises(DimoError, match=r"num_processes is 8, but there are 1 machine\(s\) with 4 GPU"):
         launch(config)
 
 

@@ -103,14 +103,14 @@ def test_a_download_that_broke_off_is_called_one(folder, left):
     (folder / WEIGHTS).unlink()
     (folder / left).parent.mkdir(parents=True, exist_ok=True)
     (folder / left).write_bytes(b"half")
-    with pytest.raises(DimoError, match=f"{folder / WEIGHTS} is not there, and {folder / left} is a download that has"):
+    with pytest.raises(DimoError, match=f"{folder / WEIGHTS} is missing, and {folder / left} is an unfinished"):
         load_ursa(folder)
 
 
 def test_a_snapshot_whose_blob_is_still_coming(cache):
     (cache / WEIGHTS).unlink()
     (cache.parent.parent / "blobs" / "00ff.incomplete").write_bytes(b"half")
-    with pytest.raises(DimoError, match="00ff.incomplete is a download that has not ended"):
+    with pytest.raises(DimoError, match="00ff.incomplete is an unfinished download"):
         load_ursa(cache)
 
 
@@ -124,7 +124,7 @@ def test_a_single_variant_is_read_and_plain_names_come_first(folder):
     got = load_transformer(folder / "transformer").state_dict()
     assert all(torch.equal(got[key], want[key].bfloat16().float()) for key in want)
     shutil.copy(one, one.with_name(f"{NAME}.fp16.safetensors"))
-    with pytest.raises(DimoError, match="holds its weights as bf16 and fp16, and dimo cannot know which is meant"):
+    with pytest.raises(DimoError, match="contains the weights in several variants, bf16 and fp16"):
         weight_files(folder / "transformer")
 
 
@@ -136,7 +136,7 @@ def test_the_shards_of_a_variant_are_read(folder, name):
     weight_map = {key: name.format(i + 1) for i, part in enumerate(parts) for key in part}
     for i, part in enumerate(parts):
         save_file(part, folder / "transformer" / name.format(i + 1))
-    with pytest.raises(DimoError, match="of the shards there, such as .*00001-of-00002.* the index is missing"):
+    with pytest.raises(DimoError, match="the index of its shards, such as .*00001-of-00002.*, is missing"):
         weight_files(folder / "transformer")
     index = folder / f"transformer/{NAME}.safetensors.index.fp16.json"
     index.write_text(json.dumps({"weight_map": weight_map}))
@@ -153,19 +153,19 @@ def test_json_with_a_byte_order_mark_is_read(folder):
 
 def test_the_wrong_level_names_the_right_one(folder, monkeypatch, capsys):
     for given in (folder / "transformer", folder / WEIGHTS, folder / "model_index.json"):
-        what = f"{given} (has none of these|is a file); give the folder that it lies in, {folder}"
+        what = f"{given} (has none of these|is a file); give the folder above it, {folder}"
         with pytest.raises(DimoError, match=what):
             require_checkpoint(given)
     monkeypatch.chdir(folder / "transformer")
     assert main(["inspect", "."]) == 2
-    assert f"give the folder that it lies in, {folder}\n" in capsys.readouterr().err
+    assert f"give the folder above it, {folder}\n" in capsys.readouterr().err
     assert main(["inspect", str(folder.parent)]) == 2
     assert f"give the one inside it, {folder}\n" in capsys.readouterr().err
     shutil.copytree(folder, folder.parent / "another")
     assert main(["plan", "--teacher_ckpt", str(folder.parent), "--num_frames", "1"]) == 2
     assert "give one of those inside it, such as " in capsys.readouterr().err
     assert main(["inspect", str(folder / "model_index.json")]) == 2
-    assert f"give the folder that it lies in, {folder}\n" in capsys.readouterr().err
+    assert f"give the folder above it, {folder}\n" in capsys.readouterr().err
 
 
 def test_a_students_wrong_level_names_the_right_one(folder, tmp_path):
@@ -175,7 +175,7 @@ def test_a_students_wrong_level_names_the_right_one(folder, tmp_path):
     run = tmp_path / "run"
     (run / "checkpoints" / "step-00000005").mkdir(parents=True)
     (run / "status.json").write_text("{}")
-    with pytest.raises(DimoError, match="run is a run that has no checkpoints/final: it has not finished"):
+    with pytest.raises(DimoError, match="run is a run without checkpoints/final: it has not finished"):
         load_student(tiny, run)
     (run / "checkpoints" / "final").mkdir()
     torch.save(tiny.transformer.state_dict(), run / "checkpoints" / "final" / "student.pt")
@@ -200,7 +200,7 @@ def test_inspect_of_half_a_folder_says_all_that_is_not_there(folder):
 def test_another_scheduler_is_refused(folder):
     file = folder / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps({"_class_name": "DDIMScheduler", "alpha": 0.9, "c": 3.0}))
-    with pytest.raises(DimoError, match=f"{file} is of class 'DDIMScheduler', and dimo reads Kinetic"):
+    with pytest.raises(DimoError, match=f"{file} is of class 'DDIMScheduler', but dimo only reads Kinetic"):
         load_ursa(folder)
 
 
@@ -228,6 +228,6 @@ def test_a_student_of_a_teacher_with_other_positions_is_refused(folder, tmp_path
     load_student(tiny, tmp_path / source)
     file = folder / "transformer" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"rope_theta": 10_000}))
-    said = "is of another teacher than .*tiny-ursa: .* rope_theta = 1000000, the teacher.s 10000"
+    said = "does not belong to the teacher .*tiny-ursa: .* rope_theta = 1000000, the teacher.s 10000"
     with pytest.raises(DimoError, match=said):
         load_student(load_ursa(folder), tmp_path / source)

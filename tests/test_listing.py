@@ -30,12 +30,12 @@ def test_endings_in_capitals_are_read(tmp_path):
         ("rest.zip", "is packed"),
         ("part_2.csv.part", "looks like an unfinished download or a copy"),
         ("part_2.csv~", "looks like an unfinished download or a copy"),
-        ("part_2.txt", "mixes kinds of files .csv, txt"),
-        ("part_2.PARQUET", "mixes kinds of files .csv, parquet"),
-        ("part_2.json", "is no txt, jsonl, csv or parquet file: convert it, or move it out of"),
-        ("part-00002", "is no txt, jsonl, csv or parquet file"),
-        ("more/part_2.csv", "more is a folder in a folder: name one"),
-        ("more.csv/part_2.csv", "more.csv is a folder in a folder"),
+        ("part_2.txt", "mixes file types .csv, txt"),
+        ("part_2.PARQUET", "mixes file types .csv, parquet"),
+        ("part_2.json", "is not a txt, jsonl, csv or parquet file: convert it, or move it out of"),
+        ("part-00002", "is not a txt, jsonl, csv or parquet file"),
+        ("more/part_2.csv", "more is a subfolder: give a folder"),
+        ("more.csv/part_2.csv", "more.csv is a subfolder"),
     ],
 )
 def test_nothing_in_a_folder_is_passed_over(name, sentence, tmp_path):
@@ -52,13 +52,13 @@ def test_links_are_followed_and_dangling_ones_refused(tmp_path):
     link.symlink_to(make(tmp_path / "b", "blob", b"caption\nb\n"))
     assert read_prompts(tmp_path / "a") == ["a", "b"]
     (tmp_path / "b" / "blob").unlink()
-    with pytest.raises(DimoError, match="part_2.csv is a link to .*blob, which does not exist: mend the link"):
+    with pytest.raises(DimoError, match="part_2.csv is a link to .*blob, which does not exist: fix the link"):
         read_prompts(tmp_path / "a")
     with pytest.raises(DimoError, match="part_2.csv is a link to .*blob, which does not exist"):
         read_prompts(link)
     link.unlink()
     os.mkfifo(link)
-    with pytest.raises(DimoError, match="part_2.csv is no file"):
+    with pytest.raises(DimoError, match="part_2.csv is not a regular file"):
         read_prompts(tmp_path / "a")
     with pytest.raises(DimoError, match="part_2.csv is not one"):
         read_prompts(link)

@@ -134,7 +134,7 @@ def test_a_folder_without_a_vae_loads_and_says_so(folder):
     shutil.rmtree(folder / "vae")
     ursa = load_ursa(folder)
     assert ursa.strides == (4, 8)
-    with pytest.raises(DimoError, match="vae holds no VAE"):
+    with pytest.raises(DimoError, match="vae contains no VAE"):
         ursa.decode(torch.zeros(1, *SHAPE, dtype=torch.long))
 
 
@@ -194,7 +194,7 @@ def retokenize(folder, **changes):
 
 DAMAGE = {
     "a missing shard": (lambda f: shard(f, 1), "1 of 3 shards .* are missing, the first is .*-00003-of-00003"),
-    "two missing shards": (lambda f: shard(f, 2), "2 of 3 shards .* the folder was copied by half"),
+    "two missing shards": (lambda f: shard(f, 2), "2 of 3 shards .* the copy of the folder is incomplete"),
     "an index of nothing": (lambda f: shard(f).write_text('{"weight_map": {}}'), "index.json is damaged"),
     "an index that leads outside": (
         lambda f: shard(f).write_text(json.dumps({"weight_map": {"lm_head.weight": OUTSIDE}})),
@@ -214,10 +214,10 @@ DAMAGE = {
                                                   f / "scheduler" / "scheduler_model.pth"), "'path.emb' in .* finite"),
     "no tokenizer.json": (lambda f: (f / "tokenizer" / "tokenizer.json").unlink(), "there is no tokenizer.json; ."),
     "an LFS pointer": (lambda f: (f / WEIGHTS).write_text("version https://git-lfs.example/spec/v1\noid sha256:0\n"),
-                       "is a Git LFS pointer and not the file itself"),
+                       "is a Git LFS pointer, not the file itself"),
     "code in a .bin": (lambda f: as_bin(f, {"lm_head.weight": Hostile(f / "executed")}),
                        "could not be read as plain tensors"),
-    "a nested .bin": (lambda f: as_bin(f, {"state_dict": {}}), "names and tensors only, its 'state_dict' is dict"),
+    "a nested .bin": (lambda f: as_bin(f, {"state_dict": {}}), "names to tensors only, but 'state_dict' is of"),
     "a .bin that is a list": (lambda f: as_bin(f, [1]), "must hold a plain state dict, got list"),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), "weights file .* does not exist, nor .bin, nor an index"),
     "a config that is a list": (lambda f: (f / CONFIG).write_text("[]"), "must hold an object, got list"),
@@ -361,7 +361,7 @@ def test_keys_out_of_range_are_refused(override, sentence):
         (lambda file, state: torch.save({k: v.long() for k, v in state.items()}, file), "must hold floating-point"),
         (lambda file, state: torch.save({k: v / 0 for k, v in state.items()}, file), "in the weights of .* be finite"),
         (lambda file, state: torch.save(state, file.with_name("ema.safetensors")),
-         "does not exist, .*; name the file itself, there is ema.safetensors$"),
+         "does not exist, .*; give the path of one of its files: ema.safetensors$"),
     ],
 )  # fmt: skip
 def test_a_student_that_is_none_is_refused_in_a_sentence(tiny, tmp_path, make, sentence):
@@ -402,7 +402,7 @@ def test_a_damaged_file_is_told_by_loading_and_by_inspection(folder, damage):
     ("change", "sentence"),
     [
         (lambda emb: emb.to_sparse(), "'path.emb' in .* must be a dense tensor"),
-        (lambda emb: emb[:1].expand_as(emb).clone(), "all rows of 'path.emb' in .*scheduler_model.pth are the same"),
+        (lambda emb: emb[:1].expand_as(emb).clone(), "all rows of 'path.emb' in .*scheduler_model.pth are equal"),
     ],
 )
 def test_a_codebook_without_distances_is_refused(folder, change, sentence):
@@ -415,7 +415,7 @@ def test_a_codebook_without_distances_is_refused(folder, change, sentence):
 def test_a_file_in_place_of_the_vaes_folder_is_refused(folder):
     shutil.rmtree(folder / "vae")
     (folder / "vae").write_text("elsewhere")
-    with pytest.raises(DimoError, match="vae is a file, and a checkpoint's VAE is a folder"):
+    with pytest.raises(DimoError, match="vae is a file, but a checkpoint's VAE is a folder"):
         load_ursa(folder)
 
 
@@ -429,5 +429,5 @@ def test_shards_that_hold_the_same_are_refused(folder):
     index = {"weight_map": dict.fromkeys(keys[:6], first) | dict.fromkeys(keys[6:], second)}
     (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
     for read in (read_weights, weight_shapes):
-        with pytest.raises(DimoError, match=f"{second} holds {keys[5]}, and so does another shard"):
+        with pytest.raises(DimoError, match=f"{second} contains {keys[5]}, which another shard"):
             read(folder / "transformer")

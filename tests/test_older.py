@@ -27,7 +27,7 @@ def test_a_run_begun_before_keys_existed_goes_on_as_it_began(tmp_path, capsys):
     file.write_text("\n".join([*lines, ""]).replace("distill:\n", "distill:\n  temperature: 1.0\n"))
     capsys.readouterr()
     assert main(train_words(tmp_path / "run", "training.max_train_steps=3", *still)) == 0
-    said = [line for line in capsys.readouterr().err.splitlines() if "older than some keys" in line]
+    said = [line for line in capsys.readouterr().err.splitlines() if "predates some keys" in line]
     assert len(said) == 1 and all(word in said[0] for word in ("model.train_head=True", "optim.aux_min_lr_share=0.3"))
     assert said[0].removeprefix("dimo: ") in (tmp_path / "run" / "train.log").read_text()
     # and again, by the same command: they stay unknown to the run

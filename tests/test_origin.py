@@ -109,6 +109,6 @@ def test_a_damaged_configuration_of_a_run_is_not_passed_over(work, capsys):
     run = work / "runs" / "slow"
     (run / "status.json").write_text('{"state": "finished", "pid": 1, "host": "x"}')
     (run / "config.yaml").write_text((run / "config.yaml").read_text() + "optim: {lr: 1}\n")
-    assert main(["evaluate", str(run)]) == 2 and "optim is there twice" in capsys.readouterr().err
-    with pytest.raises(DimoError, match="optim is there twice"):
+    assert main(["evaluate", str(run)]) == 2 and "optim is set twice" in capsys.readouterr().err
+    with pytest.raises(DimoError, match="optim is set twice"):
         sample_to_folder(Request(student_ckpt=str(run)), ["rain"], work / "out")

@@ -75,5 +75,5 @@ def test_a_run_itself_an_unreadable_one_and_none(tmp_path, capsys):
     assert main(["runs", str(tmp_path / "a" / "checkpoints")]) == 2
     (tmp_path / "none").mkdir()
     assert main(["runs", str(tmp_path / "none")]) == 0 and capsys.readouterr().out.endswith("no runs\n")
-    with pytest.raises(DimoError, match="is no folder"):
+    with pytest.raises(DimoError, match="is not a folder"):
         list_runs(tmp_path / "nowhere")

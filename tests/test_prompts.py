@@ -46,7 +46,7 @@ def test_filters_by_score(tmp_path):
     assert sorted(stream.take(len(wanted))) == wanted
     counts = stream.counts()
     assert counts["filtered"] == 600 - counts["no_caption"] - len(wanted) and counts["no_caption"] > 0
-    with pytest.raises(DimoError, match="holds no prompt that passes: of 600 rows .* fall under clarity_score 2"):
+    with pytest.raises(DimoError, match="holds no prompt that passes: of 600 rows .* are below clarity_score 2"):
         PromptStream(koala(tmp_path), minimum={"clarity_score": 2})
 
 
@@ -123,7 +123,7 @@ def test_a_run_goes_on_in_a_file_that_was_mended_further_on(tmp_path):
     stream = PromptStream(file, shuffle_buffer=100)
     assert stream.take(1450) == whole.take(1450)
     state = stream.state_dict()
-    with pytest.raises(DimoError, match="line 1502 has 3 fields under 2"):
+    with pytest.raises(DimoError, match="line 1502 has 3 fields for 2"):
         stream.take(100)
     file.write_bytes(right)
     resumed = PromptStream(file, shuffle_buffer=100)
@@ -141,7 +141,7 @@ def test_positions_of_an_earlier_dimo_are_read(tmp_path):
     resumed.load_state_dict(state)
     assert resumed.take(4) == stream.take(4)
     write(file, ["one", "two", "four"])
-    with pytest.raises(DimoError, match="has changed since the checkpoint .other files, or other sizes"):
+    with pytest.raises(DimoError, match="has changed since the checkpoint .other files or sizes"):
         resumed.load_state_dict(state)
 
 
@@ -238,8 +238,8 @@ def test_a_run_on_captions_to_its_end(folder, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (["distill.min_clarity=0.5"], "for a file of captions, and distill.prompt_source is world"),
-        (["distill.motion_prefix=9"], "for a file of captions, and distill.prompt_source is world"),
+        (["distill.min_clarity=0.5"], "need a file of captions, but distill.prompt_source is world"),
+        (["distill.motion_prefix=9"], "need a file of captions, but distill.prompt_source is world"),
         (["distill.prompt_source=a.csv", "distill.motion_prefix=fast"], "must be none, score or a number, got 'fast'"),
         (["distill.prompt_source=a.csv", "distill.min_motion=nan"], "min_motion must be a finite number, got nan"),
         (["distill.motion_share=2"], r"distill.motion_share must lie in \[0, 1\]"),

@@ -98,7 +98,7 @@ def test_any_caption_column_that_is_usual(tmp_path):
 @pytest.mark.parametrize(
     ("files", "sentence"),
     [
-        ({}, "holds none"),
+        ({}, "contains none"),
         ({"a.csv": b""}, r"a.csv is empty \(0 bytes\)"),
         ({"a.csv": b"id,title\n1,x\n"}, "a.csv has no column caption, prompt or text; it has id, title"),
         ({"a.csv": b"caption\n"}, "holds no prompt: none of its 0 rows has a caption"),
@@ -132,25 +132,25 @@ ALL = ("txt", "jsonl", "csv", "parquet")
 FOREIGN = {
     "a Git LFS pointer.*git lfs pull": (ALL, b"version https://git-lfs.github.com/spec/v1\noid sha256:12ab\nsize 7\n"),
     "a git-annex pointer": (ALL, b"/annex/objects/SHA256E-s12--ab.csv\n"),
-    "packed by gzip": (ALL, packed(gzip.compress)),
-    "packed by bzip2": (ALL, packed(bz2.compress)),
-    "packed by xz": (ALL, packed(lzma.compress)),
+    "gzip-compressed": (ALL, packed(gzip.compress)),
+    "bzip2-compressed": (ALL, packed(bz2.compress)),
+    "xz-compressed": (ALL, packed(lzma.compress)),
     "a zip archive": (ALL, b"PK\x03\x04caption"),
     "UTF-16": (ALL, "caption\na dog\n".encode("utf-16")),
     "NUL byte.*UTF-16": (("txt", "jsonl", "csv"), "caption\na dog\n".encode("utf-16-le")),
     "a web page.*download it again": (ALL, b"\n <!doctype HTML><html>\n<h1>Sign in</h1>\n"),
     "a web page": (ALL, b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>'),
-    "holds '404: Not Found' alone": (ALL, b"404: Not Found"),
-    "holds 'Entry not found' alone": (ALL, b"Entry not found\n"),
-    "parquet .end its name in .parquet": (("txt", "jsonl", "csv"), b"PAR1\x15\x04"),
-    "not a JSON object, it begins an array": (("jsonl",), b'\n[{"caption": "a dog"},\n{"caption": "b"}]\n'),
+    "contains only '404: Not Found'": (ALL, b"404: Not Found"),
+    "contains only 'Entry not found'": (ALL, b"Entry not found\n"),
+    "parquet .rename it to .parquet": (("txt", "jsonl", "csv"), b"PAR1\x15\x04"),
+    "not a JSON object but begins an array": (("jsonl",), b'\n[{"caption": "a dog"},\n{"caption": "b"}]\n'),
     "line 1 is not a JSON object": (("jsonl",), b'{\n"caption": "a dog"\n}\n'),
     "line 1 is not UTF-8 text.*0x89": (("txt", "jsonl", "csv"), b"\x89PNG\r\n\x1a\n"),
-    "line 2 holds a NUL byte": (("txt", "csv"), b"caption\na dog\0\n"),
+    "line 2 contains a NUL byte": (("txt", "csv"), b"caption\na dog\0\n"),
     "it is JSON": (("txt",), b'[{"caption": "a dog"},\n{"caption": "b"}]\n'),
     "it is JSON: write": (("txt",), b'{\n  "caption": "a dog"\n}\n'),
-    "JSON: write one object a line": (("txt",), b'["a dog",\n"b"]\n'),
-    "it is JSON: write one object a line, and end": (("txt",), b'{"caption": "a dog"}\n{"caption": "b"}\n'),
+    "JSON: write one object per line": (("txt",), b'["a dog",\n"b"]\n'),
+    "it is JSON: write one object per line and rename": (("txt",), b'{"caption": "a dog"}\n{"caption": "b"}\n'),
     "a table with the column prompt": (("txt",), b"id\tprompt\n1\ta dog\n"),
     "a table with the column text": (("txt",), b"url,text\nx,a dog\n"),
     "a table with the column caption": (("txt",), b'"id","caption"\n1,a dog\n'),
@@ -184,7 +184,7 @@ def test_the_text_of_a_list_is_refused_however_deep(kind, text, name, tmp_path):
     with pytest.raises(DimoError, match=f"a.{kind} cannot be read as {kind}: the caption of {place} is a {name}, not"):
         read_prompts(file)
     stream = PromptStream(file, shuffle_buffer=10)
-    with pytest.raises(DimoError, match=f"{place} is a {name}, not a text"):
+    with pytest.raises(DimoError, match=f"{place} is a {name}, not text"):
         stream.take(2501)
 
 
@@ -210,7 +210,7 @@ def test_lists_that_a_file_has_as_lists_are_refused(value, tmp_path):
     pq.write_table(pa.table({"caption": [value]}), tmp_path / "a.parquet")
     make(tmp_path, "a.jsonl", json.dumps({"caption": value}).encode())
     for file, place in ((tmp_path / "a.parquet", "row 1"), (tmp_path / "a.jsonl", "line 1")):
-        with pytest.raises(DimoError, match=f"the caption of {place} is a {type(value).__name__}, not a text"):
+        with pytest.raises(DimoError, match=f"the caption of {place} is a {type(value).__name__}, not text"):
             read_prompts(file)
 
 
@@ -219,7 +219,7 @@ def test_two_columns_of_one_name_are_refused_where_they_are_asked_for(tmp_path):
     pq.write_table(twice, tmp_path / "a.parquet")
     make(tmp_path, "a.csv", b"caption,motion_score,caption\na,b,c\n")
     for kind in ("parquet", "csv"):
-        with pytest.raises(DimoError, match="2 columns have the name caption"):
+        with pytest.raises(DimoError, match="2 columns are named caption"):
             PromptStream(tmp_path / f"a.{kind}")
     scores = pa.table([["a"], [1], [2], ["x"], ["y"]], names=["caption", "motion_score", "motion_score", "id", "id"])
     pq.write_table(scores, tmp_path / "a.parquet")
@@ -227,7 +227,7 @@ def test_two_columns_of_one_name_are_refused_where_they_are_asked_for(tmp_path):
     make(tmp_path, "a.jsonl", b'{"id": 1, "id": 2, "caption": "a", "motion_score": 1, "motion_score": 2}\n')
     for kind in ("parquet", "csv", "jsonl"):
         assert read_prompts(tmp_path / f"a.{kind}") == ["a"]
-        with pytest.raises(DimoError, match="2 columns have the name motion_score|has the key motion_score twice"):
+        with pytest.raises(DimoError, match="2 columns are named motion_score|has the key motion_score twice"):
             PromptStream(tmp_path / f"a.{kind}", motion="score")
 
 
@@ -241,7 +241,7 @@ def test_lines_end_as_everywhere(tmp_path):
 def test_the_text_of_bytes_is_refused_however_deep(kind, tmp_path):
     for text in ("b'a dog'", 'b"a dog\'s"'):
         file = write(tmp_path / f"a.{kind}", [f"prompt {i}" for i in range(1500)] + [text, "more"])
-        with pytest.raises(DimoError, match="the caption of (row|line) 150[12] is bytes, not a text: .*; decode it$"):
+        with pytest.raises(DimoError, match="the caption of (row|line) 150[12] is bytes, not text: .*; decode it$"):
             read_prompts(file)
 
 
@@ -261,7 +261,7 @@ def test_a_last_line_cut_within_a_character_is_left_out_and_said(kind, tmp_path,
     assert read_prompts(file) == ["one", "two"]
     assert sorted(PromptStream(file).take(2)) == ["one", "two"]
     line = 4 if kind == "csv" else 3
-    assert caplog.messages == [f"{file}: the last line, {line}, is cut off within a character and left out"]
+    assert caplog.messages == [f"{file}: the last line, {line}, ends within a character and is skipped"]
 
 
 @pytest.mark.parametrize("kind", ["txt", "csv"])
@@ -269,7 +269,7 @@ def test_what_git_left_among_captions_is_refused_however_deep(kind, tmp_path):
     good = "caption\n" + "a dog\n" * 1500
     for left, sentence in (
         ("version https://git-lfs.github.com/spec/v1\noid sha256:12ab\nsize 7\n", "begins a Git LFS pointer"),
-        ("<<<<<<< HEAD\na\n=======\nb\n>>>>>>> other\n", "is git's mark of a conflict"),
+        ("<<<<<<< HEAD\na\n=======\nb\n>>>>>>> other\n", "is a git conflict marker"),
     ):
         file = make(tmp_path, f"a.{kind}", (good + left + "a cat\n").encode())
         with pytest.raises(DimoError, match=f"line 1502 {sentence}"):

@@ -87,12 +87,12 @@ def test_starting_over_removes_what_dimo_wrote_and_nothing_else(tmp_path):
 def test_a_damaged_configuration_or_status_is_a_sentence_and_no_end(tmp_path):
     RunFolder.open(tmp_path, CONFIG).write_status(state="running")
     (tmp_path / "config.yaml").write_text("optim: [")
-    with pytest.raises(DimoError, match=r"config.yaml is not readable YAML: line 1: "):
+    with pytest.raises(DimoError, match=r"config.yaml is not valid YAML: line 1: "):
         RunFolder.open(tmp_path, CONFIG)
     run = RunFolder.open(tmp_path, CONFIG, overwrite=True)
     for text in ("", "{", "[]", '{"state": "r\xe9"}'):
         (tmp_path / "status.json").write_text(text, encoding="latin-1")
-        with pytest.raises(DimoError, match="status.json .*; remove it, a run continues without"):
+        with pytest.raises(DimoError, match="status.json .*; delete it, the run continues without"):
             run.write_status(step=1)
     RunFolder.open(tmp_path, CONFIG)
 

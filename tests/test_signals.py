@@ -240,7 +240,7 @@ def test_a_full_disk_stops_the_run_with_a_sentence_and_the_last_good_checkpoint(
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert "dimo: checkpoint of step 8 could not be written to " in done.stderr
     status = RunFolder(tmp_path).status()
-    assert status["state"] == "failed" and "step-00000004 stays" in status["error"]
+    assert status["state"] == "failed" and "step-00000004 is kept" in status["error"]
     assert steps_saved(tmp_path) == 4
     assert run("pass").returncode == 0 and steps_saved(tmp_path) == 12
 

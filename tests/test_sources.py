@@ -95,10 +95,10 @@ def test_a_run_without_a_record_of_its_teacher_goes_on_under_its_name(tmp_path):
     config, other = (to_yaml(load_config("smoke", [f"distill.teacher_ckpt={teacher}"])) for teacher in teachers)
     RunFolder.open(tmp_path / "run", config)
     (tmp_path / "run" / "sources.json").write_text("[")
-    with pytest.raises(DimoError, match="sources.json is damaged; remove it"):
+    with pytest.raises(DimoError, match="sources.json is damaged; delete it"):
         RunFolder.open(tmp_path / "run", config)
     (tmp_path / "run" / "sources.json").unlink()
-    with pytest.raises(DimoError, match="teacher_ckpt was .*/T', is .*/U'.*no sources.json"):
+    with pytest.raises(DimoError, match="teacher_ckpt was .*/T', is .*/U'.*without sources.json"):
         RunFolder.open(tmp_path / "run", other)
     RunFolder.open(tmp_path / "run", config.replace("/T\n", "/../" + tmp_path.name + "/T\n"))
     RunFolder.open(tmp_path / "run", other)  # the same content, as is known now

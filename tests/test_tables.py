@@ -111,29 +111,29 @@ def test_what_programs_write_comes_back_row_by_row_or_is_refused_with_its_line(w
 
 ROWS = "".join(f"v{i},a grey pigeon,0.{i % 10}\n" for i in range(11_998))  # lines 2 to 11,999
 BROKEN = {
-    "a comma": ("v,a pigeon, on a step,0.5\nv,b,1\n", "line 12000 has 4 fields under 3 column.*must be in quotes"),
-    "a field too few": ("v,a pigeon\nv,b,1\n", "line 12000 has 2 field.* under 3 columns"),
-    "a line's end": ("v,a pigeon\non a step,0.5\nv,b,1\n", "line 12000 has 2 field.* under 3 columns"),
+    "a comma": ("v,a pigeon, on a step,0.5\nv,b,1\n", "line 12000 has 4 fields for 3 column.*must be in quotes"),
+    "a field too few": ("v,a pigeon\nv,b,1\n", "line 12000 has 2 field.* for 3 columns"),
+    "a line's end": ("v,a pigeon\non a step,0.5\nv,b,1\n", "line 12000 has 2 field.* for 3 columns"),
     "a carriage return": ("v,a pigeon\ron a step,0.5\nv,b,1\n", "line 12000 has a carriage return"),
-    "a quote never closed": ('v,"a pigeon,0.5\nv,b,1\nv,c,1\n', "line 12000: the quote.* not closed .* in line 12002"),
+    "a quote never closed": ('v,"a pigeon,0.5\nv,b,1\nv,c,1\n', "line 12000: the quote.* still open .*, line 12002"),
     "closed by the next": (
         'v,"a pigeon,0.5\nv,b,1\nv,"c, d",1\n',
-        "line 12000: the quotes.* close before .* 12002",
+        "line 12000: text follows the closing of the quotes.* 12002",
     ),
-    "a later quote": ('v,"a\nb","c\nv,b,1\n', "line 12001: the quote that opens here is not closed"),
+    "a later quote": ('v,"a\nb","c\nv,b,1\n', "line 12001: the quote that opens here is still open"),
     "without limit": (
         'v,"a\nb","' + "x\n" * 70_000,
         "field larger than field limit: line 12001: the quote",
     ),
     "a long field": ("v," + "x" * 140_000 + ",1\n", "field larger than field limit: line 12000: here begins"),
-    "escaped": ('v,"a \\"grey\\" pigeon",0.5\nv,b,1\n', r"line 12000: \\\".* is no quote in CSV; .*\"\" \(in Spark"),
+    "escaped": ('v,"a \\"grey\\" pigeon",0.5\nv,b,1\n', r"line 12000: \\\".* is not valid CSV; .*\"\" \(in Spark"),
     "escaped at the end": ('v,"a pigeon of 5\\"",0.5\nv,b,1\nv,"c, d",1\n', r"line 12000: \\\""),
     "escaped to the end": ('v,"a pigeon of 5\\"",0.5\n', r"line 12000: \\\""),
     "escaped, no quotes": ('v,a \\"grey\\" pigeon,0.5\nv,b,1\n', r"line 12000 has \\\" outside quotes"),
-    "escaped comma at the end": ("v,a,0.5\\,\n", "line 12000 has 4 fields under 3"),
-    "the header again": ("v,caption,1\nvideoID,caption,score\nv,b,1\n", "line 12001 is the header again"),
+    "escaped comma at the end": ("v,a,0.5\\,\n", "line 12000 has 4 fields for 3"),
+    "the header again": ("v,caption,1\nvideoID,caption,score\nv,b,1\n", "line 12001 repeats the header"),
     "latin-1": (b"v,caf\xe9,1\n", "line 12000 is not UTF-8"),
-    "a NUL": ("v,\0\0\0,1\n", "line 12000 holds a NUL byte"),
+    "a NUL": ("v,\0\0\0,1\n", "line 12000 contains a NUL byte"),
 }
 
 
@@ -170,23 +170,23 @@ def test_a_header_without_its_end_and_blank_rows_hold_nothing(tmp_path):
 def test_no_caption_is_cut_at_its_comma_where_a_row_has_empty_fields_too_many(text, line, tmp_path):
     file = make(tmp_path, "a.csv", text.encode())
     for read in (PromptStream, read_prompts):
-        with pytest.raises(DimoError, match=f"line {line} has . fields under . column.*commas must be in quotes"):
+        with pytest.raises(DimoError, match=f"line {line} has . fields for . column.*commas must be in quotes"):
             read(file)
 
 
 def test_a_row_cut_outside_quotes_is_left_out_and_said_once(tmp_path, caplog):
     file = make(tmp_path, "a.csv", b"id,caption,score\n1,a,0.5\n2,half a capt")
     assert read_prompts(file) == PromptStream(file).take(1) == ["a"]
-    assert caplog.messages == [f"{file}: the last row, line 3, is cut off and left out"]
+    assert caplog.messages == [f"{file}: the last row, line 3, is truncated and skipped"]
 
 
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ("id;caption\n1;a, b\n", r"it has id;caption \(write commas between the columns"),
-        ("id\tcaption\n1\ta, b\n", r"\(write commas between the columns"),
-        ("'id'|\"text\"\n1|a\n", r"\(write commas between the columns"),
-        ("sep=;\nid;caption\n1;a\n", r"it has sep=; \(write commas .* names in the first line"),
+        ("id;caption\n1;a, b\n", r"it has id;caption \(separate the columns by commas"),
+        ("id\tcaption\n1\ta, b\n", r"\(separate the columns by commas"),
+        ("'id'|\"text\"\n1|a\n", r"\(separate the columns by commas"),
+        ("sep=;\nid;caption\n1;a\n", r"it has sep=; \(separate the columns .* names in the first line"),
         ("id, caption\n1,a\n", r"it has id,  caption \(rename ' caption' to caption\)"),
         ("ID,Caption\n1,a\n", r"\(rename 'Caption' to caption\)"),
         ("id,title\n1,a\n", "it has id, title$"),

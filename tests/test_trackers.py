@@ -16,13 +16,13 @@ from dimo.run.progress import CostBar, Progress
 def test_a_tracker_that_is_not_installed_is_refused_before_anything_starts(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(trackers, "get_available_trackers", lambda: ["tensorboard"])
     trackers.require_trackers(["tensorboard"])
-    with pytest.raises(DimoError, match="asks for wandb, which is not installed: pip install wandb"):
+    with pytest.raises(DimoError, match="includes wandb, which is not installed: pip install wandb"):
         trackers.require_trackers(["tensorboard", "wandb"])
     for command in ("train", "run"):
         words = [command, "-c", "smoke", "experiment.trackers=[wandb]", f"experiment.output_dir={tmp_path}/run"]
         assert main(words) == 2 and "pip install wandb" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(DimoError, match="may not hold 'excel'; there is tensorboard, trackio, wandb"):
+    with pytest.raises(DimoError, match="unknown tracker 'excel'; choose from tensorboard, trackio, wandb"):
         load_config("smoke", ["experiment.trackers=[excel]"])
 
 

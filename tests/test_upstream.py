@@ -188,7 +188,7 @@ def test_what_upstreams_pipeline_cannot_run_is_refused_before_anything_is_loaded
     bare = shutil.copytree(TINY, tmp_path / "bare")
     (bare / "model_index.json").unlink()
     for folder, sentence in (
-        (checkpoint_folder("shapes"), "needs heads of 128, this checkpoint's config.json says head_dim = 16"),
+        (checkpoint_folder("shapes"), "needs head_dim = 128, but this checkpoint's config.json has head_dim = 16"),
         (bare, "model_index.json is missing"),
         (edited("vae/config.json", _class_name="PaletteDecoder"), "cannot run the VAE in .*, of class 'Palette"),
         (edited("transformer/config.json", lm_head_size=512), "lm_head_size in .* is 512 for 240 codes"),
@@ -200,7 +200,7 @@ def test_what_upstreams_pipeline_cannot_run_is_refused_before_anything_is_loaded
 def test_a_folder_that_upstream_cannot_load_is_a_sentence(tmp_path):
     folder = shutil.copytree(TINY, tmp_path / "folder")
     (folder / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"cut")
-    with pytest.raises(DimoError, match=f"pipeline could not be made of {folder}: "):
+    with pytest.raises(DimoError, match=f"pipeline could not be loaded from {folder}: "):
         upstream.load_pipeline(folder)
 
 
@@ -234,12 +234,12 @@ def test_bench_times_upstreams_pipeline_without_a_gpu(source, tmp_path, monkeypa
 
 def test_bench_refuses_a_world_before_it_measures(monkeypatch):
     monkeypatch.setattr("dimo.bench.matrix_product", lambda clock: pytest.fail("measured"))
-    with pytest.raises(DimoError, match="--against upstream: .* needs heads of 128, .* random weights by --size"):
+    with pytest.raises(DimoError, match="--against upstream: .* needs head_dim = 128, .* random weights by --size"):
         bench(load_config("shapes", []), against=("upstream",))
 
 
 def test_a_world_with_small_heads_is_refused():
-    with pytest.raises(DimoError, match="needs heads of 128, this checkpoint's config.json says head_dim = 16"):
+    with pytest.raises(DimoError, match="needs head_dim = 128, but this checkpoint's config.json has head_dim = 16"):
         load_ursa(checkpoint_folder("shapes"), backend="upstream")
 
 

@@ -93,14 +93,14 @@ def test_what_is_no_number_is_refused_in_files_and_overrides(key, text, tmp_path
         load_config("smoke", [f"{key}={text}"])
     group, name = key.split(".")
     (tmp_path / "mine.yaml").write_text(f"{group}:\n  {name}: {text}\n")
-    with pytest.raises(DimoError, match=rf"^{key}[: ]|mine.yaml is not readable YAML: line \d"):
+    with pytest.raises(DimoError, match=rf"^{key}[: ]|mine.yaml is not valid YAML: line \d"):
         load_config(tmp_path / "mine.yaml")
 
 
 def test_a_key_may_stand_for_another_but_not_for_itself():
     config = load_config("smoke", ["optim.aux_lr=${optim.lr}", "experiment.name=a-${experiment.seed}"])
     assert config.optim.aux_lr == config.optim.lr and config.experiment.output_dir == "runs/a-0"
-    with pytest.raises(DimoError, match="leads back to experiment.name itself"):
+    with pytest.raises(DimoError, match="refers back to experiment.name itself"):
         load_config("smoke", ["experiment.name=x${experiment.output_dir}"])
     with pytest.raises(DimoError, match="unknown key 'experiment.nam'; did you mean 'experiment.name'"):
         load_config("smoke", ["experiment.output_dir=runs/${experiment.nam}"])
@@ -117,7 +117,7 @@ def test_keys_that_are_merged_may_be_set_again(tmp_path):
 def test_a_key_twice_is_refused_in_an_engines_file_and_in_a_runs(tmp_path):
     engine = tmp_path / "mine.yaml"
     engine.write_text("num_processes: 2\nfsdp_config:\n  fsdp_version: 2\n  fsdp_version: 1\n")
-    with pytest.raises(DimoError, match="mine.yaml, line 4: fsdp_config.fsdp_version is there twice, first in line 3"):
+    with pytest.raises(DimoError, match="mine.yaml, line 4: fsdp_config.fsdp_version is set twice, first in line 3"):
         engine_settings(str(engine))
     for wrong in ("two", "'2'", "1.5", "-1", "true"):
         engine.write_text(f"num_machines: {wrong}\n")
@@ -127,12 +127,12 @@ def test_a_key_twice_is_refused_in_an_engines_file_and_in_a_runs(tmp_path):
     run = RunFolder.open(tmp_path / "run", text)
     run.write_status(state="finished")
     (run.path / "config.yaml").write_text(text.replace("  lr: ", "  lr: 3.0\n  lr: "))
-    with pytest.raises(DimoError, match=r"config.yaml, line \d+: optim.lr is there twice"):
+    with pytest.raises(DimoError, match=r"config.yaml, line \d+: optim.lr is set twice"):
         RunFolder.open(run.path, text)
 
 
 def test_half_of_a_surrogate_pair_is_no_text():
-    with pytest.raises(DimoError, match="distill.negative_prompt must be text in UTF-8"):
+    with pytest.raises(DimoError, match="distill.negative_prompt must be UTF-8 text"):
         read_value("distill.negative_prompt", "str", "a \ud800 b")
 
 
@@ -142,7 +142,7 @@ def test_nothing_is_no_path(key, tmp_path):
     for nothing in ("~", "null", "None"):
         (tmp_path / "mine.yaml").write_text(f"{group}:\n  {name}: {nothing}\n")
         with pytest.raises(
-            DimoError, match=f"^{key} must be a path, got '{nothing}'; leave the key out .* ./{nothing}$"
+            DimoError, match=f"^{key} must be a path, got '{nothing}'; leave the key out .* ./{nothing} for a folder"
         ):
             load_config(tmp_path / "mine.yaml")
     assert to_flat(load_config("smoke", [f"{key}=./null"]))[key] == "./null"

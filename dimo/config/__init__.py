@@ -1,4 +1,4 @@
-"""The configuration: its keys, its presets, and how both are read."""
+"""The configuration: keys, presets, and how they are read and validated."""
 
 from dimo.config.load import PRESETS, default_prompt_length, device_of, load_config, to_yaml, validate
 from dimo.config.schema import Config, Optim, config_keys, default_of, describe, to_flat

@@ -1,4 +1,4 @@
-"""What may differ between the run that began a folder and the command that resumes it, key by key."""
+"""Which configuration keys may change when a run is resumed."""
 
 from __future__ import annotations
 
@@ -13,24 +13,30 @@ from dimo.config.older import begun_with, flat
 from dimo.config.values import write_yaml
 from dimo.errors import DimoError
 
-# it changes neither what is learnt nor in which order; max_train_steps may grow
+# keys that affect neither what is learnt nor the order of the data; max_train_steps may only grow
 FREE_KEYS = {f"experiment.{k}" for k in ("name", "output_dir", "log_every", "save_every", "sample_every", "keep_last")}
 FREE_KEYS |= {f"experiment.{k}" for k in ("resume", "overwrite", "student_dtype", "trackers")}
 FREE_KEYS |= {"model.device", "model.compile", "model.activation_checkpointing"}
 FREE_KEYS |= {"training.num_processes", "training.engine", "training.max_bad_steps"}
-FREE_KEYS |= {"distill.teacher_ckpt", "distill.prompt_source"}  # where they lie; what is in them is looked at besides
+FREE_KEYS |= {"distill.teacher_ckpt", "distill.prompt_source"}  # paths; dimo.run.sources compares the content
 GROWING_KEYS = {"training.max_train_steps"}
 SILENT_KEYS = {"experiment.resume", "experiment.overwrite"}
-START_OVER = (
-    "use another experiment.name; experiment.overwrite=true would start over here and DELETE this run, checkpoints too"
-)
+START_OVER = "use another experiment.name (experiment.overwrite=true would DELETE this run, checkpoints included)"
 
 
 def changes_of(path: Path, old: dict[str, dict], new: str) -> list[tuple[str, Any, Any]]:
-    """(key, was, is) of what differs and may. `old`, of the run in `path`, may lack keys that came later.
+    """The permitted changes between the configuration of a run and a new one.
+
+    Args:
+        path: the run folder.
+        old: groups of keys of the run's config.yaml; keys introduced since may be missing.
+        new: the new configuration as YAML.
+
+    Returns:
+        A list of (key, old value, new value).
 
     Raises:
-        DimoError: what differs may not.
+        DimoError: a key differs that must not change.
     """
     known, old = {key: default_of(field) for key, field in config_keys().items()}, flat(old)
     was, now = known | begun_with(old) | old, known | flat(groups_in(new, path / "config.yaml"))
@@ -40,7 +46,7 @@ def changes_of(path: Path, old: dict[str, dict], new: str) -> list[tuple[str, An
     if refused:
         raise DimoError(
             f"{path} belongs to a run with another configuration ({spell(refused[:3])}); "
-            f"`dimo train -c {path / 'config.yaml'}` continues it as it began; else {START_OVER}"
+            f"to continue it unchanged, run `dimo train -c {path / 'config.yaml'}`; otherwise {START_OVER}"
         )
     return differ
 
@@ -51,8 +57,14 @@ def _may(key: str, old: Any, new: Any) -> bool:
 
 
 def without_later_keys(old: dict[str, dict], new: str) -> tuple[str, str]:
-    """(the configuration to keep for a run, what is to be said of it). Keys that the run is too old for stay unwritten:
-    what they are to it does not change when their defaults do.
+    """Remove keys that were introduced after a run began, so that later changes of their defaults do not affect it.
+
+    Args:
+        old: groups of keys of the run's config.yaml.
+        new: the new configuration as YAML.
+
+    Returns:
+        (YAML to write to config.yaml, "key=value, ..." of the removed keys whose value differs from the default).
     """
     groups, later = yaml.safe_load(new), begun_with(flat(old))
     if not later:
@@ -67,5 +79,5 @@ def without_later_keys(old: dict[str, dict], new: str) -> tuple[str, str]:
 
 
 def spell(changes: list[tuple[str, Any, Any]]) -> str:
-    """As text."""
+    """Changes as text for messages."""
     return "; ".join(f"{key} was {was!r}, is {now!r}" for key, was, now in changes)

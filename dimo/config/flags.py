@@ -1,4 +1,4 @@
-"""Flags of the command line, other names of configuration keys: `--batch_size 2` is `distill.batch_size_per_gpu=2`."""
+"""Command-line flags as short names of configuration keys: `--batch_size 2` is `distill.batch_size_per_gpu=2`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import Counter
 from dimo.config import config_keys, default_of
 from dimo.errors import DimoError, nearest
 
-# the names that differ from their keys'; every other key is a flag by its last part, where that part is unique
+# flags with their own name; every other key is available under its last part, if that is unique
 RENAMED = {
     "prompt_file": "distill.prompt_source",
     "batch_size": "distill.batch_size_per_gpu",
@@ -17,21 +17,24 @@ RENAMED = {
 
 
 def flags() -> dict[str, str]:
-    """{flag without its dashes: configuration key}."""
+    """{flag without dashes: configuration key}."""
     last = [(key.split(".")[1], key) for key in config_keys()]
     count = Counter(name for name, _ in last)
     return {name: key for name, key in last if count[name] == 1 and name not in RENAMED} | RENAMED
 
 
 def split_flags(arguments: list[str], own: set[str]) -> tuple[list[str], list[str]]:
-    """Arguments -> (those that are no configuration flags, "key=value" overrides of those that are).
+    """Separate configuration flags from other arguments.
 
     Args:
-        arguments: as they stand on the command line; `--name value` and `--name=value` are read.
-        own: options such as "--config" that the command itself takes.
+        arguments: command-line arguments; both `--name value` and `--name=value` are understood.
+        own: the command's own options, such as "--config", which are passed through.
+
+    Returns:
+        (the other arguments, the configuration flags as "key=value" overrides).
 
     Raises:
-        DimoError: a flag that does not exist (the nearest is named), or one without its value.
+        DimoError: an unknown flag (the message suggests the closest), or a flag without a value.
     """
     known, others, overrides = flags(), [], []
     rest = iter(arguments)
@@ -42,8 +45,8 @@ def split_flags(arguments: list[str], own: set[str]) -> tuple[list[str], list[st
             continue
         if name[2:] not in known:
             several = [f"{key}=..." for key in config_keys() if key.split(".")[1] == name[2:]]
-            hint = f"; say which: {' or '.join(several)}" if several else nearest(name, own | {f"--{f}" for f in known})
-            raise DimoError(f"there is no flag {name}{hint}")
+            hint = f"; write {' or '.join(several)}" if several else nearest(name, own | {f"--{f}" for f in known})
+            raise DimoError(f"unknown flag {name}{hint}")
         if not equals:
             value = next(rest, None)
             if value is None or value.startswith("--"):
@@ -53,6 +56,6 @@ def split_flags(arguments: list[str], own: set[str]) -> tuple[list[str], list[st
 
 
 def as_override(key: str, value: str) -> str:
-    """"key=value"; a list may lack its brackets: --teacher_steps 1,25."""
+    """The override "key=value"; brackets are added to a list without them: --teacher_steps 1,25."""
     bare = isinstance(default_of(config_keys()[key]), list) and not value.lstrip().startswith("[")
     return f"{key}=[{value}]" if bare else f"{key}={value}"

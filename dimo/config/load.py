@@ -1,7 +1,7 @@
-"""The configuration: the dataclasses of `dimo.config.schema`, filled; unknown keys and bad values are errors.
+"""Load and validate the configuration, the dataclasses of `dimo.config.schema`. Unknown keys and bad values are errors.
 
-A preset by name or a YAML file, then `key=value` overrides; the same in the command line, in papermill parameters and
-in notebooks. How a value is written: `dimo.config.values`. `${group.key}` in it stands for another key's value.
+A configuration is a preset or a YAML file plus `key=value` overrides, on the command line, in papermill parameters and
+in notebooks alike. `dimo.config.values` defines how values are written; `${group.key}` inserts another key's value.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PRESETS = Path(__file__).parent / "presets"
 REFERENCE = re.compile(r"\$\{(\w+\.\w+)\}")
 TRACKERS = ("tensorboard", "wandb", "trackio")
 NAMES = ("experiment.name", "experiment.output_dir", "distill.teacher_ckpt", "distill.prompt_source", "training.engine")
-RANGES = {  # null is no number
+RANGES = {  # {phrase: (test, keys)}; null values are not tested
     "lie in [0, 1]": (
         lambda value: 0 <= value <= 1,
         "distill.empty_prompt_share distill.p_corrupt distill.p_corrupt_fade distill.corrupt_ratio "
@@ -63,17 +63,19 @@ RANGES = {  # null is no number
 
 
 def load_config(config: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """A preset's name or a YAML file, then overrides such as `optim.lr=3e-4`.
+    """Load a configuration: a preset or YAML file, then overrides.
 
-    Without a preset the defaults are the built-in world's recipe; where the overrides name another checkpoint, they are
-    preset `distill_dimo`'s (`distill_dimo_image`'s where it makes images): learning rates that suit a world of 175,000
-    parameters would destroy URSA; and model.activation_checkpointing is what a step of that many tokens needs
-    (`checkpointing_for`).
+    Args:
+        config: name of a preset or path of a YAML file. None means the defaults, which suit the built-in world; if the
+            overrides name another teacher, None means preset `distill_dimo` (`distill_dimo_image` for an image model)
+            with the `model.activation_checkpointing` that its token count needs (`checkpointing_for`), because the
+            learning rates of a world with 175,000 parameters would destroy URSA.
+        overrides: `key=value` strings such as `optim.lr=3e-4`.
 
     Raises:
-        DimoError: unknown preset or key (the nearest is named), a value of the wrong type or out of range.
+        DimoError: unknown preset or key (the message suggests the closest), or a value of the wrong type or range.
     """
-    if not isinstance(overrides, list | tuple):  # papermill's -p gives a text, whose letters are no overrides
+    if not isinstance(overrides, list | tuple):  # papermill's -p passes a string
         raise DimoError(
             f"overrides must be a list, as papermill's -y 'overrides: [optim.lr=1e-4]' gives, got {overrides!r}"
         )
@@ -95,7 +97,7 @@ def load_config(config: str | Path | None = None, overrides: Sequence[str] = ())
 
 
 def _refer(key: str, written: Any, everything: dict[str, Any], on_the_way: tuple[str, ...] = ()) -> Any:
-    """`written` with what `${group.key}` in it stands for."""
+    """`written` with every `${group.key}` in it replaced by that key's value."""
     if isinstance(written, list):
         return [_refer(key, one, everything, on_the_way) for one in written]
     if not isinstance(written, str):
@@ -106,7 +108,7 @@ def _refer(key: str, written: Any, everything: dict[str, Any], on_the_way: tuple
         other = match[1]
         _check_known(other)
         if other in on_the_way:
-            raise DimoError(f"{key}: {written!r} leads back to {other} itself")
+            raise DimoError(f"{key}: {written!r} refers back to {other} itself")
         return str(_refer(other, everything.get(other, default_of(config_keys()[other])), everything, on_the_way))
 
     return REFERENCE.sub(meant, written)
@@ -120,9 +122,9 @@ def _default_preset(written: dict[str, Any]) -> str | None:
 
 
 def checkpointing_for(config: Config) -> str:
-    """The least activation checkpointing with which URSA-1.7B's step fits into 80 GB, by its visual tokens.
+    """The cheapest activation checkpointing with which a training step of URSA-1.7B fits into 80 GB.
 
-    As measured on H100s and H200s (README): none at 5,120 tokens, selective at 33,280, full at twice as many.
+    Measured on H100 and H200 (README), by visual tokens per step: none at 5,120, selective at 33,280, full at 66,560.
     """
     d = config.distill
     tokens = d.batch_size_per_gpu * math.prod(_grid(config))
@@ -134,17 +136,21 @@ def _is_world(teacher_ckpt: str | Path) -> bool:
 
 
 def default_prompt_length(teacher_ckpt: str | Path) -> int:
-    """Text tokens of a prompt: URSA's 320, or the 4 words of a built-in world's prompts."""
+    """Text tokens per prompt: 320 for URSA, 4 (words) for a built-in world."""
     return 4 if _is_world(teacher_ckpt) else 320
 
 
 def to_yaml(config: Config) -> str:
-    """The configuration as YAML that `load_config` reads back to the same."""
+    """The configuration as YAML; `load_config` reads back an equal one."""
     return write_yaml(dataclasses.asdict(config))
 
 
 def validate(config: Config) -> None:
-    """Ranges and choices, each refusal a sentence that names the key."""
+    """Check choices, ranges and combinations of keys.
+
+    Raises:
+        DimoError: names the key, its value and what is allowed.
+    """
     flat = to_flat(config)
     choices = {
         "model.device": ("auto", "cpu", "cuda"),
@@ -165,7 +171,7 @@ def validate(config: Config) -> None:
             raise DimoError(f"{key} must be one of {', '.join(allowed)}, got {flat[key]!r}")
     for tracker in flat["experiment.trackers"]:
         if tracker not in TRACKERS:
-            raise DimoError(f"experiment.trackers may not hold {tracker!r}{nearest(tracker, TRACKERS)}")
+            raise DimoError(f"experiment.trackers: unknown tracker {tracker!r}{nearest(tracker, TRACKERS)}")
     for key in NAMES:
         if not flat[key].strip():
             raise DimoError(f"{key} must not be empty, got {flat[key]!r}")
@@ -179,57 +185,62 @@ def validate(config: Config) -> None:
             if flat[key] is not None and not inside(flat[key]):
                 raise DimoError(f"{key} must {phrase}, got {flat[key]}")
     if not flat["evaluation.teacher_steps"] or min(flat["evaluation.teacher_steps"]) < 1:
-        raise DimoError(f"evaluation.teacher_steps must list numbers of passes, got {flat['evaluation.teacher_steps']}")
+        raise DimoError(f"evaluation.teacher_steps must list positive integers, got {flat['evaluation.teacher_steps']}")
     d = config.distill
     asks_for_captions = d.motion_value() is not None or bool(d.score_minimums())
     if d.prompt_source == "world" and asks_for_captions:
         raise DimoError(
-            "distill.min_* and distill.motion_prefix are for a file of captions, and distill.prompt_source is world"
+            "distill.min_* and distill.motion_prefix need a file of captions, but distill.prompt_source is world"
         )
     if d.aux_pass == "shared" and d.aux_objective == "denoise" and d.t_draws > d.aux_steps:
         raise DimoError(
-            f"distill.aux_pass=shared needs an auxiliary's fit for each draw of t, got distill.t_draws={d.t_draws} and "
+            f"distill.aux_pass=shared needs aux_steps >= t_draws, got distill.t_draws={d.t_draws} and "
             f"distill.aux_steps={d.aux_steps}; use distill.aux_pass=own"
         )
     leaves_one_out = d.w_reinforce > 0 or (d.estimator == "reinforce" and d.baseline == "leave_one_out")
     if leaves_one_out and d.batch_size_per_gpu < 2:
         raise DimoError(
-            "distill.w_reinforce and distill.baseline=leave_one_out compare the samples of a batch, so that "
+            "distill.w_reinforce and distill.baseline=leave_one_out compare the samples of a batch: "
             f"distill.batch_size_per_gpu must be at least 2, got {d.batch_size_per_gpu}"
         )
     if d.w_distill == d.w_kd == 0:
         raise DimoError(
-            "distill.w_distill and distill.w_kd are both 0, so that the student would learn nothing (w_reinforce is "
-            "a part of what w_distill weighs)"
+            "distill.w_distill and distill.w_kd are both 0, so the student would learn nothing (w_distill also "
+            "multiplies w_reinforce)"
         )
     if d.ent_anneal_to and d.ent_anneal_from > d.ent_anneal_to:
         raise DimoError(
-            f"distill.ent_anneal_from must not lie behind ent_anneal_to, got {d.ent_anneal_from} and {d.ent_anneal_to}"
+            f"distill.ent_anneal_from must not be after ent_anneal_to, got {d.ent_anneal_from} and {d.ent_anneal_to}"
         )
     d.beta()
     _grid(config)
 
 
 def _grid(config: Config) -> tuple[int, int, int]:
-    """Latents (T, H, W) under the VAE of the folder, or under URSA's video VAE where there is no folder yet."""
+    """latents_shape (T, H, W) for the VAE of teacher_ckpt, or for URSA's video VAE if that folder does not exist."""
     d = config.distill
     return latents_shape_for(d.num_frames, d.height, d.width, *vae_strides(Path(d.teacher_ckpt)))
 
 
 def device_of(config: Config) -> torch.device:
+    """The device that `model.device` stands for.
+
+    Raises:
+        DimoError: it is cuda and there is no GPU.
+    """
     if config.model.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if config.model.device == "cuda" and not torch.cuda.is_available():
-        raise DimoError("model.device is cuda, but PyTorch sees no GPU; use model.device=auto or cpu")
+        raise DimoError("model.device is cuda, but PyTorch finds no GPU; use model.device=auto or cpu")
     return torch.device(config.model.device)
 
 
 def _read(config: str | Path) -> dict[str, Any]:
-    """{dotted key: what is written for it} in a preset or a file."""
+    """{dotted key: value as written} of a preset or YAML file."""
     presets = {p.stem: p for p in PRESETS.glob("*.yaml")}
     file = presets.get(str(config), Path(user_path(str(config))))
     if not file.is_file():
-        raise DimoError(f"{config!s} is neither a preset nor a YAML file{nearest(str(config), presets)}")
+        raise DimoError(f"{config!s} is neither a preset nor an existing YAML file{nearest(str(config), presets)}")
     written = {f"{group}.{name}": value for group, keys in read_groups(file).items() for name, value in keys.items()}
     for key in written:
         _check_known(key)
@@ -237,20 +248,20 @@ def _read(config: str | Path) -> dict[str, Any]:
 
 
 def read_groups(file: Path) -> dict[str, dict[str, Any]]:
-    """The groups of keys in a YAML file, values as they are written there.
+    """{group: {key: value as written}} of a YAML file.
 
     Raises:
-        DimoError: it is no YAML in UTF-8, holds something else, or a key twice.
+        DimoError: not UTF-8, not YAML, not groups of keys, or a duplicate key.
     """
     try:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise DimoError(f"{file} is not readable YAML: {reason(error)}") from error
+        raise DimoError(f"{file} is not valid YAML: {reason(error)}") from error
     return groups_in(text, file)
 
 
 def groups_in(text: str, file: Path) -> dict[str, dict[str, Any]]:
-    """The same of a text; `file` is where it is from, for the sentences."""
+    """Like `read_groups`, from a string; `file` is only named in error messages."""
     content = read_yaml(text, str(file))
     if not isinstance(content, dict):
         got = "nothing" if content is None else type(content).__name__
@@ -259,24 +270,24 @@ def groups_in(text: str, file: Path) -> dict[str, dict[str, Any]]:
         if not isinstance(keys, dict):
             hint = "" if group in _groups() else nearest(group, _groups())
             if group in config_keys():
-                hint = f"; in a file it reads {group.replace('.', ': {')}: ...}}"
+                hint = f"; in a file, write {group.replace('.', ': {')}: ...}}"
             raise DimoError(f"{group} in {file} must be a group of keys, got {keys or 'nothing'}{hint}")
     return content
 
 
 def values_of(groups: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """{dotted key: value} of groups of keys as written; a key that this dimo does not know stays as it is written."""
+    """{dotted key: parsed value} of groups of keys; values of unknown keys are kept as written."""
     known = config_keys()
     written = {f"{group}.{name}": value for group, keys in groups.items() for name, value in keys.items()}
     return {k: read_value(k, kind_of(known[k]), value) if k in known else value for k, value in written.items()}
 
 
 def _read_override(override: str) -> tuple[str, str]:
-    if not isinstance(override, str):  # of papermill's -y, which is YAML
-        raise DimoError(f"an override must be a text, got {override!r}; one that holds ': ' needs quotes")
+    if not isinstance(override, str):  # papermill's -y parses YAML: `a: b` becomes a dict
+        raise DimoError(f"an override must be a string, got {override!r}; quote an override that contains ': '")
     key, equals, value = override.partition("=")
     if not equals:
-        raise DimoError(f"an override reads key=value, got {override!r}")
+        raise DimoError(f"an override must have the form key=value, got {override!r}")
     _check_known(key)
     return key, unquoted(value)
 

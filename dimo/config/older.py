@@ -1,4 +1,4 @@
-"""Runs that an older dimo began go on as they began: what keys that came later are to them."""
+"""Backward compatibility: values under which runs begun with an older dimo continue unchanged."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dimo.config import PRESETS, Config, config_keys, default_of, to_flat
 from dimo.config.load import read_groups, values_of
 from dimo.errors import DimoError
 
-# What dimo did before it had the key. A new key needs a line here, but one that a run may change while it is resumed.
+# Behaviour before the key existed. Every new key needs an entry, unless it may change on resume (`FREE_KEYS`).
 BEFORE = {
     "model.backend": "native",
     "model.train_embeddings": True,
@@ -37,27 +37,29 @@ BEFORE = {
     "optim.min_lr_share": 0.0,
     "training.gradient_accumulation_steps": 1,
 }
-ONE_BEFORE = {"optim.muon_weight_decay": "optim.weight_decay", "optim.aux_min_lr_share": "optim.min_lr_share"}  # of two
-NO_MORE = {"distill.temperature": ("1", "1.0")}  # keys that are gone, with what dimo has in their place, as written
+# {new key: the key that used to control both}
+ONE_BEFORE = {"optim.muon_weight_decay": "optim.weight_decay", "optim.aux_min_lr_share": "optim.min_lr_share"}
+# {removed key: values, as written, that match what dimo does now}
+NO_MORE = {"distill.temperature": ("1", "1.0")}
 
 
 def flat(groups: dict[str, dict]) -> dict[str, Any]:
-    """{dotted key: value} of a configuration's groups, without keys that are no more and say what dimo does anyway."""
+    """{dotted key: value} of a configuration, without removed keys whose value matches what dimo does now."""
     return {key: value for key, value in values_of(groups).items() if value not in NO_MORE.get(key, ())}
 
 
 def begun_with(old: dict[str, Any]) -> dict[str, Any]:
-    """{key: value that does what dimo did then} of the keys that a config.yaml with the values `old` is too old for."""
+    """{key: value with the old behaviour} for every key missing in `old`, the {dotted key: value} of a config.yaml."""
     values = BEFORE | old
     values = {key: values[as_key] for key, as_key in ONE_BEFORE.items()} | values
     return {key: value for key, value in values.items() if key not in old}
 
 
 def as_begun(config: Config) -> Config:
-    """The configuration with which a run that lies in its folder goes on as it began.
+    """`config`, adjusted so that an older run in its output_dir continues with the behaviour it began with.
 
-    A key that the run's config.yaml lacks takes the value of then in the place of a default or a preset's. One that
-    somebody chose stays, and is refused by `RunFolder.open`, as a change of any other key.
+    Keys missing in the run's config.yaml get the old behaviour if they are at a default or preset value. A value the
+    user chose is kept, and `RunFolder.open` then rejects it like any other change.
     """
     c = config.experiment
     file = Path(c.output_dir) / "config.yaml"
@@ -65,7 +67,7 @@ def as_begun(config: Config) -> Config:
         return config
     try:
         begun = begun_with(flat(read_groups(file)))
-    except (DimoError, OSError):  # which `RunFolder.open` says
+    except (DimoError, OSError):  # `RunFolder.open` reports it
         return config
     now, config = to_flat(config), copy.deepcopy(config)
     presets = [flat(read_groups(preset)) for preset in PRESETS.glob("*.yaml")] if begun else []

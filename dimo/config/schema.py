@@ -1,4 +1,4 @@
-"""Every key of the configuration: dataclasses whose fields say what they mean, and how to go through them all."""
+"""The configuration as dataclasses. Every field is a key with a type, a default and a help text."""
 
 from __future__ import annotations
 
@@ -20,92 +20,141 @@ def _key(default: Any, help: str, path: bool = False) -> Any:
 
 @dataclasses.dataclass
 class Experiment:
-    name: str = _key("run", "name of the run")
-    output_dir: str = _key("runs/${experiment.name}", "the run folder", path=True)
-    seed: int = _key(0, "every random draw derives from (seed, rank, step)")
+    name: str = _key("run", "name of the run, by default also its folder under runs/")
+    output_dir: str = _key(
+        "runs/${experiment.name}", "run folder: configuration, logs, checkpoints and samples", path=True
+    )
+    seed: int = _key(0, "seed of training; every random draw depends only on (seed, rank, step)")
     log_every: int = _key(10, "steps between lines of metrics.jsonl")
     save_every: int = _key(500, "steps between checkpoints")
-    sample_every: int = _key(500, "steps between sample pictures")
-    keep_last: int = _key(2, "checkpoints kept")
-    resume: bool = _key(True, "continue from the folder's newest checkpoint")
-    overwrite: bool = _key(False, "start over in a used folder")
-    trackers: list[str] = _key([], "beside metrics.jsonl: tensorboard, wandb, trackio")
+    sample_every: int = _key(500, "steps between sample sheets (PNG)")
+    keep_last: int = _key(2, "number of checkpoints kept; older ones are deleted")
+    resume: bool = _key(True, "continue from the newest intact checkpoint in the run folder")
+    overwrite: bool = _key(False, "delete an existing run in the run folder, checkpoints included, and start over")
+    trackers: list[str] = _key([], "trackers to log to besides metrics.jsonl: tensorboard, wandb, trackio")
     student_dtype: str = _key(
-        "auto", "of checkpoints/final: float32, bfloat16 or float16; auto: float32 of a built-in world, else bfloat16"
+        "auto",
+        "dtype of checkpoints/final: float32, bfloat16, float16, or auto (built-in world: float32, else bfloat16)",
     )
 
 
 @dataclasses.dataclass
 class Model:
-    device: str = _key("auto", "auto, cpu or cuda")
-    backend: str = _key("native", "native, or upstream: diffnext's class as teacher, student and auxiliary")
+    device: str = _key("auto", "device of the networks: cpu, cuda, or auto (cuda if available)")
+    backend: str = _key(
+        "native", "transformer implementation: native, or upstream (diffnext's class for all three networks)"
+    )
     compile: bool = _key(
-        False, "compile the layers, on a GPU, of backend native: a minute at the start, then faster steps"
+        False, "torch.compile the transformer layers (GPU, backend native); compiling takes about a minute"
     )
     activation_checkpointing: str = _key(
-        "none", "none, selective (keep attention, compute the rest again) or full; backend native"
+        "none", "none, selective (keep attention outputs, recompute the rest) or full; backend native only"
     )
-    train_embeddings: bool = _key(True, "false: they stay the teacher's, one copy for all networks")
+    train_embeddings: bool = _key(
+        True, "train the token embeddings; false: frozen at the teacher's, one copy shared by all networks"
+    )
     train_head: bool = _key(
-        False, "true: head and last norm learn too, and the student's logits grow without end (docs/experiments.md)"
+        False, "train output head and last norm too, which lets the logits grow without bound; false: both are frozen"
     )
-    logit_gain: float = _key(3.0, "the student's last norm is the teacher's times this, so that logits have room")
-    final_logit_gain: float = _key(12.0, "the same in checkpoints/final, whose draws are then nearly its arg-max")
+    logit_gain: float = _key(
+        3.0, "multiplies the weight of the student's last norm: acts as an inverse temperature on its logits"
+    )
+    final_logit_gain: float = _key(
+        12.0, "logit_gain of checkpoints/final, an inverse temperature so high that sampling is nearly argmax"
+    )
 
 
 @dataclasses.dataclass
 class Distill:
-    teacher_ckpt: str = _key("shapes", "a built-in world's name, or a checkpoint folder in URSA's layout", path=True)
+    teacher_ckpt: str = _key(
+        "shapes", "name of a built-in world, or path of a checkpoint folder in URSA's layout", path=True
+    )
     prompt_source: str = _key(
-        "world", "world, or a txt, jsonl, csv or parquet file of captions, or a folder of them", path=True
+        "world",
+        "world (the built-in world's prompts), or a txt, jsonl, csv or parquet file of captions, or a folder of them",
+        path=True,
     )
-    min_clarity: float | None = _key(None, "captions with a lower clarity_score are left out")
-    min_aesthetic: float | None = _key(None, "the same for aesthetic_score")
-    min_motion: float | None = _key(None, "the same for motion_score")
-    min_suitability: float | None = _key(None, "the same for video_training_suitability_score")
-    motion_prefix: str = _key("none", "'motion=x.x, ' before captions: a number, score (the row's own), or none")
-    motion_share: float = _key(0.6, "share of the captions that get the prefix")
-    shuffle_buffer: int = _key(10_000, "rows of the prompt source that are shuffled together")
-    num_frames: int = _key(9, "frames of a video: 4 (T-1) + 1; 1 of an image model")
-    height: int = _key(32, "pixels, a multiple of the VAE's stride: 8, or 16 of an image model")
-    width: int = _key(32, "the same")
-    max_prompt_length: int = _key(0, "text tokens, padded on the left, cut on the right; 0: 320, or a world's own 4")
-    batch_size_per_gpu: int = _key(64, "samples a step")
-    guidance_scale: float = _key(1.0, "the teacher's guidance; 1 is none")
-    guidance_trunc: float = _key(0.9, "guidance is off where t >= this")
-    negative_prompt: str = _key("", "the teacher's guidance leads away from this; empty: the empty prompt")
-    empty_prompt_share: float = _key(0.1, "share of empty prompts when the auxiliary is fitted")
-    estimator: str = _key("dimo", "dimo (token-level gradient) or reinforce (policy gradient)")
-    divergence: str = _key("time", "time (beta = t), forward, jeffreys, reverse, or beta in [0, 1]")
-    aux_objective: str = _key("denoise", "denoise (fit the student) or match_teacher (preset literal)")
-    aux_steps: int = _key(2, "updates of the auxiliary per step of the student")
+    min_clarity: float | None = _key(None, "drop captions whose clarity_score is lower or missing; null: no filter")
+    min_aesthetic: float | None = _key(None, "drop captions whose aesthetic_score is lower or missing; null: no filter")
+    min_motion: float | None = _key(None, "drop captions whose motion_score is lower or missing; null: no filter")
+    min_suitability: float | None = _key(
+        None, "drop captions whose video_training_suitability_score is lower or missing; null: no filter"
+    )
+    motion_prefix: str = _key(
+        "none", "prefix captions with 'motion=x.x, ': a number, score (each row's motion_score) or none"
+    )
+    motion_share: float = _key(0.6, "fraction of captions that get the motion prefix")
+    shuffle_buffer: int = _key(10_000, "rows of the prompt source shuffled together and held in memory")
+    num_frames: int = _key(
+        9, "frames of a video, 1 plus a multiple of the VAE's temporal stride (4); 1 for an image model"
+    )
+    height: int = _key(32, "height in pixels, a multiple of the VAE's spatial stride (8, or 16 for an image model)")
+    width: int = _key(32, "width in pixels, a multiple of the VAE's spatial stride (8, or 16 for an image model)")
+    max_prompt_length: int = _key(
+        0, "text tokens per prompt, left-padded or truncated; 0: 320 for URSA, 4 for a built-in world"
+    )
+    batch_size_per_gpu: int = _key(64, "samples per process and micro-batch (see training.gradient_accumulation_steps)")
+    guidance_scale: float = _key(1.0, "classifier-free guidance scale of the teacher; 1: no guidance")
+    guidance_trunc: float = _key(
+        0.9, "time t in [0, 1] from which on the teacher is not guided (t = 0 is noise, 1 is data)"
+    )
+    negative_prompt: str = _key("", "negative prompt of the teacher's guidance; empty: the empty prompt")
+    empty_prompt_share: float = _key(
+        0.1, "fraction of empty prompts when the auxiliary is fitted; with guidance_scale > 1, for the student too"
+    )
+    estimator: str = _key(
+        "dimo", "gradient of the distillation loss: dimo (token-level, exact) or reinforce (policy gradient)"
+    )
+    divergence: str = _key(
+        "time",
+        "teacher-auxiliary divergence: forward (KL), jeffreys, reverse (KL), a beta in [0, 1], or time (beta = t)",
+    )
+    aux_objective: str = _key(
+        "denoise", "objective of the auxiliary: denoise (fit the student's samples) or match_teacher (preset literal)"
+    )
+    aux_steps: int = _key(2, "updates of the auxiliary per update of the student")
     aux_pass: str = _key(
-        "own", "own, or shared: the auxiliary's first t_draws fits are at x_t and its answers there; no pass of its own"
+        "own",
+        "auxiliary logits at x_t: own (a separate pass) or shared (those of its first t_draws fitting passes)",
     )
-    label_smoothing: float = _key(0.0, "of the auxiliary's cross-entropy")
-    w_distill: float = _key(1.0, "weight of stage 8")
-    w_kd: float = _key(0.0, "weight of stage 7")
-    kd_every: int = _key(1, "stage 7 only in every so-many-th step")
-    w_reinforce: float = _key(0.0, "weight, inside w_distill's, of the log-ratio policy gradient beside estimator dimo")
-    baseline: str = _key("ema", "of estimator reinforce: ema or leave_one_out")
-    baseline_decay: float = _key(0.99, "of the EMA baseline")
-    lambda_ent: float = _key(0.0, "entropy bonus")
-    lambda_ent_high: float = _key(0.05, "the bonus once the entropy is below the floor; no use while lambda_ent is 0")
+    label_smoothing: float = _key(0.0, "label smoothing of the auxiliary's cross-entropy")
+    w_distill: float = _key(1.0, "weight of the distillation loss (stage 8)")
+    w_kd: float = _key(
+        0.0, "weight of the knowledge-distillation loss, KL(teacher || student) at x_t (stage 7); 0: off"
+    )
+    kd_every: int = _key(1, "compute the knowledge-distillation loss only every so many steps")
+    w_reinforce: float = _key(
+        0.0, "weight, relative to w_distill, of a policy gradient added to estimator dimo; 0: off"
+    )
+    baseline: str = _key("ema", "reward baseline of estimator reinforce: ema or leave_one_out")
+    baseline_decay: float = _key(0.99, "decay of the ema reward baseline")
+    lambda_ent: float = _key(0.0, "weight of the entropy bonus on the student's tokens; 0: off")
+    lambda_ent_high: float = _key(
+        0.05, "weight of the entropy bonus while the entropy is below its floor; ignored if lambda_ent is 0"
+    )
     entropy_floor: float = _key(
-        0.3, "share of the first steps' entropy under which the bonus rises; no use while lambda_ent is 0"
+        0.3, "floor of the entropy, as a fraction of its mean over the first 20 steps; ignored if lambda_ent is 0"
     )
-    ent_anneal_from: int = _key(0, "step at which the bonus starts to fade")
-    ent_anneal_to: int = _key(0, "step at which the bonus is gone; 0: never")
-    t_curriculum_steps: int = _key(0, "steps with t = 1 - (1-u)^2; 0: t uniform from the start")
-    t_power: float = _key(1.6, "t is then raised to it: above 1 leans to the noise, where coverage is decided")
-    t_draws: int = _key(4, "stratified draws of t and x_t for each x_hat; one more costs two passes without gradient")
-    t_per: str = _key("sample", "one t per sample, or per latent frame")
-    p_corrupt: float = _key(0.2, "share of x_init that is an earlier sample, corrupted")
-    p_corrupt_fade: float = _key(0.7, "share of the run over which p_corrupt falls to zero; 0: it stays")
-    corrupt_ratio: float = _key(0.5, "share of its tokens that are replaced")
+    ent_anneal_from: int = _key(0, "step at which the entropy bonus starts to fade out linearly")
+    ent_anneal_to: int = _key(0, "step at which the entropy bonus reaches zero; 0: never")
+    t_curriculum_steps: int = _key(
+        0, "steps with re-noising time t = 1 - (1 - u)^2 (biased to data), u uniform; afterwards t = u"
+    )
+    t_power: float = _key(
+        1.6, "exponent applied to t after the curriculum; above 1 shifts t towards noise, where coverage is decided"
+    )
+    t_draws: int = _key(
+        4, "stratified draws of (t, x_t) per x_hat; each extra draw costs two forward passes without gradient"
+    )
+    t_per: str = _key("sample", "draw one t per sample or per latent frame: sample or frame")
+    p_corrupt: float = _key(
+        0.2, "probability that x_init is an earlier student sample with part of its tokens replaced, not pure noise"
+    )
+    p_corrupt_fade: float = _key(0.7, "fraction of training over which p_corrupt falls linearly to zero; 0: constant")
+    corrupt_ratio: float = _key(0.5, "probability that a token of a corrupted x_init (see p_corrupt) is replaced")
 
     def score_minimums(self) -> dict[str, float]:
-        """{Koala-36M's score column: least value}, of those that are set."""
+        """{Koala-36M score column: minimum} of the minimums that are set."""
         minimums = {
             "clarity_score": self.min_clarity,
             "aesthetic_score": self.min_aesthetic,
@@ -115,10 +164,10 @@ class Distill:
         return {column: least for column, least in minimums.items() if least is not None}
 
     def beta(self) -> float | str:
-        """The beta of `divergence`, a number in [0, 1], or "time", where beta = t token by token.
+        """`divergence` parsed: beta in [0, 1], or "time" for beta = t per token.
 
         Raises:
-            DimoError: neither a name nor a number in [0, 1].
+            DimoError: not a known name or a number in [0, 1].
         """
         if self.divergence == "time":
             return "time"
@@ -128,13 +177,15 @@ class Distill:
                 beta = read_value("distill.divergence", "float", str(self.divergence))
             except DimoError:
                 known = ", ".join(("time", *BETA))
-                raise DimoError(f"divergence must be one of {known} or a number, got {self.divergence!r}") from None
+                raise DimoError(
+                    f"distill.divergence must be one of {known} or a number, got {self.divergence!r}"
+                ) from None
         if not 0 <= beta <= 1:
-            raise DimoError(f"divergence as a number must lie in [0, 1], got {beta}")
+            raise DimoError(f"distill.divergence as a number must lie in [0, 1], got {beta}")
         return beta
 
     def motion_value(self) -> float | str | None:
-        """`motion_prefix` as a number, "score" or None."""
+        """`motion_prefix` parsed: a number, "score", or None for "none"."""
         if self.motion_prefix in ("none", "score"):
             return None if self.motion_prefix == "none" else "score"
         try:
@@ -147,42 +198,50 @@ class Distill:
 
 @dataclasses.dataclass
 class Optim:
-    optimizer: str = _key("muon", "muon (matrices of the layers; AdamW for the rest) or adamw")
-    lr: float = _key(1.5e-3, "of the student, AdamW")
-    aux_lr: float = _key(4e-3, "of the auxiliary, AdamW; its muon_lr keeps the same ratio to the student's")
-    muon_lr: float = _key(7.5e-3, "of the student's matrices, Muon")
-    muon_momentum: float = _key(0.9, "Muon")
-    muon_weight_decay: float = _key(0.02, "Muon: a matrix shrinks by its muon_lr times this a step")
-    warmup_steps: int = _key(50, "linear warm-up of both")
-    decay: str = _key("linear", "linear, cosine, wsd (constant, then linear in the last fifth) or constant")
-    min_lr_share: float = _key(0.05, "share of the peak at which the student's decay ends")
-    aux_min_lr_share: float = _key(0.2, "the same for the auxiliary, which has to follow to the end")
-    beta1: float = _key(0.0, "AdamW")
-    beta2: float = _key(0.99, "AdamW")
-    weight_decay: float = _key(0.0, "AdamW")
-    max_grad_norm: float = _key(1.0, "gradient clipping, each network by itself")
-    ema_decay: float = _key(0.9995, "of the student's moving average, which is what ships")
+    optimizer: str = _key("muon", "muon (weight matrices of the layers; AdamW for all other parameters) or adamw")
+    lr: float = _key(1.5e-3, "AdamW learning rate of the student")
+    aux_lr: float = _key(4e-3, "AdamW learning rate of the auxiliary; its Muon rate is muon_lr * aux_lr / lr")
+    muon_lr: float = _key(7.5e-3, "Muon learning rate of the student")
+    muon_momentum: float = _key(0.9, "Muon momentum")
+    muon_weight_decay: float = _key(
+        0.02, "Muon decoupled weight decay: each step multiplies a matrix by 1 - muon_lr * this"
+    )
+    warmup_steps: int = _key(50, "linear learning-rate warm-up of student and auxiliary, in steps")
+    decay: str = _key(
+        "linear", "learning-rate schedule: linear, cosine, constant, or wsd (constant, then linear over the last fifth)"
+    )
+    min_lr_share: float = _key(0.05, "final learning rate of the student as a fraction of its peak")
+    aux_min_lr_share: float = _key(0.2, "final learning rate of the auxiliary as a fraction of its peak")
+    beta1: float = _key(0.0, "AdamW beta1 (decay of the first moment)")
+    beta2: float = _key(0.99, "AdamW beta2 (decay of the second moment)")
+    weight_decay: float = _key(0.0, "AdamW decoupled weight decay")
+    max_grad_norm: float = _key(1.0, "gradient-norm clipping threshold, applied to student and auxiliary separately")
+    ema_decay: float = _key(
+        0.9995, "decay of the student's weight EMA, which is what is sampled and saved as the final student"
+    )
 
 
 @dataclasses.dataclass
 class Training:
-    max_train_steps: int = _key(2000, "steps of the student")
-    mixed_precision: str = _key("no", "no or bf16")
-    num_processes: int = _key(1, "processes that train together, one a GPU, on all machines")
+    max_train_steps: int = _key(2000, "number of student updates")
+    mixed_precision: str = _key("no", "no (float32), or bf16 autocast")
+    num_processes: int = _key(1, "number of training processes over all machines, one per GPU")
     engine: str = _key(
-        "ddp", "of several processes: ddp, fsdp2, deepspeed_zero2, or an accelerate YAML file", path=True
+        "ddp", "multi-process engine: ddp, fsdp2, deepspeed_zero2, or path of an accelerate YAML file", path=True
     )
-    gradient_accumulation_steps: int = _key(1, "parts of batch_size_per_gpu samples that make one step")
-    max_bad_steps: int = _key(5, "steps in a row that may be skipped for NaN or infinity before the run stops")
+    gradient_accumulation_steps: int = _key(1, "micro-batches of batch_size_per_gpu samples per update")
+    max_bad_steps: int = _key(5, "consecutive steps skipped for NaN or infinity before training stops with an error")
 
 
 @dataclasses.dataclass
 class Evaluation:
-    videos_per_prompt: int | None = _key(None, "videos of every prompt; null: 64 where an oracle scores them, else 2")
-    teacher_steps: list[int] = _key([1, 2, 4, 8, 25], "the teacher's numbers of passes")
-    seed: int = _key(1234, "of noise and sampling, the same for every row")
-    batch_size: int = _key(512, "videos a pass")
-    held_out: int = _key(8, "captions never trained on, on which a student without an oracle is evaluated; 0: none")
+    videos_per_prompt: int | None = _key(None, "videos per prompt; null: 64 in a world with an oracle, else 2")
+    teacher_steps: list[int] = _key(
+        [1, 2, 4, 8, 25], "numbers of sampling steps at which the teacher is evaluated for comparison"
+    )
+    seed: int = _key(1234, "seed of initial noise and sampling, the same for every row of the table")
+    batch_size: int = _key(512, "videos sampled per batch")
+    held_out: int = _key(8, "captions excluded from training and used to evaluate a student without an oracle; 0: none")
 
 
 @dataclasses.dataclass
@@ -196,28 +255,28 @@ class Config:
 
 
 def config_keys() -> dict[str, dataclasses.Field]:
-    """Every dotted key with its field, in order."""
+    """{dotted key: its dataclass field}, in declaration order."""
     groups = {f.name: f.default_factory for f in dataclasses.fields(Config)}
     return {f"{g}.{f.name}": f for g, cls in groups.items() for f in dataclasses.fields(cls)}
 
 
 def default_of(field: dataclasses.Field) -> Any:
-    """What the key is when nobody sets it."""
+    """Default value of a key."""
     return field.default if field.default is not dataclasses.MISSING else field.default_factory()
 
 
 def kind_of(field: dataclasses.Field) -> str:
-    """What `dimo.config.values.read_value` is to make of what is written for the key."""
+    """Type of a key as `dimo.config.values.read_value` expects it: "path", or the annotation, such as "int | None"."""
     return "path" if field.metadata["path"] else field.type
 
 
 def describe() -> str:
-    """A table of every key, its default and what it means."""
+    """A table of all keys with default and help text."""
     rows = [(k, str(default_of(f)), f.metadata["help"]) for k, f in config_keys().items()]
     wide = [max(len(r[i]) for r in rows) for i in (0, 1)]
     return "\n".join(f"{k:{wide[0]}}  {v:{wide[1]}}  {h}" for k, v, h in rows)
 
 
 def to_flat(config: Config) -> dict[str, Any]:
-    """{dotted key: value}."""
+    """The configuration as {dotted key: value}."""
     return {key: getattr(getattr(config, key.split(".")[0]), key.split(".")[1]) for key in config_keys()}

@@ -1,7 +1,7 @@
-"""Values as they are written in files, overrides, flags and notebook parameters, read as what their key takes.
+"""Parse values from files, overrides, flags and notebook parameters according to the type of their key.
 
-Everything is a text until its key says otherwise, and a text stays as it is written: YAML itself would make 7 of `007`,
-750 of `12:30` and false of `no`. Numbers are decimal: `010` is ten, and `0x10`, `1_000` and `1,5` are refused.
+Every scalar is read as a string and converted by its key's type, since YAML 1.1 would turn `007` into 7, `12:30` into
+750 and `no` into false. Numbers are decimal: `010` is ten, and `0x10`, `1_000` and `1,5` are rejected.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from dimo.errors import DimoError, reason
 from dimo.paths import user_path
 
 WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
-NOTHING = ("", "null", "none", "~")  # of keys that may be null
+NOTHING = ("", "null", "none", "~")  # spellings of None, for keys whose type allows it
 WHOLE = re.compile(r"[+-]?[0-9]+")
 NUMBER = re.compile(r"[+-]?(([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?|\.?(nan|inf))", re.IGNORECASE)
 
 
 def read_value(name: str, kind: str, written: Any) -> Any:
-    """What is written for `name`, as `kind`: str, path, int, float, bool, any of these with `| None`, list[int]...
-
-    A path may begin with ~ or ~user.
+    """Convert a value as written to the type of its key.
 
     Args:
-        written: a text, a list of them, or whatever else a YAML file holds there.
+        name: the key, for error messages.
+        kind: str, path (may begin with ~ or ~user), int, float, bool, one of these with `| None`, or list[...].
+        written: a string, a list of strings, or whatever else the YAML file has there.
 
     Raises:
-        DimoError: it is not of that kind; the sentence names `name`.
+        DimoError: `written` is not of that type.
     """
     if kind.startswith("list["):
         if isinstance(written, str) and written.lstrip().startswith("["):
@@ -41,24 +41,24 @@ def read_value(name: str, kind: str, written: Any) -> Any:
     kind, _, optional = kind.partition(" | ")
     if not isinstance(written, str):
         got = "a list" if isinstance(written, list) else "a group of keys"
-        raise DimoError(f"{name} must be one value, got {got}: {_shown(written)}")
+        raise DimoError(f"{name} must be a single value, got {got}: {_shown(written)}")
     if any("\ud800" <= letter <= "\udfff" for letter in written):
-        raise DimoError(f"{name} must be text in UTF-8, got {written!r}")
+        raise DimoError(f"{name} must be UTF-8 text, got {written!r}")
     if kind == "str":
         return written
     if kind == "path":
         if "\0" in written:
             raise DimoError(f"{name} must be a path, got {written!r}")
-        if written.strip().lower() in ("~", "null", "none"):  # YAML's words for nothing; ~ would be the home itself
-            raise DimoError(f"{name} must be a path, got {written!r}; leave the key out for its default, and a folder "
-                            f"of that name is ./{written.strip()}")  # fmt: skip
+        if written.strip().lower() in ("~", "null", "none"):  # null in YAML; ~ would be the home folder
+            raise DimoError(f"{name} must be a path, got {written!r}; leave the key out for its default, or write "
+                            f"./{written.strip()} for a folder of that name")  # fmt: skip
         return user_path(written)
     text = written.strip()
     if optional and text.lower() in NOTHING:
         return None
     if kind == "bool" and text.lower() in WORDS:
         return WORDS[text.lower()]
-    if kind == "int" and WHOLE.fullmatch(text) and len(text) < 100:  # Python refuses some thousand digits
+    if kind == "int" and WHOLE.fullmatch(text) and len(text) < 100:  # int() raises beyond 4,300 digits
         return int(text)
     if kind == "float" and NUMBER.fullmatch(text):
         value = float(re.sub(r"\.(?=nan|inf)", "", text.lower()))
@@ -70,7 +70,7 @@ def read_value(name: str, kind: str, written: Any) -> Any:
 
 
 def unquoted(text: str) -> str:
-    """What stands in quotes, where they enclose all of it, as YAML reads them; any other text as it is."""
+    """`text` without the quotes that enclose all of it, with YAML's escapes; any other text unchanged."""
     if len(text) < 2 or text[0] != text[-1] or text[0] not in "'\"":
         return text
     try:
@@ -82,10 +82,10 @@ def unquoted(text: str) -> str:
 
 
 def read_yaml(text: str, where: str, typed: bool = False) -> Any:
-    """YAML whose scalars are texts, or with `typed` what YAML 1.1 makes of them; None where there is nothing.
+    """Parse YAML, with all scalars as strings unless `typed`; None if the document is empty.
 
     Raises:
-        DimoError: it is no YAML, or a key stands in it twice; the sentence begins with `where` and names the line.
+        DimoError: invalid YAML or a duplicate key; the message begins with `where` and gives the line.
     """
     try:
         loader = (yaml.SafeLoader if typed else _Texts)(text)
@@ -96,19 +96,19 @@ def read_yaml(text: str, where: str, typed: bool = False) -> Any:
         return loader.construct_document(node)
     except DimoError:
         raise
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that there is not is a ValueError
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an impossible date
         colon = getattr(error, "problem", None) == "mapping values are not allowed here"
-        hint = "; a text that holds ': ' must be in quotes" if colon else ""
-        raise DimoError(f"{where} is not readable YAML: {reason(error)}{hint}") from error
+        hint = "; quote text that contains ': '" if colon else ""
+        raise DimoError(f"{where} is not valid YAML: {reason(error)}{hint}") from error
 
 
 def write_yaml(value: Any) -> str:
-    """YAML that reads back to the same, in the order of its keys."""
+    """`value` as YAML that reads back equal, in the order of its keys."""
     return yaml.dump(value, Dumper=_Exact, sort_keys=False, allow_unicode=True)
 
 
 class _Exact(yaml.SafeDumper):
-    """PyYAML writes line breaks other than \\n as they are, and reads each as a space; in quotes it escapes them."""
+    """Double-quotes text with line breaks other than \\n: unquoted, PyYAML would read each of them back as a space."""
 
 
 _Exact.add_representer(
@@ -120,7 +120,7 @@ _Exact.add_representer(
 
 
 class _Texts(yaml.SafeLoader):
-    """Makes texts, lists and mappings; `<<` still merges."""
+    """A loader that produces only strings, lists and dicts; merge keys (`<<`) still work."""
 
     yaml_implicit_resolvers = {"<": yaml.SafeLoader.yaml_implicit_resolvers["<"]}
     yaml_constructors = {
@@ -130,19 +130,19 @@ class _Texts(yaml.SafeLoader):
 
 
 def _refuse_twice(node: yaml.Node, where: str, seen: set, path: str = "") -> None:
-    """YAML itself takes the last of two equal keys and says nothing."""
-    if node in seen or isinstance(node, yaml.ScalarNode):  # an alias leads to a node again, and may lead in a circle
+    """Raise DimoError for a duplicate key, of which YAML would silently keep the last."""
+    if node in seen or isinstance(node, yaml.ScalarNode):  # aliases revisit nodes and may form a cycle
         return
     seen.add(node)
     if isinstance(node, yaml.SequenceNode):
         for one in node.value:
             _refuse_twice(one, where, seen, path)
         return
-    first: dict[tuple, int] = {}  # {key: its line}
+    first: dict[tuple, int] = {}  # {key: line}
     for key, value in node.value:
         line, same = key.start_mark.line + 1, (key.tag, str(key.value))
         if same in first:
-            raise DimoError(f"{where}, line {line}: {path}{key.value} is there twice, first in line {first[same]}")
+            raise DimoError(f"{where}, line {line}: {path}{key.value} is set twice, first in line {first[same]}")
         first[same] = line
         _refuse_twice(value, where, seen, f"{path}{key.value}.")
 

@@ -1,1 +1,1 @@
-"""What training reads from outside: prompts."""
+"""Reading prompts from caption files."""

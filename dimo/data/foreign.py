@@ -1,4 +1,4 @@
-"""What bears the name of a caption file, or stands in the place of a caption, and is something else."""
+"""Detect files and values that are not captions: archives, web pages, Git LFS pointers, lists in place of text."""
 
 from __future__ import annotations
 
@@ -9,19 +9,30 @@ import warnings
 from pathlib import Path
 
 HEAD = 4096  # bytes
-OPENING = ("[", "(", "{", " ", "\t", "\r", "\n", "array(", "b'", 'b"')  # begin a list's text, or that of bytes
-ARRAY = re.compile(r"array\((\[.*\])(, dtype=.*)?\)", re.DOTALL)  # as NumPy spells one
-# what the first bytes are of; none of them begins a text
+OPENING = (
+    "[",
+    "(",
+    "{",
+    " ",
+    "\t",
+    "\r",
+    "\n",
+    "array(",
+    "b'",
+    'b"',
+)  # first characters of text that may spell a list or bytes
+ARRAY = re.compile(r"array\((\[.*\])(, dtype=.*)?\)", re.DOTALL)  # repr of a NumPy array
+# magic numbers of file formats; no plain text begins with one of them
 MAGIC = {
     b"\xff\xfe": "UTF-16 text (save it as UTF-8)",
     b"\xfe\xff": "UTF-16 text (save it as UTF-8)",
-    b"\x1f\x8b": "packed by gzip (unpack it)",
-    b"BZh91AY": "packed by bzip2 (unpack it)",
-    b"\xfd7zXZ": "packed by xz (unpack it)",
-    b"\x28\xb5\x2f\xfd": "packed by zstd (unpack it)",
+    b"\x1f\x8b": "gzip-compressed (unpack it)",
+    b"BZh91AY": "bzip2-compressed (unpack it)",
+    b"\xfd7zXZ": "xz-compressed (unpack it)",
+    b"\x28\xb5\x2f\xfd": "zstd-compressed (unpack it)",
     b"PK\x03\x04": "a zip archive or a spreadsheet (unpack it, or save it as CSV)",
     b"7z\xbc\xaf": "a 7z archive (unpack it)",
-    b"PAR1": "parquet (end its name in .parquet)",
+    b"PAR1": "parquet (rename it to .parquet)",
     b"ARROW1": "an Arrow file (convert it)",
     b"SQLite format 3": "a database",
     b"%PDF-": "a PDF",
@@ -43,10 +54,13 @@ REFUSAL = re.compile(
 
 
 def refuse_foreign(file: Path, kind: str) -> None:
-    """By the first bytes of a file.
+    """Reject a file whose first bytes show that it is not a caption file of this kind.
+
+    Args:
+        kind: txt, jsonl, csv or parquet.
 
     Raises:
-        ValueError: what it is instead of captions.
+        ValueError: says what the file is.
     """
     with open(file, "rb") as opened:
         head = opened.read(HEAD)
@@ -55,28 +69,32 @@ def refuse_foreign(file: Path, kind: str) -> None:
         if text.startswith(start) and not (kind == "parquet" and start == b"PAR1"):
             raise ValueError(f"it is {what}")
     if PAGE.match(text):
-        raise ValueError("it is a web page, perhaps a server's error in place of the file: download it again")
+        raise ValueError("it is a web page, perhaps a server's error page: download it again")
     if len(head) < HEAD and REFUSAL.fullmatch(text.decode("utf-8", "replace").strip()):
-        raise ValueError(f"it holds {text.decode().strip()!r} alone, a server's error in place of the file: download "
-                         "it again")  # fmt: skip
+        raise ValueError(f"it contains only {text.decode().strip()!r}, a server's error message: download it "
+                         "again")  # fmt: skip
     line = 1 + head[: len(head) - len(text)].count(b"\n")
     first = text.split(b"\n", 1)[0].strip()
     if kind == "jsonl" and first.startswith(b"["):
-        raise ValueError(f"line {line} is not a JSON object, it begins an array; write one object a line")
+        raise ValueError(f"line {line} is not a JSON object but begins an array; write one object per line")
     if kind == "txt" and JSON.match(text):
-        raise ValueError("it is JSON: write one object a line, and end its name in .jsonl")
+        raise ValueError("it is JSON: write one object per line and rename it to .jsonl")
     cells = [cell.strip(b" \"'").decode("utf-8", "replace") for cell in re.split(rb"[,;\t]", first)]
     names = ("caption",) if b" " in first else ("caption", "prompt", "text")  # a prompt may read "a sign, text"
     column = next((name for name in names if name in cells), None)
     if kind == "txt" and column and len(cells) > 1:
-        raise ValueError(f"it is a table with the column {column}: end its name in .csv")
+        raise ValueError(f"it is a table with the column {column}: rename it to .csv")
 
 
 def refuse_container(caption: object, where: str, number: int) -> None:
-    """A list, or a text that spells one: several captions, not one; or a text that spells bytes.
+    """Reject a caption that is a list or bytes, or text that spells one, such as "['a dog', 'a cat']".
+
+    Args:
+        caption: the value in the caption column.
+        where, number: its place for the error message, such as "line", 7.
 
     Raises:
-        ValueError: it names `where` and `number`, such as line 7.
+        ValueError: says what the caption is and where.
     """
     value = caption
     if isinstance(caption, str):
@@ -85,8 +103,8 @@ def refuse_container(caption: object, where: str, number: int) -> None:
         value = _spelled(caption.strip())
     if isinstance(value, list | tuple | set | dict | bytes) and value:
         shown = repr(caption) if len(repr(caption)) <= 60 else f"{repr(caption)[:60]}..."
-        what = "decode it" if isinstance(value, bytes) else "write a row for each caption"
-        raise ValueError(f"the caption of {where} {number} is {_kind(value)}, not a text: {shown}; {what}")
+        what = "decode it" if isinstance(value, bytes) else "write one row per caption"
+        raise ValueError(f"the caption of {where} {number} is {_kind(value)}, not text: {shown}; {what}")
 
 
 def _kind(value: object) -> str:
@@ -94,7 +112,7 @@ def _kind(value: object) -> str:
 
 
 def _spelled(text: str) -> object:
-    """The Python or JSON value that a text in brackets, or after b, spells; None for plain text."""
+    """The Python or JSON list, tuple, dict or bytes that `text` spells; None for plain text."""
     array = ARRAY.fullmatch(text)
     text = array[1] if array else text
     if text[:1] + text[-1:] not in ("[]", "()", "{}", "b'", 'b"'):
@@ -102,7 +120,7 @@ def _spelled(text: str) -> object:
     for parse in (ast.literal_eval, json.loads):
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Python warns of a backslash in a text
+                warnings.simplefilter("ignore")  # invalid escape sequences
                 return parse(text)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             continue

@@ -1,4 +1,4 @@
-"""Which files a prompt source names: one, or all of a folder, where nothing that may hold captions is passed over."""
+"""List the caption files of a prompt source. In a folder, nothing that may hold captions is skipped silently."""
 
 from __future__ import annotations
 
@@ -11,22 +11,28 @@ from dimo.errors import DimoError, reason
 
 KINDS = ("txt", "jsonl", "csv", "parquet")
 PACKED = ("gz", "bgz", "bz2", "xz", "zst", "lz4", "zip", "tar", "tgz", "7z", "rar", "z")
-NOTES = ("readme", "license", "licence", "notice", "copying", "changelog")  # with these endings, they are no captions
+NOTES = ("readme", "license", "licence", "notice", "copying", "changelog")  # with NOTE_ENDINGS: not captions
 NOTE_ENDINGS = ("", ".md", ".rst", ".txt")
 logger = logging.getLogger(__name__)
 
 
 def list_files(path: str | Path) -> tuple[str, list[Path]]:
-    """(kind, files in order) of a file, or of a folder's files of one kind; endings may be capitals.
+    """Resolve a prompt source to its files.
 
-    Of a folder only hidden files, notes such as README.md and empty marks such as Spark's _SUCCESS are left out, with a
-    warning.
+    Args:
+        path: a txt, jsonl, csv or parquet file (suffix in any case), or a folder of files of one of these kinds. Hidden
+            files, notes such as README.md and empty marker files such as Spark's _SUCCESS are skipped with a warning.
+
+    Returns:
+        (kind, files in natural order).
 
     Raises:
-        DimoError: nothing there, another kind, mixed kinds, an empty file, or something in a folder that is not read.
+        DimoError: no such path, no caption files, different kinds, an empty file, or any other file in the folder.
     """
     if not str(path).strip():
-        raise DimoError("prompts come from a file or a folder of them, and its name is empty")  # Path("") is "."
+        raise DimoError(
+            "the prompt source must be a file or a folder of files, but its name is empty"
+        )  # Path("") is "."
     path = Path(path)
     try:
         return _list(path)
@@ -39,20 +45,22 @@ def either(names: tuple[str, ...]) -> str:
 
 
 def _list(path: Path) -> tuple[str, list[Path]]:
-    source = f"prompts come from a {either(KINDS)} file or a folder of them, and {path}"
+    source = f"prompts come from a {either(KINDS)} file or a folder of them, but {path}"
     if not path.exists():
         raise DimoError(f"{source} {_nothing(path)}")
     if path.is_dir():
         files = _of_folder(path)
         if not files:
-            raise DimoError(f"{source} holds none")
+            raise DimoError(f"{source} contains none")
     elif _kind(path) in KINDS and path.is_file():
         files = [path]
     else:
         raise DimoError(f"{source} {'is packed: unpack it' if _is_packed(path) else 'is not one'}")
     kinds = sorted({_kind(file) for file in files})
     if len(kinds) > 1:
-        raise DimoError(f"{path} mixes kinds of files ({', '.join(kinds)}); name one file, or a folder of one kind")
+        raise DimoError(
+            f"{path} mixes file types ({', '.join(kinds)}); give one file, or a folder with files of one type"
+        )
     for file in files:
         if file.stat().st_size == 0:
             raise DimoError(f"{file} is empty (0 bytes)")
@@ -60,7 +68,7 @@ def _list(path: Path) -> tuple[str, list[Path]]:
 
 
 def _of_folder(folder: Path) -> list[Path]:
-    """Its caption files, in an order that is the same on every machine."""
+    """The caption files of a folder, in the same order on every machine."""
     files, left = [], []
     for entry in sorted(folder.iterdir(), key=_in_order):
         if entry.name.startswith(".") or _is_note(entry):
@@ -70,7 +78,9 @@ def _of_folder(folder: Path) -> list[Path]:
         elif entry.is_file() and entry.stat().st_size == 0:
             left.append(entry.name)
         else:
-            raise DimoError(f"{entry} {_unread(entry)}, or move it out of {folder}: a folder of captions is read whole")
+            raise DimoError(
+                f"{entry} {_unread(entry)}, or move it out of {folder}: every file of a caption folder is read"
+            )
     if left:
         more = f" and {len(left) - 8} more" if len(left) > 8 else ""
         logger.warning("%s: not read as captions: %s%s", folder, ", ".join(left[:8]), more)
@@ -78,23 +88,23 @@ def _of_folder(folder: Path) -> list[Path]:
 
 
 def _in_order(file: Path) -> tuple:
-    """Koala_36M_2 before Koala_36M_10; the name itself parts 1 and 01."""
+    """Natural sort key: Koala_36M_2 before Koala_36M_10; the name itself breaks ties such as 1 and 01."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", file.name)], file.name
 
 
 def _unread(entry: Path) -> str:
-    """What is wrong with an entry of a folder, and what to do."""
+    """Why an entry of a folder cannot be read as captions, and what to do about it."""
     if not entry.exists():
-        return f"{_nothing(entry)}: mend the link"
+        return f"{_nothing(entry)}: fix the link"
     if entry.is_dir():
-        return "is a folder in a folder: name one that holds files alone"
+        return "is a subfolder: give a folder that contains only files"
     if not entry.is_file():
-        return "is no file: name one file"
+        return "is not a regular file: give a single file"
     if _is_packed(entry):
         return "is packed: unpack it"
     if any(ending[1:].lower() in KINDS for ending in entry.suffixes[:-1]) or entry.name.endswith("~"):
-        return "looks like an unfinished download or a copy of captions: give it its right ending"
-    return f"is no {either(KINDS)} file: convert it"
+        return "looks like an unfinished download or a copy of captions: rename it with its proper suffix"
+    return f"is not a {either(KINDS)} file: convert it"
 
 
 def _nothing(path: Path) -> str:

@@ -1,7 +1,7 @@
-"""Rows of one caption file, read one after another and never as a whole.
+"""Stream the rows of one caption file.
 
-Every file is opened under the very name that it has: no library takes `*`, `::`, `[` or `file://` in it for a pattern
-or an address. Nothing is looked up, cached or copied.
+Files are opened by their literal path, so `*`, `::`, `[` or `file://` in a name are not taken for a pattern or URL.
+Nothing is looked up on the network, cached or copied.
 """
 
 from __future__ import annotations
@@ -20,17 +20,24 @@ from dimo.data.listing import either
 from dimo.data.tables import csv_columns, read_csv, unlike
 from dimo.errors import DimoError, reason
 
-CAPTIONS = ("caption", "prompt", "text")  # the first of these that a file has
-HEAD = 1000  # rows that show a file's columns
-BATCH = 1000  # rows of parquet in memory
+CAPTIONS = ("caption", "prompt", "text")  # caption columns, in order of preference
+HEAD = 1000  # rows read to find the columns and to check the file
+BATCH = 1000  # rows of a parquet file in memory
 
 
 def caption_column(file: Path, kind: str, scores: list[str]) -> str:
-    """The column that holds the captions of `file`; all of `scores` must be there too.
+    """Find the caption column of a file and check its first rows.
+
+    Args:
+        kind: txt, jsonl, csv or parquet.
+        scores: further columns that must exist.
+
+    Returns:
+        The name of the caption column.
 
     Raises:
-        DimoError: a column is missing (those that exist are named) or there twice, the file holds something else than
-            captions, or its head is unreadable.
+        DimoError: a column is missing (the existing ones are listed) or duplicated, the file does not contain captions,
+            or its first rows cannot be read.
     """
     with _sentences(file, kind):
         refuse_foreign(file, kind)
@@ -42,19 +49,22 @@ def caption_column(file: Path, kind: str, scores: list[str]) -> str:
                             f"{unlike(columns, [missing[0]] if caption else CAPTIONS)}")  # fmt: skip
         for column in (caption, *scores):
             if columns.count(column) > 1:
-                raise ValueError(f"{columns.count(column)} columns have the name {column}; rename all but one")
+                raise ValueError(f"{columns.count(column)} columns are named {column}; rename all but one")
     for _ in itertools.islice(read_rows(file, kind, [caption, *scores]), HEAD):
         pass
     return caption
 
 
 def read_rows(file: Path, kind: str, columns: list[str], skip: int = 0) -> Iterator[dict]:
-    """Rows {column: value or None} from row `skip` on; a row cut in two by the end of the file is left out.
+    """Yield rows as {column: value or None}. A last row truncated by the end of the file is skipped with a warning.
 
-    The first of `columns` holds the captions.
+    Args:
+        kind: txt, jsonl, csv or parquet.
+        columns: the columns to read; the first is the caption column.
+        skip: number of rows to skip at the beginning.
 
     Raises:
-        DimoError: the file cannot be read, or a row of it is broken, no UTF-8, or has several captions in place of one.
+        DimoError: the file cannot be read, or a row is malformed, not UTF-8, or holds a list instead of one caption.
     """
     read = {"txt": _read_txt, "jsonl": _read_jsonl, "csv": read_csv, "parquet": _read_parquet}[kind]
     with _sentences(file, kind):
@@ -62,13 +72,13 @@ def read_rows(file: Path, kind: str, columns: list[str], skip: int = 0) -> Itera
 
 
 def caption_text(value: object) -> str:
-    """A caption without white space around it, as valid Unicode; empty for what is no text."""
+    """A caption stripped of surrounding white space, as valid Unicode; empty for a value that is not a string."""
     text = value.strip() if isinstance(value, str) else ""
     return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
 def _columns(file: Path, kind: str) -> list[str]:
-    """In a file's order, and as often as they are there."""
+    """Column names in the order of the file, duplicates included."""
     if kind == "txt":
         return ["text"]
     if kind == "parquet":
@@ -80,7 +90,7 @@ def _columns(file: Path, kind: str) -> list[str]:
 
 
 def _read_txt(file: Path, columns: list[str], skip: int) -> Iterator[dict]:
-    lines = (part for line in read_lines(file) for part in io.StringIO(line, newline=None))  # where \r ends one too
+    lines = (part for line in read_lines(file) for part in io.StringIO(line, newline=None))  # \r ends a line, too
     for number, line in enumerate(itertools.islice(lines, skip, None), skip + 1):
         refuse_container(line, "line", number)
         yield {"text": line}
@@ -96,7 +106,7 @@ def _read_jsonl(file: Path, columns: list[str], skip: int) -> Iterator[dict]:
 
 
 class _Doubled(dict):
-    """A JSON object with a key more than once; of such a key it holds the last value."""
+    """A JSON object with duplicate keys, each with its last value."""
 
     keys_twice: set[str] = set()
 
@@ -114,7 +124,7 @@ DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def _json_rows(file: Path) -> Iterator[tuple[int, dict]]:
-    """(line, object); {} for a blank line, which is a row without caption."""
+    """Yield (line number, object); {} for a blank line, which counts as a row without a caption."""
     number = 0
     for number, line in enumerate(read_lines(file), 1):
         try:
@@ -123,7 +133,7 @@ def _json_rows(file: Path) -> Iterator[tuple[int, dict]]:
             no_cut = not line.lstrip().startswith("{") or getattr(error, "msg", "") == "Extra data"
             if number == 1 or line.endswith("\n") or no_cut:
                 raise ValueError(f"line {number} is not a JSON object") from error
-            warn_once(file, f"the last line, {number}, is cut off and left out")
+            warn_once(file, f"the last line, {number}, is truncated and skipped")
             return
         if not isinstance(row, dict):
             raise ValueError(f"line {number} is not a JSON object")
@@ -134,14 +144,14 @@ def _open_parquet(file: Path):
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
-    # an OSFile: ParquetFile itself takes some names for addresses
+    # through an OSFile, since ParquetFile interprets some names as URLs
     return ParquetFile(pyarrow.OSFile(os.fspath(file)), buffer_size=1 << 20, pre_buffer=False)
 
 
 def _read_parquet(file: Path, columns: list[str], skip: int) -> Iterator[dict]:
     with _open_parquet(file) as opened:
         read = 0
-        for batch in opened.iter_batches(BATCH, columns=columns):  # a batch at a time, however large its group
+        for batch in opened.iter_batches(BATCH, columns=columns):  # bounds memory however large a row group is
             rest = batch.slice(min(max(0, skip - read), len(batch)))
             read += len(batch)
             if len(rest):
@@ -152,7 +162,7 @@ def _read_parquet(file: Path, columns: list[str], skip: int) -> Iterator[dict]:
 
 
 def _values(column, name: str, before: int) -> list:
-    """A column's values, bytes as the text they are; `before` rows of the file come before it."""
+    """Values of a column chunk, with bytes decoded as UTF-8; `before` rows of the file precede the chunk."""
     values = []
     for row, value in enumerate(column, before + 1):
         try:
@@ -160,7 +170,9 @@ def _values(column, name: str, before: int) -> list:
             values.append(value.decode() if isinstance(value, bytes) else value)
         except UnicodeDecodeError as error:
             byte = error.object[error.start]
-            raise ValueError(f"row {row} of column {name} is not UTF-8 text, it has the byte {byte:#04x}") from error
+            raise ValueError(
+                f"row {row} of column {name} is not UTF-8 text, it contains the byte {byte:#04x}"
+            ) from error
     return values
 
 
@@ -170,5 +182,5 @@ def _sentences(file: Path, kind: str) -> Iterator[None]:
         yield
     except DimoError:
         raise
-    except (OSError, ValueError, NotImplementedError) as error:  # ValueErrors: ours and pyarrow's
+    except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's errors are ValueErrors, too
         raise DimoError(f"{file} cannot be read as {kind}: {reason(error)}") from error

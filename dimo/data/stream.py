@@ -1,4 +1,4 @@
-"""Prompts from caption files of any size: streamed, sharded by rank, shuffled in a buffer, resumable to the prompt."""
+"""Prompts from caption files of any size: streamed, sharded by rank, buffer-shuffled, resumable at any prompt."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ MOTION = "motion_score"
 
 
 class PromptStream:
-    """An endless stream of prompts; `take(n)` gives this rank's next n.
+    """An endless stream of prompts; `take(n)` returns this rank's next n.
 
-    There is one sequence, the same on every rank and for any number of ranks: epoch after epoch, the files in a new
-    order, their rows in blocks of `shuffle_buffer`, the prompts of a block shuffled. Of every `world_size` prompts in
-    a row, rank r takes the r-th. So ranks never overlap however few files there are, all ranks share one position, and
-    the position is a handful of integers: to resume is to read one block again. (A shuffle buffer of `datasets` would
-    lose its content.) The price is that every rank parses every row, which costs far less than a training step.
+    All ranks walk through one global sequence, which does not depend on the number of ranks: each epoch visits the
+    files in a new order, reads their rows in blocks of `shuffle_buffer` and shuffles each block. Of every `world_size`
+    consecutive prompts, rank r takes the r-th. Ranks therefore never overlap, however few files there are, and share
+    one position of a few integers; resuming means reading one block again. (The shuffle buffer of `datasets` would lose
+    its content.) Every rank parses every row, which costs far less than a training step.
 
     Args:
-        path: a txt (a prompt a line), jsonl, csv or parquet file, or a folder of files of one kind (see `list_files`).
-        seed: of orders and of the motion prefix.
-        rank, world_size: of this process.
-        shuffle_buffer: rows shuffled together, and the most that are held in memory.
-        minimum: {score column: least value}; rows below it, or without a score, are left out and counted.
-        motion: put `motion=x.x, ` before a prompt, as URSA's captions have it: a number, "score" for the row's own
-            motion_score (rows without one get none), or None for nothing.
-        motion_share: share of the prompts that get it.
+        path: a txt (one prompt per line), jsonl, csv or parquet file, or a folder of such files (see `list_files`).
+        seed: seed of the order and of the choice of prompts with a motion prefix.
+        rank, world_size: index of this process and number of processes.
+        shuffle_buffer: rows shuffled together, and the maximum held in memory.
+        minimum: {score column: minimum}; rows with a lower or missing score are dropped and counted.
+        motion: value of the prefix `motion=x.x, ` that URSA's captions have: a number, "score" for each row's own
+            motion_score (none for rows without one), or None for no prefix.
+        motion_share: fraction of the prompts that get the prefix.
 
     Raises:
-        DimoError: the path, a file or its columns do not serve, or no row of an epoch holds a prompt.
+        DimoError: invalid arguments, an unreadable file, a missing column, or an epoch without a single prompt.
     """
 
     def __init__(
@@ -66,31 +66,31 @@ class PromptStream:
         self._start({"epoch": 0, "file": 0, "row": 0, "rows": 0, "no_caption": 0, "filtered": 0})
 
     def take(self, size: int) -> list[str]:
-        """This rank's next `size` prompts; all ranks move on by size * world_size."""
+        """This rank's next `size` prompts. The global position advances by size * world_size."""
         if size < 1:
             raise DimoError(f"size must be at least 1, got {size}")
         return [self._next() for _ in range(size * self.world_size)][self.rank :: self.world_size]
 
     def first(self, size: int) -> list[str]:
-        """Up to `size` prompts that come next, on rank 0, without using them up."""
+        """Up to `size` upcoming prompts of the global sequence, without consuming them."""
         return self._block[self._used : self._used + size]
 
     def counts(self) -> dict[str, int]:
-        """Since the start, up to the block in use: epoch, rows read, rows without caption, rows under a minimum."""
+        """Totals up to the current block: epoch, rows, rows with no_caption, rows filtered by a minimum."""
         return {name: self._after[name] for name in ("epoch", "rows", "no_caption", "filtered")}
 
     def state_dict(self) -> dict:
-        """The position, the same on every rank, with digests of the files' names and of the block it lies in."""
+        """The position, equal on all ranks, with digests of the file names and of the current block."""
         names = [file.name for file in self.files]
         return {**self._at, "used": self._used, "files": _digest(names), "block": _digest(self._block)}
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue with exactly the next prompt after `state_dict()`, also with another number of ranks.
+        """Continue with the prompt that follows `state_dict()`, also with a different number of ranks.
 
-        What lies behind the block of the position may have been mended since.
+        Rows after the current block may have been edited in the meantime.
 
         Raises:
-            DimoError: the files are not those that the position was taken in.
+            DimoError: the files have changed, so the position is meaningless.
         """
         state = dict(state)
         files, block, used = state.pop("files"), state.pop("block", None), state.pop("used")
@@ -98,12 +98,12 @@ class PromptStream:
         if block is None:  # a checkpoint of an earlier dimo
             names = [(file.name, file.stat().st_size) for file in self.files]
         if files != _digest(names):
-            raise DimoError(f"{self.path} has changed since the checkpoint (other files, or other sizes), so that the "
-                            "position in it is lost; put the files back, or start a new run")  # fmt: skip
+            raise DimoError(f"{self.path} has changed since the checkpoint (other files or sizes), so the position in "
+                            "it is lost; restore the files, or start a new run")  # fmt: skip
         self._start(state)
         if used > len(self._block) or block not in (None, _digest(self._block)):
-            raise DimoError(f"{self.path} has changed since the checkpoint: other prompts stand where it was; put the "
-                            "files back, or start a new run")  # fmt: skip
+            raise DimoError(f"{self.path} has changed since the checkpoint: other prompts are at the saved position; "
+                            "restore the files, or start a new run")  # fmt: skip
         self._used = used
 
     def _start(self, position: dict) -> None:
@@ -111,7 +111,7 @@ class PromptStream:
         self._advance()
 
     def _advance(self) -> None:
-        """To the next block that has prompts."""
+        """Move to the next block that has prompts."""
         self._at, self._block, self._after = next(block for block in self._blocks if block[1])
         self._used = 0
 
@@ -122,7 +122,7 @@ class PromptStream:
         return self._block[self._used - 1]
 
     def _read(self, position: dict) -> Iterator[tuple[dict, list[str], dict]]:
-        """Blocks from a position on, for ever: (position before it, prompts, position after it)."""
+        """Yield blocks from a position on, endlessly: (position before, prompts, position after)."""
         while True:
             kept, whole = 0, position["file"] == position["row"] == 0
             rows = self._rows(position)
@@ -137,7 +137,7 @@ class PromptStream:
             position = {**position, "epoch": position["epoch"] + 1, "file": 0, "row": 0}
 
     def _rows(self, position: dict) -> Iterator[tuple[int, int, str | None, dict]]:
-        """(file, rows of it read so far, caption, row) from a position to the end of its epoch."""
+        """Yield (file index, rows read from it, caption, row) from a position to the end of its epoch."""
         order = np.random.default_rng([self.seed, position["epoch"]]).permutation(len(self.files))
         for index in range(position["file"], len(order)):
             file, caption = self.files[order[index]], self._captions[order[index]]
@@ -147,7 +147,7 @@ class PromptStream:
                 yield index, row, values[caption], values
 
     def _shuffled(self, block: list[tuple], position: dict, after: dict) -> list[str]:
-        """The prompts of a block in their order; what is left out is counted in `after`."""
+        """The shuffled prompts of a block; dropped rows are counted in `after`."""
         rng = np.random.default_rng([self.seed, position["epoch"], position["file"], position["row"]])
         order, draws = rng.permutation(len(block)).tolist(), rng.random(len(block)).tolist()
         prompts = []
@@ -169,7 +169,7 @@ class PromptStream:
             return f"{self.path} holds no prompt: none of its {position['rows']} rows has a caption"
         return (
             f"{self.path} holds no prompt that passes: of {position['rows']} rows {position['no_caption']} have no "
-            f"caption and {position['filtered']} fall under {', '.join(f'{k} {v}' for k, v in self.minimum.items())}"
+            f"caption and {position['filtered']} are below {', '.join(f'{k} {v}' for k, v in self.minimum.items())}"
         )
 
 
@@ -178,8 +178,7 @@ def _digest(values: list) -> str:
 
 
 def _number(value: object) -> float:
-    """NaN, which passes no minimum, for what is no finite number, or is not written as one (1_0, of which Python makes
-    10)."""
+    """`value` as a float; NaN, which passes no minimum, if it is not a finite number. "1_0", 10 to Python, is none."""
     try:
         number = float("nan" if isinstance(value, str) and "_" in value else value)
     except (TypeError, ValueError, OverflowError):

@@ -1,1 +1,1 @@
-"""A run as a folder and as processes: checkpoints, launching, signals, progress."""
+"""Runs: the run folder, checkpoints, launching processes, signals, progress."""

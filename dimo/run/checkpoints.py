@@ -1,4 +1,4 @@
-"""checkpoints/: complete or absent, written beside the training, believed only when every byte is the one written."""
+"""Checkpoints: written atomically in the background, and loaded only if every checksum matches."""
 
 from __future__ import annotations
 
@@ -29,19 +29,24 @@ from dimo.files import (
 from dimo.run.ranks import everywhere, raise_everywhere
 
 MANIFEST, OPTIMIZER = "manifest.json", "optimizer-"
-AT_ONCE = 4  # files that are written
-STEP = "step-" + "[0-9]" * 8  # a step's name as a pattern: a copy beside it, step-360-copy, is somebody's
+AT_ONCE = 4  # files written concurrently
+STEP = "step-" + "[0-9]" * 8  # glob pattern; a user's copy such as step-360-copy does not match
 
 
 class Checkpoints:
-    """The step-<step>/ folders of a run:
+    """The checkpoint folders step-<step>/ of a run:
 
-        <network>.safetensors, optimizer-<network>.pt, state.pt   by rank 0
-        rank-<rank>.pt                                            by every rank
-        manifest.json    {file: {bytes, sha256}}, written when all the others are on the disk
+        <network>.safetensors, optimizer-<network>.pt, state.pt   written by rank 0
+        rank-<rank>.pt                                            written by every rank
+        manifest.json    {file: {bytes, sha256}}, written last, when all other files are on disk
 
-    `save` copies to host memory and returns while a thread writes; `finish` waits for it and renames the folder into
-    place. Both are collective, and an error of one rank is raised on all; threads never communicate.
+    `save` copies to host memory and returns while a thread writes; `finish` waits for the thread and renames the folder
+    into place. Both are collective and raise an error of one rank on all ranks; the threads never communicate.
+
+    Args:
+        folder: the run's checkpoints/ folder.
+        keep_last: number of intact checkpoints to keep.
+        rank: rank of this process.
     """
 
     def __init__(self, folder: str | Path, keep_last: int = 2, rank: int = 0):
@@ -51,10 +56,15 @@ class Checkpoints:
         self._writing: _Writing | None = None
 
     def save(self, step: int, tensors: dict[str, dict[str, torch.Tensor]], state: dict, rank_state: dict) -> None:
-        """Begin to write; `tensors` and `state` count on rank 0 alone.
+        """Start writing a checkpoint, after finishing the previous one. Collective.
+
+        Args:
+            tensors: {network: full state dict}; used on rank 0 only.
+            state: state shared by all ranks, such as optimizer states; used on rank 0 only.
+            rank_state: this rank's own state, such as its random generators.
 
         Raises:
-            DimoError: the disk refused this checkpoint or the one before it; what was whole stays.
+            DimoError: this checkpoint or the previous one could not be written; older checkpoints are kept.
         """
         self.finish()
         partial, error = self._partial(step), None
@@ -65,21 +75,24 @@ class Checkpoints:
             except OSError as refused:
                 error = self._refusal(step, refused)
         raise_everywhere(error)
-        # copies: the next step changes these tensors while they are being written
+        # the next step modifies these tensors while the thread writes the copies
         whole = {"tensors": tensors, "state": state} if self.rank == 0 else None
         whole, rank_state = self._on_host([whole, rank_state])
         self._writing = _Writing(step, partial, whole, rank_state, self.rank)
         self._writing.start()
 
     def written(self) -> bool:
-        """This rank's files lie there, or could not be written: `finish` would not wait for this rank."""
+        """Whether this rank's writing thread is done, successfully or not, so that `finish` need not wait for it."""
         return self._writing is not None and not self._writing.is_alive()
 
     def finish(self) -> Path | None:
-        """Wait for the checkpoint being written, put it in its place, and remove the oldest.
+        """Wait for the checkpoint being written, rename it into place, and delete the oldest. Collective.
+
+        Returns:
+            Its folder, or None if none was being written.
 
         Raises:
-            DimoError: a rank could not write; older checkpoints stay.
+            DimoError: a rank could not write its files; older checkpoints are kept.
         """
         writing, self._writing = self._writing, None
         if writing is None:
@@ -107,16 +120,19 @@ class Checkpoints:
         sync(partial)
         replace_folder(partial, folder)
         self._damaged.discard(folder)
-        whole = [f for f in self.all() if f not in self._damaged]  # the one just written is
+        whole = [f for f in self.all() if f not in self._damaged]  # includes the one just written
         for old in self.all():
             if old < whole[-self.keep_last :][0]:
                 remove_folder(old)
 
     def newest(self) -> tuple[Path | None, dict[Path, str]]:
-        """(the newest whole checkpoint, {newer one: what is wrong with it}); every byte is read.
+        """Find the newest intact checkpoint, verifying all checksums.
+
+        Returns:
+            (its folder, or None if there are no checkpoints; {newer damaged checkpoint: what is wrong with it}).
 
         Raises:
-            DimoError: there are checkpoints, and none is whole.
+            DimoError: there are checkpoints, but all are damaged.
         """
         damaged = {}
         for folder in reversed(self.all()):
@@ -128,48 +144,50 @@ class Checkpoints:
         if damaged:
             named = "; ".join(f"{folder.name}: {wrong}" for folder, wrong in damaged.items())
             raise DimoError(
-                f"no checkpoint in {self.folder} is whole ({named}); put one back, or remove all to begin at step 0"
+                f"no checkpoint in {self.folder} is intact ({named}); restore one, or delete all to start at step 0"
             )
         return None, damaged
 
     def load(self, folder: Path) -> tuple[dict, dict, dict]:
-        """(tensors by network, state, this rank's own state); no pickle is executed.
+        """Load a checkpoint without executing pickled code.
 
-        On more ranks than wrote it, the rank states are dealt out again from the first.
+        Returns:
+            (tensors, state, rank_state) as given to `save`. With more ranks than wrote the checkpoint, the rank states
+            are reused cyclically.
 
         Raises:
-            DimoError: a file does not load.
+            DimoError: a file cannot be loaded.
         """
         try:
             tensors = {file.stem: load_file(file) for file in sorted(folder.glob("*.safetensors"))}
             state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
             optimizers = {file.stem.removeprefix(OPTIMIZER): file for file in folder.glob(f"{OPTIMIZER}*.pt")}
-            if optimizers:  # else an older dimo's, who kept them in state.pt
+            if optimizers:  # older versions of dimo kept them in state.pt
                 loaded = {name: torch.load(f, map_location="cpu", weights_only=True) for name, f in optimizers.items()}
                 state["optimizers"] = loaded
             ranks = sorted(folder.glob("rank-*.pt"))
             own = torch.load(ranks[self.rank % len(ranks)], map_location="cpu", weights_only=True)
         except Exception as error:
-            raise DimoError(f"checkpoint {folder} does not load: {reason(error)}") from error
+            raise DimoError(f"checkpoint {folder} cannot be loaded: {reason(error)}") from error
         return tensors, state, own
 
     def all(self) -> list[Path]:
-        """Every step's folder, oldest first, whole or not."""
+        """All checkpoint folders, oldest first, damaged ones included."""
         return sorted(self.folder.glob(STEP))
 
     def remove_partials(self) -> None:
-        """What a killed process was writing or removing; a checkpoint that had made room for another comes back.
+        """Clean up after a killed process; a checkpoint that was set aside for its replacement is restored.
 
         Raises:
-            DimoError: `folder` is a file, or a link that leads nowhere: what it held is not gone, but not here.
+            DimoError: the checkpoints folder is a file, or a broken link, so its checkpoints are elsewhere.
         """
         if self.folder.is_symlink() and not self.folder.exists():
             raise DimoError(
-                f"{self.folder} leads to {os.readlink(self.folder)}, which is not there; bring that back (a disk that "
-                "is not mounted?), or remove the link to begin at step 0"
+                f"{self.folder} is a link to {os.readlink(self.folder)}, which does not exist; restore it (is a disk "
+                "not mounted?), or delete the link to start at step 0"
             )
         if self.folder.exists() and not self.folder.is_dir():
-            raise DimoError(f"{self.folder} is a file, a folder is needed")
+            raise DimoError(f"{self.folder} is a file, but a folder is needed")
         clear_partials(self.folder)
 
     def _partial(self, step: int) -> Path:
@@ -177,15 +195,15 @@ class Checkpoints:
 
     def _refusal(self, step: int, error: Exception) -> DimoError:
         last = self.all()[-1:]
-        stays = f"{last[0].name} stays, and the same command continues from it" if last else "there is no older one"
+        stays = f"{last[0].name} is kept, and the same command continues from it" if last else "there is no older one"
         return DimoError(f"checkpoint of step {step} could not be written to {self.folder}: {reason(error)}; {stays}")
 
 
 class _Writing(threading.Thread):
-    """One rank's files of one checkpoint. Ends with `entries` of the manifest, or with `error`."""
+    """Thread that writes one rank's files of a checkpoint; sets `entries` for the manifest, or `error`."""
 
     def __init__(self, step: int, partial: Path, whole: dict | None, rank_state: dict, rank: int):
-        super().__init__(name=f"checkpoint-{step}", daemon=True)  # a second Ctrl-C does not wait for it
+        super().__init__(name=f"checkpoint-{step}", daemon=True)  # a second Ctrl-C must not wait for it
         self.step, self.partial, self.whole, self.rank_state, self.rank = step, partial, whole, rank_state, rank
         self.entries: dict[str, dict] = {}
         self.error: Exception | None = None
@@ -195,20 +213,20 @@ class _Writing(threading.Thread):
     def run(self) -> None:
         try:
             self.entries = dict(side_by_side(self._write, self._files(), AT_ONCE))
-        except Exception as error:  # safetensors has its own for a full disk
+        except Exception as error:  # safetensors raises its own type for a full disk
             self.error = error
         self.whole = self.rank_state = None
         atexit.unregister(self._leave)
 
     def _leave(self) -> None:
-        """At the end of a process that has not waited: one whose thread is inside PyTorch's or safetensors' code then
-        is aborted, and its exit code is lost. So all come out, by an error, and none goes in again."""
+        """At interpreter exit, abort the writes in progress and prevent new ones: a thread still inside PyTorch's or
+        safetensors' native code would crash the process and lose its exit code."""
         with no_more_bytes():
             for _ in range(AT_ONCE):
                 self._saving.acquire()
 
     def _files(self) -> list[tuple[str, Callable, Any]]:
-        """(name, function that writes, value); the largest first."""
+        """[(file name, writing function, value)], the largest first."""
         files = [(f"rank-{self.rank:05d}.pt", save_torch, self.rank_state)]
         if not self.whole:
             return files
@@ -231,13 +249,13 @@ class _Writing(threading.Thread):
 
 
 def describe(file: Path) -> dict:
-    """A file's line in the manifest, from its bytes on the disk."""
+    """The manifest entry of a file, {bytes, sha256}."""
     with open(file, "rb") as handle:
         return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(handle, "sha256").hexdigest()}
 
 
 def what_is_wrong(folder: Path) -> str | None:
-    """None for a checkpoint that is whole, else the first thing that is not."""
+    """None for an intact checkpoint, else the first problem found."""
     try:
         entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         expected = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in entries.items()}
@@ -247,13 +265,13 @@ def what_is_wrong(folder: Path) -> str | None:
         return f"{MANIFEST} is not readable"
     for name in ("state.pt", "rank-00000.pt"):
         if name not in expected:
-            return f"{MANIFEST} does not name {name}"
+            return f"{MANIFEST} does not list {name}"
     found = side_by_side(lambda name: _differs(folder / name, *expected[name]), list(expected))
     return next((wrong for wrong in found if wrong), None)
 
 
 def _differs(file: Path, size: int, sha256: str) -> str | None:
-    """In what a file is not the one that was written."""
+    """How a file differs from its manifest entry; None if it does not."""
     try:
         if file.stat().st_size != size:
             return f"{file.name} has {file.stat().st_size} bytes, not {size}"
@@ -267,10 +285,10 @@ def _differs(file: Path, size: int, sha256: str) -> str | None:
 
 
 class HostCopies:
-    """Copies of trees of dicts, lists and tensors, the tensors in host memory that the next copy uses again.
+    """Copies trees of dicts, lists and tensors to host memory, reusing the buffers of the previous call.
 
-    Fresh memory costs more than the copy: the system hands it out page by page, and a GPU writes at full speed only
-    into pages that are pinned, which takes longer still. A copy is good until the next call.
+    Allocating costs more than copying: fresh memory is mapped page by page, and fast copies from a GPU need pinned
+    pages, which are slower still to allocate. A copy is therefore valid only until the next call.
     """
 
     def __init__(self):
@@ -279,9 +297,9 @@ class HostCopies:
     def __call__(self, tree: Any) -> Any:
         used: dict[tuple, torch.Tensor] = {}
         copy = self._copy(tree, (), used)
-        self._kept = used  # what the tree no longer holds is let go
+        self._kept = used  # releases buffers that are no longer used
         if any(memory.is_pinned() for memory in used.values()):
-            torch.cuda.synchronize()  # copies into pinned memory do not wait by themselves
+            torch.cuda.synchronize()  # non-blocking copies into pinned memory
         return copy
 
     def _copy(self, value: Any, at: tuple, used: dict) -> Any:

@@ -1,4 +1,4 @@
-"""The run folder, the only truth about a run: every file is whole or absent, never half."""
+"""The run folder, the only record of a run. Every file in it is written atomically."""
 
 from __future__ import annotations
 
@@ -35,22 +35,25 @@ except ImportError:  # Windows
 
 OWN = ("config.yaml", SOURCES, "environment.json", "status.json", "metrics.jsonl", "events.jsonl", "train.log")
 OWN += ("report.json", "report.html", "sheet.png", "curves.png", "codes.safetensors")
-OWN_INSIDE = {  # patterns: people keep files of theirs in such folders
+OWN_INSIDE = {  # glob patterns, since users may keep other files in these folders
     "checkpoints": (STEP, "final", PARTIALS),
     "samples": (f"{STEP}.png", PARTIALS),
     "notebooks": ("0?_*.ipynb", "0?_*.html", PARTIALS),
     "evaluation_jobs": ("about.json", "config.yaml", "process-*.log", "*-?????.safetensors", PARTIALS),
 }
 LOCK = ".lock"
-RESERVE, RESERVE_BYTES = ".reserve", 2**16  # room for the last words of a run whose disk is full
-HISTORY = ("resumed", "damaged_checkpoint", "config_changed", "processes_changed")  # events of the folder, not of steps
-LAST_LINES = 20  # of train.log, in the status of a failed run
+RESERVE, RESERVE_BYTES = ".reserve", 2**16  # freed to record the failure of a run whose disk is full
+# events that `cut_at` keeps
+HISTORY = ("resumed", "damaged_checkpoint", "config_changed", "processes_changed")
+LAST_LINES = 20  # lines of train.log copied into the status of a failed run
 
 
 class RunFolder:
-    """A folder `path` with config.yaml, status.json, metrics.jsonl, events.jsonl, train.log and checkpoints/.
+    """A folder with config.yaml, status.json, metrics.jsonl, events.jsonl, train.log and checkpoints/.
 
-    Of several processes one `writes`; for the others every writing method does nothing.
+    Args:
+        path: the folder.
+        writes: whether this process writes to it (rank 0); otherwise all writing methods do nothing.
     """
 
     def __init__(self, path: str | Path, writes: bool = True):
@@ -61,13 +64,17 @@ class RunFolder:
     def open(
         cls, path: str | Path, config_yaml: str, resume: bool = True, overwrite: bool = False, hold: bool = False
     ) -> RunFolder:
-        """Create the folder, or take up the run in it when its configuration is the same but for FREE_KEYS.
+        """Create a run folder, or open an existing one whose configuration differs at most in FREE_KEYS.
 
-        With `hold` the folder is this process's own until `close`, or until the process ends in whatever way.
+        Args:
+            config_yaml: the configuration.
+            resume: continue an existing run.
+            overwrite: delete an existing run first.
+            hold: lock the folder until `close`, or until the process ends in whatever way.
 
         Raises:
-            DimoError: another process holds the folder, it belongs to another configuration or not to dimo, or it is
-                used and resume is off.
+            DimoError: another process holds the folder, its run has another configuration, it is not a run folder, or
+                it contains a run and `resume` is false.
         """
         run = cls(path)
         run._require_own()
@@ -81,7 +88,7 @@ class RunFolder:
                 old = read_groups(file)
                 changes = changes_of(run.path, old, config_yaml)
                 if not resume:
-                    raise DimoError(f"{run.path} holds a run already and experiment.resume is false; {START_OVER}")
+                    raise DimoError(f"{run.path} already contains a run and experiment.resume is false; {START_OVER}")
                 sources = require_same_sources(run.path, old, new)
                 if changes:
                     shown = {key: [was, now] for key, was, now in changes}
@@ -89,7 +96,7 @@ class RunFolder:
                     run.say("configuration: " + spell(changes))
                 config_yaml, kept = without_later_keys(old, config_yaml)
                 if kept and hold:
-                    run.say(f"{run.path} is older than some keys and goes on as it began: {kept}", aloud=True)
+                    run.say(f"{run.path} predates some keys and continues with the old behaviour: {kept}", aloud=True)
             else:
                 sources = read_sources(new)
             run._write_once("config.yaml", config_yaml)
@@ -111,12 +118,12 @@ class RunFolder:
             write_text(file, text)
 
     def _acquire(self) -> None:
-        """Lock the folder; the kernel gives the lock back when the process dies, by kill -9 too."""
+        """Lock the folder. The kernel releases the lock when the process dies, even by SIGKILL."""
         if fcntl is None:
-            raise DimoError("runs are kept on Linux and macOS alone; on Windows use WSL")
+            raise DimoError("training runs on Linux and macOS only; on Windows, use WSL")
         self.path.mkdir(parents=True, exist_ok=True)
         lock = open(self.path / LOCK, "a+", encoding="utf-8")
-        for attempt in range(5):  # `dimo runs` holds it for an instant when it looks
+        for attempt in range(5):  # `dimo runs` holds the lock for an instant
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
@@ -131,7 +138,7 @@ class RunFolder:
                 time.sleep(0.05)
             except OSError as error:  # a network file system without locks
                 print(
-                    f"dimo: {self.path} cannot be locked ({error.strerror}); start one run in it only", file=sys.stderr
+                    f"dimo: {self.path} cannot be locked ({error.strerror}); start only one run in it", file=sys.stderr
                 )
                 break
         self._lock = lock
@@ -143,7 +150,7 @@ class RunFolder:
             raise self._refusal(LOCK, error) from error
 
     def close(self) -> None:
-        """Let other processes have the folder."""
+        """Release the folder for other processes."""
         if self._lock is not None:
             self.free_reserve()
             self._lock.close()
@@ -151,17 +158,17 @@ class RunFolder:
 
     def _keep_reserve(self) -> None:
         try:
-            (self.path / RESERVE).write_bytes(os.urandom(RESERVE_BYTES))  # which no file system can compress
+            (self.path / RESERVE).write_bytes(os.urandom(RESERVE_BYTES))  # incompressible
         except OSError as error:
             raise self._refusal(RESERVE, error) from error
 
     def free_reserve(self) -> None:
-        """Give the disk RESERVE_BYTES back, for what is to be written next."""
+        """Free RESERVE_BYTES on the disk for the last status of a failing run."""
         with contextlib.suppress(OSError):
             (self.path / RESERVE).unlink()
 
     def is_held(self) -> bool:
-        """A living process trains in this folder."""
+        """Whether a live process is training in this folder."""
         if fcntl is None:
             return False
         try:
@@ -169,12 +176,12 @@ class RunFolder:
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except FileNotFoundError:
             return False
-        except OSError:  # held; or it cannot be known, and the status is believed
+        except OSError:  # held, or unknown; then trust the status
             return True
         return False
 
     def is_dimos(self) -> bool:
-        """config.yaml or status.json is one that dimo wrote; the other of the two may be damaged."""
+        """Whether dimo wrote config.yaml or status.json; the other of the two may be damaged."""
         with contextlib.suppress(DimoError, OSError):
             groups = {key.split(".")[0] for key in config_keys()}
             if {"experiment", "distill", "optim"} <= read_groups(self.path / "config.yaml").keys() <= groups:
@@ -184,23 +191,23 @@ class RunFolder:
         return False
 
     def _require_own(self) -> None:
-        """Raise where config.yaml and status.json are there and neither is a run's: many projects have such files."""
+        """Raise DimoError if config.yaml or status.json exists but belongs to something else than a run of dimo."""
         there = any((self.path / name).exists() for name in ("config.yaml", "status.json"))
         if not there or self.is_dimos():
             return
         raise DimoError(
-            f"{self.path} is not a run folder of dimo: the config.yaml or status.json in it is something else's; "
+            f"{self.path} is not a run folder of dimo: its config.yaml or status.json belongs to something else; "
             "use another experiment.name or experiment.output_dir"
         )
 
     def _clear(self) -> None:
-        """What dimo wrote goes, and nothing else."""
+        """Delete what dimo wrote, and nothing else."""
         for name in OWN:
             (self.path / name).unlink(missing_ok=True)
         for name, patterns in OWN_INSIDE.items():
             for old in [old for pattern in patterns for old in (self.path / name).glob(pattern)]:
                 shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
-            with contextlib.suppress(OSError):  # not empty: the rest is somebody's
+            with contextlib.suppress(OSError):  # not empty: keep the user's files
                 (self.path / name).rmdir()
 
     def write_status(self, **changes: Any) -> None:
@@ -216,7 +223,7 @@ class RunFolder:
             raise self._refusal("status.json", error) from error
 
     def status(self) -> dict:
-        """What status.json says; empty without one.
+        """Content of status.json; empty if it does not exist.
 
         Raises:
             DimoError: it is damaged.
@@ -227,40 +234,41 @@ class RunFolder:
         try:
             return read_json(file)
         except DimoError as error:
-            raise DimoError(f"{error}; remove it, a run continues without") from error
+            raise DimoError(f"{error}; delete it, the run continues without it") from error
 
     def log(self, metrics: dict[str, float]) -> None:
-        """Append one line; what is not finite becomes null and is named under `non_finite`."""
+        """Append a line to metrics.jsonl; non-finite values become null and their names are listed in `non_finite`."""
         bad = [k for k, v in metrics.items() if not math.isfinite(v)]
         row = {k: None if k in bad else v for k, v in metrics.items()} | ({"non_finite": bad} if bad else {})
         self._append("metrics.jsonl", json.dumps(row))
 
     def metrics(self) -> list[dict]:
-        """All complete lines; a last line torn by a kill is left out."""
+        """All lines of metrics.jsonl, without a last one truncated by a kill."""
         return self._rows("metrics.jsonl")
 
     def event(self, event: dict) -> None:
-        """Append {"step", "event", ...} to events.jsonl, with the time."""
+        """Append {"step", "event", ...} to events.jsonl with a timestamp."""
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self._append("events.jsonl", json.dumps(event | {"time": now}))
 
     def events(self) -> list[dict]:
+        """All complete lines of events.jsonl."""
         return self._rows("events.jsonl")
 
     def say(self, text: str, aloud: bool = False) -> None:
-        """Append lines to train.log, with the time; `aloud` to stderr as well."""
+        """Append text to train.log with timestamps; with `aloud`, also print it to stderr."""
         now = datetime.datetime.now().isoformat(sep=" ", timespec="seconds")
         self._append("train.log", "\n".join(f"{now} {line}" for line in text.splitlines()))
         if aloud and self.writes:
             print(f"dimo: {text}", file=sys.stderr)
 
     def last_lines(self) -> list[str]:
-        """Of train.log."""
+        """The last LAST_LINES lines of train.log."""
         file = self.path / "train.log"
         return file.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:] if file.exists() else []
 
     def cut_at(self, step: int) -> None:
-        """Drop the metrics and events that a killed run wrote after the checkpoint it resumes from."""
+        """Drop metrics and events after `step`, the checkpoint that a killed run resumes from."""
         if not self.writes:
             return
         for name in ("metrics.jsonl", "events.jsonl"):
@@ -269,6 +277,7 @@ class RunFolder:
                 write_text(self.path / name, "".join(json.dumps(row) + "\n" for row in rows))
 
     def write_environment(self) -> None:
+        """Write environment.json: versions and device."""
         if not self.writes:
             return
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
@@ -293,11 +302,11 @@ class RunFolder:
         try:
             with open(self.path / name, "ab", buffering=0) as file:
                 size = file.tell()
-                if file.write(data) < len(data):  # no part of a line on a disk that had room for no more
+                if file.write(data) < len(data):  # disk full: remove the partial line
                     file.truncate(size)
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise self._refusal(name, error) from error
 
     def _refusal(self, name: str, error: OSError) -> DimoError:
-        return DimoError(f"{self.path / name} could not be written: {error.strerror}; checkpoints that are there stay")
+        return DimoError(f"{self.path / name} could not be written: {error.strerror}; existing checkpoints are kept")

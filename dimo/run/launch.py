@@ -1,7 +1,7 @@
-"""Training in processes of its own: `accelerate launch -m dimo.train` as a child that is followed, stopped and reaped.
+"""Multi-process training: run `accelerate launch -m dimo.train` as a child process, relay its output, stop and reap it.
 
-accelerate launch on every machine, also where there are no GPUs: with a configuration of type MULTI_GPU it starts its
-workers through torchrun, and they meet over gloo. Its own --cpu wants mpirun for more than one process.
+accelerate is used without GPUs as well: with distributed_type MULTI_GPU it starts workers through torchrun, which then
+communicate over gloo, whereas its --cpu mode needs mpirun for more than one process.
 """
 
 from __future__ import annotations
@@ -32,22 +32,25 @@ from dimo.run.signals import PREEMPTED, handling
 
 
 def needs_launch(config: Config) -> bool:
-    """Several processes, or an engine that only accelerate launch sets up."""
+    """Whether training needs several processes, or an engine that only accelerate launch sets up."""
     return config.training.num_processes > 1 or config.training.engine != "ddp"
 
 
 def launch(config: Config, grace_s: float = GRACE_S) -> int:
-    """Train in `training.num_processes` processes under `training.engine`; wait for them; leave none behind.
+    """Train in `training.num_processes` processes under `training.engine` and wait until all have ended.
 
-    What they print goes to `launch_file` and to stderr. Signals that ask to stop are passed on as SIGTERM: they finish
-    the step and save. After `grace_s` seconds, or at a second Ctrl-C, they are killed. Where the engine's file
-    names several machines, each calls this, and starts its own share.
+    The output of the workers goes to `launch_file` and stderr. Signals that ask to stop are passed on as SIGTERM, upon
+    which the workers finish the step and save. If the engine's file specifies several machines, each of them calls this
+    function and starts its own share of the processes.
+
+    Args:
+        grace_s: seconds after which workers asked to stop are killed; a second Ctrl-C kills them at once.
 
     Returns:
-        0; 75 when they stopped because they were asked to; 1 for everything else, where status.json says `failed`.
+        Exit code: 0; 75 if stopped by a signal; 1 otherwise, with state `failed` in status.json.
 
     Raises:
-        DimoError: before anything starts: no such engine, more processes than GPUs, or what `RunFolder.open` refuses.
+        DimoError: before anything starts: unknown engine, more processes than GPUs, or `RunFolder.open` fails.
     """
     config = as_begun(config)
     command, c = launch_command(config), config.experiment
@@ -55,8 +58,8 @@ def launch(config: Config, grace_s: float = GRACE_S) -> int:
     if machine == 0:
         run = RunFolder.open(c.output_dir, to_yaml(config), c.resume, c.overwrite)
         if run.status():
-            run.write_status(error=None, last_lines=None)  # what an earlier launch died of is not this one's news
-    else:  # which is cleared or refused on machine 0
+            run.write_status(error=None, last_lines=None)  # errors of an earlier launch
+    else:  # machine 0 checks and clears the folder
         run = RunFolder(c.output_dir)
     opened = dataclasses.replace(config, experiment=dataclasses.replace(c, resume=True, overwrite=False))
     write_text(launch_file(config, "yaml"), to_yaml(opened))
@@ -64,7 +67,7 @@ def launch(config: Config, grace_s: float = GRACE_S) -> int:
     stopping = handling(lambda number, _: asked.append(number))
     with lasting_output(), open(launch_file(config, "log"), "ab") as log, stopping:
         follow, begin = _Follower(launch_file(config, "log")), log.tell()
-        threads = {"OMP_NUM_THREADS": "1"} | os.environ  # torchrun's own default, about which it would print a banner
+        threads = {"OMP_NUM_THREADS": "1"} | os.environ  # torchrun's default, set here to avoid its banner
         child = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, env=threads
         )
@@ -79,33 +82,33 @@ def launch(config: Config, grace_s: float = GRACE_S) -> int:
             time.sleep(0.1)
             follow()
         follow()
-    if machine > 0:  # the status is machine 0's
+    if machine > 0:  # machine 0 writes the status
         told = asked and child.returncode % 256 in (256 - signal.SIGTERM, 128 + signal.SIGTERM)
         return 0 if child.returncode == 0 else PREEMPTED if told or child.returncode == PREEMPTED else 1
     return _exit_code(run, child.returncode, family, bool(asked), begin)
 
 
 def launch_command(config: Config) -> list[str]:
-    """The child's words. It is `lifeline` that runs accelerate, so that it cannot outlive this process."""
+    """Command of the child: accelerate launch, through `dimo.run.lifeline` so that it cannot outlive this process."""
     t, file, given = config.training, engine_file(config.training.engine), engine_settings(config.training.engine)
     device, (_, machines) = device_of(config), machine_of(config)
-    own = str(file) == t.engine and t.num_processes == 1  # a person's file knows its own number
+    own = str(file) == t.engine and t.num_processes == 1  # a user's file may set the number of processes
     processes = given.get("num_processes", 1) if own else t.num_processes
     if device.type == "cuda" and processes > machines * torch.cuda.device_count():
         raise DimoError(
-            f"training.num_processes is {processes}, and {machines} machine(s) with {torch.cuda.device_count()} GPU(s) "
-            "each are there; one process a GPU"
+            f"training.num_processes is {processes}, but there are {machines} machine(s) with "
+            f"{torch.cuda.device_count()} GPU(s) each; use one process per GPU"
         )
     if engine_kind(t.engine) == "deepspeed_zero2" and importlib.util.find_spec("deepspeed") is None:
-        raise DimoError("training.engine is deepspeed_zero2, and DeepSpeed is missing: pip install -e '.[gpu]'")
+        raise DimoError("training.engine is deepspeed_zero2, but DeepSpeed is not installed: pip install -e '.[gpu]'")
     if processes % machines:
-        raise DimoError(f"{file} is for {machines} machines, which do not share {processes} process(es) evenly")
+        raise DimoError(f"{file} is for {machines} machines, which cannot share {processes} process(es) evenly")
     if machines > 1 and not given.get("main_process_ip"):
         raise DimoError(f"{file} is for {machines} machines and needs main_process_ip, the address of machine 0")
     words = ["--config_file", str(file), "--num_processes", str(processes)]
-    words += ["--mixed_precision", "no"]  # the trainer sees to it itself
+    words += ["--mixed_precision", "no"]  # the trainer handles mixed precision itself
     if machines == 1 and "main_process_port" not in given:
-        words += ["--main_process_port", "0"]  # any free one, so that two runs share a machine
+        words += ["--main_process_port", "0"]  # any free port, so that two runs can share a machine
     resolved = launch_file(config, "yaml")
     return [
         sys.executable, "-m", "dimo.run.lifeline", str(os.getpid()), *words, "-m", "dimo.train", f"config={resolved}",
@@ -113,31 +116,33 @@ def launch_command(config: Config) -> list[str]:
 
 
 def launch_file(config: Config, ending: str) -> Path:
-    """launch.yaml, launch.log in the run folder; launch-machine-1.log on the second machine."""
+    """Path of launch.yaml or launch.log in the run folder; of launch-machine-1.log on the second machine."""
     machine, _ = machine_of(config)
     return Path(config.experiment.output_dir) / f"launch{f'-machine-{machine}' if machine else ''}.{ending}"
 
 
 def machine_of(config: Config) -> tuple[int, int]:
-    """(which machine this is, of how many) by the engine's file. On machine 0 is rank 0, which writes the folder."""
+    """(index of this machine, number of machines) from the engine's file. Rank 0, which writes, is on machine 0."""
     given = engine_settings(config.training.engine)
     return given.get("machine_rank") or 0, given.get("num_machines") or 1
 
 
 def engine_file(engine: str) -> Path:
-    """The accelerate YAML of a preset's name, or a person's own."""
+    """Path of the accelerate YAML: that of an engine preset, or the user's own file."""
     presets = {file.stem: file for file in (PRESETS / "accelerate").glob("*.yaml")}
     file = presets.get(engine, Path(user_path(engine)))
     if not file.is_file():
-        raise DimoError(f"training.engine {engine!r} is neither a preset nor a YAML file{nearest(engine, presets)}")
+        raise DimoError(
+            f"training.engine {engine!r} is neither a preset nor an existing YAML file{nearest(engine, presets)}"
+        )
     return file
 
 
 def engine_settings(engine: str) -> dict:
-    """What that file says.
+    """Content of the engine's accelerate YAML.
 
     Raises:
-        DimoError: no such file, not a mapping in YAML, or one with a key twice or a number that is none.
+        DimoError: no such file, not a YAML mapping, a duplicate key, or an invalid number.
     """
     file = engine_file(engine)
     must = f"training.engine {engine!r} must be a YAML file of accelerate's `key: value` lines"
@@ -145,7 +150,7 @@ def engine_settings(engine: str) -> dict:
         given = read_yaml(file.read_text(encoding="utf-8"), str(file), typed=True)
     except (DimoError, UnicodeDecodeError) as error:
         raise DimoError(f"{must}: {error}") from error
-    if not isinstance(given, dict):  # None of an empty file
+    if not isinstance(given, dict):  # an empty file gives None
         raise DimoError(must)
     for key in ("num_processes", "num_machines", "machine_rank"):
         value = given.get(key)
@@ -155,13 +160,13 @@ def engine_settings(engine: str) -> dict:
 
 
 def engine_kind(engine: str) -> str:
-    """ddp, fsdp2 or deepspeed_zero2: what a preset, or a person's own file, asks for."""
+    """Kind of an engine, which may be the user's own file: ddp, fsdp2 or deepspeed_zero2."""
     asked = engine_settings(engine).get("distributed_type", "")
     return {"FSDP": "fsdp2", "DEEPSPEED": "deepspeed_zero2"}.get(asked, "ddp")
 
 
 class _Follower:
-    """Copies to stderr what has been added to a file since the last call."""
+    """Copies to stderr what was appended to a file since the last call."""
 
     def __init__(self, path: Path):
         self.file = open(path, "rb")
@@ -176,7 +181,7 @@ class _Follower:
 
 
 class _Family:
-    """The accelerate process and the workers it started, each in a session of its own, so that no group reaches all."""
+    """The accelerate process and its workers, tracked by pid: their sessions differ, so no process group has all."""
 
     def __init__(self, child: subprocess.Popen):
         self.child, self.head = child, psutil.Process(child.pid)
@@ -190,7 +195,7 @@ class _Family:
         return running or any(_runs(process) for process in self.workers.values())
 
     def terminate_workers(self) -> None:
-        """The workers, not accelerate: it would give them 30 s and then kill."""
+        """Send SIGTERM to the workers but not to accelerate, which would kill them after 30 s."""
         _send(list(self.workers.values()) or [self.head])
 
     def kill(self) -> None:
@@ -210,13 +215,18 @@ def _runs(process: psutil.Process) -> bool:
 
 
 def _exit_code(run: RunFolder, code: int, family: _Family, asked: bool, begin: int) -> int:
-    """`code` is one worker's; what they wrote last into status.json is the truth about the run, and where they could
-    write nothing this does. Their part of launch.log starts at byte `begin`."""
+    """Exit code of `launch`. The workers' last status.json counts; if they could not write one, this function does.
+
+    Args:
+        code: exit code of the child, which is that of one worker.
+        asked: whether a stop was requested.
+        begin: byte offset in launch.log where this launch begins.
+    """
     if code == 0:
         return code
     status = run.status()
     ours, nobodys = status.get("pid") in family.workers, status.get("pid") in (None, os.getpid())
-    early = asked and not ours and not family.killed  # before the first step: nothing to save
+    early = asked and not ours and not family.killed  # stopped before the first step, with nothing to save
     if code == PREEMPTED or early or (ours and status["state"] == "preempted"):
         if nobodys and status.get("state") not in (None, "finished"):
             run.write_status(state="preempted")
@@ -225,16 +235,17 @@ def _exit_code(run: RunFolder, code: int, family: _Family, asked: bool, begin: i
         lines = (run.path / "launch.log").read_bytes()[begin:].decode(errors="replace").splitlines()
         said = [line for line in lines if line.startswith("dimo: ") and "ended with exit code" not in line]
         reason = "a process was killed" if ours or not said else said[-1].removeprefix("dimo: ")
-        reason = f"killed {GRACE_S:.0f} s after it was asked to stop" if family.killed else reason
+        reason = f"killed, still running {GRACE_S:.0f} s after the request to stop" if family.killed else reason
         run.write_status(state="failed", error=reason, last_lines=lines[-20:])
     return 1
 
 
 @contextlib.contextmanager
 def children_told_to_stop():
-    """Signals that ask to stop go on, as SIGTERM, to this process's children; at a second Ctrl-C all below are killed.
+    """In this context, signals that ask to stop are passed to the child processes as SIGTERM.
 
-    Yields a list that is empty until the first. Orphans of the children are adopted meanwhile and later.
+    A second Ctrl-C kills all descendants. Yields the list of signals received so far. Orphaned descendants become
+    children of this process, also after the context.
     """
     adopt_orphans()
     asked: list[int] = []
@@ -248,7 +259,7 @@ def children_told_to_stop():
 
 
 def wait_for_children(others: list[psutil.Process], grace_s: float = GRACE_S) -> None:
-    """Return when no process that descends from this one is left, but for `others`; after `grace_s` they are killed."""
+    """Wait until no descendant of this process except `others` is left; after `grace_s` seconds, kill them."""
     ours = [process for process in psutil.Process().children(recursive=True) if process not in others]
     _, late = psutil.wait_procs(ours, grace_s)
     _send(late, kill=True)
@@ -256,7 +267,7 @@ def wait_for_children(others: list[psutil.Process], grace_s: float = GRACE_S) ->
 
 
 def _hurry(asked: list[int]) -> bool:
-    """A person pressed Ctrl-C twice. Other second signals are a scheduler's or Jupyter's way to make sure."""
+    """Whether the user pressed Ctrl-C twice. Schedulers and Jupyter may repeat other signals without meaning a kill."""
     return asked.count(signal.SIGINT) > 1
 
 

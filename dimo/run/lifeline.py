@@ -1,7 +1,7 @@
-"""No orphans: a training process ends when the process that started it ends, even if that one was killed by -9.
+"""No orphans: training processes end when the process that started them ends, even by SIGKILL.
 
-The chain is launcher (a terminal's `dimo`, or a notebook's kernel) -> accelerate launch -> one worker per GPU. When the
-launcher dies, accelerate is killed at once; when accelerate dies, each worker gets SIGTERM, saves and leaves.
+The chain is launcher (`dimo` in a terminal, or a notebook kernel) -> accelerate launch -> one worker per GPU. If the
+launcher dies, accelerate is killed at once; if accelerate dies, each worker receives SIGTERM, saves and exits.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ import time
 from dimo.output import lasting_output
 from dimo.run.signals import PREEMPTED
 
-GRACE_S = 300.0  # for a step and a checkpoint to end
+GRACE_S = 300.0  # seconds to finish a step and a checkpoint
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
-LAUNCHER = "DIMO_LAUNCHER"  # pid of the accelerate process, for its workers
+LAUNCHER = "DIMO_LAUNCHER"  # environment variable: pid of the accelerate process
 
 
 def end_with_parent(signum: int, parent: int, grace_s: float = GRACE_S) -> None:
-    """From now on this process gets `signum` when its parent, process `parent`, ends, and SIGKILL `grace_s` later."""
+    """Send this process `signum` when its parent (pid `parent`) ends, and SIGKILL `grace_s` seconds later."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signum)
     threading.Thread(target=_watch, args=(signum, parent, grace_s), daemon=True).start()
 
 
 def _watch(signum: int, parent: int, grace_s: float) -> None:
-    late = os.getppid() != parent  # it ended before this process could ask to be told
+    late = os.getppid() != parent  # the parent ended before prctl
     while os.getppid() == parent:
         time.sleep(0.5)
     if late or sys.platform != "linux":
@@ -41,7 +41,7 @@ def _watch(signum: int, parent: int, grace_s: float) -> None:
 
 
 def end_with_launcher() -> None:
-    """For a worker: SIGTERM when accelerate launch or torchrun is gone. A process started by hand is left alone."""
+    """In a worker: receive SIGTERM when accelerate launch or torchrun ends. Without a launcher, do nothing."""
     if LAUNCHER in os.environ:
         end_with_parent(signal.SIGTERM, int(os.environ[LAUNCHER]))
     elif "TORCHELASTIC_RUN_ID" in os.environ:
@@ -49,19 +49,20 @@ def end_with_launcher() -> None:
 
 
 def adopt_orphans() -> None:
-    """Processes whose parent dies become this one's children, so that it can wait for them (Linux)."""
+    """Make orphaned descendants children of this process, so that it can wait for them (Linux only)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 
 def main(arguments: list[str]) -> int:
-    """`python -m dimo.run.lifeline PARENT ...` is accelerate launch for as long as process PARENT lives.
+    """`python -m dimo.run.lifeline PARENT ...`: accelerate launch that ends with the process PARENT.
 
-    Its exit code is that of the first worker that failed, where accelerate itself says 1 and prints its own traceback.
+    Returns:
+        The exit code of the first worker that failed; accelerate itself would return 1 and print a traceback.
     """
     end_with_parent(signal.SIGKILL, int(arguments[0]))
     os.environ[LAUNCHER] = str(os.getpid())
-    # what torchrun logs of a stop, with times and host names, is told below in a sentence, or not worth one
+    # torchrun's own reports of a stop; the message below replaces them
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     from accelerate.commands.launch import main as accelerate_launch
     from torch.distributed.elastic.multiprocessing import SignalException
@@ -69,7 +70,7 @@ def main(arguments: list[str]) -> int:
 
     sys.argv = ["accelerate launch", *arguments[1:]]
     try:
-        with lasting_output():  # launch.log lies on a disk that may be full
+        with lasting_output():  # the disk with launch.log may be full
             accelerate_launch()
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
@@ -78,8 +79,8 @@ def main(arguments: list[str]) -> int:
         return failure.exitcode % 256  # -9 becomes 247
     except subprocess.CalledProcessError as error:
         return error.returncode % 256
-    except ImportError as error:  # of what the engine needs
-        print(f"dimo: accelerate cannot launch, {error}; pip install -e '.[gpu]' brings DeepSpeed", file=sys.stderr)
+    except ImportError as error:  # a package that the engine needs
+        print(f"dimo: accelerate cannot launch: {error}; pip install -e '.[gpu]' installs DeepSpeed", file=sys.stderr)
         return 2
     except SignalException as error:
         return 128 + error.sigval

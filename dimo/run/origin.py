@@ -1,4 +1,4 @@
-"""The run that a student lies in: what it was trained with, it is sampled and evaluated with."""
+"""Find the run that a student belongs to, whose configuration it is sampled and evaluated with."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from dimo.run.folder import RunFolder
 from dimo.run.sources import PROMPTS, TEACHER, require_same_sources
 from dimo.worlds import built_in_worlds
 
-PLACES = (TEACHER, PROMPTS)  # what a student needs again
-NAMES = ("world", *built_in_worlds())  # which are no places
+PLACES = (TEACHER, PROMPTS)  # keys of paths that sampling and evaluation need
+NAMES = ("world", *built_in_worlds())  # values that are not paths
 
 
 def run_of(student: str | Path) -> Path | None:
-    """The run folder that `student` is, or in whose checkpoints/ it lies; None where it is in none.
+    """The run folder that `student` is, or whose checkpoints/ contains it; None if there is none.
 
-    A config.yaml alone makes no run: many projects have one.
+    A config.yaml alone does not make a folder a run, since many projects have one.
     """
     for place in (Path(os.path.abspath(student)), Path(student).resolve()):  # checkpoints/ or the student may be links
         for folder in (place, *place.parents):
@@ -37,13 +37,13 @@ def _is_run(folder: Path) -> bool:
 
 
 def run_config(run: Path, overrides: Sequence[str] = ()) -> Config:
-    """The configuration of a run, then overrides.
+    """The configuration of a run plus overrides.
 
-    Its relative paths are from the folder in which training was started. They are looked for there, as far as the run's
-    own place tells where that is, then in the folder one is in, then upwards from the run.
+    Relative paths in it refer to the folder where training was started. They are searched for there (inferred from
+    output_dir and the location of the run), then in the working directory, then in the run folder and its parents.
 
     Raises:
-        DimoError: config.yaml is damaged, or as `load_config` does.
+        DimoError: config.yaml is damaged, or an override is invalid (see `load_config`).
     """
     file = run / "config.yaml"
     own = to_flat(load_config(file))
@@ -59,7 +59,7 @@ def run_config(run: Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def learns_from(run: Path, config: Config) -> bool:
-    """Whether `config` names the rows that `run` was trained on: the same files, by content, and the same minimums."""
+    """Whether `config` uses the captions `run` was trained on: files with the same content, and the same minimums."""
     own = read_groups(run / "config.yaml")
     before, now = values_of(own), to_flat(config)
     minimums = [key for key in now if key.startswith("distill.min_")]
@@ -73,7 +73,7 @@ def learns_from(run: Path, config: Config) -> bool:
 
 
 def held_out_by(run: Path) -> int:
-    """How many captions a run has never trained on: the least that evaluation.held_out has been in it."""
+    """Number of captions a run has never trained on: the minimum of evaluation.held_out over its history."""
     key = "evaluation.held_out"
     changes = [event["changes"] for event in RunFolder(run, writes=False).events() if "changes" in event]
     now = values_of(read_groups(run / "config.yaml")).get(key, BEFORE[key])

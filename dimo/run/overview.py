@@ -1,4 +1,4 @@
-"""`dimo runs`: every run under a folder, and which of them a process still works on."""
+"""`dimo runs`: list the runs under a folder and whether they are alive."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ UNITS = ((86_400, "d"), (3_600, "h"), (60, "m"), (1, "s"))
 
 @dataclasses.dataclass
 class Run:
-    """state is status.json's, or `dead` where it says running and no process holds the folder."""
+    """One row of `dimo runs`. `state` is that of status.json, or `dead` if it says running but no process does."""
 
     name: str
     state: str
@@ -27,14 +27,14 @@ class Run:
 
 
 def list_runs(folder: str | Path) -> list[Run]:
-    """The runs in `folder`, down to two levels, the latest last.
+    """The runs in `folder` and up to two levels below, most recently updated last.
 
     Raises:
-        DimoError: no such folder.
+        DimoError: `folder` does not exist.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise DimoError(f"{folder} is no folder; `dimo train` makes runs/<name>")
+        raise DimoError(f"{folder} is not a folder; `dimo train` creates runs/<name>")
     found = [file for depth in DEPTH for file in folder.glob(f"{depth}status.json")]
     return sorted((_look(file, folder) for file in found), key=lambda run: -run.age_s)
 
@@ -47,7 +47,7 @@ def _look(file: Path, folder: Path) -> Run:
         status = run.status()
         state, step, most, error = (status.get(key) for key in ("state", "step", "max_steps", "error"))
         if not isinstance(state, str) or not isinstance(error, str | None):
-            raise ValueError("a status.json of something else")
+            raise ValueError("not a status.json of dimo")
     except (OSError, ValueError):
         return Run(name, "unreadable", None, None, None, age, "status.json cannot be read")
     if state in ("starting", "running") and not run.is_held():
@@ -56,7 +56,7 @@ def _look(file: Path, folder: Path) -> Run:
 
 
 def _speed(run: RunFolder) -> float | None:
-    """Steps a second at the last logged step; None where nothing says so."""
+    """Steps per second at the last logged step; None if unknown."""
     try:
         return 1 / run.metrics()[-1]["time/step_s"]
     except (OSError, ValueError, LookupError, TypeError, ZeroDivisionError):
@@ -64,7 +64,7 @@ def _speed(run: RunFolder) -> float | None:
 
 
 def format_runs(runs: list[Run]) -> str:
-    """A table: state, step/max, steps/s, age of the last word, name; under a failed run its error."""
+    """A table with state, step/max, steps/s, time since the last update and name; a failed run's error below it."""
     if not runs:
         return "no runs"
     rows = [("state", "step", "steps/s", "age", "name")]

@@ -1,4 +1,4 @@
-"""How a run goes, on stderr: a bar in a terminal, a line now and then everywhere else."""
+"""Progress on stderr: a bar in a terminal, occasional lines elsewhere."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from collections.abc import Iterator
 
 from tqdm import tqdm
 
-RECENT = 50  # steps whose median duration stands for those to come: compiling and saving are none of them
-EVERY_S = 10.0  # between two lines of a `CostBar`
+RECENT = 50  # steps for the median duration, which ignores compiling and saving
+EVERY_S = 10.0  # seconds between lines of a `CostBar`
 
 
 class Progress:
-    """`for index in Progress(first, last)`, with `show(done, metrics)` at every logged step."""
+    """Iterates over steps first..last-1 with a progress bar; call `show(done, metrics)` at every logged step."""
 
     def __init__(self, first: int, last: int, shown: bool = True):
         self.first, self.last, self.shown = first, last, shown
@@ -39,7 +39,7 @@ class Progress:
         self.since = now
 
     def show(self, done: int, metrics: dict[str, float]) -> None:
-        """Loss, entropy (nats per token) and reward of step `done`; in a line also steps/s and the time to the end."""
+        """Show loss, entropy (nats per token) and reward of step `done`; a line also has the speed and an ETA."""
         parts = {
             "loss": metrics["loss/total"],
             "entropy": metrics["entropy/student"],
@@ -49,7 +49,7 @@ class Progress:
             self.bar.set_postfix({name: f"{value:.3f}" for name, value in parts.items()}, refresh=False)
             return
         if self.shown:
-            latest = time.perf_counter() - self.since  # of the step that is being shown
+            latest = time.perf_counter() - self.since  # duration of the current step
             seconds = statistics.median([*self.seconds, latest])
             figures = "  ".join(f"{name} {value:.3f}" for name, value in parts.items())
             left = tqdm.format_interval(seconds * (self.last - done))
@@ -58,16 +58,16 @@ class Progress:
 
 
 class CostBar:
-    """`with CostBar("evaluate", total, "pass") as bar: bar.show(done, what)`: work whose pieces cost differently.
+    """Progress of work in pieces of different cost: `with CostBar("evaluate", total, "pass") as bar: bar.show(done)`.
 
-    What was done before the first `show` is somebody's earlier work, and no measure of speed.
+    Work done before the first `show` was done earlier, and is ignored for the ETA.
     """
 
     def __init__(self, name: str, total: int, unit: str, shown: bool = True):
         self.name, self.total, self.unit, self.shown = name, total, unit, shown
         self.is_terminal = sys.stderr.isatty()
         self.begin: tuple[float, int] | None = None
-        self.printed = (-EVERY_S, -1)  # when, how much was done
+        self.printed = (-EVERY_S, -1)  # (time, done) of the last line
 
     def __enter__(self) -> CostBar:
         terminal = self.shown and self.is_terminal
@@ -78,7 +78,7 @@ class CostBar:
         self.bar.close()
 
     def show(self, done: int, what: str = "") -> None:
-        """`done` of `total`, and what is being worked on."""
+        """Show that `done` of `total` is finished; `what` describes the current piece."""
         now = time.perf_counter()
         if self.begin is None or self.begin[1] == done:
             self.begin = (now, done)

@@ -1,5 +1,4 @@
-"""How the processes of a run meet, and what they agree on: from `everywhere` on each function is collective, all ranks
-call it, in the same order."""
+"""Process-group setup and collectives. From `everywhere` on, every function is collective: all ranks must call it."""
 
 from __future__ import annotations
 
@@ -16,20 +15,20 @@ import torch.distributed as dist
 from dimo.errors import DimoError, reason
 
 LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # torchrun and accelerate set all five
-# what accelerate takes for a launch of several processes by itself
+# any of these makes accelerate assume a multi-process launch
 MISLEADING = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
 MISLEADING += ("MV2_COMM_WORLD_SIZE",)
 
 
 @contextlib.contextmanager
 def launched_or_alone() -> Iterator[None]:
-    """Around what reads the environment and makes the processes of a launch meet.
+    """Context for initialising the process group (or a single process); reports when other processes keep it waiting.
 
     Raises:
-        DimoError: as `read_launch`, or they did not meet.
+        DimoError: an invalid launch environment (see `read_launch`), or the other processes could not be reached.
     """
     launch = read_launch()
-    text = f"the other processes that the environment speaks of ({launch})"
+    text = f"the other processes of the launch in the environment ({launch})"
     waits = threading.Timer(20, print, [f"dimo: waiting for {text}"], {"file": sys.stderr, "flush": True})
     waits.daemon = True
     if launch:
@@ -39,19 +38,21 @@ def launched_or_alone() -> Iterator[None]:
     except (RuntimeError, ValueError) as error:
         if not launch or isinstance(error, DimoError):
             raise
-        raise DimoError(f"{text} were not met: {reason(error)}; unset all five to train in one process") from error
+        raise DimoError(
+            f"{text} could not be reached: {reason(error)}; unset all five to train in one process"
+        ) from error
     finally:
         waits.cancel()
 
 
 def read_launch() -> str:
-    """What a launcher has announced in the environment, as text; empty without one.
+    """The launch variables in the environment as text; empty if this process was not started by a launcher.
 
-    What a shell still has from another program, one of five variables or an MPI's own, is taken out of the environment
-    and said to be: accelerate would wait for processes that nobody has started.
+    An incomplete set of variables, left over from another program or set by MPI, is removed from the environment with a
+    message: accelerate would otherwise wait for processes that do not exist.
 
     Raises:
-        DimoError: all five are there, and do not fit together.
+        DimoError: all five variables are set but inconsistent.
     """
     given = {name: os.environ.get(name, "") for name in LAUNCH}
     if not all(given.values()):
@@ -59,8 +60,8 @@ def read_launch() -> str:
         missing = [name for name in LAUNCH if not given[name]]
         if left:
             print(
-                f"dimo: ignored in the environment: {', '.join(left)}, which without {', '.join(missing)} is no "
-                "launch; several processes are started by training.num_processes",
+                f"dimo: ignored in the environment: {', '.join(left)}, which without {', '.join(missing)} is not a "
+                "launch; to train in several processes, set training.num_processes",
                 file=sys.stderr,
             )
         return ""
@@ -70,7 +71,7 @@ def read_launch() -> str:
     except ValueError:
         rank = local = world = port = -1
     if not (0 <= rank < world and 0 <= local and 0 < port < 2**16):
-        raise DimoError(f"{shown} in the environment is no launcher's; unset all five to train in one process")
+        raise DimoError(f"{shown} in the environment is not a valid launch; unset all five to train in one process")
     return shown
 
 
@@ -79,7 +80,7 @@ def _alone() -> bool:
 
 
 def everywhere(value: Any) -> list[Any]:
-    """The value of every rank, in order of rank."""
+    """All-gather of Python objects: the value of every rank, in rank order."""
     if _alone():
         return [value]
     values = [None] * dist.get_world_size()
@@ -88,7 +89,7 @@ def everywhere(value: Any) -> list[Any]:
 
 
 def count_ranks(flags: list[bool], device: torch.device) -> list[int]:
-    """For each flag, on how many ranks it is up."""
+    """All-reduce: for each flag, the number of ranks on which it is set."""
     if _alone():
         return [int(flag) for flag in flags]
     counts = torch.tensor([int(flag) for flag in flags], device=device)
@@ -97,7 +98,7 @@ def count_ranks(flags: list[bool], device: torch.device) -> list[int]:
 
 
 def raise_everywhere(error: Exception | None) -> None:
-    """Raise on every rank if one of them has an error: a rank that waits for one that is gone would wait for ever."""
+    """Raise on all ranks if any rank has an error, so that no rank waits forever for one that has left."""
     errors = everywhere(None if error is None else str(error))
     if error is not None:
         raise error

@@ -1,4 +1,4 @@
-"""SIGTERM, Ctrl-C and what else asks a run to stop: the step is finished and saved, then it stops."""
+"""Signals that ask a run to stop, such as SIGTERM and Ctrl-C: it finishes the step, saves a checkpoint and exits."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-PREEMPTED = 75  # exit code: EX_TEMPFAIL, try again later
-SAME_KEYPRESS_S = 1.0  # a terminal and a launcher both pass one Ctrl-C on
-# a terminal that is closed sends SIGHUP; schedulers send SIGUSR1, SIGUSR2 or SIGXCPU a while before they kill
+PREEMPTED = 75  # exit code EX_TEMPFAIL: try again later
+SAME_KEYPRESS_S = 1.0  # terminal and launcher may both deliver the same Ctrl-C
+# closing a terminal sends SIGHUP; schedulers send SIGUSR1, SIGUSR2 or SIGXCPU some time before they kill
 NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
 STOPPING = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 
 
 class Preempted(KeyboardInterrupt):
-    """The run stopped by a signal, its state saved; the same command continues it."""
+    """A signal stopped the run after its state was saved; the same command continues it."""
 
 
 @contextlib.contextmanager
 def handling(handler: Callable) -> Iterator[None]:
-    """`handler` for every signal of STOPPING; the old handlers come back at the end, as a notebook's kernel needs.
+    """Install `handler` for all signals in STOPPING and restore the old handlers on exit, as a notebook kernel needs.
 
-    What was ignored stays so: nohup ignores SIGHUP. Not SIGINT, which a shell ignores for whatever it starts with `&`;
-    who sends it to one process means it. Python lets the main thread alone set handlers; in another nothing changes.
+    Ignored signals stay ignored, such as SIGHUP under nohup, except SIGINT: shells ignore it for background jobs, but
+    whoever sends it to a process means it. Outside the main thread, where Python cannot set handlers, nothing happens.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -41,7 +41,7 @@ def handling(handler: Callable) -> Iterator[None]:
 
 
 def stopping_at_once() -> contextlib.AbstractContextManager[None]:
-    """While nothing is there to save: what asks to stop raises `Preempted`, and who sent it sees exit code 75."""
+    """While there is nothing to save: a signal raises `Preempted` at once, for exit code 75."""
 
     def stop(number: int, _) -> None:
         raise Preempted(f"{signal.Signals(number).name} before the first step; the same command continues")
@@ -50,7 +50,7 @@ def stopping_at_once() -> contextlib.AbstractContextManager[None]:
 
 
 class Signals:
-    """`with Signals() as signals`: a signal only sets `signals.received`, a second Ctrl-C interrupts at once."""
+    """In this context, a signal only sets `received` to its name; a second Ctrl-C raises KeyboardInterrupt at once."""
 
     def __init__(self):
         self.received: str | None = None

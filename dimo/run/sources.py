@@ -1,4 +1,4 @@
-"""What a run learns from, teacher and captions, known by content: they may move, or be named otherwise, not change."""
+"""Fingerprints of what a run learns from, teacher and captions: on resume they may have moved, but not changed."""
 
 from __future__ import annotations
 
@@ -17,13 +17,19 @@ from dimo.worlds import WORLD_FILE, checkpoint_folder
 
 TEACHER, PROMPTS = "distill.teacher_ckpt", "distill.prompt_source"
 SOURCES = "sources.json"  # in the run folder: {key: {file: {bytes, sha256, seen}}}
-BLOCK, BLOCKS = 2**20, 64  # of a caption file larger than all of them, so many bytes at so many places are read
+BLOCK, BLOCKS = 2**20, 64  # larger caption files are hashed in 64 blocks of 1 MiB spread over the file
 
 
 def read_sources(groups: dict[str, dict], known: dict[str, dict] | None = None) -> dict[str, dict]:
-    """What SOURCES keeps of a configuration's groups. A file that was not touched since `known` is not read again.
+    """Fingerprint the teacher and the captions of a configuration.
 
-    What is not there is left out: who loads it says so, unless the trainer was given it as an object.
+    Args:
+        groups: the configuration as groups of keys.
+        known: an earlier result; files that have not been touched since are not read again.
+
+    Returns:
+        {key: {file: {bytes, sha256, seen}}}, the content of SOURCES. A missing source is left out: loading it will
+        raise, unless the trainer was given it as an object.
     """
     found = {}
     for key, list_of, blocks in ((TEACHER, teacher_files, None), (PROMPTS, _prompt_files, BLOCKS)):
@@ -42,10 +48,18 @@ def _named(groups: dict[str, dict], key: str) -> str:
 def require_same_sources(
     path: Path, old: dict[str, dict], new: dict[str, dict], keys: Sequence[str] = (TEACHER, PROMPTS)
 ) -> dict[str, dict]:
-    """What SOURCES is to hold of the run in `path`, begun with the groups `old`, resumed with `new`.
+    """Check that a run is resumed with the teacher and captions it was begun with.
+
+    Args:
+        path: the run folder.
+        old, new: groups of keys of the run's configuration and of the new one.
+        keys: the sources to check.
+
+    Returns:
+        The updated content of SOURCES.
 
     Raises:
-        DimoError: teacher or captions are not those that it was begun with, or nothing is known of those.
+        DimoError: a source has changed, or its path has changed and there is no fingerprint to compare.
     """
     file = path / SOURCES
     known = _read(file) if file.exists() else {}
@@ -55,8 +69,8 @@ def require_same_sources(
         if key not in known or key not in found:
             if was != now and not _same_place(key, was, now):
                 raise DimoError(
-                    f"{path} belongs to a run with another configuration ({key} was {was!r}, is {now!r}), and it has "
-                    f"no {SOURCES} that could tell whether both are the same; name it as before, or {START_OVER}"
+                    f"{path} belongs to a run with another configuration ({key} was {was!r}, is {now!r}), and "
+                    f"without {SOURCES} dimo cannot tell whether both are the same; use the old path, or {START_OVER}"
                 )
             continue
         names = sorted(known[key].keys() | files.keys())
@@ -64,8 +78,8 @@ def require_same_sources(
         if differ:
             what = "is missing" if differ[0] not in files else "is new" if differ[0] not in known[key] else "differs"
             raise DimoError(
-                f"{path} was begun with another {key} (then {was}) than there is in {now}: {differ[0]} {what}, the "
-                f"first of {len(differ)} file(s); put back what was there, or {START_OVER}"
+                f"{path} was begun with another {key} ({was}) than what is in {now}: {differ[0]} {what}, the "
+                f"first of {len(differ)} file(s); restore the original files, or {START_OVER}"
             )
     return known | found
 
@@ -76,12 +90,12 @@ def _read(file: Path) -> dict[str, dict]:
         return {key: {name: dict(about) for name, about in files.items()} for key, files in known.items()}
     except (DimoError, ValueError, TypeError, AttributeError) as error:
         raise DimoError(
-            f"{file} is damaged; remove it, and a run continues where teacher and captions are named as before"
+            f"{file} is damaged; delete it, and the run continues if the paths of teacher and captions are unchanged"
         ) from error
 
 
 def teacher_files(teacher: str) -> dict[str, Path]:
-    """Of a checkpoint folder what a step depends on; the VAE only makes pictures."""
+    """The files of a checkpoint folder that training depends on; the VAE only decodes samples."""
     folder = checkpoint_folder(teacher)
     files = [*weight_files(folder / "transformer"), folder / "transformer" / "config.json", folder / WORLD_FILE]
     files += [folder / "scheduler" / name for name in ("scheduler_config.json", "scheduler_model.pth")]
@@ -95,7 +109,7 @@ def _prompt_files(source: str) -> dict[str, Path]:
 
 def _describe(file: Path, blocks: int | None, before: dict) -> dict:
     about = file.stat()
-    seen = [about.st_ino, about.st_ctime_ns]  # another one as soon as anybody writes to it, copies or moves it
+    seen = [about.st_ino, about.st_ctime_ns]  # changes when the file is written, copied or moved
     if before.get("bytes") == about.st_size and before.get("seen") == seen:
         return before
     return {"bytes": about.st_size, "sha256": _digest(file, about.st_size, blocks), "seen": seen}
@@ -128,5 +142,5 @@ def _same_place(key: str, was: str, now: str) -> bool:
 
 
 def to_json(sources: dict[str, dict]) -> str:
-    """The text of SOURCES."""
+    """Content of the file SOURCES."""
     return json.dumps(sources, indent=2) + "\n"

@@ -1,4 +1,4 @@
-"""TensorBoard, W&B and trackio beside metrics.jsonl, through accelerate, by the key `experiment.trackers`."""
+"""Logging to TensorBoard, W&B and trackio through accelerate, selected by `experiment.trackers`."""
 
 from __future__ import annotations
 
@@ -13,17 +13,20 @@ from dimo.run.folder import RunFolder
 
 
 def require_trackers(names: list[str]) -> None:
-    """Raise a DimoError that says what to install unless every one of these trackers is."""
+    """Raise DimoError, saying what to install, unless all these trackers are installed."""
     there = {str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()}
     for name in names:
         if name not in there:
-            raise DimoError(f"experiment.trackers asks for {name}, which is not installed: pip install {name}")
+            raise DimoError(f"experiment.trackers includes {name}, which is not installed: pip install {name}")
 
 
 def open_trackers(accelerator: Accelerator, config: Config, run: RunFolder) -> None:
-    """Make `accelerator.log` serve `experiment.trackers`; with none it does nothing.
+    """Set up `accelerator.log` for the trackers in `experiment.trackers`; without any it does nothing.
 
-    A resumed run goes on in the same W&B and trackio run; TensorBoard's files lie in `<run>/tensorboard`.
+    A resumed run continues the same W&B and trackio run. TensorBoard files are written to `<run>/tensorboard`.
+
+    Raises:
+        DimoError: a tracker is not installed.
     """
     names = config.experiment.trackers
     require_trackers(names)
@@ -44,12 +47,12 @@ def open_trackers(accelerator: Accelerator, config: Config, run: RunFolder) -> N
 
 
 def close_trackers(accelerator: Accelerator) -> None:
-    """accelerate's own `end_training` would take the process group down as well, and a notebook may train again."""
+    """Finish all trackers. accelerate's `end_training` would also destroy the process group, which notebooks reuse."""
     for tracker in accelerator.trackers:
         tracker.finish()
     accelerator.trackers = []
 
 
 def _plain(value):
-    """TensorBoard takes numbers and strings."""
+    """A value TensorBoard accepts: numbers and strings unchanged, anything else as a string."""
     return value if isinstance(value, int | float | str) else str(value)

@@ -1,4 +1,4 @@
-"""The model family: URSA's transformer, its inputs, probability paths and sampler."""
+"""URSA: transformer, input construction, probability paths, sampler, checkpoint loading."""
 
 from dimo.ursa.inputs import (
     UrsaInputs,

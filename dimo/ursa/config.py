@@ -1,4 +1,4 @@
-"""The transformer's config.json: its sizes, and the refusal of every field that would make another model of it."""
+"""The transformer's config.json: read its sizes, and reject every field that dimo does not implement."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from dimo.errors import DimoError
 
 CLASS = "URSATransformer3DModel"
 NORM_EPS = 1e-6
-MOST = {"rope_theta": 2**53, "num_hidden_layers": 1000}  # what a damaged file says must not be built
+# upper bounds, so that a damaged file does not allocate a huge model
+MOST = {"rope_theta": 2**53, "num_hidden_layers": 1000}
 MOST_OTHERS = 2**20
-COMPUTED = {  # fields of which our transformer computes these values alone
+COMPUTED = {  # {field: the only values that our transformer implements}
     "hidden_act": ("silu", "swish"),
     "rms_norm_eps": (NORM_EPS,),
     "attention_bias": (False,),
@@ -24,8 +25,8 @@ COMPUTED = {  # fields of which our transformer computes these values alone
     "partial_rotary_factor": (1,),
     "_class_name": (CLASS,),
 }
-ROPE = ("rope_parameters", "rope_scaling")  # where transformers 5 and 4 say more of RoPE
-NO_MATTER = {  # fields that change no number
+ROPE = ("rope_parameters", "rope_scaling")  # RoPE fields of transformers 5 and 4
+NO_MATTER = {  # fields without influence on the output
     "architectures", "attn_implementation", "auto_map", "bos_token_id", "chunk_size_feed_forward", "dtype",
     "eos_token_id", "gradient_checkpointing", "id2label", "initializer_range", "is_encoder_decoder", "label2id",
     "max_position_embeddings", "max_window_layers", "model_type", "output_attentions", "output_hidden_states",
@@ -35,11 +36,11 @@ NO_MATTER = {  # fields that change no number
 
 @dataclasses.dataclass(frozen=True)
 class UrsaConfig:
-    """The sizes in `transformer/config.json`; defaults are URSA-1.7B's.
+    """The sizes in `transformer/config.json`; the defaults are URSA-1.7B's.
 
     Input ids are text in [0, lm_vocab_size) and visual codes in [lm_vocab_size, vocab_size). `lm_head_size` is the
-    number of output columns: the codebook alone, or text and codebook together in some checkpoints. `head_dim` is
-    always 128 upstream, whose config.json does not carry it; a built-in world's small model writes its own there.
+    number of logits: the codebook size, or in some checkpoints text vocabulary plus codebook. `head_dim` is always 128
+    upstream and absent from its config.json; the small models of the built-in worlds store their own.
     """
 
     hidden_size: int = 2048
@@ -56,10 +57,10 @@ class UrsaConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping) -> UrsaConfig:
-        """Read a config.json's content.
+        """Build from the content of a config.json.
 
         Raises:
-            DimoError: a size out of range, or a field that this transformer would not honour, by its name.
+            DimoError: a size is out of range, or a field asks for something that this transformer does not implement.
         """
         values = dict(values) | _rope_theta(values)
         _refuse_another_model({key: value for key, value in values.items() if value is not None})
@@ -88,7 +89,7 @@ class UrsaConfig:
         return config
 
     def to_dict(self) -> dict:
-        """The content of a config.json that upstream reads; a head of 128, its only size, is not written."""
+        """The content of a config.json that upstream can read; head_dim is omitted if it is upstream's 128."""
         values = {**dataclasses.asdict(self), "max_window_layers": self.num_hidden_layers}
         return values if self.head_dim != 128 else {k: v for k, v in values.items() if k != "head_dim"}
 
@@ -99,8 +100,8 @@ class UrsaConfig:
 
 
 def _refuse_another_model(values: Mapping) -> None:
-    """Raise for a field, of those that are set, that asks for what our transformer does not compute."""
-    if values.get("use_sliding_window") is False:  # then the window's size says nothing
+    """Raise DimoError for a field that is unknown or asks for something that our transformer does not implement."""
+    if values.get("use_sliding_window") is False:  # then the window size is unused
         values = {key: value for key, value in values.items() if key != "sliding_window"}
     read = {field.name for field in dataclasses.fields(UrsaConfig)} | {"layer_types", *ROPE}
     for key, value in values.items():
@@ -108,8 +109,8 @@ def _refuse_another_model(values: Mapping) -> None:
             _require_computed(key, value, COMPUTED[key])
         elif key not in read | NO_MATTER and not key.startswith("_"):
             raise DimoError(
-                f"{key} = {value!r} is nothing that dimo knows of this model, so that it might compute something else "
-                "than is meant; delete the field if it changes no number"
+                f"{key} = {value!r} is a field that dimo does not know, so it might compute something other than this "
+                "model; delete the field if it does not affect the output"
             )
     kinds = values.get("layer_types", [])
     for kind in kinds if isinstance(kinds, list) else [kinds]:
@@ -118,15 +119,15 @@ def _refuse_another_model(values: Mapping) -> None:
 
 def _require_computed(key: str, value: Any, computed: tuple) -> None:
     if value not in computed:
-        raise DimoError(f"{key} = {value!r} is not what dimo computes, which is {computed[0]!r}")
+        raise DimoError(f"{key} = {value!r} is not supported; dimo implements {computed[0]!r} only")
 
 
 def _rope_theta(values: Mapping) -> dict:
-    """{"rope_theta": ...} from wherever it stands, or {}; all else that is said of RoPE must be what ours is."""
+    """{"rope_theta": ...} from whichever RoPE field has it, else {}; raise for an unsupported RoPE setting."""
     said = {"rope_theta": values.get("rope_theta")}
     for name in ROPE:
         rope = {} if values.get(name) is None else values[name]
-        if isinstance(rope, Mapping) and rope.keys() == {"full_attention"}:  # given by kind of layer
+        if isinstance(rope, Mapping) and rope.keys() == {"full_attention"}:  # given per layer type
             name, rope = f"{name}.full_attention", rope["full_attention"]
         if not isinstance(rope, Mapping):
             raise DimoError(f"{name} must be an object, got {rope!r}")
@@ -138,7 +139,7 @@ def _rope_theta(values: Mapping) -> dict:
             elif key == "partial_rotary_factor":
                 _require_computed(f"{name}.{key}", value, (1, None))
             elif value is not None:
-                raise DimoError(f"{name}.{key} = {value!r} is nothing that dimo computes")
+                raise DimoError(f"{name}.{key} = {value!r} is not supported")
     said = {key: value for key, value in said.items() if value is not None}
     if not said:
         return {}

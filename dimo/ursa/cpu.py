@@ -1,7 +1,7 @@
-"""What makes a small model quick on a CPU: attention and RMSNorm with hand-written gradients, and memory that is kept.
+"""Fast paths for small models on a CPU: attention and RMSNorm with hand-written gradients, and no returned memory.
 
-At 53 tokens PyTorch's fused attention spends its time on thousands of tiny products, RMSNorm's gradient is put together
-from a dozen passes over memory, and malloc hands every freed megabyte back to the system and asks for it again.
+At 53 tokens PyTorch's fused attention spends its time on thousands of tiny matrix products, the gradient of RMSNorm
+takes a dozen passes over memory, and malloc returns every freed megabyte to the system only to request it again.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import ctypes
 
 import torch
 
-SCORES = 2**24  # attention scores of one layer that may be held at once, 64 MiB
-CACHED = 2**18  # scores worked on at a time, which stay in a core's own cache
+SCORES = 2**24  # maximum attention scores per layer held in memory, 64 MiB
+CACHED = 2**18  # scores per chunk, small enough for a core's cache
 UNUSED = torch.empty(())  # baddbmm's first argument at beta = 0
 
 
 def serves(x: torch.Tensor, scores: int = 0) -> bool:
-    """Whether this module is the way to go for x: float32 on a CPU, and so many attention scores fit in memory."""
+    """Whether to use this module for `x`: float32 on a CPU, no autocast or compilation, and not too many scores."""
     if x.device.type != "cpu" or x.dtype != torch.float32 or scores > SCORES:
         return False
     return not (torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
@@ -39,9 +39,9 @@ class Norm(torch.autograd.Function):
 
 
 class NormRotate(torch.autograd.Function):
-    """RMSNorm of every head, then RoPE: x (B, S, H, D), weight (D,), cos and sin (S, D) -> (B, H, S, D), contiguous.
+    """Per-head RMSNorm, then RoPE: x (B, S, H, D), weight (D,), cos and sin (S, D) -> contiguous (B, H, S, D).
 
-    `sin` carries the sign, as `rope_table` makes it: n cos + roll(n, D/2) sin with n = x / rms(x) * weight.
+    `sin` is the signed sine of `rope_table`: the result is n cos + roll(n, D/2) sin with n = x / rms(x) * weight.
     """
 
     @staticmethod
@@ -76,7 +76,7 @@ def _norm_gradient(grad, normed, scale, weight) -> tuple[torch.Tensor, torch.Ten
 class Attend(torch.autograd.Function):
     """softmax(q k^T / sqrt(D)) v as two batched products: q (B, H, S, D); k, v (B, G, S, D), H a multiple of G.
 
-    The queries that share a key head stand below each other in one product, so that no key is repeated.
+    Queries that share a key head are stacked into one product, so keys need not be repeated.
     """
 
     @staticmethod
@@ -108,11 +108,11 @@ class Attend(torch.autograd.Function):
 
 
 def keep_memory() -> None:
-    """Let this process's malloc keep what is freed, so that no page is asked of the system twice (glibc only)."""
+    """Make malloc keep freed memory instead of returning it to the system (glibc only)."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # another C library
         return
     trim_threshold, mmap_threshold = -1, -3  # malloc.h
-    mallopt(mmap_threshold, 2**25)  # the most it takes
+    mallopt(mmap_threshold, 2**25)  # the maximum
     mallopt(trim_threshold, 2**31 - 1)

@@ -1,4 +1,4 @@
-"""The token splice and the logits slice: how prompts and codes become URSA's input, and where its answer sits.
+"""Build URSA's input sequence from prompts and codes, and slice the visual logits out of its output.
 
 input_ids = [text (L, left-padded)] [BOV] [visual codes + lm_vocab_size (N)]; text token i sits at (i, i, i), BOV at
 (L, L, L), visual token (f, y, x) at (L + 1 + f, y, x). The model predicts the *next* position, so the logits of the
@@ -19,7 +19,7 @@ TEMPORAL_STRIDE, SPATIAL_STRIDE = 4, 8  # of URSA's VAE
 
 @dataclasses.dataclass(frozen=True)
 class UrsaInputs:
-    """input_ids (B, L+1+N), rope_pos (L+1+N, 3), num_visual_tokens N."""
+    """input_ids (B, L+1+N) int64, rope_pos (L+1+N, 3) int64, num_visual_tokens N."""
 
     input_ids: torch.Tensor
     rope_pos: torch.Tensor
@@ -33,12 +33,18 @@ def latents_shape_for(
     temporal_stride: int = TEMPORAL_STRIDE,
     spatial_stride: int = SPATIAL_STRIDE,
 ) -> tuple[int, int, int]:
-    """(T, H, W) of the tokens of a video: T = (frames - 1) / 4 + 1, H = height / 8, W = width / 8.
+    """Latent grid of a video: T = (num_frames - 1) / 4 + 1, H = height / 8, W = width / 8 at the default strides.
 
-    The strides are those of URSA's video VAE unless given; `Ursa.latents_shape` takes them from the folder.
+    Args:
+        num_frames, height, width: size of the video in frames and pixels.
+        temporal_stride, spatial_stride: strides of the VAE, by default those of URSA's video VAE. `Ursa.latents_shape`
+            uses the strides of the checkpoint folder.
+
+    Returns:
+        (T, H, W).
 
     Raises:
-        DimoError: a size that does not divide, with the nearest that does.
+        DimoError: a size is not divisible; the message gives the nearest valid ones.
     """
     for name, value, stride, offset in (
         ("num_frames", num_frames, temporal_stride, 1),
@@ -55,7 +61,7 @@ def latents_shape_for(
 
 
 def rope_positions(text_length: int, latents_shape: tuple[int, int, int], device=None) -> torch.Tensor:
-    """(L+1+N, 3) int64 positions of text, BOV and the visual grid in (t, y, x) order."""
+    """Positions (t, y, x) of L text tokens, BOV and the N visual tokens: (L+1+N, 3) int64."""
     head = torch.arange(text_length + 1, device=device).view(-1, 1).expand(-1, 3)
     starts = (text_length + 1, 0, 0)
     axes = (torch.arange(start, start + n, device=device) for start, n in zip(starts, latents_shape))
@@ -76,10 +82,10 @@ def build_ursa_inputs(
         txt_ids: (B, L) text ids, left-padded.
         visual_tokens: (B, N) or (B, T, H, W) codes in [0, K).
         latents_shape: (T, H, W), N = T*H*W.
-        device: where the result goes; default: the codes' device.
+        device: device of the result; None means the device of `visual_tokens`.
 
     Raises:
-        DimoError: shapes that do not fit each other, ids out of range.
+        DimoError: mismatched shapes, or ids out of range.
     """
     config = transformer.config
     if len(latents_shape) != 3 or any(int(n) < 1 for n in latents_shape):
@@ -106,9 +112,16 @@ def build_ursa_inputs(
 
 
 def extract_visual_logits(logits: torch.Tensor, num_visual_tokens: int, codebook_size: int) -> torch.Tensor:
-    """The visual tokens' logits (B, N, K) out of the sequence's (B, S, V): a view, no copy.
+    """Logits of the visual tokens.
 
-    V may be K, or larger when the head spans the text vocabulary too; then the last K columns are the visual ones.
+    Args:
+        logits: (B, S, V), where V is K, or more if the head covers the text vocabulary as well; the last K columns are
+            the visual codes.
+        num_visual_tokens: N.
+        codebook_size: K.
+
+    Returns:
+        (B, N, K), a view of `logits`.
 
     Raises:
         DimoError: fewer than N + 1 positions, or fewer than K columns.
@@ -127,7 +140,7 @@ def extract_visual_logits(logits: torch.Tensor, num_visual_tokens: int, codebook
 def visual_logits(
     transformer, txt_ids: torch.Tensor, visual_tokens: torch.Tensor, latents_shape: tuple[int, int, int]
 ) -> torch.Tensor:
-    """One pass of our transformer: codes (B, N) under prompts (B, L) -> logits (B, N, K) of the clean codes."""
+    """One forward pass of our transformer: prompts (B, L) and codes (B, N) -> logits (B, N, K) of the clean codes."""
     inputs = build_ursa_inputs(transformer, txt_ids, visual_tokens, latents_shape)
     logits = transformer(inputs.input_ids, inputs.rope_pos, last=inputs.num_visual_tokens + 1)
     config = transformer.config

@@ -1,4 +1,4 @@
-"""Checkpoint folders in URSA's own layout: read with no pickle executed, written whole or not at all."""
+"""Checkpoint folders in URSA's layout: loaded without executing pickled code, written atomically."""
 
 from __future__ import annotations
 
@@ -39,9 +39,10 @@ INSTALL = (
 
 @dataclasses.dataclass
 class Ursa:
-    """What a checkpoint folder holds. `vae` decodes codes (B, T, H, W) to frames (B, F, height, width, 3) in [0, 1].
+    """A loaded checkpoint folder.
 
-    Without a decoder `vae` is None and `no_vae` says why. `strides` are the VAE's, (time, space).
+    `vae` decodes codes (B, T, H, W) to frames (B, F, height, width, 3) in [0, 1]; it is None if there is no usable
+    decoder, and `no_vae` then says why. `shift` is the scheduler's time shift, `strides` the VAE's (temporal, spatial).
     """
 
     transformer: UrsaTransformer
@@ -54,13 +55,13 @@ class Ursa:
     strides: tuple[int, int] = (TEMPORAL_STRIDE, SPATIAL_STRIDE)
 
     def tokenize(self, prompts: list[str], max_prompt_length: int, device=None) -> torch.Tensor:
-        """txt_ids (B, max_prompt_length), left-padded and truncated as URSA's pipeline does."""
+        """Token ids (B, max_prompt_length) int64, left-padded and truncated like in URSA's pipeline."""
         return self._encode(prompts, max_prompt_length).input_ids.to(device or self.path.device)
 
     def tokenize_and_count(self, prompts: list[str], max_prompt_length: int, device=None) -> tuple[torch.Tensor, int]:
-        """The same, and how many of the prompts were longer, so that their ends are cut off."""
+        """Like `tokenize`, plus the number of prompts that were truncated."""
         encoded = self._encode(prompts, max_prompt_length)
-        if encoded.encodings is None:  # a tokenizer in plain Python does not keep what it cuts off
+        if encoded.encodings is None:  # a pure Python tokenizer does not report overflow
             cut = sum(len(ids) > max_prompt_length for ids in self.tokenizer(prompts).input_ids)
         else:
             cut = sum(bool(one.overflowing) for one in encoded.encodings)
@@ -72,14 +73,14 @@ class Ursa:
         )
 
     def latents_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
-        """(T, H, W) of a video of this size under this folder's VAE."""
+        """latents_shape (T, H, W) of a video of this size (frames, pixels) for this checkpoint's VAE."""
         return latents_shape_for(num_frames, height, width, *self.strides)
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
-        """Frames (B, F, height, width, 3) in [0, 1] of codes (B, T, H, W).
+        """Decode codes (B, T, H, W) to frames (B, F, height, width, 3) in [0, 1].
 
         Raises:
-            DimoError: there is no decoder; the sentence says what to install.
+            DimoError: there is no usable decoder; the message says what to install.
         """
         if self.vae is None:
             raise DimoError(f"these codes cannot be turned into frames: {self.no_vae}")
@@ -92,15 +93,16 @@ def load_ursa(
     dtype: torch.dtype = torch.float32,
     backend: str = "native",
 ) -> Ursa:
-    """Load transformer, probability path, tokenizer and (where it can be run) the VAE from a checkpoint folder.
+    """Load transformer, probability path, tokenizer and, if it can be run here, the VAE of a checkpoint folder.
 
     Args:
-        folder: holds `transformer/`, `scheduler/`, `tokenizer/` and `vae/`, as URSA-1.7B does.
-        device, dtype: of the transformer; path and VAE stay in float32.
+        folder: contains `transformer/`, `scheduler/`, `tokenizer/` and `vae/`, like URSA-1.7B.
+        device: device of everything loaded.
+        dtype: dtype of the transformer; path and VAE stay in float32.
         backend: "native" (this package's transformer) or "upstream" (diffnext's class with the same weights).
 
     Raises:
-        DimoError: something is missing or damaged, in a sentence that names it.
+        DimoError: a part is missing or damaged; the message names it.
     """
     folder = require_checkpoint(folder)
     transformer = load_transformer(folder / "transformer", device, dtype, backend)
@@ -117,7 +119,7 @@ def load_transformer(
     dtype: torch.dtype = torch.float32,
     backend: str = "native",
 ) -> UrsaTransformer:
-    """The transformer in a folder with config.json and weights: safetensors, sharded safetensors, or .bin."""
+    """Load a transformer from config.json and weights (.safetensors or .bin, sharded or not), as in `load_ursa`."""
     folder = Path(folder)
     if backend not in BACKENDS:
         raise DimoError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}{nearest(backend, BACKENDS)}")
@@ -134,7 +136,7 @@ def load_transformer(
 
 
 class _NoFirstValues(TorchFunctionMode):
-    """Modules that are made inside are not initialised: on the meta device that alone would import torch._dynamo."""
+    """Skips weight initialisation in this context, which on the meta device would import torch._dynamo (slow)."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if getattr(function, "__module__", None) == "torch.nn.init":
@@ -143,19 +145,19 @@ class _NoFirstValues(TorchFunctionMode):
 
 
 def load_path(folder: Path, codebook_size: int, device="cpu") -> tuple[MetricPath | MixturePath, float]:
-    """The probability path of `scheduler/` and its shift of the time steps; `alpha: null` is the mixture path.
+    """Load (path, time shift of sampling) from `scheduler/`; `alpha: null` in its config means the mixture path.
 
     Raises:
-        DimoError: values out of range, or a codebook that is not the transformer's.
+        DimoError: a value is out of range, or the codebook does not match the transformer.
     """
     file = folder / "scheduler" / "scheduler_config.json"
     scheduler = read_json(file)
     if scheduler.get("_class_name", SCHEDULER) != SCHEDULER:
-        raise DimoError(f"{file} is of class {scheduler['_class_name']!r}, and dimo reads {SCHEDULER}")
+        raise DimoError(f"{file} is of class {scheduler['_class_name']!r}, but dimo only reads {SCHEDULER}")
     pickled = folder / "scheduler" / "scheduler_model.pth"
     codebook = read_pickle(pickled).get("path.emb")
     if codebook is None or codebook.dim() != 2:
-        raise DimoError(f"{pickled} must hold a matrix under 'path.emb'")
+        raise DimoError(f"{pickled} must contain a matrix 'path.emb'")
     if codebook.shape[0] != codebook_size:
         raise DimoError(
             f"the scheduler's codebook in {folder} has {codebook.shape[0]} codes, "
@@ -164,9 +166,7 @@ def load_path(folder: Path, codebook_size: int, device="cpu") -> tuple[MetricPat
     require_numbers(codebook, f"'path.emb' in {pickled}")
     codebook = codebook.to(device).float()
     if scheduler.get("alpha") is not None and bool((codebook == codebook[:1]).all()):
-        raise DimoError(
-            f"all rows of 'path.emb' in {pickled} are the same, so that no code is nearer to one than another"
-        )
+        raise DimoError(f"all rows of 'path.emb' in {pickled} are equal, so all distances between codes are zero")
     values = {"shift": 1.0, "eps": 1e-5} | {k: scheduler[k] for k in ("shift", "eps") if scheduler.get(k) is not None}
     mixture = scheduler.get("alpha") is None
     if not mixture:
@@ -179,36 +179,36 @@ def load_path(folder: Path, codebook_size: int, device="cpu") -> tuple[MetricPat
 
 
 def load_tokenizer(folder: Path, config: UrsaConfig):
-    """The tokenizer, padding on the left.
+    """Load the tokenizer, set to pad on the left.
 
     Raises:
-        DimoError: it cannot be read, cannot pad, has ids that would be taken for visual codes, or lacks BOV.
+        DimoError: it cannot be read, has no padding token, has ids in the range of visual codes, or lacks BOV.
     """
-    from transformers import AutoTokenizer  # slow to import, and only needed here
+    from transformers import AutoTokenizer  # slow import, only needed here
 
     where = folder / "tokenizer"
     require_file(where)
-    for file in where.iterdir():  # where one is there by name alone, transformers' own words do not say so
+    for file in where.iterdir():  # transformers does not report empty files and LFS pointers as such
         if file.suffix in (".json", ".txt", ".model"):
             require_file(file)
             refuse_what_is_none(file)
         if file.suffix == ".json" and file.name != "tokenizer.json":
-            read_json(file)  # of some that are damaged, transformers says nothing
+            read_json(file)  # transformers silently ignores some damaged files
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             where, padding_side="left", local_files_only=True, trust_remote_code=False
         )
-    except Exception as error:  # transformers and tokenizers raise what they like for a damaged file
+    except Exception as error:  # transformers and tokenizers raise many types for a damaged file
         lacks = "" if (where / "tokenizer.json").exists() else "there is no tokenizer.json; "
         raise DimoError(f"the tokenizer in {where} could not be read: {lacks}{reason(error)}") from error
     if tokenizer.pad_token_id is None:
-        raise DimoError(f"the tokenizer in {where} has no padding token, which prompts need on their left")
+        raise DimoError(f"the tokenizer in {where} has no padding token, but prompts are padded on the left")
     ids = set(tokenizer.get_vocab().values())
     largest = max(ids)
     if largest >= config.lm_vocab_size:
         raise DimoError(
             f"the tokenizer in {where} has ids up to {largest}, but ids from lm_vocab_size = {config.lm_vocab_size} on "
-            "are visual codes: it belongs to another checkpoint"
+            "are visual codes: it belongs to a different checkpoint"
         )
     if config.bov_token_id not in ids:
         raise DimoError(
@@ -219,14 +219,14 @@ def load_tokenizer(folder: Path, config: UrsaConfig):
 
 
 def load_vae(folder: Path, codebook_size: int, device="cpu") -> tuple[Any, str]:
-    """(decoder, ""), or (None, why there is none and what would change that).
+    """Load the VAE: (decoder, ""), or (None, reason) if the folder has none or it cannot be run here.
 
     Raises:
-        DimoError: its codebook is not the transformer's, or its files are damaged.
+        DimoError: its codebook does not match the transformer, or its files are damaged.
     """
     where, config = folder / "vae", vae_config(folder)
     if config is None:
-        return None, f"{where} holds no VAE"
+        return None, f"{where} contains no VAE"
     require_codes_of(where, config, codebook_size)
     if config.get("_class_name") == "PaletteDecoder":
         from dimo.ursa.palette import PaletteDecoder
@@ -243,7 +243,7 @@ def load_vae(folder: Path, codebook_size: int, device="cpu") -> tuple[Any, str]:
 
 
 def require_codes_of(where: Path, config: dict, codebook_size: int) -> None:
-    """Raise where a VAE's config.json tells another number of codes than the transformer's."""
+    """Raise DimoError if the codebook size in a VAE's config.json differs from the transformer's."""
     if config.get("num_vq_embeddings", codebook_size) != codebook_size:
         raise DimoError(
             f"the VAE in {where} has {config['num_vq_embeddings']} codes, the transformer's config.json says "
@@ -252,13 +252,14 @@ def require_codes_of(where: Path, config: dict, codebook_size: int) -> None:
 
 
 def load_student(ursa: Ursa, weights: str | Path) -> UrsaTransformer:
-    """The teacher's architecture with a student's weights.
+    """Load a student: the teacher's architecture with the student's weights, on the device of `ursa.path`.
 
     Args:
-        weights: student.pt, a .safetensors file, a folder of either, or a run folder.
+        ursa: the teacher.
+        weights: student.pt, a .safetensors file, a folder with either, or a run folder.
 
     Raises:
-        DimoError: no weights there, or those of another model.
+        DimoError: no weights found, or they belong to a different model.
     """
     source = student_file(weights)
     student = copy.deepcopy(ursa.transformer)
@@ -268,45 +269,45 @@ def load_student(ursa: Ursa, weights: str | Path) -> UrsaTransformer:
 
 
 def _require_same_config(ursa: Ursa, source: Path) -> None:
-    """Raise where the config.json that lies beside a student's weights differs in what no shape shows."""
+    """Raise DimoError if the config.json next to a student's weights differs from the teacher's (RoPE base, say)."""
     beside = source if source.is_dir() else source.parent / ("student" if source.name == "student.pt" else "")
     if source.suffix == ".safetensors" and not source.name.startswith(WEIGHTS):
-        return  # weights of any name may lie beside anything
+        return  # a config.json next to a renamed file may belong to something else
     if not (beside / "config.json").exists():
         return
     own, teachers = (dataclasses.asdict(c) for c in (read_config(beside), ursa.transformer.config))
     for key, value in teachers.items():
         if own[key] != value:
             raise DimoError(
-                f"the student in {source} is of another teacher than {ursa.folder}: its config.json says {key} = "
+                f"the student in {source} does not belong to the teacher {ursa.folder}: its config.json has {key} = "
                 f"{own[key]}, the teacher's {value}"
             )
 
 
 def import_upstream():
-    """`dimo.ursa.upstream`, the one module that imports diffnext.
+    """Import `dimo.ursa.upstream`, the only module that imports diffnext.
 
     Raises:
-        DimoError: diffnext is not installed, or what is installed beside it does not let it import.
+        DimoError: diffnext is not installed, or fails to import with the installed versions of its dependencies.
     """
     try:
         from dimo.ursa import upstream
     except ModuleNotFoundError as error:
-        raise DimoError(f"diffnext cannot be used, {error.name} is not installed: {INSTALL}") from error
-    except Exception as error:  # versions that do not go together fail in many ways
-        raise DimoError(
-            f"diffnext cannot be imported ({reason(error)}); versions that go together: {INSTALL}"
-        ) from error
+        raise DimoError(f"diffnext cannot be used because {error.name} is not installed: {INSTALL}") from error
+    except Exception as error:  # incompatible versions fail in many ways
+        raise DimoError(f"diffnext cannot be imported ({reason(error)}); compatible versions: {INSTALL}") from error
     return upstream
 
 
 def save_student(
     folder: str | Path, transformer: UrsaTransformer, state: dict | None = None, dtype: torch.dtype | None = None
 ) -> Path:
-    """Write config.json and safetensors that `load_transformer` and upstream's `from_pretrained` read.
+    """Write config.json and safetensors, readable by `load_transformer` and upstream's `from_pretrained`, atomically.
 
-    The folder appears whole or not at all. `state` replaces the transformer's own weights (the EMA's, say); `dtype`
-    is what they are written in, by default their own.
+    Args:
+        folder: destination; an existing folder is replaced.
+        state: full state dict to write, such as the EMA's; None means the transformer's own.
+        dtype: dtype of the written weights; None keeps theirs.
     """
     state = plain_state(state or transformer.state_dict(), dtype)
     config = {"_class_name": "URSATransformer3DModel", **transformer.config.to_dict()}
@@ -317,5 +318,5 @@ def save_student(
 
 
 def plain_state(state: dict[str, torch.Tensor], dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
-    """The same state dict on the CPU, detached, contiguous, in `dtype`."""
+    """A copy of the state dict: on the CPU, detached, contiguous, and in `dtype` unless None."""
     return {key: value.detach().to("cpu", dtype).contiguous() for key, value in state.items()}

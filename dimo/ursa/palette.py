@@ -1,4 +1,4 @@
-"""The built-in worlds' stand-in for a VAE: every code is one flat colour."""
+"""The VAE of the built-in worlds: every code decodes to a patch of one colour."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class PaletteDecoder:
         self.palette = palette
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
-        """The first latent frame becomes one frame, every later one four."""
+        """Decode; the first latent frame becomes one frame, each later one four."""
         require_shape("codes", codes, ("B", "T", "H", "W"))
         require_ids("codes", codes, self.palette.shape[0])
         frames = self.palette[codes]
@@ -41,5 +41,5 @@ class PaletteDecoder:
     def load(cls, folder: Path) -> PaletteDecoder:
         state = read_weights(folder)
         if "palette" not in state:
-            raise DimoError(f"the weights in {folder} hold no palette")
+            raise DimoError(f"the weights in {folder} contain no palette")
         return cls(state["palette"])

@@ -1,8 +1,8 @@
-"""What a network says about the visual tokens: a distribution over the codebook for each of them.
+"""Predictions: a distribution over the codebook for every visual token.
 
-At 49x320x512 one float32 tensor of logits takes 8 GB, and the hidden states behind it 0.14 GB. So a prediction is read
-a few tokens at a time through `logits(rows)`, and its kinds differ in where those come from: `Dense` holds them,
-`Chunked` makes them from hidden states and the head, `Sparse` from the few codes that an exact teacher finds possible.
+At 49x320x512 the float32 logits take 8 GB, the hidden states behind them 0.14 GB. A prediction is therefore read in
+chunks of tokens through `logits(rows)`. `Dense` stores the logits, `Chunked` computes them from hidden states and the
+head, and `Sparse` from the few codes that an exact teacher considers possible.
 """
 
 from __future__ import annotations
@@ -19,41 +19,45 @@ from dimo.ursa.inputs import build_ursa_inputs, visual_logits
 
 
 class Prediction:
-    """Distributions over K codes of the tokens (B, N) of a batch; the token after (0, N - 1) is (1, 0)."""
+    """Distributions over K codes for a batch of tokens (B, N). Flattened to B*N rows, samples follow each other."""
 
     shape: tuple[int, int]  # (B, N)
     codebook_size: int  # K
     device: torch.device
 
     def _rows(self, rows: slice) -> torch.Tensor:
-        """Logits (n, K) of some of the B N tokens, float32."""
+        """Float32 logits (n, K) of some of the B*N tokens."""
         raise NotImplementedError
 
     def logits(self, rows: slice | None = None) -> torch.Tensor:
-        """Logits (n, K) of some of the B N tokens, or those of all, (B, N, K), to look at; float32."""
+        """Float32 logits (n, K) of some of the B*N tokens; None: of all, (B, N, K), for inspection."""
         if rows is not None:
             return self._rows(rows)
         return self._rows(slice(None)).unflatten(0, self.shape)
 
     def detach(self, copy: bool = False) -> Prediction:
-        """The same without a graph; `copy`: it stays as it is, whatever happens to the weights behind it."""
+        """Detached from the graph; `copy`: independent of later in-place updates of the weights."""
         raise NotImplementedError
 
     def kernel(self, function: Callable) -> Callable:
-        """`function`, which works on chunks of these logits, compiled where that pays."""
+        """`function`, which takes chunks of these logits, compiled if that pays off."""
         return function
 
     def row_chunks(self) -> Iterator[slice]:
-        """All tokens, as many at a time as a temporary may hold."""
+        """Slices that cover all B*N tokens in chunks of `tokens_at_once`."""
         count, size = self.shape[0] * self.shape[1], tokens_at_once(self.codebook_size, self.device)
         return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
     @torch.no_grad()
     def map(self, function: Callable[..., tuple[torch.Tensor, ...]], *tensors: torch.Tensor):
-        """function(logits (n, K), *pieces) -> tensors (n, ...), for all tokens: tensors (B, N, ...), without gradients.
+        """Apply a per-token function in chunks, without gradients and without materialising all logits.
 
         Args:
-            tensors: (B, N, ...) each, cut like the logits.
+            function: maps the logits (n, K) of a chunk, and the chunks (n, ...) of `tensors`, to a tuple of (n, ...).
+            tensors: further inputs, each (B, N, ...).
+
+        Returns:
+            The outputs for all tokens, each (B, N, ...).
         """
         for i, tensor in enumerate(tensors):
             require_shape(f"tensors[{i}]", tensor, (*self.shape, *tensor.shape[2:]))
@@ -63,29 +67,31 @@ class Prediction:
         return tuple(torch.cat(part).unflatten(0, self.shape) for part in zip(*parts))
 
     def sample(self, generator: torch.Generator | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Codes x (B, N) drawn token by token, and per token log p(x) and the entropy, in nats; without gradients.
+        """Sample every token independently, without gradients.
 
-        One uniform number per token decides, drawn before any chunk is: the result does not depend on their size.
+        Returns:
+            x, log p(x) and entropy in nats, each (B, N). The uniform number behind each token is drawn up front, so the
+            result does not depend on the chunk size.
         """
         u = torch.rand(self.shape, generator=generator, device=self.device, dtype=torch.float64)
         return self.map(_draw, u)
 
     def argmax(self) -> torch.Tensor:
-        """The most likely code of every token, (B, N)."""
+        """The most likely code of every token: (B, N)."""
         return self.map(_argmax)[0]
 
     def log_prob(self, x: torch.Tensor) -> torch.Tensor:
-        """log p(x) in nats of codes x (B, N): (B, N), without gradients."""
+        """log p(x) of codes x (B, N), in nats, without gradients: (B, N)."""
         require_shape("x", x, self.shape)
         require_ids("x", x, self.codebook_size)
         return self.map(_log_prob, x)[0]
 
     def entropy(self) -> torch.Tensor:
-        """Of every token's distribution, in nats: (B, N), without gradients."""
+        """Entropy of every token's distribution in nats, without gradients: (B, N)."""
         return self.map(_entropy)[0]
 
     def divergence(self, other: Prediction, beta: float) -> torch.Tensor:
-        """(1 - beta) KL(self || other) + beta KL(other || self) per token, in nats: (B, N), without gradients."""
+        """(1 - beta) KL(self || other) + beta KL(other || self) per token in nats, without gradients: (B, N)."""
         require_same_tokens("other", other, self)
         fixed, other = self.detach(), other.detach()
         one = self.kernel(_divergence)
@@ -98,7 +104,7 @@ class Prediction:
 
 
 class _OfNetwork(Prediction):
-    """A prediction with states (B, N, ...) that gradients can go to, and from which logits follow linearly."""
+    """A prediction whose logits are a linear function of states (B, N, ...), through which gradients can flow."""
 
     states: torch.Tensor
     head: torch.Tensor | None
@@ -112,30 +118,30 @@ class _OfNetwork(Prediction):
         return self.states.device
 
     def with_states(self, states: torch.Tensor) -> _OfNetwork:
-        """Other states under the same head."""
+        """A prediction with other states and the same head."""
         return dataclasses.replace(self, states=states)
 
     def guided(self, uncond: _OfNetwork, scale: torch.Tensor | float) -> _OfNetwork:
-        """Classifier-free guidance u + w (c - u), this being c; w a number or (B, 1 or N, 1).
+        """Classifier-free guidance u + scale (c - u), where c is this prediction; `scale` a number or (B, 1 or N, 1).
 
-        Logits are linear in the states, so that this costs one product with the head and not two.
+        Computed on the states, in which logits are linear: this saves one of two products with the head.
         """
         require_shape("uncond's states", uncond.states, tuple(self.states.shape))
         c, u = self.states.float(), uncond.states.float()
         return self.with_states((u + scale * (c - u)).to(self.states.dtype))
 
     def chunk(self, parts: int) -> list[_OfNetwork]:
-        """Cut along the batch."""
+        """Split along the batch."""
         return [self.with_states(states) for states in self.states.chunk(parts)]
 
     def repeat(self, times: int) -> _OfNetwork:
-        """The batch so many times over."""
+        """The batch repeated `times` times."""
         return self if times == 1 else self.with_states(self.states.repeat(times, 1, 1))
 
 
 @dataclasses.dataclass(repr=False, eq=False)
 class Dense(_OfNetwork):
-    """Logits (B, N, K) themselves: for a few thousand codes."""
+    """Stored logits (B, N, K), for codebooks of up to a few thousand codes."""
 
     states: torch.Tensor
     head: None = None
@@ -154,13 +160,13 @@ class Dense(_OfNetwork):
         return Dense(self.states.detach())
 
     def pull_back(self, d_logits: torch.Tensor, rows: slice, d_states: torch.Tensor, d_head=None, scale=1.0) -> None:
-        """d_states[rows] = d_logits: the states are the logits."""
+        """Backpropagate to the states, which are the logits: d_states[rows] = d_logits."""
         d_states[rows] = d_logits
 
 
 @dataclasses.dataclass(repr=False, eq=False)
 class Chunked(_OfNetwork):
-    """Hidden states (B, N, D) and the head's rows (K, D) of the codes, from which logits are made when asked for."""
+    """Hidden states (B, N, D) and the head's rows (K, D) of the codes; logits are computed on demand."""
 
     states: torch.Tensor
     head: torch.Tensor
@@ -176,7 +182,7 @@ class Chunked(_OfNetwork):
         return logits_of(self.states.flatten(0, 1)[rows], self.head)
 
     def detach(self, copy: bool = False) -> Chunked:
-        """With the head in the dtype of the hidden states."""
+        """Detached, with the head in the dtype of the hidden states."""
         return Chunked(self.states.detach(), self.head.detach().to(self.states.dtype, copy=copy))
 
     def kernel(self, function: Callable) -> Callable:
@@ -185,7 +191,10 @@ class Chunked(_OfNetwork):
     def pull_back(
         self, d_logits: torch.Tensor, rows: slice, d_states: torch.Tensor, d_head: torch.Tensor | None, scale: float
     ) -> None:
-        """d_states[rows] = d_logits head, and d_head (K, D) float32 += scale d_logits^T hidden; None: it is frozen."""
+        """Backpropagate a chunk: d_states[rows] = d_logits head, and d_head += scale d_logits^T hidden.
+
+        `d_head` is (K, D) float32, or None if the head is frozen.
+        """
         torch.mm(d_logits, self.head, out=d_states[rows])
         if d_head is None:
             return
@@ -198,12 +207,13 @@ class Chunked(_OfNetwork):
 
 @dataclasses.dataclass(repr=False, eq=False)
 class Sparse(Prediction):
-    """What an exact teacher says: log-probabilities of S codes per token, and one floor for all the others.
+    """Prediction of an exact teacher: log-probabilities of S codes per token, and a floor for all others.
 
     Args:
-        codes: (B, N, S), different ones for each token.
-        log_p: (B, N, S), in nats.
-        floor: of every other code, in nats, so that the reverse KL stays finite. Need not be normalised with log_p.
+        codes: (B, N, S) codes, distinct within each token.
+        log_p: (B, N, S) their log-probabilities in nats.
+        floor: log-probability of every other code in nats, finite so that the reverse KL is. `log_p` and `floor` need
+            not be normalised.
         codebook_size: K.
     """
 
@@ -239,7 +249,17 @@ class Sparse(Prediction):
 def predict(
     transformer, txt_ids: torch.Tensor, visual_tokens: torch.Tensor, latents_shape, dense: bool = False
 ) -> Dense | Chunked:
-    """One pass of a transformer: codes (B, N) under prompts (B, L) -> what it says about the clean codes."""
+    """One forward pass of a transformer.
+
+    Args:
+        txt_ids: (B, L) left-padded text ids.
+        visual_tokens: (B, N) codes in [0, K).
+        latents_shape: (T, H, W) with N = T*H*W.
+        dense: compute all logits at once.
+
+    Returns:
+        The prediction of the clean codes.
+    """
     if dense:
         return Dense(visual_logits(transformer, txt_ids, visual_tokens, latents_shape))
     inputs, config = build_ursa_inputs(transformer, txt_ids, visual_tokens, latents_shape), transformer.config
@@ -248,29 +268,29 @@ def predict(
     if torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))
     weight, codes = transformer.lm_head.weight, config.vocab_size - config.lm_vocab_size
-    return Chunked(hidden, weight if len(weight) == codes else weight[-codes:])  # a slice's gradient is a copy more
+    return Chunked(hidden, weight if len(weight) == codes else weight[-codes:])  # slicing costs a copy of the gradient
 
 
 def require_same_tokens(name: str, prediction: Prediction, as_in: Prediction) -> None:
-    """Raise unless both are about as many samples, tokens and codes."""
+    """Raise DimoError unless both predictions have the same B, N and K."""
     got, want = ((*p.shape, p.codebook_size) for p in (prediction, as_in))
     if got != want:
         raise DimoError(f"{name} must predict (B, N, K) = {want}, got {got}")
 
 
 def logits_of(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """(n, D) and (K, D) -> float32 logits (n, K), never rounded to bfloat16 on a GPU."""
+    """Hidden states (n, D) and head (K, D) -> float32 logits (n, K); on a GPU not rounded to bfloat16 in between."""
     weight = weight.to(hidden.dtype)
     if hidden.is_cuda and hidden.dtype != torch.float32 and not (hidden.requires_grad or weight.requires_grad):
         return torch.mm(hidden, weight.T, out_dtype=torch.float32)
     return F.linear(hidden, weight).float()
 
 
-# What follows works on a chunk of float32 logits (n, K).
+# The functions below take a chunk of float32 logits (n, K).
 
 
 def _draw(logits: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Codes (n,), their log-probability and the entropy."""
+    """Sampled codes, their log-probability and the entropy, each (n,)."""
     x, log_z = pick(logits, u), logits.logsumexp(-1, keepdim=True)
     return x, _log_prob(logits, x, log_z)[0], _entropy(logits, log_z)[0]
 

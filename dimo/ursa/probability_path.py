@@ -4,8 +4,8 @@ Metric path (kinetic-optimal discrete flow matching, arXiv 2412.03487, used by U
     p_t(x | x_1) = softmax_x(-beta_t d(x, x_1)),   beta_t = c (t / (1 - t))^alpha,
 with d the squared distance of L2-normalised codebook vectors. Mixture path: keep x_1 with probability t, else uniform.
 
-Codebooks reach 131,072 codes and videos 33,280 tokens, so nothing here builds (B, N, K) for all tokens unless asked:
-`sample` and `jump` walk over tokens in chunks.
+Codebooks have up to 131,072 codes and videos 33,280 tokens, so only `prob` and `velocity` build a tensor (B, N, K) for
+all tokens; `sample` and `jump` process tokens in chunks.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from dimo.ursa.chunks import FEW_CODES, chunks, inverse_cdf, on_device, pick, to
 
 
 def categorical(prob: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Draw one index per row of prob (..., K), which need not be normalised -> (...).
+    """Draw one index per row of prob (..., K), which need not be normalised -> (...) int64.
 
-    The inverse of the distribution function at one uniform number per row, in float64: at 64,000 codes `multinomial`,
-    which draws a number per entry, takes half of a training step on a CPU.
+    Inverts the CDF at one float64 uniform number per row. `torch.multinomial` draws a number per entry, which at 64,000
+    codes would take half of a training step on a CPU.
     """
     return inverse_cdf(prob, torch.rand(prob.shape[:-1], generator=generator, device=prob.device, dtype=torch.float64))
 
 
 def _time_like(t: torch.Tensor | float, x: torch.Tensor) -> torch.Tensor:
-    """t as float32 of x's shape (B, ...): a number, one per sample (B,), or one per token."""
+    """Expand t, which is a number, (B,) or of x's shape (B, ...), to a float32 tensor of x's shape."""
     require_time("t", t)
     t = torch.as_tensor(t, dtype=torch.float32, device=x.device)
     if t.dim() == 1 and t.shape[0] == x.shape[0]:
@@ -38,7 +38,7 @@ def _time_like(t: torch.Tensor | float, x: torch.Tensor) -> torch.Tensor:
 
 
 class _Path:
-    """What both paths share: checks, chunking, and the jump of a sampling step."""
+    """Common to both paths: validation, chunking, and the jump of a sampling step."""
 
     def __init__(self, codebook: torch.Tensor):
         require_shape("codebook", codebook, ("K", "D"))
@@ -46,12 +46,12 @@ class _Path:
         self.device = codebook.device
 
     def prob(self, x_1: torch.Tensor, t: torch.Tensor | float) -> torch.Tensor:
-        """p_t(. | x_1): x_1 (B, ...) in [0, K), t a number, (B,) or x_1's shape -> (B, ..., K), rows sum to 1."""
+        """p_t(. | x_1): x_1 (B, ...) in [0, K); t a number, (B,) or x_1's shape -> (B, ..., K), rows sum to 1."""
         require_ids("x_1", x_1, self.codebook_size)
         return self._prob(x_1, _time_like(t, x_1))
 
     def sample(self, x_1: torch.Tensor, t: torch.Tensor | float, generator: torch.Generator | None = None):
-        """Draw x_t ~ p_t(. | x_1), of x_1's shape. One uniform number a token decides, whatever the size of chunks."""
+        """Draw x_t ~ p_t(. | x_1), of x_1's shape; arguments as in `prob`. Independent of the chunk size."""
         require_ids("x_1", x_1, self.codebook_size)
         t = _time_like(t, x_1)
         u = torch.rand(x_1.numel(), generator=generator, device=x_1.device, dtype=torch.float64)
@@ -62,7 +62,7 @@ class _Path:
         return inverse_cdf(self._prob(x_1, t), u)
 
     def velocity(self, x_1: torch.Tensor, x_t: torch.Tensor, t: float) -> torch.Tensor:
-        """Rates (B, ..., K) of jumping from x_t to each code, given the predicted clean token x_1 (both (B, ...))."""
+        """Jump rates (B, ..., K) from x_t to every code, given predicted clean tokens x_1, both (B, ...)."""
         require_shape("x_t", x_t, tuple(x_1.shape))
         require_ids("x_1", x_1, self.codebook_size)
         require_ids("x_t", x_t, self.codebook_size)
@@ -70,9 +70,16 @@ class _Path:
         return self._velocity(x_1, x_t, float(t))
 
     def jump(self, x_1: torch.Tensor, x_t: torch.Tensor, t: float, dt: float, generator=None) -> torch.Tensor:
-        """Let every token jump with probability 1 - exp(-dt * its total rate), to a code drawn by rate.
+        """One sampling step from t to t + dt: each token jumps with probability 1 - exp(-dt * its total rate).
 
-        Two uniform numbers a token decide, whatever the size of chunks.
+        Args:
+            x_1: (B, ...) predicted clean tokens.
+            x_t: (B, ...) current tokens.
+            t, dt: time in [0, 1) and step size.
+
+        Returns:
+            Tokens of x_t's shape; a token that jumps gets a code with probability proportional to its rate. The result
+            does not depend on the chunk size.
         """
         out, n, device = [], x_1.numel(), x_1.device
         whether = torch.rand(n, generator=generator, device=device)
@@ -86,7 +93,7 @@ class _Path:
 
 
 def _products(x: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-    """x codebook^T in float32, also where bf16 is on for networks: beta_t multiplies its rounding by hundreds."""
+    """x codebook^T in float32 even under bf16 autocast, since beta_t amplifies rounding errors by hundreds."""
     with torch.autocast(x.device.type, enabled=False):
         return x @ codebook.T
 
@@ -94,12 +101,12 @@ def _products(x: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
 def _draw_near(
     x_1: torch.Tensor, codebook: torch.Tensor, square: torch.Tensor, beta: torch.Tensor, u: torch.Tensor
 ) -> torch.Tensor:
-    """Draw from softmax_x(-beta |x_1 - x|^2) for vectors x_1 (n, D), beta (n,), u (n,); |x_1|^2 cancels."""
+    """Draw from softmax_x(-beta |x_1 - x|^2) for vectors x_1 (n, D), beta (n,), u (n,); the term |x_1|^2 cancels."""
     return pick(beta.unsqueeze(-1) * (2 * _products(x_1, codebook) - square), u)
 
 
 class MixturePath(_Path):
-    """x_t is x_1 with probability t, else uniform over the codebook (K, D), of which only K matters."""
+    """x_t is x_1 with probability t, else uniform over the K codes; the vectors of `codebook` (K, D) are unused."""
 
     def _prob(self, x_1: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         uniform = ((1 - t) / self.codebook_size).unsqueeze(-1)
@@ -117,9 +124,9 @@ class MetricPath(_Path):
     """p_t(x | x_1) = softmax_x(-c (t/(1-t))^alpha d(x, x_1)).
 
     Args:
-        codebook: (K, D) code vectors; they are L2-normalised here.
-        alpha, c: the constants of beta_t; take them from the checkpoint's scheduler_config.json.
-        eps: floor of the norm.
+        codebook: (K, D) code vectors, L2-normalised here.
+        alpha, c: positive constants of beta_t, from the checkpoint's scheduler_config.json.
+        eps: lower bound of the norm in the normalisation.
     """
 
     def __init__(self, codebook: torch.Tensor, alpha: float, c: float, eps: float = 1e-5):
@@ -130,7 +137,7 @@ class MetricPath(_Path):
         self.codebook = F.normalize(codebook.float(), dim=-1, eps=eps)
         self._square = self.codebook.square().sum(-1)
         self._table = None
-        if self.codebook_size <= FEW_CODES:  # then the K x K distances are kept
+        if self.codebook_size <= FEW_CODES:  # small enough to precompute the K x K distances
             self._table = self._distance(torch.arange(self.codebook_size, device=self.device))
 
     def _distance(self, x_1: torch.Tensor) -> torch.Tensor:
@@ -150,7 +157,7 @@ class MetricPath(_Path):
         return on_device(_draw_near, u)(self.codebook[x_1], self.codebook, self._square, beta, u)
 
     def _velocity(self, x_1: torch.Tensor, x_t: torch.Tensor, t: float) -> torch.Tensor:
-        # d(beta_t)/dt; upstream takes 0 at t = 0, where the derivative is infinite for alpha < 1
+        # d(beta_t)/dt; 0 at t = 0 as upstream, where the derivative is infinite for alpha < 1
         slope = self.c * self.alpha * t ** (self.alpha - 1) / (1 - t) ** (self.alpha + 1) if t > 0 else 0.0
         distance = self._distance(x_1)
         here = (self.codebook[x_t] - self.codebook[x_1]).square().sum(-1, keepdim=True)

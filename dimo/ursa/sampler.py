@@ -1,4 +1,4 @@
-"""Sampling: from noise to codes in 1..n passes, as URSA's KineticOptimalScheduler steps."""
+"""Sampling from noise in any number of steps, equivalent to URSA's KineticOptimalScheduler."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass
 class Trajectory:
-    """Every step of one sampling run: times, x_t before each step and the clean codes predicted there, each (B, N)."""
+    """A record of all sampling steps: time t, codes x_t before the step and predicted clean codes x_1, each (B, N)."""
 
     t: list[float] = dataclasses.field(default_factory=list)
     x_t: list[torch.Tensor] = dataclasses.field(default_factory=list)
@@ -26,7 +26,7 @@ class Trajectory:
 
 
 def timesteps(steps: int, shift: float = 1.0) -> list[float]:
-    """The t of every pass: t_i = 1 - shift s / (1 + (shift - 1) s) with s = 1 - i / steps; the first is 0."""
+    """Time of every step: t_i = 1 - shift s / (1 + (shift - 1) s) with s = 1 - i / steps; t_0 = 0."""
     if steps < 1 or shift <= 0:
         raise DimoError(f"steps must be at least 1 and shift positive, got steps={steps}, shift={shift}")
     sigma = [1 - i / steps for i in range(steps)]
@@ -34,11 +34,11 @@ def timesteps(steps: int, shift: float = 1.0) -> list[float]:
 
 
 def warn_if_guided_again(guidance_scale: float, guidance_trunc: float = 1.0) -> None:
-    """Say it where a student, whose one pass is at t = 0, would be guided."""
+    """Log a warning if guidance would apply to a student, whose only step is at t = 0."""
     if guidance_scale > 1 and guidance_trunc > 0:
         log.warning(
-            "guidance_scale=%g guides the student a second time: what guidance it has is distilled into it, and a "
-            "second one spoils its videos at twice the work; use guidance_scale=1", guidance_scale,
+            "guidance_scale=%g guides the student a second time: the teacher's guidance is distilled into it already, "
+            "and guiding it again doubles the cost and degrades its videos; use guidance_scale=1", guidance_scale,
         )  # fmt: skip
 
 
@@ -51,18 +51,25 @@ def jump(
     generator: torch.Generator | None = None,
     argmax: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One sampling step: what a network predicts at x_t (B, N) -> (x at t_next, the predicted clean codes x_1).
+    """One sampling step.
 
     Args:
-        prediction: a `Prediction`, or logits (B, N, K).
-        t_next: None in the last step, whose x_1 is the result.
-        argmax: take the most likely x_1 in place of a draw.
+        prediction: of the clean codes at x_t: a `Prediction`, or logits (B, N, K).
+        x_t: (B, N) codes at time t.
+        t_next: time after the step; None means this is the last step, which returns x_1 itself.
+        argmax: take the most likely x_1 instead of sampling it.
+
+    Returns:
+        (codes at t_next, predicted clean codes x_1), both (B, N).
+
+    Raises:
+        DimoError: wrong shapes, or predictions that are not finite.
     """
     if isinstance(prediction, torch.Tensor):
         prediction = Dense(prediction)
     if (*prediction.shape, prediction.codebook_size) != (*x_t.shape, path.codebook_size):
         raise DimoError(
-            f"the prediction must be about {tuple(x_t.shape)} tokens of {path.codebook_size} codes, got {prediction!r}"
+            f"prediction must be for {tuple(x_t.shape)} tokens and {path.codebook_size} codes, got {prediction!r}"
         )
     if isinstance(prediction, Dense | Chunked):
         require_finite("logits" if isinstance(prediction, Dense) else "hidden states", prediction.states)
@@ -87,14 +94,24 @@ def sample(
     generator: torch.Generator | None = None,
     trajectory: Trajectory | None = None,
 ) -> torch.Tensor:
-    """Generate codes (B, N) for prompts txt_ids (B, L) in `steps` passes.
+    """Generate codes in `steps` sampling steps.
 
     Args:
-        x_init: (B, N) starting codes; default: uniform noise from `generator`.
-        guidance_scale: 1 means one unguided pass per step; above, `uncond_ids` (B, L) (the empty or a negative prompt)
-            goes through in the same batch, and from t >= guidance_trunc on the scale is 1, as URSA's pipeline does.
-        argmax: decode greedily; with steps=1 the student becomes a deterministic map from noise to video.
-        trajectory: filled in place with every step, when given.
+        txt_ids: (B, L) prompts.
+        latents_shape: (T, H, W) with N = T*H*W.
+        x_init: (B, N) initial codes; None means uniform noise from `generator`.
+        guidance_scale: classifier-free guidance; 1 means none, larger values need `uncond_ids`.
+        guidance_trunc: time from which on there is no guidance, as in URSA's pipeline.
+        uncond_ids: (B, L) ids of the empty or a negative prompt, evaluated in the same batch.
+        shift: time shift, see `timesteps`.
+        argmax: take the most likely codes; with steps=1 the student becomes a deterministic map from noise to video.
+        trajectory: filled in place with every step if given.
+
+    Returns:
+        (B, N) int64 codes.
+
+    Raises:
+        DimoError: an argument out of range, wrong shapes, or logits that are not finite.
     """
     device, batch = txt_ids.device, txt_ids.shape[0]
     size = (batch, math.prod(latents_shape))
@@ -102,9 +119,9 @@ def sample(
         x_init = torch.randint(path.codebook_size, size, device=device, generator=generator)
     require_shape("x_init", x_init, size)
     if not guidance_scale >= 1:
-        raise DimoError(f"guidance_scale must be at least 1 (1 is none), got {guidance_scale}")
+        raise DimoError(f"guidance_scale must be at least 1 (no guidance), got {guidance_scale}")
     if not 0 <= guidance_trunc <= 1:
-        raise DimoError(f"guidance_trunc must lie in [0, 1] (1 guides at every t), got {guidance_trunc}")
+        raise DimoError(f"guidance_trunc must lie in [0, 1] (1: guidance at every t), got {guidance_trunc}")
     if guidance_scale > 1 and uncond_ids is None:
         raise DimoError("uncond_ids is needed when guidance_scale > 1: the ids of the empty or the negative prompt")
 

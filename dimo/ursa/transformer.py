@@ -25,27 +25,27 @@ from dimo.ursa import cpu
 from dimo.ursa.config import NORM_EPS, UrsaConfig
 
 CHECKPOINTING = ("none", "selective", "full")
-# fastest first: at URSA's sizes attention is most of the work, and Hopper's tensor cores are cuDNN's to fill
+# fastest first: attention dominates at URSA's sizes, and cuDNN makes the best use of Hopper's tensor cores
 ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, rounded once. Upstream rounds the scale too: in bfloat16 it is further off."""
+    """x / rms(x) * weight, rounded once. Upstream also rounds x / rms(x), which is less accurate in bfloat16."""
 
     def __init__(self, size: int):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if cpu.serves(x):  # without a gradient too: teacher and student are equal to the last bit until one learns
+        if cpu.serves(x):  # also without gradients, so that teacher and initial student agree bit for bit
             return cpu.Norm.apply(x, self.weight, NORM_EPS)
         return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), NORM_EPS)
 
 
 def rope_table(rope_pos: torch.Tensor, theta: float, head_dim: int = 128) -> tuple[torch.Tensor, torch.Tensor]:
-    """(cos, signed sin), each (S, head_dim) float32, of positions (S, 3) = (t, y, x), as `rotate` wants them.
+    """RoPE table for `rotate`: (cos, signed sin), each (S, head_dim) float32, for positions (S, 3) = (t, y, x).
 
-    With heads of 128 the 64 frequencies take their coordinate from [t, y, x] repeated 16 times, then [y, x] repeated 8
+    With head_dim 128, the 64 frequencies take their coordinate from [t, y, x] repeated 16 times, then [y, x] repeated 8
     times.
     """
     coordinate = torch.cat([rope_pos.repeat(1, head_dim // 8), rope_pos[:, 1:].repeat(1, head_dim // 16)], -1)
@@ -56,7 +56,7 @@ def rope_table(rope_pos: torch.Tensor, theta: float, head_dim: int = 128) -> tup
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the two halves of each head of x (B, heads, S, head_dim) by the float32 table (S, head_dim)."""
+    """Apply RoPE to x (B, heads, S, head_dim), rotating the two halves of each head by the table (S, head_dim)."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
@@ -79,7 +79,7 @@ class Attention(nn.Module):
         )
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        # one product for all three: larger, and its gradient needs no sum
+        # one fused product for q, k and v: faster, and the gradient of x needs no sum
         qkv = F.linear(x, torch.cat([p.weight for p in (self.q_proj, self.k_proj, self.v_proj)]))
         q, k, v = qkv.unflatten(-1, (-1, self.head_dim)).split([self.heads, self.kv_heads, self.kv_heads], 2)
         if cpu.serves(q, scores=q.shape[0] * self.heads * q.shape[1] ** 2):
@@ -109,7 +109,7 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """One of the decoder's layers. `compiled` and `checkpointing` are `UrsaTransformer.run_with`'s."""
+    """One decoder layer. `compiled` and `checkpointing` are set by `UrsaTransformer.run_with`."""
 
     def __init__(self, config: UrsaConfig):
         super().__init__()
@@ -129,7 +129,7 @@ class Layer(nn.Module):
 
 
 def run_layer(layer: Layer, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, checkpointing: str) -> torch.Tensor:
-    """`layer.block`, keeping for the backward pass everything, its input and its attention's output, or its input."""
+    """`layer.block` with activation checkpointing "none", "selective" or "full" (see `UrsaTransformer.run_with`)."""
     if checkpointing == "none":
         return layer.block(x, cos, sin)
     once = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
@@ -140,9 +140,9 @@ def run_layer(layer: Layer, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tenso
 
 @functools.cache
 def compiled_run() -> Callable:
-    """`run_layer`, compiled: the layer is an argument, so that all layers of all networks of one dtype share a graph.
+    """Compiled `run_layer`. The layer is an argument, so all layers of all networks of one dtype share a graph.
 
-    Sizes are constants of the graph. A run has one video size and one prompt length, and a prompt is data.
+    Shapes are static: a run has a single video size and prompt length.
     """
     return torch.compile(run_layer, dynamic=False)
 
@@ -167,7 +167,7 @@ class Decoder(nn.Module):
 class UrsaTransformer(nn.Module):
     """Token ids and 3-D positions in, next-position logits out.
 
-    Weights start as normal(0, 0.02), Qwen3's initialisation, with RMSNorm weights at one.
+    Weights are initialised like Qwen3's: normal(0, 0.02), RMSNorm weights one.
     """
 
     def __init__(self, config: UrsaConfig):
@@ -180,15 +180,15 @@ class UrsaTransformer(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
 
     def run_with(self, compile: bool = False, checkpointing: str = "none") -> UrsaTransformer:
-        """How the layers run: compiled or not; what the backward pass keeps of each. Returns self.
+        """Configure how the layers run. Returns self.
 
         Args:
-            compile: fuse what lies between the products; takes a minute at the first pass.
-            checkpointing: "none" keeps everything, "selective" a layer's input and its attention's output, of which
-                attention is not computed again, "full" the input alone.
+            compile: torch.compile the layers; takes about a minute in the first pass.
+            checkpointing: activations kept per layer for the backward pass: "none" keeps all, "selective" the input and
+                the attention output (attention is not recomputed), "full" the input only.
 
         Raises:
-            DimoError: another word.
+            DimoError: unknown `checkpointing`.
         """
         if checkpointing not in CHECKPOINTING:
             raise DimoError(f"checkpointing must be one of {', '.join(CHECKPOINTING)}, got {checkpointing!r}")
@@ -197,7 +197,7 @@ class UrsaTransformer(nn.Module):
         return self
 
     def hidden(self, input_ids: torch.Tensor, rope_pos: torch.Tensor) -> torch.Tensor:
-        """Hidden states after the last norm.
+        """Hidden states after the final norm.
 
         Args:
             input_ids: (B, S) in [0, vocab_size): text, BOV, visual codes + lm_vocab_size.
@@ -207,14 +207,14 @@ class UrsaTransformer(nn.Module):
             (B, S, hidden_size).
 
         Raises:
-            DimoError: a wrong shape, or an id out of range.
+            DimoError: wrong shapes, or an id out of range.
         """
         require_shape("input_ids", input_ids, ("B", "S"))
         require_shape("rope_pos", rope_pos, (input_ids.shape[1], 3))
         require_ids("input_ids", input_ids, self.config.vocab_size)
         cos, sin = rope_table(rope_pos, self.config.rope_theta, self.config.head_dim)
         x = self.model.embed_tokens(input_ids)
-        # embeddings may be shared with a bfloat16 teacher, or be float32 beside it: what runs through the layers is one
+        # embeddings may differ in dtype from the layers (shared with a bfloat16 teacher, or float32); cast to one dtype
         autocast = torch.is_autocast_enabled(x.device.type)
         x = x.to(torch.get_autocast_dtype(x.device.type) if autocast else self.lm_head.weight.dtype)
         for layer in self.model.layers:
@@ -224,7 +224,7 @@ class UrsaTransformer(nn.Module):
     def forward(self, input_ids: torch.Tensor, rope_pos: torch.Tensor, last: int | None = None) -> torch.Tensor:
         """Logits (B, S, lm_head_size); position i predicts token i + 1.
 
-        `last` keeps only the last so many positions before the head: at 64,000 codes the text's logits are pure waste.
+        `last` restricts the output to the last positions, (B, last, lm_head_size), since text logits are not needed.
         """
         x = self.hidden(input_ids, rope_pos)
         return self.lm_head(x if last is None else x[:, -last:])

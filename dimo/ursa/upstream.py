@@ -1,6 +1,6 @@
-"""The bridge to diffnext, URSA's own code: its transformer class, its VAE, its pipeline. Nothing else imports it.
+"""Bridge to diffnext, URSA's own code: its transformer, VAE and pipeline. The only module that imports diffnext.
 
-Checked with diffnext 0.3.0a0 (baaivision/URSA at 29284bb), transformers 4.57.6, diffusers 0.39.0.
+Tested with diffnext 0.3.0a0 (baaivision/URSA at 29284bb), transformers 4.57.6, diffusers 0.39.0.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from dimo.ursa.transformer import UrsaConfig
 from dimo.ursa.weights import load_weights, read_json, read_pickle, read_weights
 
 log = logging.getLogger(__name__)
-HEAD_DIM = 128  # the only head size that its class builds
+HEAD_DIM = 128  # the only head size that diffnext supports
 VAES = {"AutoencoderVQCosmos3D": "autoencoder_vq_cosmos3d", "AutoencoderVQ": "autoencoder_vq"}
 
-RECOMPILE_LIMIT = 64  # of its compiled RoPE: batch, heads, dtype and grad mode vary in a run; torch stops at 8
+RECOMPILE_LIMIT = 64  # for diffnext's compiled RoPE: batch, heads, dtype and grad mode vary; the default is 8
 
 _cuda_swiglu = qwen3.swiglu
 _compiled_rotate = FlexRotaryEmbedding.PEFunc.partitioned_impl
@@ -49,30 +49,30 @@ def _rotate(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
 
 
 def bridge() -> None:
-    """Let diffnext's transformer run without CUDA and through a training run; on CUDA its kernels stay.
+    """Patch diffnext so that its transformer also runs on a CPU; CUDA tensors still use its own kernels.
 
-    Its SwiGLU is a CUDA kernel, and its RoPE is compiled, which on a CPU needs a C++ compiler and seconds a shape.
+    Its SwiGLU is a CUDA kernel, and its RoPE is compiled, which on a CPU needs a C++ compiler and seconds per shape.
     """
     if qwen3.swiglu is not _swiglu:
         qwen3.swiglu, FlexRotaryEmbedding.PEFunc.partitioned_impl = _swiglu, _rotate
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
         log.warning(
-            "diffnext's SwiGLU kernel is for CUDA only: on a CPU silu(gate) * up stands in; its RoPE runs uncompiled"
+            "diffnext's SwiGLU kernel needs CUDA: on a CPU, silu(gate) * up replaces it, and RoPE runs uncompiled"
         )
 
 
 class UpstreamTransformer(URSATransformer3DModel):
-    """diffnext's transformer, called as `UrsaTransformer` is; same keys, `config` with our names."""
+    """diffnext's transformer with the interface of `UrsaTransformer`: same state-dict keys, `config` a UrsaConfig."""
 
-    config: UrsaConfig = None  # in place of diffusers' property
+    config: UrsaConfig = None  # replaces diffusers' property
 
     def hidden(self, input_ids: torch.Tensor, rope_pos: torch.Tensor) -> torch.Tensor:
-        """Hidden states (B, S, hidden_size) after the last norm, of ids (B, S) at positions (S, 3)."""
+        """Hidden states (B, S, hidden_size) after the final norm, for ids (B, S) at positions (S, 3)."""
         self._require(input_ids, rope_pos)
         return self.model(input_ids, rope_pos=rope_pos)[0]
 
     def forward(self, input_ids: torch.Tensor, rope_pos: torch.Tensor, last: int | None = None) -> torch.Tensor:
-        """Logits (B, S, lm_head_size), or those of the last so many positions."""
+        """Logits (B, S, lm_head_size), or only those of the `last` positions."""
         self._require(input_ids, rope_pos)
         return super().forward(input_ids, rope_pos=rope_pos, logits_to_keep=last).sample
 
@@ -83,15 +83,15 @@ class UpstreamTransformer(URSATransformer3DModel):
 
 
 def empty_transformer(config: UrsaConfig) -> UpstreamTransformer:
-    """diffnext's transformer without weights (they are on the meta device), for `load_weights(..., assign=True)`.
+    """diffnext's transformer with its weights on the meta device, for `load_weights(..., assign=True)`.
 
     Raises:
-        DimoError: a head size that upstream has not, or transformers 5, with which its class cannot be built.
+        DimoError: a head size that upstream does not support, or transformers 5, which it is incompatible with.
     """
     _require_heads("backend upstream", config, "; use backend native")
     _require_transformers_4()
     bridge()
-    with init_empty_weights(include_buffers=False):  # its RoPE tables are buffers, and in no file
+    with init_empty_weights(include_buffers=False):  # its RoPE tables are buffers that no checkpoint contains
         transformer = UpstreamTransformer(**config.to_dict())
     transformer.config = config
     return transformer
@@ -100,7 +100,7 @@ def empty_transformer(config: UrsaConfig) -> UpstreamTransformer:
 def _require_heads(what: str, config: UrsaConfig, instead: str = "") -> None:
     if config.head_dim != HEAD_DIM:
         raise DimoError(
-            f"{what} needs heads of {HEAD_DIM}, this checkpoint's config.json says head_dim = {config.head_dim}"
+            f"{what} needs head_dim = {HEAD_DIM}, but this checkpoint's config.json has head_dim = {config.head_dim}"
             f"{instead}"
         )
 
@@ -120,15 +120,15 @@ class UpstreamVae:
 
     @torch.no_grad()
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
-        """One video at a time, as the pipeline does."""
+        """Decode one video at a time, as the pipeline does."""
         require_shape("codes", codes, ("B", "T", "H", "W"))
         require_ids("codes", codes, self.codebook_size)
         codes = codes.to(next(self.module.parameters()).device)
         frames = torch.cat([self.module.decode(one).sample for one in codes.split(1)]).float()
         frames = frames.unsqueeze(2) if frames.dim() == 4 else frames  # an image autoencoder has no time axis
         due = self.module.config.temporal_stride * (codes.shape[1] - 1) + 1
-        if frames.shape[2] != due:  # it decodes tiles of its sample_frames and joins them for videos encoded so
-            log.warning("this VAE gives %s of %s frames, here as in URSA's pipeline", frames.shape[2], due)
+        if frames.shape[2] != due:  # its temporal tiling assumes videos encoded in the same tiles
+            log.warning("this VAE decodes %s instead of %s frames, as it does in URSA's pipeline", frames.shape[2], due)
         return frames_of(frames.movedim(1, -1))
 
     def to(self, device) -> UpstreamVae:
@@ -136,10 +136,10 @@ class UpstreamVae:
 
 
 def load_vae(folder: Path, config: dict, device) -> UpstreamVae:
-    """The autoencoder in `folder`, in float32.
+    """Load the autoencoder in `folder` in float32.
 
     Raises:
-        DimoError: a class that is none of diffnext's discrete autoencoders, or weights that do not fit it.
+        DimoError: its class is not one of diffnext's discrete autoencoders, or the weights do not fit.
     """
     name = config.get("_class_name", "")
     if name not in VAES:
@@ -151,9 +151,9 @@ def load_vae(folder: Path, config: dict, device) -> UpstreamVae:
 
 
 def require_pipeline(folder: str | Path) -> None:
-    """Raise unless diffnext's pipeline can be made of a checkpoint folder and sample with it, as far as its JSON tells.
+    """Raise DimoError unless diffnext's pipeline can run this checkpoint folder, judging by its JSON files.
 
-    Its scheduler unpickles whatever `scheduler_model.pth` holds, so that file is read safely.
+    Also loads `scheduler_model.pth` safely once, because diffnext's scheduler would unpickle arbitrary code in it.
     """
     _require_transformers_4()
     folder, what = Path(folder), "diffnext's pipeline"
@@ -162,8 +162,8 @@ def require_pipeline(folder: str | Path) -> None:
     _require_heads(what, config)
     if config.lm_head_size != config.codebook_size:
         raise DimoError(
-            f"{what} takes the columns of the head for codes, but lm_head_size in {folder / 'transformer'}/config.json "
-            f"is {config.lm_head_size} for {config.codebook_size} codes"
+            f"{what} needs a head over the codebook alone, but {folder / 'transformer'}/config.json has "
+            f"lm_head_size = {config.lm_head_size} for {config.codebook_size} codes"
         )
     vae = read_json(folder / "vae" / "config.json").get("_class_name", "")
     if vae not in VAES:
@@ -172,20 +172,22 @@ def require_pipeline(folder: str | Path) -> None:
 
 
 def load_pipeline(folder: str | Path, device="cpu", dtype: torch.dtype = torch.float32, student: str | Path = ""):
-    """diffnext's `URSAPipeline` of a checkpoint folder, with a student's weights (as `load_student` takes) where given.
+    """Load diffnext's `URSAPipeline` from a checkpoint folder.
 
-    With a student it warns where it is called with guidance, as it is by its own default of 7.
+    Args:
+        student: weights of a student, as for `load_student`; empty means the teacher. A student's pipeline warns if it
+            is called with guidance, which diffnext's default of 7 does.
 
     Raises:
-        DimoError: what `require_pipeline` refuses, or weights that do not fit.
+        DimoError: `require_pipeline` fails, or the weights do not fit.
     """
     require_pipeline(folder)
     bridge()
     kind = _student_pipeline() if student else _pipeline_class()
     try:
         pipeline = kind.from_pretrained(str(folder), torch_dtype=dtype)
-    except Exception as error:  # diffusers and transformers raise what they like for a damaged file
-        raise DimoError(f"diffnext's pipeline could not be made of {folder}: {reason(error)}") from error
+    except Exception as error:  # diffusers and transformers raise many types for a damaged file
+        raise DimoError(f"diffnext's pipeline could not be loaded from {folder}: {reason(error)}") from error
     if student:
         source = student_file(student)
         load_weights(pipeline.transformer, read_weights(source), where=str(source))
@@ -195,7 +197,7 @@ def load_pipeline(folder: str | Path, device="cpu", dtype: torch.dtype = torch.f
 def _pipeline_class() -> type:
     try:
         from diffnext.pipelines import URSAPipeline
-    except Exception as error:  # versions that do not go together fail in many ways
+    except Exception as error:  # incompatible versions fail in many ways
         raise DimoError(f"diffnext's pipeline cannot be imported: {reason(error)}") from error
     return URSAPipeline
 
@@ -205,7 +207,7 @@ def _student_pipeline() -> type:
     signature = inspect.signature(pipeline_class.__call__)
 
     class StudentPipeline(pipeline_class):
-        """Upstream's pipeline around a student."""
+        """URSAPipeline that warns about guiding a student."""
 
         def __call__(self, *args, **kwargs):
             given = signature.bind(self, *args, **kwargs)
@@ -218,7 +220,7 @@ def _student_pipeline() -> type:
 
 @dataclasses.dataclass
 class Call:
-    """One call of the pipeline's transformer: input_ids (B, S), rope_pos (S, 3), logits (B, S, V)."""
+    """One recorded call of the pipeline's transformer: input_ids (B, S), rope_pos (S, 3), logits (B, S, V)."""
 
     input_ids: torch.Tensor
     rope_pos: torch.Tensor
@@ -227,9 +229,13 @@ class Call:
 
 @torch.no_grad()
 def record_calls(pipeline, seed: int = 0, **arguments) -> tuple[list[Call], torch.Tensor]:
-    """Run diffnext's pipeline and keep what it fed its transformer -> (calls, its codes (B, T, H, W)).
+    """Run diffnext's pipeline and record the calls of its transformer.
 
-    `arguments` are the pipeline's own: prompt, num_frames, height, width, num_inference_steps, guidance_scale, ...
+    Args:
+        arguments: passed to the pipeline: prompt, num_frames, height, width, num_inference_steps, guidance_scale, ...
+
+    Returns:
+        (calls, the pipeline's codes (B, T, H, W)).
     """
     calls = []
 
@@ -248,10 +254,10 @@ def record_calls(pipeline, seed: int = 0, **arguments) -> tuple[list[Call], torc
 
 @torch.no_grad()
 def compare_calls(transformer, calls: list[Call], latents_shape: tuple[int, int, int]) -> list[dict]:
-    """Rebuild every recorded call with `build_ursa_inputs` and our transformer.
+    """Repeat recorded calls with `build_ursa_inputs` and our transformer.
 
-    Returns a row per call: do ids and positions agree, and the largest difference of the logits as a share of the
-    largest logit.
+    Returns:
+        One dict per call: `ids` and `positions` (whether they are equal) and `logits` (their `relative_error`).
     """
     n, rows = torch.Size(latents_shape).numel(), []
     for call in calls:
@@ -266,9 +272,10 @@ def compare_calls(transformer, calls: list[Call], latents_shape: tuple[int, int,
 
 @torch.no_grad()
 def compare_layers(native, upstream, input_ids: torch.Tensor, rope_pos: torch.Tensor) -> dict[str, float]:
-    """The two transformers on the same input, layer by layer: largest difference as a share of the largest entry.
+    """`relative_error` between two transformers on the same input, layer by layer.
 
-    Keys in order: embed_tokens, layers.0 .. layers.n, norm, logits.
+    Returns:
+        {embed_tokens, layers.0, ..., norm, logits: error}, in this order.
     """
     outputs = [_layer_outputs(model, input_ids, rope_pos) for model in (native, upstream)]
     return {name: relative_error(outputs[0][name], outputs[1][name]) for name in outputs[1]}

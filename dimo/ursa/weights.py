@@ -1,4 +1,4 @@
-"""Files of a checkpoint folder: JSON, safetensors (sharded or not), pickles of plain tensors. Nothing is executed."""
+"""Read checkpoint files: JSON, safetensors (sharded or not) and pickled tensors, without executing any code."""
 
 from __future__ import annotations
 
@@ -16,18 +16,23 @@ from dimo.errors import DimoError, are_finite, reason
 WEIGHTS = "diffusion_pytorch_model"
 LFS_POINTER = b"version https://git-lfs"
 BOM = b"\xef\xbb\xbf"
-UNFINISHED = (".incomplete", ".part", ".crdownload", ".aria2")  # as downloads are called until they end
+UNFINISHED = (".incomplete", ".part", ".crdownload", ".aria2")  # suffixes of unfinished downloads
 _VARIANT = re.compile(rf"{WEIGHTS}(?:\.safetensors\.index|\.bin\.index)?(\.\w+)\.(?:safetensors|bin|json)")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 
 
 def weight_files(source: str | Path) -> list[Path]:
-    """The weights file behind `source`, or all its shards: a file itself, or a folder of safetensors or .bin.
+    """List the weight files of `source`.
 
-    Where the plain names are not there, those of a single variant serve: `diffusion_pytorch_model.fp16.safetensors`.
+    Args:
+        source: a weights file, or a folder with weights in .safetensors or .bin, sharded or not. Without files of the
+            plain name, a single variant such as `diffusion_pytorch_model.fp16.safetensors` is used.
+
+    Returns:
+        The file, or all shards.
 
     Raises:
-        DimoError: nothing there, a shard that the index names is missing, or several variants.
+        DimoError: no weights, a missing shard, or several variants.
     """
     source = Path(source)
     if not source.is_dir():
@@ -38,8 +43,7 @@ def weight_files(source: str | Path) -> list[Path]:
     found = {variant: files for variant in variants if (files := _of_variant(source, variant))}
     if "" not in found and len(found) > 1:
         raise DimoError(
-            f"{source} holds its weights as {' and '.join(v[1:] for v in found)}, and dimo cannot know which is meant: "
-            "move the others away"
+            f"{source} contains the weights in several variants, {' and '.join(v[1:] for v in found)}: keep only one"
         )
     if found:
         return next(iter(found.values()))
@@ -52,7 +56,9 @@ def _of_variant(folder: Path, variant: str) -> list[Path]:
     for end in (".safetensors", ".bin"):
         index, file = folder / f"{WEIGHTS}{end}.index{variant}.json", folder / f"{WEIGHTS}{variant}{end}"
         for one in (index, file):
-            if one.is_symlink() and not one.exists():  # it is what is meant, whatever there is besides
+            if (
+                one.is_symlink() and not one.exists()
+            ):  # the preferred file is a broken link; do not fall back to another
                 raise DimoError(f"weights file {one} {absence(one)}")
         if index.exists():
             return _shards(index)
@@ -62,15 +68,15 @@ def _of_variant(folder: Path, variant: str) -> list[Path]:
 
 
 def _other_weights(folder: Path) -> str:
-    """A hint at what there is in place of the names that are looked for."""
+    """A hint at other weight files in or below the folder."""
     others = sorted(f.name for f in folder.iterdir() if f.suffix in (".safetensors", ".bin", ".pt"))
     if any(_SHARD.search(name) for name in others):
-        return f"; of the shards there, such as {others[0]}, the index is missing"
+        return f"; the index of its shards, such as {others[0]}, is missing"
     deeper = [f.parent for end in ("safetensors", "bin") for f in folder.glob(f"*/{WEIGHTS}*.{end}")]
     deeper += [f for levels in ("*", "*/*") for f in folder.glob(f"{levels}/student.pt")]
     if deeper:
         return f"; did you mean {min(deeper)}?"
-    return f"; name the file itself, there is {', '.join(others)}" if others else ""
+    return f"; give the path of one of its files: {', '.join(others)}" if others else ""
 
 
 def _shards(index: Path) -> list[Path]:
@@ -83,13 +89,13 @@ def _shards(index: Path) -> list[Path]:
         why = absence(index.parent / missing[0])
         raise DimoError(
             f"{len(missing)} of {len(names)} shards that {index} names are missing, the first is {missing[0]}"
-            + (f": it {why}" if why else "; the folder was copied by half")
+            + (f": it {why}" if why else "; the copy of the folder is incomplete")
         )
     return [index.parent / name for name in names]
 
 
 def read_weights(source: str | Path) -> dict[str, torch.Tensor]:
-    """A state dict from a weights file (.safetensors, .bin, .pt) or from a folder that holds one, sharded or not."""
+    """Read a full state dict from a weights file (.safetensors, .bin, .pt), or a folder with one or with its shards."""
     state = {}
     for file in weight_files(source):
         _join(state, _read_safetensors(file) if file.suffix == ".safetensors" else read_pickle(file), file)
@@ -97,15 +103,15 @@ def read_weights(source: str | Path) -> dict[str, torch.Tensor]:
 
 
 def _join(known: dict, more: dict, file: Path) -> None:
-    """Add what another shard holds, where no other holds the same: which of two values is meant, nobody knows."""
+    """Add the entries of another shard to `known`; raise DimoError for a key that both have."""
     twice = sorted(known.keys() & more.keys())
     if twice:
-        raise DimoError(f"{file} holds {twice[0]}, and so does another shard beside it; download the shards again")
+        raise DimoError(f"{file} contains {twice[0]}, which another shard also contains; download the shards again")
     known |= more
 
 
 def weight_shapes(source: str | Path) -> dict[str, tuple[int, ...]]:
-    """{key: shape} of the same; of safetensors only the header is read."""
+    """{key: shape} of the weights `read_weights` would read; of safetensors files, only the header is read."""
     shapes = {}
     for file in weight_files(source):
         if file.suffix != ".safetensors":
@@ -128,46 +134,46 @@ def _read_safetensors(file: Path) -> dict[str, torch.Tensor]:
 
 def _damaged(file: Path, error: Exception) -> DimoError:
     refuse_what_is_none(file)
-    return DimoError(f"weights file {file} is damaged (a copy that broke off?): {error}")
+    return DimoError(f"weights file {file} is damaged (an incomplete copy?): {error}")
 
 
 def read_pickle(file: Path) -> dict[str, torch.Tensor]:
-    """A pickle of {name: tensor} and nothing else; code in it is refused, not executed."""
+    """Read a pickled {name: tensor}; anything else in it is rejected, and code is never executed."""
     require_file(file)
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises half a dozen types for a damaged or hostile file
+    except Exception as error:  # torch raises many types for a damaged or malicious file
         refuse_what_is_none(file)
         why = reason(error)
-        if why.startswith("Weights only load failed"):  # its next sentences advise to execute what the file holds
-            why = "it is no file of torch.save, or holds more than tensors (code in it is not executed)"
+        if why.startswith("Weights only load failed"):  # torch goes on to recommend weights_only=False
+            why = "it was not written by torch.save, or contains more than tensors (code in it is not executed)"
         raise DimoError(f"{file} could not be read as plain tensors: {why}") from error
     if not isinstance(content, dict):
         raise DimoError(f"{file} must hold a plain state dict, got {type(content).__name__}")
     for key, value in content.items():
         if not isinstance(value, torch.Tensor):
-            raise DimoError(f"{file} must hold names and tensors only, its {key!r} is {type(value).__name__}")
+            raise DimoError(f"{file} must map names to tensors only, but {key!r} is of type {type(value).__name__}")
     return content
 
 
 def require_file(file: Path) -> None:
-    """Raise unless there is such a file, with the reason where one can be seen."""
+    """Raise DimoError if `file` does not exist, with the reason if it can be determined."""
     if not file.exists():
         raise DimoError(f"{file} {absence(file) or 'is missing'}")
 
 
 def absence(path: Path) -> str:
-    """Why there is nothing at `path`, where that can be seen: a link that leads nowhere, a download that broke off."""
+    """Why `path` does not exist, if that can be determined: a broken link or an unfinished download. Else empty."""
     for link in (path, *path.parents):
         if link.is_symlink() and not link.exists():
             target = link.parent / os.readlink(link)
             return f"is a link to {target}, which does not exist (was a cache cleaned?); download it again"
     download = _unfinished(path.parent)
-    return f"is not there, and {download} is a download that has not ended; download it again" if download else ""
+    return f"is missing, and {download} is an unfinished download; download it again" if download else ""
 
 
 def _unfinished(folder: Path) -> Path | None:
-    """What a download into `folder` has left that did not end, beside it or where the Hugging Face tools keep it."""
+    """An unfinished download, in `folder` or where the Hugging Face tools keep theirs; None if there is none."""
     places = [folder, folder / ".cache/huggingface/download", folder.parent / ".cache/huggingface/download"]
     places += [places[-1] / folder.name]
     places += [above.parent / "blobs" for above in folder.parents[:2] if above.name == "snapshots"]
@@ -176,33 +182,38 @@ def _unfinished(folder: Path) -> Path | None:
 
 
 def refuse_what_is_none(file: Path) -> None:
-    """Raise for a file that is empty or a Git LFS pointer; for one that could not be read."""
+    """Raise DimoError if a file that could not be read is empty or a Git LFS pointer."""
     with open(file, "rb") as content:
         start = content.read(len(LFS_POINTER))
         if not start:
             raise DimoError(f"{file} is empty (0 bytes)")
         if start == LFS_POINTER:
-            raise DimoError(f"{file} is a Git LFS pointer and not the file itself; run `git lfs pull` there")
+            raise DimoError(f"{file} is a Git LFS pointer, not the file itself; run `git lfs pull` there")
 
 
 def load_weights(transformer: torch.nn.Module, state: dict, where: str, assign: bool = False) -> None:
-    """load_state_dict(strict=True) whose refusal names the first keys or shapes that do not fit.
+    """`load_state_dict(strict=True)` with readable errors.
+
+    Args:
+        state: full state dict.
+        where: origin of the weights, for error messages.
+        assign: as in `load_state_dict`: use the tensors of `state` instead of copying them.
 
     Raises:
-        DimoError: they do not fit, are no floating-point numbers, or not finite.
+        DimoError: keys or shapes do not match (the first is named), or values are not floating-point or not finite.
     """
     own = transformer.state_dict()
     problem = misfit(*({key: tuple(value.shape) for key, value in each.items()} for each in (own, state)))
     if problem:
         raise DimoError(f"the weights of {where} do not fit this model: {problem}")
     for key, value in state.items():
-        if own[key].is_floating_point():  # an autoencoder also counts
+        if own[key].is_floating_point():  # an autoencoder has integer buffers, too
             require_numbers(value, f"{key} in the weights of {where}")
     transformer.load_state_dict(state, strict=True, assign=assign)
 
 
 def require_numbers(tensor: torch.Tensor, name: str) -> None:
-    """Raise unless the tensor holds finite floating-point numbers, all of them."""
+    """Raise DimoError unless `tensor` is dense, floating-point and finite."""
     if tensor.layout != torch.strided:
         raise DimoError(f"{name} must be a dense tensor, got {tensor.layout}")
     if not tensor.is_floating_point():
@@ -212,7 +223,7 @@ def require_numbers(tensor: torch.Tensor, name: str) -> None:
 
 
 def misfit(needed: dict[str, tuple], found: dict[str, tuple]) -> str:
-    """What is wrong with weights of shapes `found` where `needed` are, in words; empty where they fit."""
+    """Describe how {key: shape} `found` differs from `needed`; empty if they match."""
     wrong = sorted(k for k in needed.keys() & found.keys() if needed[k] != found[k])
     for problem, keys in (
         ("it lacks", sorted(needed.keys() - found.keys())),
@@ -226,15 +237,15 @@ def misfit(needed: dict[str, tuple], found: dict[str, tuple]) -> str:
 
 
 def read_json(file: Path) -> dict:
-    """The object in a JSON file, which may start with a byte order mark.
+    """Read a JSON object; the file may start with a byte-order mark.
 
     Raises:
-        DimoError: no such file, it is damaged, has a key twice, or holds no object.
+        DimoError: the file is missing or damaged, has a duplicate key, or is not an object.
     """
     require_file(file)
     try:
         content = json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=_once)
-    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and brackets in brackets
+    except (ValueError, RecursionError) as error:  # includes huge numbers and excessive nesting
         refuse_what_is_none(file)
         raise DimoError(f"{file} is damaged: {error}") from error
     if not isinstance(content, dict):
@@ -243,7 +254,7 @@ def read_json(file: Path) -> dict:
 
 
 def _once(pairs: list[tuple[str, object]]) -> dict:
-    """A JSON object, in which json would take the last of two values."""
+    """A JSON object; raises ValueError for a duplicate key, of which json would keep the last value."""
     content = dict(pairs)
     if len(content) < len(pairs):
         names = [name for name, _ in pairs]
