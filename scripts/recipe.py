@@ -76,7 +76,7 @@ class Graph:
         step.txt_ids = t.prompts.batch(self.samples, g)
         stages.draw_x_init(step, t.x_init, t.num_visual_tokens, g)
         stages.student_pass(step, n.student, grid, g)
-        time_ = stages.draw_t(self.samples, grid, 10**9, 0, d.t_per, g, self.device, d.t_power, d.t_draws)
+        time_ = stages.draw_t(self.samples, grid, 10**9, 0, d.t_per, d.t_power, d.t_draws, g, self.device)
         stages.renoise(step, t.path, time_, g)
         stages.teacher_pass(step, n.teacher, grid)
         fits = stages.auxiliary_losses(

@@ -151,7 +151,7 @@ def test_flags_have_one_spelling_and_the_other_is_read():
 @pytest.mark.parametrize(
     ("words", "function", "resumes"),
     [
-        (["train", "-c", "smoke"], "dimo.run.launch.train", True),
+        (["train", "-c", "smoke"], "dimo.commands.train.train", True),
         (["run", "-c", "smoke"], "dimo.commands.notebooks.run_notebooks", True),
         (["evaluate"], "dimo.evaluation.evaluate.evaluate_to_folder", False),
         (["sample", "--prompt", "x"], "dimo.commands.cli.sample_to_folder", False),

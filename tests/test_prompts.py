@@ -147,18 +147,18 @@ def test_positions_of_an_earlier_dimo_are_read(tmp_path):
 
 def test_the_motion_prefix(folder, tmp_path):
     count = len(captions_of())
-    fixed = PromptStream(folder, motion=9).take(count)
+    fixed = PromptStream(folder, motion=9, motion_share=1).take(count)
     assert sorted(p.removeprefix("motion=9.0, ") for p in fixed) == captions_of()
     assert all(p.startswith("motion=9.0, ") for p in fixed)
-    own = PromptStream(folder, motion="score").take(count)
+    own = PromptStream(folder, motion="score", motion_share=1).take(count)
     assert sorted(own) == sorted(f"motion={float(row[6]):.1f}, {t.strip()}" for t, row in rows_of(600) if t.strip())
-    some = PromptStream(folder, motion=5, motion_share=0.6).take(count)
+    some = PromptStream(folder, motion=5).take(count)
     share = sum(p.startswith("motion=5.0, ") for p in some) / count
-    assert 0.5 < share < 0.7 and some == PromptStream(folder, motion=5, motion_share=0.6).take(count)
+    assert 0.5 < share < 0.7 and some == PromptStream(folder, motion=5).take(count)
     assert PromptStream(folder, motion=5, motion_share=0).take(count) == PromptStream(folder).take(count)
     file = tmp_path / "a.csv"
     file.write_text("caption,motion_score\na,\nb,fast\nc,nan\nd,7\n")
-    assert sorted(PromptStream(file, motion="score").take(4)) == ["a", "b", "c", "motion=7.0, d"]
+    assert sorted(PromptStream(file, motion="score", motion_share=1).take(4)) == ["a", "b", "c", "motion=7.0, d"]
 
 
 def test_wrong_arguments_are_refused(folder, tmp_path):

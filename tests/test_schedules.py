@@ -31,13 +31,13 @@ def test_draws_of_t_are_stratified_and_each_is_uniform(generator):
     early = sample_t_curriculum(3000, 0, 10, generator, draws=2).view(2, 3000) / T_MAX
     assert ((early.min(0).values <= 0.75) & (early.max(0).values >= 0.75)).all()  # 1 - (1 - 1/2)^2
     with pytest.raises(DimoError, match="draws must be at least 1, got 0"):
-        sample_t_curriculum(2, 0, draws=0)
+        sample_t_curriculum(2, 0, 0, draws=0)
 
 
 def test_the_mix_fades(generator):
     assert [fade(step, 0, 50.0) for step in (0, 25, 50, 99)] == [1.0, 0.5, 0.0, 0.0]
     assert fade(99, 0, 0.0) == 1.0
-    mix = XInit(5, p_corrupt=0.4)
+    mix = XInit(5, p_corrupt=0.4, corrupt_ratio=0.2)
     for share, factor in ((0.4, 1.0), (0.2, 0.5), (0.0, 0.0)):
         mix.fade = factor
         mix.remember(torch.zeros(8, 50, dtype=torch.long), torch.zeros(8, 2, dtype=torch.long))  # faded out or not
@@ -47,7 +47,7 @@ def test_the_mix_fades(generator):
 
 
 def test_x_init_is_uniform_without_memory(generator):
-    x, ids, corrupted = XInit(5)(torch.zeros(4000, 2, dtype=torch.long), 6, generator)
+    x, ids, corrupted = XInit(5, 0.2, 0.2)(torch.zeros(4000, 2, dtype=torch.long), 6, generator)
     assert not corrupted.any() and not ids.any()
     assert torch.allclose(torch.bincount(x.flatten(), minlength=5) / x.numel(), torch.full((5,), 0.2), atol=0.012)
 
@@ -107,12 +107,12 @@ def test_baseline_is_the_moving_average_of_earlier_rewards():
 
 def test_bad_input_is_refused_in_a_sentence():
     with pytest.raises(DimoError, match="must not be negative"):
-        sample_t_curriculum(3, -1)
+        sample_t_curriculum(3, -1, 0)
     with pytest.raises(DimoError, match=r"p_corrupt must lie in \[0, 1\]"):
-        XInit(5, p_corrupt=1.1)
+        XInit(5, p_corrupt=1.1, corrupt_ratio=0.2)
     with pytest.raises(DimoError, match=r"x_hat must lie in \[0, 5\)"):
-        XInit(5).remember(torch.full((1, 2), 5), torch.zeros(1, 1))
+        XInit(5, 0.2, 0.2).remember(torch.full((1, 2), 5), torch.zeros(1, 1))
     with pytest.raises(DimoError, match="entropy must be finite"):
-        EntropyController()(float("nan"), 0)
+        EntropyController(0.01, 0.05, 0.3)(float("nan"), 0)
     with pytest.raises(DimoError, match="baseline decay"):
         Baseline(1.0)

@@ -20,7 +20,7 @@ GRID = (3, 4, 4)
 def step(ursa, generator):
     ids = ursa.tokenize(["blue bar moving up", "pink square moving left", "green corner moving down"], 4)
     made = Step(txt_ids=ids)
-    stages.draw_x_init(made, XInit(ursa.path.codebook_size, 0.0), 48, generator)
+    stages.draw_x_init(made, XInit(ursa.path.codebook_size, 0.0, 0.2), 48, generator)
     stages.student_pass(made, ursa.transformer, GRID, generator)
     stages.renoise(made, ursa.path, torch.tensor([0.2, 0.5, 0.95]), generator)
     return made
@@ -51,16 +51,16 @@ def test_x_hat_is_drawn_from_the_students_softmax(ursa, generator):
 
 
 def test_one_t_per_sample_or_per_latent_frame(generator):
-    assert stages.draw_t(5, GRID, 0, 0, "sample", generator).shape == (5,)
-    leaning = stages.draw_t(100_000, GRID, 0, 0, "sample", generator, t_power=1.5)
+    assert stages.draw_t(5, GRID, 0, 0, "sample", 1.0, 1, generator).shape == (5,)
+    leaning = stages.draw_t(100_000, GRID, 0, 0, "sample", 1.5, 1, generator)
     assert leaning.mean().item() == pytest.approx(1 / 2.5, abs=5e-3)  # E[u^p] = 1 / (p + 1)
-    t = stages.draw_t(5, GRID, 0, 0, "frame", generator).view(5, 3, 16)
+    t = stages.draw_t(5, GRID, 0, 0, "frame", 1.0, 1, generator).view(5, 3, 16)
     assert (t == t[..., :1]).all() and (t[:, 0, 0] != t[:, 1, 0]).all()
-    several = stages.draw_t(6, GRID, 0, 0, "frame", generator, draws=4).view(4, 6, 3, 16)
+    several = stages.draw_t(6, GRID, 0, 0, "frame", 1.0, 4, generator).view(4, 6, 3, 16)
     parts = (several[..., 0] / T_MAX * 4).long().sort(0).values
     assert (several == several[..., :1]).all() and (parts == torch.arange(4).view(4, 1, 1)).all()
     with pytest.raises(DimoError, match="t_per must be"):
-        stages.draw_t(5, GRID, 0, 0, "token", generator)
+        stages.draw_t(5, GRID, 0, 0, "token", 1.0, 1, generator)
 
 
 def test_guidance_is_off_above_guidance_trunc(step, ursa):
@@ -91,7 +91,7 @@ def test_the_auxiliary_is_fitted_at_the_kind_of_noise_it_is_asked_at(step, ursa,
     times = []
     path = types.SimpleNamespace(sample=lambda x, t, g: times.append(t) or x)
     next(stages.auxiliary_losses(step, ursa.transformer, path, GRID, generator=generator, t_per=t_per))
-    asked = stages.draw_t(len(step.x_hat), GRID, 0, 0, t_per, generator)
+    asked = stages.draw_t(len(step.x_hat), GRID, 0, 0, t_per, 1.0, 1, generator)
     assert times[0].shape == asked.shape
 
 
@@ -99,7 +99,7 @@ def test_what_the_student_feels_is_the_token_gradient(step, ursa, generator):
     logits = step.student.logits().detach().requires_grad_(True)
     teacher, aux = (2 * torch.randn(logits.shape, generator=generator) for _ in range(2))
     made = dataclasses.replace(step, student=Dense(logits), teacher=Dense(teacher), aux=Dense(aux))
-    stages.distillation_signal(made, "dimo", 0.5)
+    stages.distillation_signal(made, "dimo", 0.5, None)
     stages.total_loss(made)
     (felt,) = torch.autograd.grad(made.loss, logits)
     leaf = aux.double().requires_grad_(True)
@@ -194,7 +194,7 @@ def test_reinforce_is_the_exact_policy_gradient_on_average(baseline):
     logits = z.expand(draws, 1, 3).clone().requires_grad_(True)
     made = Step(student=Dense(logits), x_hat=x_hat, x_t=x_hat, teacher=Dense(teacher), aux=Dense(aux))
     made.logp, made.entropy = made.student.log_prob(x_hat), made.student.entropy()
-    stages.distillation_signal(made, "reinforce", baseline=Baseline() if baseline == "ema" else None)
+    stages.distillation_signal(made, "reinforce", 0.5, Baseline() if baseline == "ema" else None)
     stages.total_loss(made)
     (got,) = torch.autograd.grad(made.loss, logits)
 
@@ -211,10 +211,10 @@ def test_reinforce_is_the_exact_policy_gradient_on_average(baseline):
 def test_literal_is_a_fixed_point_and_dimo_is_none(step, ursa, generator):
     """All three networks equal: literal's terms vanish; after one fit of the auxiliary, Di[M]O's gradient does not."""
     stages.teacher_pass(step, ursa.transformer, GRID)
-    (loss,) = stages.auxiliary_losses(step, ursa.transformer, ursa.path, GRID, "match_teacher")
+    (loss,) = stages.auxiliary_losses(step, ursa.transformer, ursa.path, GRID, "match_teacher", 1)
     stages.auxiliary_pass(step, ursa.transformer, GRID)
     stages.distil_knowledge(step, ursa.transformer, GRID)
-    stages.distillation_signal(step, "reinforce")
+    stages.distillation_signal(step, "reinforce", 0.5, Baseline())
     stages.total_loss(step)
     assert max(loss.abs(), step.kd.abs(), step.reward.abs().max()) < 1e-6
     aux = copy.deepcopy(ursa.transformer).requires_grad_(True)
@@ -224,7 +224,7 @@ def test_literal_is_a_fixed_point_and_dimo_is_none(step, ursa, generator):
             p -= 0.05 * p.grad
     stages.auxiliary_pass(step, aux, GRID)
     step.gaps = None
-    stages.distillation_signal(step, "dimo")
+    stages.distillation_signal(step, "dimo", 0.5, None)
     stages.total_loss(step)
     assert step.reward.abs().min() > 1e-4
 
@@ -233,7 +233,7 @@ def test_total_loss_is_the_weighted_sum(step, ursa, generator):
     stages.teacher_pass(step, ursa.transformer, GRID)
     shape = step.student.states.shape
     step.aux, step.student_at_t = (Dense(torch.randn(shape, generator=generator)) for _ in range(2))
-    stages.distillation_signal(step, "dimo", 0.5)
+    stages.distillation_signal(step, "dimo", 0.5, None)
     stages.total_loss(step, 0.5, 0.1, 0.2)
     want = 0.5 * step.distill.item() + 0.1 * step.kd.item() - 0.2 * step.entropy.mean().item()
     assert step.loss.item() == pytest.approx(want, abs=1e-6) and min(abs(step.distill), step.kd, step.entropy.min()) > 0
@@ -263,7 +263,7 @@ def test_unknown_choices_are_refused(step, ursa):
     with pytest.raises(DimoError, match="aux_objective must be"):
         next(stages.auxiliary_losses(step, ursa.transformer, ursa.path, GRID, "copy"))
     with pytest.raises(DimoError, match="estimator must be one of dimo, reinforce, got 'soft'"):
-        stages.distillation_signal(step, "soft")
+        stages.distillation_signal(step, "soft", 0.5, None)
     with pytest.raises(DimoError, match="prompts must not be empty"):
         stages.tokenise(ursa.tokenize, [], 4)
 
@@ -286,7 +286,7 @@ def test_beta_by_time_is_forward_kl_at_the_noise_and_reverse_at_the_data(generat
     x, t = torch.randint(6, (3, 4), generator=generator), torch.tensor([0.0, 0.25, 0.999])
     step = Step(student=Dense(student), teacher=Dense(teacher), aux=Dense(aux), x_hat=x, x_t=x, t=t)
     step.logp, step.entropy = step.student.log_prob(x), step.student.entropy()
-    stages.distillation_signal(step, "dimo", "time")
+    stages.distillation_signal(step, "dimo", "time", None)
     stages.total_loss(step)
     (felt,) = torch.autograd.grad(step.loss, student)
     for row, beta in enumerate(t.tolist()):

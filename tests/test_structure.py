@@ -4,6 +4,8 @@ import ast
 import sys
 from pathlib import Path
 
+from dimo.config import config_keys, default_of
+
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "dimo").rglob("*.py"))
 FLOORS = [  # a room imports its own and lower ones
@@ -91,3 +93,24 @@ def test_names():
     last = [name.split(".")[-1] for name in MODULES if MODULES[name].name != "__main__.py"]
     assert [name for name in last if name in sys.stdlib_module_names] == []
     assert [name for name in set(last) if f"{name}s" in last] == []
+
+
+def test_defaults_of_functions_are_those_of_the_configuration():
+    """Where a function has an argument that is named as a key of the method and gives it a default, both agree."""
+    method = {key.split(".")[1]: field for key, field in config_keys().items() if key.startswith("distill.")}
+    defaults = {name: default_of(field) for name, field in method.items()}
+    other = {("evaluate", "max_prompt_length")}  # a world's 4, which 0 in the configuration stands for
+    wrong = []
+    for name, file in MODULES.items():
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, ast.FunctionDef):
+                continue
+            arguments = [*node.args.posonlyargs, *node.args.args]
+            given = [*zip(arguments[::-1], node.args.defaults[::-1]), *zip(node.args.kwonlyargs, node.args.kw_defaults)]
+            for argument, default in given:
+                key = argument.arg
+                if key not in defaults or (node.name, key) in other or getattr(default, "value", None) is None:
+                    continue
+                if default.value != defaults[key]:
+                    wrong.append(f"{name}.{node.name}: {key} is {default.value!r}, the key {defaults[key]!r}")
+    assert wrong == []

@@ -49,7 +49,7 @@ class PromptStream:
         shuffle_buffer: int = 10_000,
         minimum: dict[str, float] | None = None,
         motion: float | str | None = None,
-        motion_share: float = 1.0,
+        motion_share: float = 0.6,
     ):
         if not 0 <= rank < world_size:
             raise DimoError(f"rank must lie in [0, world_size), got {rank} of {world_size}")

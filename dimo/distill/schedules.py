@@ -15,7 +15,7 @@ T_MAX = 0.999  # beta_t is infinite at t = 1
 def sample_t_curriculum(
     size: int | Sequence[int],
     step: int,
-    curriculum_steps: int = 10_000,
+    curriculum_steps: int,
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
     draws: int = 1,
@@ -61,7 +61,7 @@ class XInit:
     corrupted ones make up for it. Only fresh ones are asked for later, so the mix should be gone before the end.
     """
 
-    def __init__(self, codebook_size: int, p_corrupt: float = 0.2, corrupt_ratio: float = 0.2, capacity: int = 256):
+    def __init__(self, codebook_size: int, p_corrupt: float, corrupt_ratio: float, capacity: int = 256):
         for name, value in (("p_corrupt", p_corrupt), ("corrupt_ratio", corrupt_ratio)):
             if not 0 <= value <= 1:
                 raise DimoError(f"{name} must lie in [0, 1], got {value}")
@@ -116,7 +116,7 @@ class EntropyController:
     WARMUP = 20  # steps whose mean entropy sets the scale
 
     def __init__(
-        self, low: float = 0.01, high: float = 0.05, floor: float = 0.3, anneal_from: int = 0, anneal_to: int = 0
+        self, low: float, high: float, floor: float, anneal_from: int = 0, anneal_to: int = 0
     ):
         if min(low, high, floor) < 0:
             raise DimoError(f"lambda_ent, lambda_ent_high and entropy_floor must be >= 0, got {low}, {high}, {floor}")

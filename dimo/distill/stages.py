@@ -123,10 +123,10 @@ def draw_t(
     step_index: int,
     curriculum_steps: int,
     t_per: str,
+    t_power: float,
+    draws: int,
     generator=None,
     device=None,
-    t_power: float = 1.0,
-    draws: int = 1,
 ) -> torch.Tensor:
     """Times of stage 4: one per sample (R B,), or one per latent frame spread over its tokens (R B, N), R = draws.
 
@@ -187,7 +187,7 @@ def auxiliary_losses(
     path: MetricPath | MixturePath,
     grid: Grid,
     objective: str = "denoise",
-    aux_steps: int = 1,
+    aux_steps: int = 2,
     label_smoothing: float = 0.0,
     empty_share: float = 0.1,
     empty_ids: torch.Tensor | None = None,
@@ -218,7 +218,7 @@ def auxiliary_losses(
         if at_x_t:
             x, txt_ids = draws[index], for_each_draw(step.txt_ids, draws[index])
         else:
-            txt_ids, t = step.txt_ids, draw_t(batch, grid, 0, 0, t_per, generator, device)
+            txt_ids, t = step.txt_ids, draw_t(batch, grid, 0, 0, t_per, 1.0, 1, generator, device)
             if empty_ids is not None and empty_share > 0:
                 drop = torch.rand(batch, generator=generator, device=device) < empty_share
                 txt_ids = torch.where(drop[:, None], empty_ids, txt_ids)
@@ -251,9 +251,9 @@ def distil_knowledge(step: Step, student: UrsaTransformer, grid: Grid) -> None:
 
 def distillation_signal(
     step: Step,
-    estimator: str = "dimo",
-    beta: float | str = 0.5,
-    baseline: Baseline | None = None,
+    estimator: str,
+    beta: float | str,
+    baseline: Baseline | None,
     w_reinforce: float = 0.0,
 ) -> None:
     """Stage 8: which gradient stage 9 sends to the student's logits z_S at x_init.

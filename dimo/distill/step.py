@@ -109,9 +109,8 @@ def nine_stages(run: Distillation, index: int, steps: list[Step], norms: dict[st
             run.x_init.remember(step.x_hat, step.txt_ids)
             yield 3, step
             # 4 x_t
-            t = stages.draw_t(
-                len(step.x_hat), grid, index, d.t_curriculum_steps, d.t_per, g, step.x_hat.device, d.t_power, d.t_draws
-            )
+            rows, device = len(step.x_hat), step.x_hat.device
+            t = stages.draw_t(rows, grid, index, d.t_curriculum_steps, d.t_per, d.t_power, d.t_draws, g, device)
             stages.renoise(step, run.path, t, g)
             yield 4, step
             # 5 teacher

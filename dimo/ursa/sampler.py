@@ -33,7 +33,7 @@ def timesteps(steps: int, shift: float = 1.0) -> list[float]:
     return [1 - shift * s / (1 + (shift - 1) * s) for s in sigma]
 
 
-def warn_if_guided_again(guidance_scale: float, guidance_trunc: float = 1.0) -> None:
+def warn_if_guided_again(guidance_scale: float, guidance_trunc: float) -> None:
     """Log a warning if guidance would apply to a student, whose only step is at t = 0."""
     if guidance_scale > 1 and guidance_trunc > 0:
         log.warning(
