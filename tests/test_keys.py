@@ -30,9 +30,9 @@ TESTS = Path(__file__).parent
 TINY = TESTS / "data" / "tiny-ursa"
 SCORES = ("clarity_score", "aesthetic_score", "motion_score", "video_training_suitability_score")
 SMALL = (
-    "model.device=cpu", "distill.teacher_ckpt={folder}/world", "distill.batch_size_per_gpu=4", "distill.t_draws=1", "distill.aux_steps=1",
-    "training.max_train_steps=3", "optim.warmup_steps=1", "experiment.sample_every=9", "evaluation.videos_per_prompt=1",
-    "evaluation.teacher_steps=[1]",
+    "model.device=cpu", "distill.teacher_ckpt={folder}/world", "distill.batch_size_per_gpu=4", "distill.t_draws=1",
+    "distill.aux_steps=1", "training.max_train_steps=3", "optim.warmup_steps=1", "experiment.sample_every=9",
+    "evaluation.videos_per_prompt=1", "evaluation.teacher_steps=[1]",
 )  # fmt: skip
 # {folder} is `made_once`
 CAPTIONS = ("distill.prompt_source={folder}/captions.csv",)
