@@ -211,6 +211,16 @@ def test_every_switch_of_the_method_runs(tmp_path, more):
     assert step.loss.isfinite() and metrics["grad_norm/student"] > 0
 
 
+@pytest.mark.parametrize(("t_per", "dimensions"), [("sample", 1), ("frame", 2)])
+def test_student_and_auxiliary_are_renoised_alike(tmp_path, t_per, dimensions):
+    trainer, times = Trainer(config_for(tmp_path, f"distill.t_per={t_per}", "distill.aux_steps=1")), []
+    inner = trainer.path.sample
+    trainer.path.sample = lambda x, t, g: (times.append(t), inner(x, t, g))[1]
+    trainer.step(0)
+    seen = [t.dim() for t in times]  # of stage 4, of the auxiliary's fit
+    assert seen == [dimensions, dimensions], f"distill.t_per={t_per} gives t of {seen} dimensions"
+
+
 def test_the_mixture_path_goes_through_all_nine_stages(tmp_path):
     """x_t is x_hat's token with probability t, else uniform, in stage 4 and in the auxiliary's fits."""
     teacher = shutil.copytree(checkpoint_folder("shapes"), tmp_path / "teacher")
