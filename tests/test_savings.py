@@ -13,6 +13,7 @@ from dimo.config import load_config
 from dimo.distill import stages
 from dimo.distill.stages import Step
 from dimo.errors import DimoError
+from dimo.train.engine import Engine
 from dimo.train.trainer import Trainer
 from dimo.ursa import Chunked, UrsaConfig, UrsaTransformer, load_ursa, predict, transformer, visual_logits
 from dimo.ursa.inputs import rope_positions
@@ -310,3 +311,25 @@ def test_a_run_with_shared_bf16_embeddings_samples_saves_and_goes_on(tmp_path):
     again.train(progress=False)
     rows = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1] == 3
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_layers_are_compiled_on_a_gpu_where_it_is_asked_for(tmp_path, monkeypatch, ursa, asked):
+    """A GPU is only claimed, so the trainer is left when its first network is told how to run."""
+
+    class Told(Exception):
+        pass
+
+    def told(self, *how):
+        raise Told(*how)
+
+    def on_a_gpu(self, config, inner=Engine.__init__):
+        inner(self, config)
+        self.device = torch.device("cuda")
+
+    monkeypatch.setattr(Engine, "__init__", on_a_gpu)
+    monkeypatch.setattr(UrsaTransformer, "run_with", told)
+    overrides = ["model.device=cpu", f"model.compile={asked}", f"experiment.output_dir={tmp_path}"]
+    with pytest.raises(Told) as how:
+        Trainer(load_config("smoke", overrides), ursa)
+    assert how.value.args == (asked, "none"), "model.compile"

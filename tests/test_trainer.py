@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from dimo.errors import DimoError
 from dimo.run.folder import RunFolder
 from dimo.train.loop import write_samples
 from dimo.train.trainer import Trainer, step_through
-from dimo.ursa import load_ursa, visual_logits
+from dimo.ursa import MixturePath, load_ursa, visual_logits
 from dimo.ursa.loading import load_transformer
 from dimo.worlds import checkpoint_folder
 
@@ -180,7 +181,10 @@ def test_every_metric_can_move(uninterrupted):
     fixed = {name for name in rows[0] if len({row[name] for row in rows}) == 1}
     # the bonus moves when the entropy falls under its floor; batch statistics of whole numbers may coincide
     assert fixed <= {"lambda_ent", "codes/used", "guard/skipped"}  # test_guards moves the last
-    assert rows[-1]["loss/total"] != rows[0]["loss/total"] and rows[0]["x_init/corrupt_share"] <= 1
+    assert rows[-1]["loss/total"] != rows[0]["loss/total"]
+    shares = [row["x_init/corrupt_share"] for row in rows]
+    # a run's first step has no earlier sample to start from, and from step 0.7 * 16 on none is asked for
+    assert 0 < shares[0] <= 2 / 3 and all(shares[:4]) and shares[4:] == [0, 0]
 
 
 def test_the_bonus_rises_when_the_entropy_falls(tmp_path):
@@ -205,6 +209,47 @@ def test_the_ema_follows_by_its_decay(tmp_path):
 def test_every_switch_of_the_method_runs(tmp_path, more):
     ((_, step, metrics),) = step_through(Trainer(config_for(tmp_path, *more)), 1)
     assert step.loss.isfinite() and metrics["grad_norm/student"] > 0
+
+
+@pytest.mark.parametrize(("t_per", "dimensions"), [("sample", 1), ("frame", 2)])
+def test_student_and_auxiliary_are_renoised_alike(tmp_path, t_per, dimensions):
+    trainer, times = Trainer(config_for(tmp_path, f"distill.t_per={t_per}", "distill.aux_steps=1")), []
+    inner = trainer.path.sample
+    trainer.path.sample = lambda x, t, g: (times.append(t), inner(x, t, g))[1]
+    trainer.step(0)
+    seen = [t.dim() for t in times]  # of stage 4, of the auxiliary's fit
+    assert seen == [dimensions, dimensions], f"distill.t_per={t_per} gives t of {seen} dimensions"
+
+
+def test_the_mixture_path_goes_through_all_nine_stages(tmp_path):
+    """x_t is x_hat's token with probability t, else uniform, in stage 4 and in the auxiliary's fits."""
+    teacher = shutil.copytree(checkpoint_folder("shapes"), tmp_path / "teacher")
+    file = teacher / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"alpha": None}))
+    large = ["distill.batch_size_per_gpu=64", "distill.t_draws=2", "distill.aux_steps=2"]
+    trainer, drawn = Trainer(config_for(tmp_path / "run", f"distill.teacher_ckpt={teacher}", *large)), []
+    assert isinstance(trainer.path, MixturePath)
+    inner, codes = trainer.path.sample, trainer.path.codebook_size
+
+    def recording(x_1, t, generator):
+        drawn.append((x_1, t, inner(x_1, t, generator)))
+        return drawn[-1][2]
+
+    trainer.path.sample = recording
+    networks = [trainer.networks.student, trainer.networks.aux, trainer.networks.ema]
+    before = [{k: v.clone() for k, v in network.state_dict().items()} for network in networks]
+    step, metrics = trainer.step(0)
+    assert step.loss.isfinite() and step.kd.isfinite() and metrics["grad_norm/aux"] > 0
+    assert all(any(not torch.equal(w, old[k]) for k, w in n.state_dict().items()) for n, old in zip(networks, before))
+    assert len(drawn) == 3 and torch.equal(drawn[0][2], step.x_t)  # 128 videos, then twice 64, of 48 tokens each
+    for x_1, t, x_t in drawn:
+        assert torch.equal(x_1, step.x_hat.repeat(len(x_1) // 64, 1))
+        want = t[:, None] + (1 - t[:, None]) / codes
+        assert ((x_t == x_1).float() - want).mean().abs() < 0.03  # three standard deviations of the fewer tokens
+        assert ((x_t == x_1).float() - want)[t < 0.2].mean().abs() < 0.05
+        away = ((x_t - x_1) % codes)[x_t != x_1]
+        shares = torch.bincount(away, minlength=codes) / len(away)
+        assert shares[0] == 0 and torch.allclose(shares[1:], torch.tensor(1 / (codes - 1)), atol=0.04)
 
 
 def test_the_teacher_is_never_changed(tmp_path):
