@@ -319,7 +319,7 @@ def test_every_key_is_shown_to_change_something():
 def test_a_gpu_that_is_not_there_is_missed_where_it_is_asked_for(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     Trainer(config_of(["model.device=auto"]))
-    with pytest.raises(DimoError, match="model.device is cuda, but PyTorch sees no GPU"):
+    with pytest.raises(DimoError, match="model.device is cuda, but PyTorch finds no GPU"):
         Trainer(config_of(["model.device=cuda"]))
 
 
