@@ -46,6 +46,7 @@ def test_config_lists_keys_and_resolves_presets(capsys):
             ["train", "-c", "smoke", "distill.estimatr=dimo"],
             "unknown key 'distill.estimatr'; did you mean 'distill.estimator'",
         ),
+        (["train", "-c", "smoke", "distill.estimator=soft"], "estimator must be one of dimo, reinforce, got 'soft'"),
         (["train", "-c", "smoke", "distill.teacher_ckpt=/nowhere"], "neither a folder nor a built-in world"),
         (["run", "-c", "smoke", "-p", "min_shar=1"], "no notebook has a parameter 'min_shar'"),
         (["run", "-c", "smoke", "-p", "min_share"], "a parameter reads name=value"),

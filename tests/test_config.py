@@ -62,7 +62,6 @@ def test_every_key_says_what_it_means():
         (None, "distill.p_corrupt=1.2", r"distill.p_corrupt must lie in \[0, 1\]"),
         (None, "experiment.seed=-1", r"experiment.seed must lie in \[0, 2\^63\), got -1"),
         (None, f"evaluation.seed={2**63}", r"evaluation.seed must lie in \[0, 2\^63\)"),
-        (None, "distill.estimator=soft", "distill.estimator must be one of dimo, reinforce"),
         (None, "distill.divergence=reversed", "divergence must be one of"),
         (None, "distill.height=30", "height must be a multiple of 8, got 30; the nearest are 24 or 32"),
         (None, "evaluation.teacher_steps=[]", "evaluation.teacher_steps must list"),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dimo.config import Config
 from dimo.data.listing import list_files
+from dimo.distill.stages import require_estimator
 from dimo.errors import DimoError
 from dimo.run.folder import RunFolder
 from dimo.run.launch import launch, launch_command, launch_file, needs_launch
@@ -47,6 +48,7 @@ def refuse_early(config: Config) -> None:
     """
     source = config.distill.prompt_source
     checkpoint_folder(config.distill.teacher_ckpt)
+    require_estimator(config.distill.estimator)
     if source != "world" and not Path(source).exists():
         raise DimoError(f"distill.prompt_source {source!r} is neither world nor a file or folder")
     if source != "world":

@@ -156,7 +156,6 @@ def validate(config: Config) -> None:
         "model.device": ("auto", "cpu", "cuda"),
         "model.backend": BACKENDS,
         "experiment.student_dtype": ("auto", *DTYPES),
-        "distill.estimator": ("dimo", "reinforce"),
         "distill.aux_objective": ("denoise", "match_teacher"),
         "model.activation_checkpointing": CHECKPOINTING,
         "distill.aux_pass": ("own", "shared"),

@@ -264,8 +264,7 @@ def distillation_signal(
     `reinforce`: the policy gradient with reward -Jeffreys(p_T, p_A) per sample, and an EMA baseline or (baseline None)
     leave-one-out. Gradients and rewards are means over the draws of t.
     """
-    if estimator not in ESTIMATORS:
-        raise DimoError(f"estimator must be one of {', '.join(ESTIMATORS)}, got {estimator!r}")
+    require_estimator(estimator)
     ESTIMATORS[estimator](step, beta, baseline, w_reinforce)
 
 
@@ -288,8 +287,15 @@ def _reinforce(step: Step, beta: float | str, baseline: Baseline | None, w_reinf
     step.w_policy, step.advantage = 1.0, for_each_draw(advantage[:, None], step.x_t)
 
 
-# Each sets of a step: beta (None leaves out the token-level gradient), w_policy, advantage and, if any, baseline.
+# What `distill.estimator` may name. Each sets the step's `beta` (None leaves out the token-level gradient) and, for a
+# policy gradient, its `w_policy`, `advantage` and `baseline`.
 ESTIMATORS = {"dimo": _dimo, "reinforce": _reinforce}
+
+
+def require_estimator(name: str) -> None:
+    """Raise unless there is such an estimator."""
+    if name not in ESTIMATORS:
+        raise DimoError(f"distill.estimator must be one of {', '.join(ESTIMATORS)}, got {name!r}")
 
 
 def reward_of(gaps: losses.Gaps, samples: int) -> torch.Tensor:

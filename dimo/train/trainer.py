@@ -38,6 +38,7 @@ class Trainer:
         self.config = config = as_begun(config)
         self.settings = d = config.distill
         o = config.optim
+        stages.require_estimator(d.estimator)
         self.engine = Engine(config)
         self.accelerator, self.device = self.engine.accelerator, self.engine.device
         if self.device.type == "cpu":
