@@ -33,7 +33,7 @@ class Scores:
 
 
 class Decoder(Protocol):
-    """What makes frames of codes. It is kept in a checkpoint's vae/, where `dimo.ursa.loading.load_vae` must know it."""
+    """What makes frames of codes, kept in a checkpoint's vae/; `dimo.ursa.loading.load_vae` must know its class."""
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """Codes (B, T, H, W) -> frames (B, 4 (T-1) + 1, 8 H, 8 W, 3), RGB in [0, 1]."""
