@@ -31,7 +31,7 @@ from dimo.train.optimizers import Muon, lr_factor, orthogonalise, warm_ema_decay
 from dimo.train.trainer import Trainer
 from dimo.ursa import save_student
 from dimo.worlds import load_world
-from dimo.worlds.world import World
+from dimo.worlds.protocol import World
 
 CHECKED = 3  # steps that graph and trainer both make
 

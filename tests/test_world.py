@@ -10,9 +10,9 @@ from dimo.errors import DimoError
 from dimo.evaluation.scored import coverage_detail, least_coverage
 from dimo.worlds import checkpoint_folder, is_world, load_world, video_size
 from dimo.worlds.oracle import TOKENS, coverage, entropy, score
+from dimo.worlds.protocol import prompt_index, prompt_length
 from dimo.worlds.registry import WORLDS
 from dimo.worlds.shapes import COLOURS, DIRECTIONS, SHAPES, ShapesWorld
-from dimo.worlds.world import prompt_index, prompt_length
 
 
 def draw_by_hand(world, colour, shape, direction, y0, x0, o, b):

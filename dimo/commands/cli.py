@@ -11,7 +11,7 @@ from typing import Any
 
 from dimo.commands.examples import EXAMPLES, examples
 from dimo.commands.sample import Request, read_prompts, sample_to_folder
-from dimo.commands.world import add_world
+from dimo.commands.world_train import add_world
 from dimo.config.flags import RENAMED, split_flags
 from dimo.config.values import read_value
 from dimo.errors import DimoError, reason

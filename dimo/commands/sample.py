@@ -24,7 +24,7 @@ from dimo.ursa.frames import eight_bits
 from dimo.ursa.loading import DTYPES, load_student
 from dimo.ursa.sampler import warn_if_guided_again
 from dimo.worlds import DEFAULT_WORLD, checkpoint_folder, is_world, load_world, require_world, video_size
-from dimo.worlds.world import prompt_index
+from dimo.worlds.protocol import prompt_index
 
 log = logging.getLogger(__name__)
 FPS = 12  # of URSA's videos

@@ -24,7 +24,7 @@ from dimo.ursa.layout import makes_images, vae_strides
 from dimo.ursa.loading import BACKENDS, DTYPES
 from dimo.ursa.transformer import CHECKPOINTING
 from dimo.worlds import DATA, built_in_worlds, is_world, load_world
-from dimo.worlds.world import prompt_length
+from dimo.worlds.protocol import prompt_length
 
 PRESETS = Path(__file__).parent / "presets"
 REFERENCE = re.compile(r"\$\{(\w+\.\w+)\}")

@@ -28,7 +28,7 @@ from dimo.ursa.layout import student_file
 from dimo.ursa.loading import load_student
 from dimo.worlds import checkpoint_folder, is_world, load_world, require_world
 from dimo.worlds.oracle import score
-from dimo.worlds.world import World, prompt_length
+from dimo.worlds.protocol import World, prompt_length
 
 log = logging.getLogger(__name__)
 SHEET_PROMPTS = 6

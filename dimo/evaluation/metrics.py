@@ -13,7 +13,7 @@ import torch
 
 from dimo.evaluation.reference_free import diversity
 from dimo.evaluation.scored import coverage_detail, least_coverage
-from dimo.worlds.world import Scores
+from dimo.worlds.protocol import Scores
 
 
 @dataclasses.dataclass(frozen=True)

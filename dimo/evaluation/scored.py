@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dimo.worlds.oracle import coverage
-from dimo.worlds.world import Scores
+from dimo.worlds.protocol import Scores
 
 
 def coverage_detail(scores: Scores) -> dict[str, float | None]:

@@ -9,8 +9,8 @@ from dimo.errors import DimoError, nearest
 from dimo.paths import user_path
 from dimo.ursa.layout import default_size, require_checkpoint
 from dimo.ursa.weights import read_json
+from dimo.worlds.protocol import World
 from dimo.worlds.registry import WORLDS
-from dimo.worlds.world import World
 
 DATA = Path(__file__).parent / "data"
 WORLD_FILE = "world.json"  # which world it is and its sizes, beside its teacher

@@ -7,7 +7,7 @@ import math
 import torch
 
 from dimo.errors import DimoError, require_ids, require_shape
-from dimo.worlds.world import Scores, World, prompt_index
+from dimo.worlds.protocol import Scores, World, prompt_index
 
 TOKENS = 1024 * 48  # scored at once
 

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from dimo.errors import DimoError
 from dimo.ursa.palette import PaletteDecoder
-from dimo.worlds.world import Scores
+from dimo.worlds.protocol import Scores
 
 # Cells (y, x) of each shape from its anchor, and the step (y, x) of each direction.
 SHAPES = {

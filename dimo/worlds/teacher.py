@@ -17,7 +17,7 @@ from dimo.files import whole_folder
 from dimo.ursa import MetricPath, UrsaConfig, UrsaTransformer, load_ursa, sample, save_student, visual_logits
 from dimo.worlds import WORLD_FILE, is_world
 from dimo.worlds.oracle import score
-from dimo.worlds.world import World, prompt_index, prompt_length
+from dimo.worlds.protocol import World, prompt_index, prompt_length
 
 PAD, UNKNOWN, BOV = "<pad>", "<unk>", "<bov>"
 ROPE_THETA = 10.0  # for ten positions or fewer: URSA's own 1,000,000 leaves half of the frequencies constant here
