@@ -5,12 +5,12 @@
 
 import torch
 
-from dimo.commands.cli import SHIPPED_STUDENT
 from dimo.evaluation.evaluate import format_cell
+from dimo.evaluation.metrics import SCORED, Videos
 from dimo.ursa import load_ursa, sample
 from dimo.ursa.loading import load_student
-from dimo.worlds import checkpoint_folder, load_world
-from dimo.worlds.oracle import score, summarise
+from dimo.worlds import DEFAULT_WORLD, SHIPPED_STUDENT, checkpoint_folder, load_world
+from dimo.worlds.oracle import score
 
 VIDEOS, SEED, BATCH = 64, 1234, 512
 SCALES = (1.0, 1.5, 2.0, 3.0, 7.0)
@@ -26,7 +26,7 @@ def one_pass(ursa, network, grid, ids, **guidance) -> torch.Tensor:
 
 
 def main() -> None:
-    folder = checkpoint_folder("shapes")
+    folder = checkpoint_folder(DEFAULT_WORLD)
     world, ursa = load_world(folder), load_ursa(folder)
     student, grid = load_student(ursa, SHIPPED_STUDENT), world.latents_shape
     prompts = [prompt for prompt in world.prompts for _ in range(VIDEOS)]
@@ -36,8 +36,9 @@ def main() -> None:
     made["at the empty prompt"] = one_pass(ursa, student, grid, empty.repeat(len(ids) // BATCH, 1))
     print(f"{'student, 1 pass':24}{'validity':>12}{'adherence':>12}{'coverage':>12}")
     for name, codes in made.items():
-        row = summarise(world, score(world, codes, prompts))
-        print(f"{name:24}" + "".join(f"{format_cell(row[key]):>12}" for key in ("validity", "adherence", "coverage")))
+        videos = Videos(codes.view(-1, *grid), prompts, VIDEOS, seconds=0.0, scores=score(world, codes, prompts))
+        row = [SCORED[key].function(videos) for key in ("validity", "adherence", "coverage")]
+        print(f"{name:24}" + "".join(f"{format_cell(value):>12}" for value in row))
 
 
 if __name__ == "__main__":

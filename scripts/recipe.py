@@ -31,7 +31,7 @@ from dimo.train.optimizers import Muon, lr_factor, orthogonalise, warm_ema_decay
 from dimo.train.trainer import Trainer
 from dimo.ursa import save_student
 from dimo.worlds import load_world
-from dimo.worlds.shapes import ShapesWorld
+from dimo.worlds.protocol import World
 
 CHECKED = 3  # steps that graph and trainer both make
 
@@ -195,7 +195,7 @@ class Graph:
     def _names(self) -> list[str]:
         return [f"{self.trainer.config.experiment.seed}/{i}" for i in range(len(self._tensors()))]
 
-    def scores(self, world: ShapesWorld, out: Path, at: int, last: int) -> None:
+    def scores(self, world: World, out: Path, at: int, last: int) -> None:
         """Print and write the figures of every average after `at` steps, and the students."""
         t, final = self.trainer, copy.deepcopy(self.trainer.networks.ema)
         for decay, average in zip(self.emas, self.averages):

@@ -16,6 +16,7 @@ from dimo.ursa.loading import load_transformer, save_student
 from dimo.ursa.weights import read_weights
 from dimo.worlds import checkpoint_folder, load_world
 from dimo.worlds.oracle import score
+from dimo.worlds.shapes import ShapesWorld
 from dimo.worlds.teacher import TeacherRecipe, encode, make_teacher
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
@@ -134,15 +135,14 @@ def test_a_folder_that_is_no_world_cannot_be_scored(folder):
 
 
 def test_a_teacher_of_another_world_is_trained_and_loads(tmp_path):
-    recipe = TeacherRecipe(
-        frames=2, object_shades=1, background_shades=3, layers=1, hidden=32, heads=2, steps=3, batch_size=4
-    )
-    table = make_teacher(recipe, tmp_path / "made", videos_per_prompt=1)
+    other = ShapesWorld(frames=2, object_shades=1, background_shades=3)
+    recipe = TeacherRecipe(layers=1, hidden=32, heads=2, steps=3, batch_size=4)
+    table = make_teacher(other, recipe, tmp_path / "made", videos_per_prompt=1)
     assert len(table.splitlines()) == 5
-    world, ursa = load_world(tmp_path / "made"), load_ursa(tmp_path / "made")
-    assert world == recipe.world() and ursa.path.codebook_size == 7
+    assert load_world(tmp_path / "made") == other and load_ursa(tmp_path / "made").path.codebook_size == 7
+    assert json.loads((tmp_path / "made" / "world.json").read_text())["world"] == "shapes"
     with pytest.raises(DimoError, match="steps must be at least 1"):
-        make_teacher(TeacherRecipe(steps=0), tmp_path / "none")
+        make_teacher(other, TeacherRecipe(steps=0), tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
 
@@ -151,11 +151,11 @@ def test_a_teacher_replaces_only_a_teacher_and_only_by_a_finite_one(tmp_path, fo
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("years of work")
     with pytest.raises(DimoError, match="mine exists and is no world's checkpoint folder"):
-        make_teacher(TeacherRecipe(steps=1, **tiny), tmp_path / "mine")
+        make_teacher(ShapesWorld(), TeacherRecipe(steps=1, **tiny), tmp_path / "mine")
     assert (tmp_path / "mine/thesis.txt").read_text() == "years of work"
     before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
     with pytest.raises(DimoError, match="weights are not finite after 3 steps"):
-        make_teacher(TeacherRecipe(steps=3, lr=1e30, **tiny), folder)
+        make_teacher(ShapesWorld(), TeacherRecipe(steps=3, lr=1e30, **tiny), folder)
     assert before == {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
@@ -176,14 +176,14 @@ def test_training_the_teacher_learns():
     from dimo.worlds.teacher import initialise, train_teacher, ursa_config
 
     recipe = TeacherRecipe(layers=1, hidden=32, heads=2, intermediate=32, steps=150, batch_size=32, lr=5e-3)
-    world, g = recipe.world(), torch.Generator().manual_seed(9)
+    world, g = ShapesWorld(), torch.Generator().manual_seed(9)
     prompt, x_1 = world.draw(64, g)
     x_t = MetricPath(world.codebook(), recipe.alpha, recipe.c).sample(x_1, 0.5, g)
     ids = encode(world, world.prompts)[prompt]
     torch.manual_seed(0)
-    fresh = UrsaTransformer(ursa_config(recipe))
+    fresh = UrsaTransformer(ursa_config(world, recipe))
     initialise(fresh)
-    trained = train_teacher(recipe, progress=False)
+    trained = train_teacher(world, recipe, progress=False)
     with torch.no_grad():
         before, after = (denoising(predict(m, ids, x_t, world.latents_shape), x_1).item() for m in (fresh, trained))
     assert after < 0.5 * before

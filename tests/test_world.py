@@ -1,4 +1,4 @@
-"""The shapes world and its oracle against brute force: every valid video listed."""
+"""The shapes world and its oracle against brute force: every valid video listed. And what every world must do."""
 
 import itertools
 import math
@@ -7,8 +7,11 @@ import pytest
 import torch
 
 from dimo.errors import DimoError
+from dimo.evaluation.scored import coverage_detail, least_coverage
 from dimo.worlds import checkpoint_folder, is_world, load_world, video_size
-from dimo.worlds.oracle import coverage, entropy, score, summarise
+from dimo.worlds.oracle import TOKENS, coverage, entropy, score
+from dimo.worlds.protocol import prompt_index, prompt_length
+from dimo.worlds.registry import WORLDS
 from dimo.worlds.shapes import COLOURS, DIRECTIONS, SHAPES, ShapesWorld
 
 
@@ -61,17 +64,48 @@ def test_nearest_video_adherence_and_accuracy_are_brute_forces(everything, gener
 def test_positions_and_shades_are_those_that_were_drawn(everything):
     world, videos, prompts = everything
     scores = score(world, videos, prompts)
-    labels = list(itertools.product(range(16), range(2), range(2)))
+    labels = list(itertools.product(range(16), range(4)))  # two shades of the object times two of the background
     want = torch.tensor(labels * (len(videos) // len(labels)))
-    got = torch.stack([scores.position, scores.object_shade, scores.background_shade], 1)
-    assert torch.equal(got, want)
+    (position, positions), (shade, shades) = scores.free["positions"], scores.free["shades"]
+    assert torch.equal(torch.stack([position, shade], 1), want) and (positions, shades) == (16, 4)
+    assert scores.prompt.tolist() == [world.prompts.index(p) for p in prompts]
 
 
-def test_render_and_draw_make_valid_videos(world, generator):
-    prompt, codes = world.draw(300, generator)
-    scores = score(world, codes, [world.prompts[i] for i in prompt])
-    assert scores.valid.all() and scores.adherent.all()
-    assert codes.max() < world.codebook_size and len(prompt.unique()) == len(world.prompts)
+@pytest.mark.parametrize("name", WORLDS)
+def test_every_world_knows_its_own_videos(name, generator):
+    world = WORLDS[name]()
+    n, prompts = math.prod(world.latents_shape), world.prompts
+    drawn, codes = world.draw(20 * len(prompts), generator)
+    assert world.name == name and len(set(prompts)) == len(prompts) == len(drawn.unique())
+    assert codes.shape == (20 * len(prompts), n) and codes.dtype == torch.int64
+    assert codes.min() >= 0 and codes.max() < world.codebook_size
+    scores = score(world, codes, [prompts[i] for i in drawn])
+    assert scores.valid.all() and scores.adherent.all() and (scores.accuracy == 1).all()
+    assert torch.equal(scores.prompt, drawn)
+    for labels, bins in scores.free.values():
+        assert labels.shape == drawn.shape and labels.min() >= 0 and labels.max() < bins
+    others = score(world, codes, [prompts[(i + 1) % len(prompts)] for i in drawn])
+    assert others.valid.all() and not others.adherent.any()
+    assert world.codebook().shape[0] == world.codebook_size and world.codebook().dtype == torch.float32
+    decoder = world.decoder()
+    if decoder is not None:
+        t, h, w = world.latents_shape
+        frames = decoder.decode(codes[:2].view(-1, t, h, w))
+        assert frames.shape == (2, 4 * t - 3, 8 * h, 8 * w, 3) and frames.min() >= 0 and frames.max() <= 1
+
+
+def test_scores_do_not_depend_on_how_many_videos_are_scored_at_once(world, generator, monkeypatch):
+    drawn, codes = world.draw(7, generator)
+    codes[::2, 5] = 0
+    prompts = [world.prompts[i] for i in drawn]
+    whole = score(world, codes, prompts)
+    for tokens in (1, 2 * 48 + 47):
+        monkeypatch.setattr("dimo.worlds.oracle.TOKENS", tokens)
+        parts = score(world, codes, prompts)
+        for name in ("accuracy", "valid", "adherent", "prompt"):
+            assert torch.equal(getattr(parts, name), getattr(whole, name))
+        assert all(torch.equal(parts.free[name][0], whole.free[name][0]) for name in whole.free)
+    assert TOKENS >= 48
 
 
 def test_entropy_is_unbiased_where_the_plug_in_is_not(generator):
@@ -99,24 +133,21 @@ def test_collapse_within_prompts_shows_per_prompt_and_not_pooled():
     world = ShapesWorld(2, 4, 4, 2, 2)
     prompts = [p for p in world.prompts for _ in range(32)]
     index = torch.arange(48).repeat_interleave(32)
-    codes = world.render(world.attributes(prompts), index % 16, index % 2, index // 2 % 2)
-    row = summarise(world, score(world, codes, prompts))
-    assert row["validity"] == row["adherence"] == row["token_accuracy"] == 1.0
-    assert row["coverage_detail"]["positions"] == pytest.approx(1.0, abs=0.01)
-    assert row["coverage_detail"]["positions_per_prompt"] < 0.02 and row["coverage"] < 0.02
+    codes = world.render(world.attributes(index), index % 16, index % 2, index // 2 % 2)
+    scores = score(world, codes, prompts)
+    detail = coverage_detail(scores)
+    assert scores.valid.all() and scores.adherent.all()
+    assert list(detail) == ["positions", "positions_per_prompt", "shades", "shades_per_prompt"]
+    assert detail["positions"] == pytest.approx(1.0, abs=0.01)
+    assert detail["positions_per_prompt"] < 0.02 and least_coverage(scores) == min(detail.values())
 
 
 def test_coverage_is_undefined_rather_than_zero_without_valid_videos(world, generator):
     codes = torch.randint(world.codebook_size, (48, world.num_visual_tokens), generator=generator)
-    row = summarise(world, score(world, codes, world.prompts))
-    assert row["validity"] == 0 and row["coverage"] is None
-
-
-def test_a_wrong_prompt_is_not_adherent(world, generator):
-    prompt, codes = world.draw(40, generator)
-    others = [world.prompts[(i + 1) % len(world.prompts)] for i in prompt]
-    scores = score(world, codes, others)
-    assert scores.valid.all() and not scores.adherent.any()
+    scores = score(world, codes, world.prompts)
+    assert not scores.valid.any() and least_coverage(scores) is None
+    scores.free = {}
+    assert least_coverage(scores) is None  # of a world whose prompts leave nothing free
 
 
 def test_the_codebook_is_a_metric_with_meaning(world):
@@ -147,6 +178,20 @@ def test_a_folder_says_whether_it_is_a_world(world, tmp_path):
     assert not is_world(tmp_path) and not is_world(tmp_path / "missing") and video_size(str(tmp_path)) == (17, 256, 256)
     with pytest.raises(DimoError, match="is no built-in world .it has no world.json., so nothing here can score"):
         load_world(tmp_path)
+    for text, sentence in (
+        ('{"world": "shaps"}', "is of a world 'shaps', which is not registered; did you mean 'shapes'"),
+        ('{"world": ["shapes"]}', "is not registered"),
+        ('{"world": "shapes", "cells": 4}', "is damaged: .*cells"),
+    ):
+        (tmp_path / "world.json").write_text(text)
+        with pytest.raises(DimoError, match=sentence):
+            load_world(tmp_path)
+    (tmp_path / "world.json").write_text('{"frames": 5}')  # written before there was a second world
+    assert load_world(tmp_path) == ShapesWorld(frames=5) and video_size(tmp_path) == (17, 32, 32)
+
+
+def test_prompts_have_an_index_and_a_length(world):
+    assert prompt_index(world, world.prompts).tolist() == list(range(48)) and prompt_length(world) == 4
 
 
 def test_bad_input_is_refused_in_a_sentence(world):

@@ -11,16 +11,15 @@ from typing import Any
 
 from dimo.commands.examples import EXAMPLES, examples
 from dimo.commands.sample import Request, read_prompts, sample_to_folder
+from dimo.commands.world_train import add_world
 from dimo.config.flags import RENAMED, split_flags
 from dimo.config.values import read_value
 from dimo.errors import DimoError, reason
 from dimo.output import lasting_output
 from dimo.paths import user_path
 from dimo.run.signals import PREEMPTED, Preempted
-from dimo.worlds import DATA, checkpoint_folder
-from dimo.worlds.teacher import TeacherRecipe, make_teacher
+from dimo.worlds import SHIPPED_STUDENT, checkpoint_folder
 
-SHIPPED_STUDENT = DATA / "shapes" / "student"
 CONFIGURABLE = ("train", "run", "plan", "evaluate", "ablate", "bench", "config")
 NAMES = ("config", "folder", "out", "out_dir", "prompt_file", "student", "student_ckpt", "teacher_ckpt")
 RENAMED_HELP = "\n".join(f"  --{flag:12}  {key}" for flag, key in RENAMED.items())
@@ -187,7 +186,9 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     sub.add_argument("folder", help="a checkpoint folder, or a built-in world's name")
     for name in ("num_frames", "height", "width"):
         sub.add_argument(f"--{name}", type=_whole, help="default: the world's, else 17x256x256 or an image")
-    sub.add_argument("--max_prompt_length", type=_whole, help="text tokens (default: 4 for a world, else 320)")
+    sub.add_argument(
+        "--max_prompt_length", type=_whole, help="text tokens (default: the world's longest prompt's, else 320)"
+    )
 
     sub = command("sample", _sample, "make videos of prompts with a student or a teacher",
                   "Write 0000.mp4 (png for one frame) per prompt and 0000.json beside it: prompt, seed, settings. "
@@ -224,19 +225,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     sub.add_argument("--presets", action="store_true", help="list the presets")
     overrides(sub)
 
-    world = commands.add_parser("world", help="make a built-in world's teacher", description="Built-in worlds.")
-    actions = world.add_subparsers(metavar="action", required=True)
-    sub = actions.add_parser("train", help="train the world's teacher and write a checkpoint folder in URSA's layout",
-                             description="Train the teacher of a world by denoising its own videos; the defaults made "
-                             "the shipped one.", epilog=examples(["world train"]),
-                             formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    sub.set_defaults(function=_world_train)
-    sub.add_argument("world", choices=["shapes"])
-    sub.add_argument("-o", "--out", required=True, help="the checkpoint folder to write")
-    for field in dataclasses.fields(TeacherRecipe):
-        text = f"{field.metadata['help']} (default: {field.default})"
-        kind = {int: _whole, float: _number}.get(type(field.default), str)
-        sub.add_argument(f"--{field.name}", type=kind, default=field.default, help=text)
+    add_world(commands, {int: _whole, float: _number})
     return parser, commands.choices
 
 
@@ -337,11 +326,6 @@ def _config(args) -> None:
         print(to_yaml(load_config(args.config, args.overrides)), end="")
     else:
         print(describe())
-
-
-def _world_train(args) -> None:
-    recipe = TeacherRecipe(**{f.name: getattr(args, f.name) for f in dataclasses.fields(TeacherRecipe)})
-    print(make_teacher(recipe, Path(args.out)))
 
 
 if __name__ == "__main__":

@@ -22,11 +22,12 @@ from dimo.config.flags import as_override, flags
 from dimo.config.older import as_begun
 from dimo.config.values import read_value, unquoted
 from dimo.errors import DimoError, nearest, reason
-from dimo.evaluation.evaluate import UNITS, columns_of, format_cell, format_table, prompts_of
+from dimo.evaluation.evaluate import format_cell, format_table, prompts_of
+from dimo.evaluation.metrics import columns_of, legend
 from dimo.run.folder import RunFolder, write_text
 from dimo.run.launch import children_told_to_stop, machine_of, wait_for_children
 from dimo.run.signals import Preempted
-from dimo.worlds import DATA
+from dimo.worlds import DEFAULT_WORLD, SHIPPED_STUDENT
 
 NAMES = ("01_inputs", "02_losses", "03_train", "04_diagnostics", "05_evaluation")
 SHARED = ("config", "overrides")  # every notebook's parameters cell has them
@@ -85,7 +86,7 @@ def run_notebooks(
             own = shared | {k: v for k, v in extra.items() if k in known[name]}
             _execute(run, name, path, own, force, asked)
     write_report_page(run)
-    print_summary(run)
+    print_summary(run, settings.distill.teacher_ckpt)
     return run
 
 
@@ -276,7 +277,8 @@ def write_report_page(run: RunFolder) -> Path:
         columns = columns_of(rows)
         head = "".join(f"<th>{c}</th>" for c in ("", *columns))
         parts.append(f"<table><tr>{head}</tr>{''.join(_table_row(n, r, columns) for n, r in rows.items())}</table>")
-        parts.append(f"<p>{UNITS}. {prompts_of(rows)}</p>")
+        sentences = [html.escape(sentence) for sentence in (*legend(rows), prompts_of(rows))]
+        parts.append(f"<p>{'<br>'.join(sentences)}</p>")
     for picture in [
         run.path / "sheet.png",
         run.path / "curves.png",
@@ -302,15 +304,12 @@ def _table_row(name: str, row: dict, columns: list[str]) -> str:
     return f"<tr><td>{html.escape(name)}</td>{cells}</tr>"
 
 
-def print_summary(run: RunFolder) -> None:
+def print_summary(run: RunFolder, teacher_ckpt: str) -> None:
     """The table, where to look, and what the student that ships reached with a longer run."""
-    report, is_world = run.path / "report.json", False
+    report, shipped = run.path / "report.json", SHIPPED_STUDENT / "report.json"
     if report.exists():
-        rows = json.loads(report.read_text())
-        is_world = "validity" in rows["student_1"]
-        print(format_table(rows))
-    shipped = DATA / "shapes" / "student" / "report.json"
-    if is_world and shipped.exists():
+        print(format_table(json.loads(report.read_text())))
+    if report.exists() and teacher_ckpt == DEFAULT_WORLD and shipped.exists():
         best = json.loads(shipped.read_text())["student_1"]
         print(
             f"\nThe best of three longer runs reached validity {best['validity']:.3f} with coverage "

@@ -23,7 +23,8 @@ from dimo.ursa import Ursa, load_ursa, sample
 from dimo.ursa.frames import eight_bits
 from dimo.ursa.loading import DTYPES, load_student
 from dimo.ursa.sampler import warn_if_guided_again
-from dimo.worlds import checkpoint_folder, is_world, load_world, require_world, video_size
+from dimo.worlds import DEFAULT_WORLD, checkpoint_folder, is_world, load_world, require_world, video_size
+from dimo.worlds.protocol import prompt_index
 
 log = logging.getLogger(__name__)
 FPS = 12  # of URSA's videos
@@ -42,7 +43,7 @@ class Request:
     """What `dimo sample` is asked for; every field is a flag and a line of the JSON beside each video."""
 
     teacher_ckpt: str | None = _flag(
-        None, "a checkpoint folder in URSA's layout, or a built-in world's name; default: the run's, else shapes"
+        None, f"a checkpoint folder in URSA's layout, or a built-in world; default: the run's, else {DEFAULT_WORLD}"
     )
     student_ckpt: str | None = _flag(None, "student.pt, its folder or a run folder; without it the teacher samples")
     num_frames: int | None = _flag(None, "4 (T-1) + 1; default: the run's or world's, 1 of an image model, else 17")
@@ -53,7 +54,7 @@ class Request:
     guidance_trunc: float = _flag(0.9, "guidance is off where t >= this")
     negative_prompt: str = _flag("", "what guidance leads away from")
     max_prompt_length: int | None = _flag(
-        None, "text tokens, more are cut off; default: the run's, else 4 for a world, else 320"
+        None, "text tokens, more are cut off; default: the run's or a world's longest prompt, else 320"
     )
     seed: int = _flag(0, "of the noise and of every draw, the same for each prompt")
     device: str = _flag("auto", "auto, cpu or cuda")
@@ -85,7 +86,7 @@ def sample_to_folder(request: Request, prompts: list[str], out: str | Path) -> l
         raise DimoError(f"max_prompt_length must not be negative, got {r.max_prompt_length}")
     run = run_of(r.student_ckpt) if r.student_ckpt else None
     trained = run_config(run).distill if run else None
-    r.teacher_ckpt = r.teacher_ckpt or (trained.teacher_ckpt if trained else "shapes")
+    r.teacher_ckpt = r.teacher_ckpt or (trained.teacher_ckpt if trained else DEFAULT_WORLD)
     folder, device = checkpoint_folder(r.teacher_ckpt), _device(r.device)
     r.device, r.dtype = device.type, _dtype(r.dtype, device)
     size = (trained.num_frames, trained.height, trained.width) if trained else video_size(folder)
@@ -99,7 +100,7 @@ def sample_to_folder(request: Request, prompts: list[str], out: str | Path) -> l
     if is_world(folder):
         world = load_world(folder)
         require_world(world, grid, ursa.path.codebook_size)
-        world.attributes(prompts)  # refuses a prompt of which the world knows nothing
+        prompt_index(world, prompts)  # refuses a prompt of which the world knows nothing
     network = load_student(ursa, r.student_ckpt) if r.student_ckpt else ursa.transformer
     network.requires_grad_(False)
     uncond_ids = ursa.tokenize([r.negative_prompt], r.max_prompt_length)

@@ -23,7 +23,8 @@ from dimo.ursa.inputs import latents_shape_for
 from dimo.ursa.layout import makes_images, vae_strides
 from dimo.ursa.loading import BACKENDS, DTYPES
 from dimo.ursa.transformer import CHECKPOINTING
-from dimo.worlds import built_in_worlds, is_world
+from dimo.worlds import DATA, built_in_worlds, is_world, load_world
+from dimo.worlds.protocol import prompt_length
 
 PRESETS = Path(__file__).parent / "presets"
 REFERENCE = re.compile(r"\$\{(\w+\.\w+)\}")
@@ -136,8 +137,11 @@ def _is_world(teacher_ckpt: str | Path) -> bool:
 
 
 def default_prompt_length(teacher_ckpt: str | Path) -> int:
-    """Text tokens per prompt: 320 for URSA, 4 (words) for a built-in world."""
-    return 4 if _is_world(teacher_ckpt) else 320
+    """Text tokens of a prompt: URSA's 320, or as many as a world's longest prompt has words."""
+    if not _is_world(teacher_ckpt):
+        return 320
+    folder = DATA / str(teacher_ckpt) if str(teacher_ckpt) in built_in_worlds() else teacher_ckpt
+    return prompt_length(load_world(folder))
 
 
 def to_yaml(config: Config) -> str:

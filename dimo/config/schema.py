@@ -91,7 +91,7 @@ class Distill:
     height: int = _key(32, "height in pixels, a multiple of the VAE's spatial stride (8, or 16 for an image model)")
     width: int = _key(32, "width in pixels, a multiple of the VAE's spatial stride (8, or 16 for an image model)")
     max_prompt_length: int = _key(
-        0, "text tokens per prompt, left-padded or truncated; 0: 320 for URSA, 4 for a built-in world"
+        0, "text tokens per prompt, left-padded or truncated; 0: 320, or the longest prompt of a world"
     )
     batch_size_per_gpu: int = _key(64, "samples per process and micro-batch (see training.gradient_accumulation_steps)")
     guidance_scale: float = _key(1.0, "classifier-free guidance scale of the teacher; 1: no guidance")

@@ -13,7 +13,7 @@ import time
 import torch
 
 from dimo.errors import DimoError
-from dimo.evaluation import unscored
+from dimo.evaluation import reference_free
 from dimo.ursa import Ursa, UrsaTransformer, sample
 from dimo.ursa.chunks import without_compiling
 from dimo.ursa.sampler import timesteps
@@ -55,7 +55,8 @@ class Comparison:
         grid: latents_shape (T, H, W) of every video.
         batch_size: videos a pass.
         held_out: how many of the prompts training has never seen, where that is known.
-        judged: measure what needs no truth as well: `unscored.pass_entropy` of the rows of one pass, `teacher_nll`.
+        judged: compute what reference-free metrics need besides codes: `reference_free.pass_entropy` of the rows of one
+            pass, `teacher_nll` of all.
 
     Raises:
         DimoError: no prompt, or no video.
@@ -112,7 +113,7 @@ class Comparison:
         return row.steps + (sum(t < self.guidance["guidance_trunc"] for t in times) if row.guided else 0)
 
     def _judging(self, row: Row) -> int:
-        return (len(unscored.TIMES) + (self._passes(row) if row.steps == 1 else 0)) if self.judged else 0
+        return (len(reference_free.TIMES) + (self._passes(row) if row.steps == 1 else 0)) if self.judged else 0
 
     @torch.no_grad()
     def run(self, job: Job) -> dict[str, torch.Tensor]:
@@ -135,12 +136,13 @@ class Comparison:
             made = {"codes": codes, "seconds": torch.tensor(time.perf_counter() - start)}  # .cpu() waits for the GPU
             if self.judged:
                 noise = torch.Generator(device).manual_seed((NLL_NOISE + self.seed * 1_000_003 + i) % 2**63)
-                made["nll"] = unscored.teacher_nll(self.ursa, codes.to(device), ids, self.grid, noise)
+                made["nll"] = reference_free.teacher_nll(self.ursa, codes.to(device), ids, self.grid, noise)
             if self.judged and row.steps == 1:
                 at_0 = row.guided and self.guidance["guidance_trunc"] > 0  # where the one pass is
                 scale = self.guidance["guidance_scale"] if at_0 else 1.0
                 uncond_ids = self.guidance["uncond_ids"]
-                made["entropy"] = unscored.pass_entropy(network, ids, x_init, self.grid, scale, uncond_ids).mean(1)
+                entropy = reference_free.pass_entropy(network, ids, x_init, self.grid, scale, uncond_ids)
+                made["entropy"] = entropy.mean(1)
         return {name: value.cpu() for name, value in made.items()}
 
     def gather(self, made: dict[Job, dict[str, torch.Tensor]]) -> dict[str, dict[str, torch.Tensor]]:

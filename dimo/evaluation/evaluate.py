@@ -1,6 +1,7 @@
 """The evaluation run: the student at one step beside its teacher at 1..25, same prompts, noise and scorer.
 
-Of a checkpoint that is no built-in world, `dimo.evaluation.unscored` tells what needs no truth.
+Videos of a built-in world are scored by its oracle, those of any other checkpoint by reference-free metrics; both are
+listed in `dimo.evaluation.metrics`.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import torch
 
 from dimo.config import Config, device_of, to_flat, to_yaml
 from dimo.errors import DimoError
-from dimo.evaluation import unscored
 from dimo.evaluation.comparison import Comparison
 from dimo.evaluation.jobs import Job, Parts, alone_in, run_here, run_in_processes
+from dimo.evaluation.metrics import Videos, columns_of, measure
+from dimo.evaluation.reference_free import save_codes
 from dimo.files import write_text
 from dimo.run.sources import teacher_files
 from dimo.train.prompts import evaluation_prompts, require_whole
@@ -25,18 +27,16 @@ from dimo.ursa import Ursa, UrsaTransformer, load_ursa
 from dimo.ursa.layout import student_file
 from dimo.ursa.loading import load_student
 from dimo.worlds import checkpoint_folder, is_world, load_world, require_world
-from dimo.worlds.oracle import score, summarise
-from dimo.worlds.shapes import ShapesWorld
+from dimo.worlds.oracle import score
+from dimo.worlds.protocol import World, prompt_length
 
 log = logging.getLogger(__name__)
-COLUMNS = ("validity", "adherence", "token_accuracy", "coverage", "seconds_per_video")
-UNITS = "seconds_per_video in s; codes_used a count; token_entropy and teacher_nll in nats per token; the rest shares"
 SHEET_PROMPTS = 6
 PARTS = "evaluation_jobs"  # a name that nobody else's folder has: `dimo evaluate -o runs` finds runs/evaluation there
 
 
 def evaluate(
-    world: ShapesWorld,
+    world: World,
     ursa: Ursa,
     student: UrsaTransformer,
     *,
@@ -44,7 +44,6 @@ def evaluate(
     teacher_steps: tuple[int, ...] = (1, 2, 4, 8, 25),
     seed: int = 1234,
     batch_size: int = 512,
-    max_prompt_length: int = 4,
     **guidance,
 ) -> tuple[dict, dict[str, torch.Tensor]]:
     """Score every sampler on every prompt of the world, in this process -> (rows by name, codes (B, N) by name).
@@ -53,28 +52,26 @@ def evaluate(
     """
     comparison = Comparison(
         ursa, student, world.prompts, world.latents_shape, videos_per_prompt=videos_per_prompt,
-        teacher_steps=teacher_steps, batch_size=batch_size, seed=seed, max_prompt_length=max_prompt_length, **guidance,
+        teacher_steps=teacher_steps, batch_size=batch_size, seed=seed, max_prompt_length=prompt_length(world),
+        **guidance,
     )  # fmt: skip
     made = comparison.gather({job: comparison.run(job) for job in comparison.jobs()})
     return _rows(comparison, made, world), {name: row["codes"] for name, row in made.items()}
 
 
-def _rows(comparison: Comparison, made: dict[str, dict[str, torch.Tensor]], world: ShapesWorld | None) -> dict:
-    """The figures of every row: the oracle's where there is one, else those that need no truth."""
-    if world is None:
-        prompts = len(comparison.prompts) // comparison.copies
-        known = {"prompts_held_out": comparison.held_out}
-        return {name: unscored.summarise(row, prompts) | known for name, row in made.items()}
-    return {
-        name: summarise(world, score(world, row["codes"], comparison.prompts))
-        | {"seconds_per_video": row["seconds"].sum().item() / len(row["codes"])}
-        for name, row in made.items()
-    }
+def _rows(comparison: Comparison, made: dict[str, dict[str, torch.Tensor]], world: World | None) -> dict:
+    """The metrics of every row, and of captions how many are held out."""
+    known = {"prompts_held_out": comparison.held_out} if world is None else {}
+    return {name: measure(videos_of(comparison, row, world)) | known for name, row in made.items()}
 
 
-def columns_of(rows: dict) -> list[str]:
-    """The figures that a report's rows hold: a world's oracle's, or those that need no truth."""
-    return [c for c in dict.fromkeys((*COLUMNS, *unscored.COLUMNS)) if any(c in row for row in rows.values())]
+def videos_of(comparison: Comparison, row: dict[str, torch.Tensor], world: World | None = None) -> Videos:
+    """What the jobs of a row gave (`Comparison.run`), and what the oracle says of it, if there is one."""
+    scores = score(world, row["codes"], comparison.prompts) if world else None
+    return Videos(
+        row["codes"].view(-1, *comparison.grid), comparison.prompts, comparison.copies, row["seconds"].sum().item(),
+        row.get("nll"), row.get("entropy"), scores,
+    )  # fmt: skip
 
 
 def format_cell(value: float | int | None) -> str:
@@ -122,7 +119,7 @@ def evaluate_to_folder(config: Config, weights: str | Path, out: Path, progress:
 
 
 def _evaluate_alone(
-    config: Config, weights: str | Path, out: Path, progress: bool, comparison: Comparison, world: ShapesWorld | None
+    config: Config, weights: str | Path, out: Path, progress: bool, comparison: Comparison, world: World | None
 ) -> dict:
     parts, jobs = parts_of(config, weights, out, comparison.prompts), comparison.jobs()
     missing = parts.missing(jobs)
@@ -138,7 +135,7 @@ def _evaluate_alone(
     made = comparison.gather(parts.load(jobs))
     rows, codes = _rows(comparison, made, world), {name: row["codes"] for name, row in made.items()}
     if world is None:
-        unscored.save_codes(out / "codes.safetensors", codes, comparison.prompts, comparison.grid)
+        save_codes(out / "codes.safetensors", codes, comparison.prompts, comparison.grid)
     first = {name: c[:: comparison.copies].view(-1, *comparison.grid) for name, c in codes.items()}
     prompts = comparison.prompts[:: comparison.copies]
     _write_sheet(out / "sheet.png", comparison.ursa, first, prompts, max(config.evaluation.teacher_steps))
@@ -155,7 +152,7 @@ def _announce(comparison: Comparison, jobs: list[Job], missing: list[Job], proce
     print(text, file=sys.stderr, flush=True)
 
 
-def open_comparison(config: Config, weights: str | Path) -> tuple[Comparison, ShapesWorld | None]:
+def open_comparison(config: Config, weights: str | Path) -> tuple[Comparison, World | None]:
     """What `config.evaluation` compares the student behind `weights` with, and the world, if it is one."""
     e, d, folder = config.evaluation, config.distill, checkpoint_folder(config.distill.teacher_ckpt)
     if d.guidance_scale > 1:

@@ -1,4 +1,4 @@
-"""The VAE of the built-in worlds: every code decodes to a patch of one colour."""
+"""A stand-in for a VAE: every code decodes to a patch of one colour."""
 
 from __future__ import annotations
 

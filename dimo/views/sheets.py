@@ -36,10 +36,9 @@ def video_sheet(columns: dict[str, torch.Tensor], prompts: list[str], shown: int
                 if r == 0:
                     axis.set_title(f"{name}\nframe {pick}" if f == 0 else f"\nframe {pick}", fontsize=8, loc="left")
             if c == 0:
-                caption = legible(prompts[r])
-                label = caption.replace(" moving ", "\n")
+                label = legible(prompts[r])
                 if len(label) > LABEL:
-                    label = "\n".join(textwrap.wrap(caption, LABEL, max_lines=6, placeholder=" ..."))
+                    label = "\n".join(textwrap.wrap(label, LABEL, max_lines=6, placeholder=" ..."))
                 # a caption may hold dollar signs
                 axes[r][0].set_ylabel(label, fontsize=8, fontfamily=families(), rotation=0, ha="right", va="center",
                                       parse_math=False)  # fmt: skip

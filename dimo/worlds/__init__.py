@@ -7,13 +7,19 @@ from pathlib import Path
 
 from dimo.errors import DimoError, nearest
 from dimo.paths import user_path
+from dimo.ursa.layout import default_size, require_checkpoint
+from dimo.ursa.weights import read_json
+from dimo.worlds.protocol import World
+from dimo.worlds.registry import WORLDS
 
 DATA = Path(__file__).parent / "data"
-WORLD_FILE = "world.json"  # what a world is made of, beside its teacher
+WORLD_FILE = "world.json"  # which world it is and its sizes, beside its teacher
+DEFAULT_WORLD = "shapes"
+SHIPPED_STUDENT = DATA / DEFAULT_WORLD / "student"
 
 
 def built_in_worlds() -> list[str]:
-    """Names that `distill.teacher_ckpt` takes besides folders."""
+    """Names that `distill.teacher_ckpt` takes besides folders: of the worlds that ship with a teacher."""
     return sorted(p.name for p in DATA.iterdir() if p.is_dir()) if DATA.is_dir() else []
 
 
@@ -24,8 +30,6 @@ def checkpoint_folder(teacher_ckpt: str | Path) -> Path:
         DimoError: nothing is there, or no checkpoint, where a folder that is one, above or below, is named; or both a
             world and a folder are called so.
     """
-    from dimo.ursa.layout import require_checkpoint
-
     built_in, teacher_ckpt = built_in_worlds(), user_path(teacher_ckpt)
     if not str(teacher_ckpt).strip():
         raise DimoError(f"teacher_ckpt must not be empty, got {str(teacher_ckpt)!r}")  # Path("") is the folder here
@@ -33,6 +37,11 @@ def checkpoint_folder(teacher_ckpt: str | Path) -> Path:
         _require_no_namesake(teacher_ckpt)
         return DATA / str(teacher_ckpt)
     if not os.path.lexists(teacher_ckpt):
+        if str(teacher_ckpt) in WORLDS:
+            raise DimoError(
+                f"the world {teacher_ckpt} ships without a teacher: make one with `dimo world train {teacher_ckpt} "
+                "-o FOLDER`, and give FOLDER as teacher_ckpt"
+            )
         hint = nearest(str(teacher_ckpt), built_in) if built_in else ""
         raise DimoError(f"teacher_ckpt {teacher_ckpt} is neither a folder nor a built-in world{hint}")
     return require_checkpoint(teacher_ckpt)
@@ -53,34 +62,34 @@ def is_world(folder: str | Path) -> bool:
     return (Path(folder) / WORLD_FILE).exists()
 
 
-def load_world(folder: str | Path):
-    """The world that a checkpoint folder belongs to, from its world.json."""
-    from dimo.ursa.weights import read_json
-    from dimo.worlds.shapes import ShapesWorld
+def load_world(folder: str | Path) -> World:
+    """The world that a checkpoint folder belongs to, from its world.json; without a name there it is DEFAULT_WORLD.
 
+    Raises:
+        DimoError: there is no world.json, it is damaged, or it names a world that is not registered.
+    """
     if not is_world(folder):
         raise DimoError(f"{folder} is no built-in world (it has no {WORLD_FILE}), so nothing here can score its videos")
     file = Path(folder) / WORLD_FILE
     values = read_json(file)
-    if values.pop("world", None) != "shapes":
-        raise DimoError(f"{file} does not describe the shapes world")
+    name = str(values.pop("world", DEFAULT_WORLD))
+    if name not in WORLDS:
+        raise DimoError(f"{file} is of a world {name!r}, which is not registered{nearest(name, WORLDS)}")
     try:
-        return ShapesWorld(**values)
+        return WORLDS[name](**values)
     except TypeError as error:
         raise DimoError(f"{file} is damaged: {error}") from error
 
 
 def video_size(folder: str | Path) -> tuple[int, int, int]:
     """(num_frames, height, width) where nobody says: a world's only size, else 17x256x256 or one image."""
-    from dimo.ursa.layout import default_size
-
     if not is_world(folder):
         return default_size(folder)
     t, h, w = load_world(folder).latents_shape
     return 4 * t - 3, 8 * h, 8 * w
 
 
-def require_world(world, latents_shape: tuple[int, int, int], codebook_size: int) -> None:
+def require_world(world: World, latents_shape: tuple[int, int, int], codebook_size: int) -> None:
     """Raise unless a checkpoint's videos, of `latents_shape` over `codebook_size` codes, are this world's."""
     if codebook_size != world.codebook_size:
         raise DimoError(

@@ -4,6 +4,10 @@ The prompt fixes colour, shape and direction ("red square moving right"). Free a
 of the object and one of the background, each shared by the whole video. So tokens depend on each other across the
 video, every token's marginal is broad, and sampling tokens independently (one pass of the teacher) almost never gives
 a valid video: exactly the gap that distillation has to close, with an answer that can be computed.
+
+The nearest valid video is found exactly and without listing all valid videos: for every place the object can be
+(shape x direction x start), the best object code and the best background code are independent of each other, so
+counting each code inside and outside the object's mask suffices.
 """
 
 from __future__ import annotations
@@ -11,10 +15,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+from typing import ClassVar
 
 import torch
+from torch.nn import functional as F
 
-from dimo.errors import DimoError, nearest
+from dimo.errors import DimoError
+from dimo.ursa.palette import PaletteDecoder
+from dimo.worlds.protocol import Scores
 
 # Cells (y, x) of each shape from its anchor, and the step (y, x) of each direction.
 SHAPES = {
@@ -33,15 +41,24 @@ COLOURS = {
 SHADE_SPREAD = 0.8  # of the codebook's shade axis: same colour, other shade is nearer than another colour
 
 
+def _size(default: int, help: str):
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
 @dataclasses.dataclass(frozen=True)
 class ShapesWorld:
-    """The size of the world; defaults are the shipped one's. Codes: background shades first, then colour by colour."""
+    """Coloured shapes that move over a background; the defaults are the sizes of the world that ships.
 
-    frames: int = 3
-    height: int = 4
-    width: int = 4
-    object_shades: int = 2
-    background_shades: int = 2
+    Codes: shades of the background first, then colour by colour.
+    """
+
+    name: ClassVar[str] = "shapes"
+
+    frames: int = _size(3, "latent frames of a video")
+    height: int = _size(4, "cells")
+    width: int = _size(4, "cells")
+    object_shades: int = _size(2, "shades of every colour, one per video")
+    background_shades: int = _size(2, "shades of the background, one per video")
 
     def __post_init__(self):
         for name, value in dataclasses.asdict(self).items():
@@ -77,19 +94,10 @@ class ShapesWorld:
         triples = itertools.product(COLOURS, SHAPES, DIRECTIONS)
         return [f"{colour} {shape} moving {direction}" for colour, shape, direction in triples]
 
-    def attributes(self, prompts: list[str]) -> torch.Tensor:
-        """(B, 3) indices of colour, shape and direction.
-
-        Raises:
-            DimoError: a prompt that this world does not know.
-        """
-        known = {p: i for i, p in enumerate(self.prompts)}
-        for prompt in prompts:
-            if prompt not in known:
-                raise DimoError(f"the shapes world does not know the prompt {prompt!r}{_nearest_prompt(prompt, known)}")
-        index = torch.tensor([known[p] for p in prompts], dtype=torch.long)
+    def attributes(self, prompt: torch.Tensor) -> torch.Tensor:
+        """Indices of prompts (B,) -> (B, 3) indices of colour, shape and direction."""
         motions, shapes = len(DIRECTIONS), len(SHAPES)
-        return torch.stack([index // (motions * shapes), index // motions % shapes, index % motions], 1)
+        return torch.stack([prompt // (motions * shapes), prompt // motions % shapes, prompt % motions], 1)
 
     @functools.cached_property
     def masks(self) -> torch.Tensor:
@@ -116,9 +124,31 @@ class ShapesWorld:
             return torch.randint(n, (size,), generator=generator, device=generator.device)
 
         prompt = pick(len(self.prompts))
-        attributes = self.attributes(self.prompts).to(generator.device)[prompt]
         shades = pick(self.object_shades), pick(self.background_shades)
-        return prompt, self.render(attributes, pick(self.num_positions), *shades)
+        return prompt, self.render(self.attributes(prompt), pick(self.num_positions), *shades)
+
+    def score(self, codes: torch.Tensor, prompt: torch.Tensor) -> Scores:
+        """Codes (B, N) against the prompts of index (B,); what a prompt leaves open are positions and shades."""
+        attributes = self.attributes(prompt)
+        shapes, directions, positions, n = self.masks.shape
+        onehot = F.one_hot(codes, self.codebook_size).float()
+        masks = self.masks.to(codes.device).view(-1, n).float()
+        inside = torch.einsum("bnk,mn->bmk", onehot, masks)
+        background, b_shade = (onehot.sum(1)[:, None] - inside)[..., : self.background_shades].max(-1)
+        colours = inside[..., self.background_shades :].unflatten(-1, (len(COLOURS), self.object_shades))
+        objects, o_shade = colours.max(-1)
+        matches = (objects + background[..., None]).view(-1, shapes, directions, positions, len(COLOURS))
+        best, where = matches.flatten(1).max(-1)
+        row = torch.arange(len(codes), device=codes.device)
+        own = matches[row, attributes[:, 1], attributes[:, 2], :, attributes[:, 0]].max(-1).values
+        place, colour = where // len(COLOURS), where % len(COLOURS)
+        shade = o_shade[row, place, colour] * self.background_shades + b_shade[row, place]
+        free = {
+            "positions": (place % positions, positions),
+            "shades": (shade, self.object_shades * self.background_shades),
+        }
+        nearest = colour * shapes * directions + place // positions
+        return Scores(best / n, best == n, own == best, nearest, free)
 
     def codebook(self) -> torch.Tensor:
         """(K, 6) unit vectors: an axis for the background, one per colour, one for the shade.
@@ -138,6 +168,9 @@ class ShapesWorld:
         families += [family(1 + c, self.object_shades) for c in range(len(COLOURS))]
         return torch.nn.functional.normalize(torch.cat(families), dim=-1)
 
+    def decoder(self) -> PaletteDecoder:
+        return PaletteDecoder(self.palette())
+
     def palette(self) -> torch.Tensor:
         """(K, 3) RGB in [0, 1]: grey backgrounds, colours from dark to light."""
 
@@ -150,8 +183,3 @@ class ShapesWorld:
 
         greys = torch.linspace(0.08, 0.42, self.background_shades)[:, None].expand(-1, 3)
         return torch.cat([greys] + [ramp(rgb, self.object_shades, 0.6, 1.55) for rgb in COLOURS.values()])
-
-
-def _nearest_prompt(prompt: str, known) -> str:
-    hint = nearest(prompt, known)
-    return hint if "did you mean" in hint else f"; prompts read like {next(iter(known))!r}"

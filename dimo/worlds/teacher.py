@@ -15,14 +15,12 @@ from tqdm import tqdm
 from dimo.errors import DimoError, are_finite
 from dimo.files import whole_folder
 from dimo.ursa import MetricPath, UrsaConfig, UrsaTransformer, load_ursa, sample, save_student, visual_logits
-from dimo.ursa.palette import PaletteDecoder
 from dimo.worlds import WORLD_FILE, is_world
 from dimo.worlds.oracle import score
-from dimo.worlds.shapes import ShapesWorld
+from dimo.worlds.protocol import World, prompt_index, prompt_length
 
 PAD, UNKNOWN, BOV = "<pad>", "<unk>", "<bov>"
-PROMPT_LENGTH = 4  # words of a prompt
-ROPE_THETA = 10.0  # positions stay below 10: URSA's own 1,000,000 leaves half of the frequencies constant here
+ROPE_THETA = 10.0  # for ten positions or fewer: URSA's own 1,000,000 leaves half of the frequencies constant here
 EMPTY_PROMPT_SHARE = 0.1
 EMA_DECAY = 0.999
 
@@ -33,13 +31,8 @@ def _field(default, help: str):
 
 @dataclasses.dataclass(frozen=True)
 class TeacherRecipe:
-    """World, model, path and training of a teacher; the defaults are the shipped one's."""
+    """Model, path and training of a teacher; the defaults are the shipped one's."""
 
-    frames: int = _field(3, "latent frames of a video")
-    height: int = _field(4, "cells")
-    width: int = _field(4, "cells")
-    object_shades: int = _field(2, "shades of every colour, one per video")
-    background_shades: int = _field(2, "shades of the background, one per video")
     layers: int = _field(3, "depth")
     hidden: int = _field(64, "width")
     intermediate: int = _field(128, "width inside the MLP")
@@ -53,18 +46,15 @@ class TeacherRecipe:
     seed: int = _field(0, "of initialisation and data")
     device: str = _field("cpu", "cpu or cuda")
 
-    def world(self) -> ShapesWorld:
-        return ShapesWorld(self.frames, self.height, self.width, self.object_shades, self.background_shades)
 
-
-def words(world: ShapesWorld) -> list[str]:
+def words(world: World) -> list[str]:
     """The vocabulary: special tokens, then every word of every prompt."""
     return [PAD, UNKNOWN, BOV] + sorted({word for prompt in world.prompts for word in prompt.split()})
 
 
-def ursa_config(recipe: TeacherRecipe) -> UrsaConfig:
-    world = recipe.world()
-    text = len(words(world))
+def ursa_config(world: World, recipe: TeacherRecipe) -> UrsaConfig:
+    text, (t, h, w) = len(words(world)), world.latents_shape
+    positions = max(prompt_length(world) + 1 + t, h, w)
     return UrsaConfig.from_dict(
         {
             "hidden_size": recipe.hidden,
@@ -72,7 +62,7 @@ def ursa_config(recipe: TeacherRecipe) -> UrsaConfig:
             "num_attention_heads": recipe.heads,
             "num_key_value_heads": recipe.heads,
             "num_hidden_layers": recipe.layers,
-            "rope_theta": ROPE_THETA,
+            "rope_theta": max(ROPE_THETA, float(positions)),
             "vocab_size": text + world.codebook_size,
             "lm_vocab_size": text,
             "lm_head_size": world.codebook_size,
@@ -98,13 +88,13 @@ def initialise(model: UrsaTransformer) -> None:
         torch.nn.init.normal_(weight, std=std)
 
 
-def train_teacher(recipe: TeacherRecipe, progress: bool = True) -> UrsaTransformer:
+def train_teacher(world: World, recipe: TeacherRecipe, progress: bool = True) -> UrsaTransformer:
     """Denoising cross-entropy at t uniform in [0, 0.999), 10% empty prompts, cosine decay; returns the EMA weights."""
-    world, device = recipe.world(), recipe.device
+    device = recipe.device
     torch.manual_seed(recipe.seed)
     generator = torch.Generator(device).manual_seed(recipe.seed)
     path = MetricPath(world.codebook().to(device), recipe.alpha, recipe.c)
-    model = UrsaTransformer(ursa_config(recipe))
+    model = UrsaTransformer(ursa_config(world, recipe))
     initialise(model)
     model = model.to(device)
     ema = copy.deepcopy(model).requires_grad_(False)
@@ -133,24 +123,24 @@ def train_teacher(recipe: TeacherRecipe, progress: bool = True) -> UrsaTransform
     return ema
 
 
-def make_teacher(recipe: TeacherRecipe, folder: Path, videos_per_prompt: int = 64) -> str:
+def make_teacher(world: World, recipe: TeacherRecipe, folder: Path, videos_per_prompt: int = 64) -> str:
     """Train, write the checkpoint folder, score it; returns the scores as a table.
 
     Raises:
         DimoError: before anything is trained, for a number out of range, a device that is not there or a folder that
             holds something else; after it, where training diverged (nothing is written then).
     """
-    _require_sense(recipe)
+    _require_sense(world, recipe)
     folder = Path(folder).resolve()
     if folder.exists() and not is_world(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise DimoError(f"{folder} exists and is no world's checkpoint folder: give another, or remove it")
-    transformer = train_teacher(recipe)
+    transformer = train_teacher(world, recipe)
     if not all(are_finite(p) for p in transformer.parameters()):
         raise DimoError(f"the teacher's weights are not finite after {recipe.steps} steps; a lower lr helps")
-    write_checkpoint(folder, recipe.world(), transformer, recipe.alpha, recipe.c)
-    ursa, world = load_ursa(folder, recipe.device), recipe.world()
+    write_checkpoint(folder, world, transformer, recipe.alpha, recipe.c)
+    ursa = load_ursa(folder, recipe.device)
     prompts = [p for p in world.prompts for _ in range(videos_per_prompt)]
-    txt_ids = ursa.tokenize(prompts, PROMPT_LENGTH)
+    txt_ids = ursa.tokenize(prompts, prompt_length(world))
     lines = [f"{'passes':>6} {'validity':>9} {'adherence':>10}"]
     for steps in (1, 4, 8, 25):
         generator = torch.Generator(recipe.device).manual_seed(recipe.seed)
@@ -160,7 +150,7 @@ def make_teacher(recipe: TeacherRecipe, folder: Path, videos_per_prompt: int = 6
     return "\n".join(lines)
 
 
-def _require_sense(recipe: TeacherRecipe) -> None:
+def _require_sense(world: World, recipe: TeacherRecipe) -> None:
     for name, value in dataclasses.asdict(recipe).items():
         if name == "seed" and not 0 <= value < 2**63:
             raise DimoError(f"seed must lie in [0, 2^63), got {value}")
@@ -172,45 +162,56 @@ def _require_sense(recipe: TeacherRecipe) -> None:
         raise DimoError(f"device must be cpu or cuda, got {recipe.device!r}")
     if recipe.device == "cuda" and not torch.cuda.is_available():
         raise DimoError("device is cuda, but PyTorch sees no GPU")
-    ursa_config(recipe)
+    ursa_config(world, recipe)
 
 
-def encode(world: ShapesWorld, prompts: list[str]) -> torch.Tensor:
-    """The ids (B, 4) that the shipped tokenizer gives the world's own prompts, without building it."""
-    world.attributes(prompts)
-    index = {word: i for i, word in enumerate(words(world))}
-    return torch.tensor([[index[word] for word in prompt.split()] for prompt in prompts])
+def encode(world: World, prompts: list[str]) -> torch.Tensor:
+    """The ids (B, L) that the checkpoint's tokenizer gives the world's own prompts, without building it.
+
+    L is `prompt_length`; shorter prompts are padded on the left.
+    """
+    prompt_index(world, prompts)
+    index, length = {word: i for i, word in enumerate(words(world))}, prompt_length(world)
+    rows = [[index[word] for word in prompt.split()] for prompt in prompts]
+    return torch.tensor([[index[PAD]] * (length - len(row)) + row for row in rows])
 
 
-def write_checkpoint(folder: Path, world: ShapesWorld, transformer: UrsaTransformer, alpha: float, c: float) -> Path:
-    """Write a whole checkpoint folder in URSA's layout, and `world.json` with the world's sizes; whole or absent."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
+def write_checkpoint(folder: Path, world: World, transformer: UrsaTransformer, alpha: float, c: float) -> Path:
+    """Write a checkpoint folder in URSA's layout, and world.json with the world's name and sizes; whole or absent."""
     with whole_folder(folder) as beside:
         save_student(beside / "transformer", transformer)
         (beside / "scheduler").mkdir()
         scheduler = {"_class_name": "KineticOptimalScheduler", "alpha": alpha, "c": c, "eps": 1e-5, "shift": 1.0}
         (beside / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=2) + "\n")
         torch.save({"path.emb": world.codebook()}, beside / "scheduler" / "scheduler_model.pth")
-        vocabulary = {word: i for i, word in enumerate(words(world))}
-        tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
-        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, pad_token=PAD, unk_token=UNKNOWN, eos_token=PAD, padding_side="left"
-        ).save_pretrained(beside / "tokenizer")
-        written = beside / "tokenizer" / "tokenizer_config.json"
-        values = json.loads(written.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-        written.write_text(json.dumps(values, indent=2) + "\n")  # transformers 5 writes a class that 4 does not know
-        PaletteDecoder(world.palette()).save(beside / "vae")
+        _write_tokenizer(beside / "tokenizer", world)
         index = {
             "_class_name": "URSAPipeline",
             "transformer": ["diffnext.models.transformers.transformer_ursa", "URSATransformer3DModel"],
             "scheduler": ["diffnext.schedulers.scheduling_dfm", "KineticOptimalScheduler"],
-            "vae": ["dimo.ursa.palette", "PaletteDecoder"],
             "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
         }
+        decoder = world.decoder()
+        if decoder is not None:
+            decoder.save(beside / "vae")
+            index["vae"] = [type(decoder).__module__, type(decoder).__name__]
         (beside / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-        sizes = {"world": "shapes", **dataclasses.asdict(world)}
+        sizes = {"world": world.name, **dataclasses.asdict(world)}
         (beside / WORLD_FILE).write_text(json.dumps(sizes, indent=2) + "\n")
     return Path(folder)
+
+
+def _write_tokenizer(folder: Path, world: World) -> None:
+    """One token per word."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: i for i, word in enumerate(words(world))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, unk_token=UNKNOWN, eos_token=PAD, padding_side="left"
+    ).save_pretrained(folder)
+    written = folder / "tokenizer_config.json"
+    values = json.loads(written.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    written.write_text(json.dumps(values, indent=2) + "\n")  # transformers 5 writes a class that 4 does not know

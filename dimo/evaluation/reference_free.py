@@ -1,4 +1,4 @@
-"""The evaluation where no oracle knows the videos: what can be measured of samplers without any truth.
+"""Reference-free metrics: what can be measured of a sampler where neither an oracle nor real videos say what is right.
 
 No figure here says that a video is good. A low teacher_nll says that the teacher finds the tokens plausible, which a
 frozen or repeated video can be too: read it beside diversity and codes_used.
@@ -17,28 +17,8 @@ from dimo.files import save_file, whole_file
 from dimo.ursa import Ursa, UrsaTransformer, predict
 from dimo.ursa.chunks import tokens_at_once
 
-COLUMNS = ("seconds_per_video", "codes_used", "token_entropy", "teacher_nll", "diversity")
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # at which teacher_nll re-noises
 Grid = tuple[int, int, int]
-
-
-def summarise(made: dict[str, torch.Tensor], prompts: int) -> dict[str, float | int | None]:
-    """A row's figures, of what its jobs gave (`Comparison.run`) for so many prompts.
-
-    seconds_per_video   sampling, without decoding, after one pass to warm up
-    codes_used          different codes in all its videos
-    token_entropy       of what its one pass predicts, nats per token; None for more passes
-    teacher_nll         see `teacher_nll`, nats per token
-    diversity           see `diversity`; None for one video per prompt
-    """
-    codes = made["codes"]
-    return {
-        "seconds_per_video": made["seconds"].sum().item() / len(codes),
-        "codes_used": codes.unique().numel(),
-        "token_entropy": made["entropy"].mean().item() if "entropy" in made else None,
-        "teacher_nll": made["nll"].mean().item(),
-        "diversity": diversity(codes.view(prompts, -1, codes.shape[1])),
-    }
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The figures that need no truth, each against a closed form or a plain reference."""
+"""The reference-free metrics, each against a closed form or a plain reference."""
 
 import itertools
 import json
@@ -13,14 +13,16 @@ from safetensors import safe_open
 
 from dimo.config import load_config
 from dimo.errors import DimoError
-from dimo.evaluation import unscored
+from dimo.evaluation import reference_free
 from dimo.evaluation.comparison import Comparison, Job
-from dimo.evaluation.evaluate import columns_of, evaluate_to_folder, format_table
+from dimo.evaluation.evaluate import evaluate_to_folder, format_table, videos_of
+from dimo.evaluation.metrics import columns_of, legend, measure
 from dimo.ursa import chunks, load_ursa, sample, save_student, visual_logits
 from dimo.worlds import checkpoint_folder
 
 TINY = Path(__file__).parent / "data" / "tiny-ursa"
 GRID = (2, 4, 8)
+COLUMNS = ["seconds_per_video", "codes_used", "token_entropy", "teacher_nll", "diversity"]
 PROMPTS = ["a red ball", "a dog that jumps over the wall", "rain"]
 SIZES = ["distill.num_frames=1", "distill.height=8", "distill.width=16", "distill.max_prompt_length=9"]
 
@@ -59,7 +61,9 @@ def passes(tiny, monkeypatch):
 
 def test_diversity():
     codes = torch.tensor([[[0, 0, 0, 0], [0, 0, 0, 1], [1, 1, 1, 1]], [[5, 5, 5, 5]] * 3])
-    assert unscored.diversity(codes) == pytest.approx((0.25 + 1.0 + 0.75) / 3 / 2)  # the second prompt's are one video
+    assert reference_free.diversity(codes) == pytest.approx(
+        (0.25 + 1.0 + 0.75) / 3 / 2
+    )  # the second prompt's are one video
     g = torch.Generator().manual_seed(0)
     codes = torch.randint(3, (4, 5, 7), generator=g)
     shares = [
@@ -67,20 +71,20 @@ def test_diversity():
         for prompt in codes
         for one, two in itertools.combinations(prompt, 2)
     ]
-    assert unscored.diversity(codes) == pytest.approx(sum(shares) / len(shares))
-    assert unscored.diversity(codes[:, :1]) is None
+    assert reference_free.diversity(codes) == pytest.approx(sum(shares) / len(shares))
+    assert reference_free.diversity(codes[:, :1]) is None
     with pytest.raises(DimoError, match="codes must have shape"):
-        unscored.diversity(codes[0])
+        reference_free.diversity(codes[0])
 
 
 def test_entropy_of_an_indifferent_transformer_is_log_k(indifferent, videos):
-    entropy = unscored.pass_entropy(indifferent.transformer, *videos, GRID)
+    entropy = reference_free.pass_entropy(indifferent.transformer, *videos, GRID)
     assert entropy.shape == (3, 64) and torch.allclose(entropy, torch.tensor(math.log(240.0)))
 
 
 def test_entropy_of_one_pass(tiny, videos, passes):
     txt_ids, x = videos
-    got = unscored.pass_entropy(tiny.transformer, txt_ids, x, GRID)
+    got = reference_free.pass_entropy(tiny.transformer, txt_ids, x, GRID)
     assert passes == [1, 1, 1]
     p = visual_logits(tiny.transformer, txt_ids, x, GRID).double().softmax(-1)
     assert torch.allclose(got.double(), -(p * p.log()).sum(-1), atol=1e-5)
@@ -92,14 +96,14 @@ def test_entropy_of_a_guided_pass(tiny, videos, passes):
     cond = visual_logits(tiny.transformer, txt_ids, x, GRID).double()
     uncond = visual_logits(tiny.transformer, empty.expand(3, -1), x, GRID).double()
     p = (uncond + 3 * (cond - uncond)).softmax(-1)
-    got = unscored.pass_entropy(tiny.transformer, txt_ids, x, GRID, 3.0, empty)
+    got = reference_free.pass_entropy(tiny.transformer, txt_ids, x, GRID, 3.0, empty)
     assert torch.allclose(got.double(), -(p * p.log()).sum(-1), atol=1e-4)
     assert passes == [3, 3] + 6 * [1]
 
 
 def test_teacher_nll_of_an_indifferent_teacher_is_log_k(indifferent, videos):
     txt_ids, codes = videos
-    nll = unscored.teacher_nll(indifferent, codes, txt_ids, GRID, torch.Generator())
+    nll = reference_free.teacher_nll(indifferent, codes, txt_ids, GRID, torch.Generator())
     assert nll.tolist() == pytest.approx([math.log(240)] * 3, abs=1e-5)
 
 
@@ -111,7 +115,7 @@ def test_teacher_nll(tiny, videos, passes):
             x_t = tiny.path.sample(codes[i : i + 1], t, g)
             p = visual_logits(tiny.transformer, txt_ids[i : i + 1], x_t, GRID).double().softmax(-1)[0]
             values[i] += [-math.log(p[n, code]) for n, code in enumerate(codes[i].tolist())]
-    got = unscored.teacher_nll(tiny, codes, txt_ids, GRID, torch.Generator().manual_seed(7), (0.2, 0.8))
+    got = reference_free.teacher_nll(tiny, codes, txt_ids, GRID, torch.Generator().manual_seed(7), (0.2, 0.8))
     assert got.tolist() == pytest.approx([sum(v) / len(v) for v in values], abs=1e-4)
     assert set(passes) == {1}
 
@@ -126,9 +130,9 @@ def test_teacher_nll_takes_the_same_noise_whatever_the_codes(tiny, videos):
     hook = tiny.transformer.model.embed_tokens.register_forward_hook(lambda module, args, out: seen.append(args[0]))
     try:
         # at t = 0 p_t is uniform, and x_t noise alone
-        unscored.teacher_nll(tiny, codes, txt_ids, GRID, noise(7), (0.0,))
-        unscored.teacher_nll(tiny, codes.flip(1), txt_ids, GRID, noise(7), (0.0,))
-        unscored.teacher_nll(tiny, codes, txt_ids, GRID, noise(8), (0.0,))
+        reference_free.teacher_nll(tiny, codes, txt_ids, GRID, noise(7), (0.0,))
+        reference_free.teacher_nll(tiny, codes.flip(1), txt_ids, GRID, noise(7), (0.0,))
+        reference_free.teacher_nll(tiny, codes, txt_ids, GRID, noise(8), (0.0,))
     finally:
         hook.remove()
     first, second, other_seed = seen[:3], seen[3:6], seen[6:]
@@ -141,7 +145,7 @@ def test_the_oracles_world_finds_its_own_videos_more_plausible_than_noise(world,
     txt_ids = ursa.tokenize([world.prompts[i] for i in rows], 4)
     noise = torch.randint(ursa.path.codebook_size, codes.shape, generator=generator)
     own, other = (
-        unscored.teacher_nll(ursa, videos, txt_ids, world.latents_shape, torch.Generator().manual_seed(0))
+        reference_free.teacher_nll(ursa, videos, txt_ids, world.latents_shape, torch.Generator().manual_seed(0))
         for videos in (codes, noise)
     )
     assert own.mean() + 1 < other.mean()
@@ -153,7 +157,7 @@ def compared(tiny, prompts=PROMPTS, copies=2, **options):
         judged=True, **options,
     )  # fmt: skip
     made = comparison.gather({job: comparison.run(job) for job in comparison.jobs()})
-    rows = {name: unscored.summarise(row, len(prompts)) for name, row in made.items()}
+    rows = {name: measure(videos_of(comparison, row)) for name, row in made.items()}
     return rows, {name: row["codes"] for name, row in made.items()}
 
 
@@ -161,10 +165,11 @@ def test_rows(tiny):
     rows, codes = compared(tiny, teacher_steps=(1, 3), guidance_scale=4.0, negative_prompt="x")
     names = ["student_1", "student_1_argmax", "untrained_1", "untrained_1_argmax", "teacher_1", "teacher_3"]
     assert list(rows) == names
-    assert all(set(row) == set(unscored.COLUMNS) for row in rows.values())
+    assert all(list(row) == COLUMNS for row in rows.values())
     assert all(row["seconds_per_video"] > 0 for row in rows.values())
     assert rows["teacher_3"]["token_entropy"] is None and rows["teacher_1"]["token_entropy"] is not None
-    assert columns_of(rows) == [unscored.COLUMNS[0], *unscored.COLUMNS[1:]]
+    assert columns_of(rows) == COLUMNS and [line.split(" (")[0] for line in legend(rows)] == COLUMNS
+    assert "diversity (higher is better): share of tokens in which two videos of one prompt differ." in legend(rows)
     assert format_table(rows).splitlines()[-1].split()[3] == "undefined"
 
     # the same noise and draws in every row: the student is the teacher here
@@ -175,8 +180,8 @@ def test_rows(tiny):
     arg_max = visual_logits(tiny.transformer, txt_ids, x_init, GRID).argmax(-1)
     assert torch.equal(codes["student_1_argmax"], arg_max)
     assert rows["student_1_argmax"]["codes_used"] == len(set(arg_max.flatten().tolist()))
-    assert rows["student_1_argmax"]["diversity"] == unscored.diversity(arg_max.view(3, 2, 64))
-    entropy = unscored.pass_entropy(tiny.transformer, txt_ids, x_init, GRID).mean().item()
+    assert rows["student_1_argmax"]["diversity"] == reference_free.diversity(arg_max.view(3, 2, 64))
+    entropy = reference_free.pass_entropy(tiny.transformer, txt_ids, x_init, GRID).mean().item()
     assert rows["student_1"]["token_entropy"] == pytest.approx(entropy, abs=1e-6)
     assert rows["student_1"]["token_entropy"] == rows["student_1_argmax"]["token_entropy"]
 
