@@ -26,7 +26,7 @@ def add_world(commands, kinds: dict[type, Callable]) -> None:
     names = train.add_subparsers(metavar="NAME", required=True, title="worlds")
     for name, kind in WORLDS.items():
         sub = names.add_parser(name, help=kind.__doc__.splitlines()[0], description=kind.__doc__, allow_abbrev=False)
-        sub.set_defaults(function=_train, world=name)
+        sub.set_defaults(world=name)
         sub.add_argument("-o", "--out", required=True, help="the checkpoint folder to write")
         for field in (*dataclasses.fields(kind), *dataclasses.fields(TeacherRecipe)):
             text = f"{field.metadata['help']} (default: {field.default})"
@@ -34,7 +34,9 @@ def add_world(commands, kinds: dict[type, Callable]) -> None:
             sub.add_argument(f"--{field.name}", type=read, default=field.default, help=text)
 
 
-def _train(args: argparse.Namespace) -> None:
+def world_train(args: argparse.Namespace) -> None:
+    """Train the world's teacher, and print how good it is."""
+
     def chosen(kind):
         return kind(**{field.name: getattr(args, field.name) for field in dataclasses.fields(kind)})
 
