@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from dimo.commands.cli import parse
+from dimo.distill.losses import student_loss
+from dimo.distill.stages import ESTIMATORS
 from dimo.errors import DimoError
 from dimo.evaluation.evaluate import format_table
 from dimo.evaluation.metrics import REFERENCE_FREE, SCORED, Videos, legend, measure
@@ -20,13 +22,14 @@ from dimo.worlds.registry import WORLDS
 from dimo.worlds.teacher import TeacherRecipe, encode, make_teacher
 
 PAGE = Path(__file__).parent.parent / "docs" / "extending.md"
+REGISTRIES = (WORLDS, SCORED, REFERENCE_FREE, ESTIMATORS)
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     """The page's code as a module, executed in an empty folder; what it registers is taken back at the end."""
-    folder, before = tmp_path_factory.mktemp("page"), [dict(d) for d in (WORLDS, SCORED, REFERENCE_FREE)]
+    folder, before = tmp_path_factory.mktemp("page"), [dict(d) for d in REGISTRIES]
     file = folder / "extending_page.py"
     file.write_text("\n\n".join(BLOCK.findall(PAGE.read_text(encoding="utf-8"))), encoding="utf-8")
     spec = importlib.util.spec_from_file_location(file.stem, file)
@@ -37,7 +40,7 @@ def page(tmp_path_factory):
         patch.chdir(folder)
         spec.loader.exec_module(module)
         yield module
-    for registry, was in zip((WORLDS, SCORED, REFERENCE_FREE), before):
+    for registry, was in zip(REGISTRIES, before):
         registry.clear()
         registry.update(was)
 
@@ -108,3 +111,22 @@ def test_the_new_metric_needs_no_oracle(page):
     codes = torch.tensor([[[[1]], [[1]]], [[[1]], [[2]]]])
     row = measure(Videos(codes, ["x", "x"], 2, 1.0, nll=torch.tensor([1.0, 3.0])))
     assert row["stillness"] == 0.5 and row["codes_used"] == 2 and row["diversity"] == 0.5 and row["teacher_nll"] == 2
+
+
+def test_the_new_estimator_gives_its_gradient_to_the_student(page):
+    assert page.ratio.config.distill.estimator == "log_ratio" and Path("runs/ratio/checkpoints/final").is_dir()
+    step, _ = page.ratio.step(2)
+    logits = step.student.logits().detach().requires_grad_(True)
+    draws = len(step.x_t) // len(step.x_hat)
+    x = step.x_hat.repeat(draws, 1)
+    gap = (step.teacher.log_prob(x) - step.aux.log_prob(x)).view(draws, *step.x_hat.shape).mean(0)
+    others = (gap.sum(0) - gap) / (len(gap) - 1)
+    log_p = logits.log_softmax(-1).gather(-1, step.x_hat[..., None])[..., 0]
+    (want,) = torch.autograd.grad(-((gap - others) * log_p).mean(), logits)
+    student = step.student.with_states(logits.detach().requires_grad_(True))
+    made = student_loss(
+        student.repeat(draws), step.teacher, step.aux, x, step.logp.repeat(draws, 1), step.entropy.repeat(draws, 1),
+        beta=step.beta, advantage=step.advantage, w_policy=step.w_policy,
+    )  # fmt: skip
+    (got,) = torch.autograd.grad(made.total, student.states)
+    assert want.abs().max() > 1e-4 and torch.allclose(got, want, atol=1e-6)
