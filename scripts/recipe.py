@@ -10,6 +10,7 @@ evaluation runs/recipe-SEEDS.safetensors, from which the same command goes on wh
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
 import math
@@ -22,9 +23,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dimo.config import load_config
-from dimo.distill import stages
-from dimo.distill.schedules import fade
+from dimo.distill.schedules import XInit, fade
 from dimo.distill.stages import Step
+from dimo.distill.step import nine_stages
 from dimo.evaluation.evaluate import evaluate
 from dimo.files import whole_file
 from dimo.train.optimizers import Muon, lr_factor, orthogonalise, warm_ema_decay
@@ -36,77 +37,28 @@ from dimo.worlds.protocol import World
 CHECKED = 3  # steps that graph and trainer both make
 
 
-class Graph:
-    """A trainer's step as a CUDA graph; what varies from step to step is a tensor, set before a replay."""
+class GraphLearner:
+    """A `Learner` whose rate is a tensor: what it does to the weights can be a part of a graph."""
 
-    def __init__(self, trainer: Trainer, emas: list[float]):
-        self.trainer, c = trainer, trainer.config
-        self.device, self.samples = trainer.device, c.distill.batch_size_per_gpu
-        assert c.distill.w_kd == 0 and c.distill.lambda_ent == 0 and trainer.dense
-        self.factors = {name: torch.ones((), device=self.device) for name in ("student", "aux")}
-        self.emas = emas
-        self.keep = [torch.zeros((), device=self.device) for _ in emas]
-        self.loss = torch.zeros((), device=self.device)
-        self.first = math.ceil(trainer.x_init.capacity / self.samples)
-        for index in range(self.first):  # these fill the memory of x_hat and the optimizers' state
-            trainer.step(index)
-        n = trainer.networks
-        pairs = zip(n.ema.parameters(), n.student.parameters())
-        self.averaged, self.learning = zip(*((e, s.detach()) for e, s in pairs if s.requires_grad))
-        self.averages = [[p.detach().clone() for p in self.averaged] for _ in emas]
-        self.memory = trainer.x_init
-        self.memory.fade = self.fade = torch.zeros((), device=self.device)
-        before = self._snapshot()
-        self.graph, self.stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        self.graph.register_generator_state(trainer.generator)
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            for _ in range(3):
-                self._step()
-        torch.cuda.synchronize()
-        # chunks ask for free memory; a stream of its own has a workspace of its own, which graphs side by side need
-        with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="relaxed"):
-            self._step()
-        self._restore(before)
-        self.before = before
+    def __init__(self, learner):
+        self.learner, self.factor = learner, torch.ones((), device=next(learner.model.parameters()).device)
 
-    def _step(self) -> None:
-        t, d = self.trainer, self.trainer.config.distill
-        n, g, grid, step = t.networks, t.generator, t.grid, Step()
-        step.txt_ids = t.prompts.batch(self.samples, g)
-        stages.draw_x_init(step, t.x_init, t.num_visual_tokens, g)
-        stages.student_pass(step, n.student, grid, g)
-        time_ = stages.draw_t(self.samples, grid, 10**9, 0, d.t_per, d.t_power, d.t_draws, g, self.device)
-        stages.renoise(step, t.path, time_, g)
-        stages.teacher_pass(step, n.teacher, grid)
-        fits = stages.auxiliary_losses(
-            step, n.aux, t.path, grid, d.aux_objective, d.aux_steps, d.label_smoothing, d.empty_prompt_share,
-            t.empty_ids, g, d.aux_pass == "shared", d.t_per,
-        )  # fmt: skip
-        for loss in fits:
-            loss.backward()
-            self._update(t.aux, self.factors["aux"])
-        if d.aux_pass == "own":
-            stages.auxiliary_pass(step, n.aux, grid)
-        stages.distillation_signal(step, d.estimator, t.beta, None, d.w_reinforce)
-        stages.total_loss(step, d.w_distill)
-        step.loss.backward()
-        self._update(t.student, self.factors["student"])
-        with torch.no_grad():
-            self.loss.copy_(step.loss)
-            for kept, new in ((self.memory.x_hat, step.x_hat), (self.memory.txt_ids, step.txt_ids)):
-                kept.copy_(torch.cat([new, kept])[: len(kept)])
-            for average, keep in zip(self.averages, self.keep):
-                torch._foreach_mul_(average, keep)
-                torch._foreach_add_(average, torch._foreach_mul(self.learning, 1 - keep))
+    def backward(self, loss: torch.Tensor, last: bool = True) -> None:
+        """Add the loss's gradient."""
+        loss.backward()
+
+    def gradient_norm(self) -> torch.Tensor:
+        """The norm of the gradient."""
+        return self.learner.gradient_norm()
 
     @torch.no_grad()
-    def _update(self, learner, factor: torch.Tensor) -> None:
-        norm = learner.gradient_norm()
+    def update(self, norm: torch.Tensor) -> None:
+        """Clip, step by `factor` times the initial rate, and forget the gradient."""
+        learner = self.learner
         torch._foreach_mul_(learner.gradients, (learner.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
         for optimizer in learner.optimizers:
             for group in optimizer.param_groups:
-                rate = factor * group["initial_lr"]
+                rate = self.factor * group["initial_lr"]
                 if isinstance(optimizer, Muon):
                     self._muon(optimizer, group, rate)
                 else:
@@ -140,12 +92,78 @@ class Graph:
             least = (state["exp_avg_sq"] / (1 - beta2 ** state["step"])).sqrt().add_(group["eps"])
             p.sub_(rate / (1 - beta1 ** state["step"]) * state["exp_avg"] / least)
 
+
+class GraphMemory(XInit):
+    """An `XInit` whose memory is full and stays where it is."""
+
+    def remember(self, x_hat: torch.Tensor, txt_ids: torch.Tensor) -> None:
+        """In place."""
+        for kept, new in ((self.x_hat, x_hat), (self.txt_ids, txt_ids)):
+            kept.copy_(torch.cat([new, kept])[: len(kept)])
+
+
+class Graph:
+    """A trainer's step as a CUDA graph; what varies from step to step is a tensor, set before a replay."""
+
+    def __init__(self, trainer: Trainer, emas: list[float]):
+        self.trainer, c = trainer, trainer.config
+        d, samples = c.distill, c.distill.batch_size_per_gpu
+        assert d.w_kd == d.lambda_ent == d.t_curriculum_steps == 0 and d.guidance_scale == 1 and trainer.dense
+        assert d.estimator == "dimo" and c.training.gradient_accumulation_steps == 1
+        self.emas = emas
+        self.keep = [torch.zeros((), device=self.device) for _ in emas]
+        self.loss = torch.zeros((), device=self.device)
+        self.first = math.ceil(trainer.x_init.capacity / samples)
+        for index in range(self.first):  # these fill the memory of x_hat and the optimizers' state
+            trainer.step(index)
+        n = trainer.networks
+        pairs = zip(n.ema.parameters(), n.student.parameters())
+        self.averaged, self.learning = zip(*((e, s.detach()) for e, s in pairs if s.requires_grad))
+        self.averages = [[p.detach().clone() for p in self.averaged] for _ in emas]
+        self.student, self.aux = GraphLearner(trainer.student), GraphLearner(trainer.aux)
+        self.x_init = GraphMemory(trainer.path.codebook_size, d.p_corrupt, d.corrupt_ratio, trainer.x_init.capacity)
+        self.x_init.load_state_dict({name: kept.clone() for name, kept in trainer.x_init.state_dict().items()})
+        self.x_init.fade = self.fade = torch.zeros((), device=self.device)
+        before = self._snapshot()
+        self.graph, self.stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        self.graph.register_generator_state(trainer.generator)
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            for _ in range(3):
+                self._step()
+        torch.cuda.synchronize()
+        # chunks ask for free memory; a stream of its own has a workspace of its own, which graphs side by side need
+        with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="relaxed"):
+            self._step()
+        self._restore(before)
+        self.before = before
+
+    def _step(self) -> None:
+        for _, step in nine_stages(self, self.first, [Step()], {}):  # noqa: B007
+            pass
+        self.loss.copy_(step.loss.detach())
+
+    def __getattr__(self, name: str):
+        """What `nine_stages` reads and is as the trainer's: networks, path, grid, settings, prompts, ..."""
+        return getattr(self.__dict__["trainer"], name)
+
+    def agreed(self) -> contextlib.nullcontext:
+        """One process: it always agrees."""
+        return contextlib.nullcontext()
+
+    @torch.no_grad()
+    def update_ema(self, index: int) -> None:
+        """Every average, by its own decay."""
+        for average, keep in zip(self.averages, self.keep):
+            torch._foreach_mul_(average, keep)
+            torch._foreach_add_(average, torch._foreach_mul(self.learning, 1 - keep))
+
     def _tensors(self) -> list[torch.Tensor]:
         t = self.trainer
         held = [o.state[p] for learner in (t.student, t.aux) for o in learner.optimizers for p in list(o.state)]
         found = [p.detach() for net in (t.networks.student, t.networks.aux) for p in net.parameters()]
         found += [value for state in held for value in state.values() if isinstance(value, torch.Tensor)]
-        return [*found, *(x for average in self.averages for x in average), self.memory.x_hat, self.memory.txt_ids]
+        return [*found, *(x for average in self.averages for x in average), self.x_init.x_hat, self.x_init.txt_ids]
 
     def _snapshot(self) -> list[torch.Tensor]:
         return [x.clone() for x in self._tensors()]
@@ -160,8 +178,8 @@ class Graph:
         c = self.trainer.config
         with torch.cuda.stream(self.stream):
             self.trainer.generator.manual_seed(self.trainer.seed_of(index))
-            self.factors["student"].fill_(lr_factor(c.optim, index, last, c.optim.min_lr_share))
-            self.factors["aux"].fill_(lr_factor(c.optim, index, last, c.optim.aux_min_lr_share))
+            self.student.factor.fill_(lr_factor(c.optim, index, last, c.optim.min_lr_share))
+            self.aux.factor.fill_(lr_factor(c.optim, index, last, c.optim.aux_min_lr_share))
             self.fade.fill_(fade(index, 0, c.distill.p_corrupt_fade * last))
             for keep, decay in zip(self.keep, self.emas):
                 keep.fill_(warm_ema_decay(decay, index))
@@ -175,13 +193,13 @@ class Graph:
         torch.cuda.synchronize()
         got = [p.detach().clone() for p in self.trainer.networks.student.parameters()]
         self._restore(self.before)
-        memory = self.memory.state_dict()
+        memory = self.trainer.x_init.state_dict()
         for index in range(self.first, self.first + CHECKED):
             self.trainer.step(index)
         want = [p.detach() for p in self.trainer.networks.student.parameters()]
         moved = max((a - b).abs().max().item() for a, b in zip(want, self.before))
         error = max((a - b).abs().max().item() for a, b in zip(got, want)) / moved
-        self.memory.load_state_dict(memory)
+        self.trainer.x_init.load_state_dict(memory)
         self._restore(self.before)
         return error
 

@@ -101,7 +101,8 @@ def nine_stages(run: Distillation, index: int, steps: list[Step], norms: dict[st
             stages.draw_x_init(step, run.x_init, run.num_visual_tokens, g)
             yield 2, step
             # 3 the student's one pass; of several parts only x_hat is kept, and each passes again before stage 7
-            before_pass.append(g.get_state())
+            if parts > 1:
+                before_pass.append(g.get_state())
             passed = step if parts == 1 else dataclasses.replace(step)
             with run.autocast(), torch.set_grad_enabled(parts == 1):
                 stages.student_pass(passed, n.student, grid, g)
