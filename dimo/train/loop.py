@@ -100,6 +100,7 @@ def _train(trainer: Trainer, run: RunFolder, checkpoints: Checkpoints, signals: 
     first = _resume(trainer, run, checkpoints)
     if trainer.prompts.about:
         run.say(trainer.prompts.about)
+    run.say(trainer.require_aligned())
     run.cut_at(first)
     run.write_environment()
     run.write_status(state="running", step=first, max_steps=last)

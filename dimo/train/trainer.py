@@ -15,10 +15,10 @@ from dimo.distill import losses, stages
 from dimo.distill.schedules import Baseline, EntropyController, XInit, fade
 from dimo.distill.stages import Step
 from dimo.distill.step import Networks, nine_stages
-from dimo.errors import NonFiniteError, trusted_values
+from dimo.errors import DimoError, NonFiniteError, trusted_values
 from dimo.run.folder import RunFolder
 from dimo.train.engine import Engine, load_whole, local, reshard
-from dimo.train.guards import Guard
+from dimo.train.guards import Guard, alignment_of
 from dimo.train.loop import run_training
 from dimo.train.metrics import MEASURED, Averages, measured
 from dimo.train.optimizers import lr_factor, make_optimizers, warm_ema_decay
@@ -253,6 +253,20 @@ class Trainer:
         if self.baseline:
             self.baseline.load_state_dict(state["baseline"])
         self.guard.load_state_dict(state["guard"])
+
+    def require_aligned(self) -> str:
+        """What is known of the logits slice that training reads through, in a sentence.
+
+        Raises:
+            DimoError: it is misread; its losses would fall all the same, and the student would learn something else.
+        """
+        with self.autocast():
+            alignment = alignment_of(self.ursa, self.settings.max_prompt_length, self.dense)
+        if alignment is None:
+            return "the logits slice is not checked: without a built-in world no clean videos are known"
+        if alignment.found in ("right", None):
+            return alignment.sentence
+        raise DimoError(f"{alignment.sentence}; look at extract_visual_logits, as notebook 01 does")
 
     def train(self, progress: bool = True) -> RunFolder:
         """Run to max_train_steps, resuming from the folder's newest checkpoint, and write checkpoints/final."""

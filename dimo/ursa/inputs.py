@@ -112,7 +112,7 @@ def build_ursa_inputs(
 
 
 def extract_visual_logits(logits: torch.Tensor, num_visual_tokens: int, codebook_size: int) -> torch.Tensor:
-    """Logits of the visual tokens.
+    """Logits of the visual tokens; hidden states are sliced the same way, with K their size.
 
     Args:
         logits: (B, S, V), where V is K, or more if the head covers the text vocabulary as well; the last K columns are

@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from dimo.errors import DimoError, require_ids, require_shape
+from dimo.ursa import inputs
 from dimo.ursa.chunks import on_device, pick, tokens_at_once
 from dimo.ursa.inputs import build_ursa_inputs, visual_logits
 
@@ -262,8 +263,10 @@ def predict(
     """
     if dense:
         return Dense(visual_logits(transformer, txt_ids, visual_tokens, latents_shape))
-    inputs, config = build_ursa_inputs(transformer, txt_ids, visual_tokens, latents_shape), transformer.config
-    hidden = transformer.hidden(inputs.input_ids, inputs.rope_pos)[:, -(inputs.num_visual_tokens + 1) : -1]
+    spliced, config = build_ursa_inputs(transformer, txt_ids, visual_tokens, latents_shape), transformer.config
+    hidden = transformer.hidden(spliced.input_ids, spliced.rope_pos)
+    # the slice that logits get, by its name in its module, so that one that is replaced there is replaced here too
+    hidden = inputs.extract_visual_logits(hidden, spliced.num_visual_tokens, hidden.shape[-1])
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))
