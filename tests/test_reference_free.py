@@ -270,7 +270,7 @@ def test_without_a_decoder_the_codes_stay_and_a_sentence_says_what_to_install(tm
 
 def test_bad_input_is_refused_before_anything_is_written(tmp_path):
     for more, message in (
-        (["distill.prompt_source=world"], "name a file of captions"),
+        (["distill.prompt_source=world"], "give a caption file"),
         ([f"distill.prompt_source={tmp_path}/none.txt"], "none.txt"),
         ([], "student.pt"),
     ):
