@@ -140,7 +140,7 @@ def test_the_command(capsys, one_layer):
     [
         (["--size", "3B"], "--size must be one of 0.6B, 1.7B, tiny, got '3B'"),
         (["--memory", "-1"], "--memory must be positive"),
-        (["-c", "smoke", "--height", "40"], "the configuration asks for (3, 5, 4)"),
+        (["-c", "smoke", "--height", "40"], "the configuration gives (3, 5, 4)"),
         (["--teacher_ckpt", "/nowhere"], "/nowhere"),
     ],
 )
