@@ -124,7 +124,7 @@ def test_few_captions_are_enough_and_what_was_done_is_said(captions, wanted, hel
         rows = evaluate_to_folder(config, run.path / "checkpoints" / "final", run.path, progress=False)
     assert sentence in caplog.text
     assert {row["prompts_held_out"] for row in rows.values()} == {held_out}
-    told = f"Prompts: {held_out} captions held out of training." if held_out else "Prompts: captions trained on."
+    told = f"Prompts: {held_out} held-out captions." if held_out else "Prompts: captions that were trained on."
     assert prompts_of(rows) == told and told in write_report_page(run).read_text()
 
 
@@ -168,8 +168,8 @@ def test_of_other_captions_than_the_runs_nothing_is_claimed(tmp_path, caplog):
     (tmp_path / "moved").mkdir()
     (tmp_path / "captions.csv").rename(tmp_path / "moved" / "captions.csv")
     (tmp_path / "part.csv").write_text("\n".join(["caption", *CAPTIONS[:20]]))
-    known = "Prompts: 8 captions held out of training."
-    unknown = "Prompts: other captions than the run's; which of them it was trained on is not known."
+    known = "Prompts: 8 held-out captions."
+    unknown = "Prompts: captions other than the run's; it is not known which of them it was trained on."
     for name, more, held_out, sentence in (
         ("moved/captions.csv", [], 8, known),
         ("part.csv", [], None, unknown),

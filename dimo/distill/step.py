@@ -81,21 +81,12 @@ class Distillation(Protocol):
 
 
 def nine_stages(run: Distillation, index: int, steps: list[Step], norms: dict[str, torch.Tensor]) -> Iterator[tuple]:
-    """Run training step `index`, pausing after each stage.
+    """Run training step `index`, pausing after each stage; yields (stage number 1 to 9, the `Step` so far).
 
-    With gradient accumulation there are several micro-batches, each with its own `Step`: stages 1 to 5 run for each
-    micro-batch, then the auxiliary is updated, then stages 6 to 9 run for each, then the student is updated. Autocast
-    is active only inside the stages, so it does not leak to a caller between them.
-
-    Args:
-        steps: one empty `Step` per micro-batch, filled in place.
-        norms: receives grad_norm/student and grad_norm/aux.
-
-    Yields:
-        (stage number 1 to 9, the `Step` so far).
-
-    Raises:
-        NonFiniteError: a value that is not finite, in any process.
+    `steps` has one empty `Step` per micro-batch of gradient accumulation: stages 1 to 5 run for each of them, then the
+    auxiliary is updated, then stages 6 to 9 run for each, then the student is updated. `norms` receives
+    grad_norm/student and grad_norm/aux. Autocast is active only inside the stages, so it does not leak to the caller.
+    Raises NonFiniteError if any process meets a value that is not finite.
     """
     d, n, g, grid = run.settings, run.networks, run.generator, run.grid
     before_pass, entropy, parts = [], 0.0, len(steps)
