@@ -64,7 +64,7 @@ def test_config_lists_keys_and_resolves_presets(capsys):
         (["world", "train", "shapes", "-o", "x", "--seed", str(2**63)], "seed must lie in [0, 2^63)"),
         (["bench", "-c", "smoke", "-o", "x", "--repeats", "0"], "repeats must be at least 1"),
         (["bench", "-c", "smoke", "-o", "x", "--warmup", "-1"], "warmup not negative, got 5 and -1"),
-        (["bench", "-c", "smoke", "-o", "x", "--generate", "0"], "numbers of passes that are at least 1, got [0]"),
+        (["bench", "-c", "smoke", "-o", "x", "--generate", "0"], "numbers of passes of at least 1, got [0]"),
         (["sample", "--teacher_ckpt", "", "--prompt", "x"], "teacher_ckpt must not be empty"),
         (["sample", "--student_ckpt", "", "--prompt", "x"], "student_ckpt must not be empty"),
         (["sample", "--prompt_file", "", "--prompt", "x"], "prompt_file must not be empty"),
