@@ -111,8 +111,8 @@ def kill_at_random(ranks: list[int], folder: Path, steps: int, draw: random.Rand
         os.kill(rank, signal.SIGKILL)
     codes = end(ranks)
     left = any(folder.glob("checkpoints/.step-*.partial"))
-    whole = [f.name for f in sorted(folder.glob("checkpoints/step-*"))[-1:]]
-    return f"{'partial checkpoint left, ' if left else ''}newest {whole[0] if whole else 'none'}, exit codes {codes}"
+    saved = [f.name for f in sorted(folder.glob("checkpoints/step-*"))[-1:]]
+    return f"{'partial checkpoint left, ' if left else ''}newest {saved[0] if saved else 'none'}, exit codes {codes}"
 
 
 def outcome(folder: Path) -> dict:
@@ -147,15 +147,16 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(1)
     import dimo.train.trainer  # noqa: F401 - imported once, for all forked processes
+
     draw, failures = random.Random(args.seed), 0
     with tempfile.TemporaryDirectory() as temporary:
         captions = Path(temporary, "captions.txt")
         captions.write_text("\n".join(load_world(checkpoint_folder("shapes")).prompts), encoding="utf-8")
         for processes in args.processes:
-            whole = Path(temporary, f"whole-{processes}")
-            codes = end(start(whole, captions, args.steps, processes))
-            assert codes == [0] * processes, Path(f"{whole}.0.txt").read_text()
-            expected = outcome(whole)
+            undisturbed = Path(temporary, f"undisturbed-{processes}")
+            codes = end(start(undisturbed, captions, args.steps, processes))
+            assert codes == [0] * processes, Path(f"{undisturbed}.0.txt").read_text()
+            expected = outcome(undisturbed)
             for point in range(args.points):
                 folder, kills = Path(temporary, f"killed-{processes}-{point}"), []
                 for steps in draw.choice(([args.steps], [args.steps], [args.steps // 2, args.steps])):

@@ -37,7 +37,7 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentP
     _add_training(command)
     _add_results(command)
     _add_looking(command)
-    add_world(commands, {int: _whole, float: _number})
+    add_world(commands, {int: _integer, float: _number})
     return parser, commands.choices
 
 
@@ -85,12 +85,12 @@ def _add_training(command: Callable) -> None:
                   "validity among those with a coverage of at least 0.8, so that no collapsed student wins; if there "
                   "is none, the highest validity times coverage. Finished runs are not repeated.")  # fmt: skip
     sub.add_argument("-o", "--out", default="runs/ablation", help="folder of all runs (default: %(default)s)")
-    sub.add_argument("--seeds", type=_whole, default=3, help="number of reported seeds (default: %(default)s)")
+    sub.add_argument("--seeds", type=_integer, default=3, help="number of reported seeds (default: %(default)s)")
     sub.add_argument("--lrs", default="3e-4,1e-3,2e-3",
                      help="the student's learning rates to choose from (default: %(default)s)")  # fmt: skip
     sub.add_argument("--method", action="append", dest="methods", metavar="NAME",
                      help="only this method, such as reinforce; may be repeated")  # fmt: skip
-    sub.add_argument("--jobs", type=_whole, default=1, help="number of runs at a time (default: %(default)s)")
+    sub.add_argument("--jobs", type=_integer, default=1, help="number of runs at a time (default: %(default)s)")
     _overrides(sub)
 
 
@@ -115,7 +115,7 @@ def _add_results(command: Callable) -> None:
     sub.add_argument("--prompt_file", help="a txt, jsonl, csv or parquet file of captions, or a folder of them")
     sub.add_argument("--out_dir", default="runs/samples", help="default: %(default)s")
     for field in dataclasses.fields(Request):
-        kind = {"int": _whole, "float": _number}.get(field.type.split(" ")[0], str)
+        kind = {"int": _integer, "float": _number}.get(field.type.split(" ")[0], str)
         sub.add_argument(f"--{field.name}", type=kind, default=field.default, help=field.metadata["help"])
 
     sub = command("runs", "list the runs in a folder: state, steps, speed, age",
@@ -131,9 +131,9 @@ def _add_looking(command: Callable) -> None:
                   "missing or damaged.", configurable=False)  # fmt: skip
     sub.add_argument("folder", help="a checkpoint folder, or a built-in world's name")
     for name in ("num_frames", "height", "width"):
-        sub.add_argument(f"--{name}", type=_whole, help="default: the world's, else 17x256x256 or one image")
+        sub.add_argument(f"--{name}", type=_integer, help="default: the world's, else 17x256x256 or one image")
     sub.add_argument(
-        "--max_prompt_length", type=_whole, help="number of text tokens (default: a world's longest prompt, else 320)"
+        "--max_prompt_length", type=_integer, help="number of text tokens (default: a world's longest prompt, else 320)"
     )
 
     sub = command("bench", "time a training step and its stages, generation, path sampling and losses",
@@ -146,8 +146,8 @@ def _add_looking(command: Callable) -> None:
         help="some of step, generate, path, losses, save, attention, kernels (default: %(default)s)",
     )
     sub.add_argument("--against", default="", help="also measure naive, upstream, or naive,upstream")
-    sub.add_argument("--repeats", type=_whole, default=5, help="number of timed calls (default: %(default)s)")
-    sub.add_argument("--warmup", type=_whole, default=2, help="number of calls before them (default: %(default)s)")
+    sub.add_argument("--repeats", type=_integer, default=5, help="number of timed calls (default: %(default)s)")
+    sub.add_argument("--warmup", type=_integer, default=2, help="number of calls before them (default: %(default)s)")
     sub.add_argument("--generate", default="1,25", help="numbers of sampling steps (default: %(default)s)")
     sub.add_argument("-o", "--out", default="runs/bench.json", help="default: %(default)s")
     _overrides(sub)
@@ -165,4 +165,4 @@ def _read(kind: str, text: str) -> Any:
         raise argparse.ArgumentTypeError(str(error).removeprefix("it").lstrip(": ")) from error
 
 
-_whole, _number = partial(_read, "int"), partial(_read, "float")
+_integer, _number = partial(_read, "int"), partial(_read, "float")

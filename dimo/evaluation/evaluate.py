@@ -22,7 +22,7 @@ from dimo.evaluation.metrics import Videos, columns_of, measure
 from dimo.evaluation.reference_free import save_codes
 from dimo.files import write_text
 from dimo.run.sources import teacher_files
-from dimo.train.prompts import evaluation_prompts, require_whole
+from dimo.train.prompts import evaluation_prompts, require_prompts_fit
 from dimo.ursa import Ursa, UrsaTransformer, load_ursa
 from dimo.ursa.layout import student_file
 from dimo.ursa.loading import load_student
@@ -178,7 +178,7 @@ def open_comparison(config: Config, weights: str | Path) -> tuple[Comparison, Wo
     grid = ursa.latents_shape(d.num_frames, d.height, d.width)
     if world is not None:
         require_world(world, grid, ursa.path.codebook_size)
-        require_whole(ursa, world.prompts, d.max_prompt_length)
+        require_prompts_fit(ursa, world.prompts, d.max_prompt_length)
     prompts, held_out = (world.prompts, None) if world else evaluation_prompts(config, ursa, weights)
     return Comparison(
         ursa, load_student(ursa, weights), prompts, grid,

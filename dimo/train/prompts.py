@@ -119,7 +119,7 @@ def open_prompts(config: Config, ursa: Ursa, rank: int = 0, world_size: int = 1)
                 f"distill.prompt_source is world, but {ursa.folder} is not a built-in world; give a caption file{mine}"
             )
         prompts = load_world(ursa.folder).prompts
-        require_whole(ursa, prompts, d.max_prompt_length)
+        require_prompts_fit(ursa, prompts, d.max_prompt_length)
         return WorldPrompts(prompts, ursa, d.max_prompt_length)
 
     def stream(seed: int, shuffle_buffer: int) -> PromptStream:
@@ -157,7 +157,7 @@ def evaluation_prompts(config: Config, ursa: Ursa, weights: str | Path) -> tuple
     return source.examples, len(source.held_out)
 
 
-def require_whole(ursa: Ursa, prompts: list[str], max_prompt_length: int) -> None:
+def require_prompts_fit(ursa: Ursa, prompts: list[str], max_prompt_length: int) -> None:
     """Raise unless all of a world's prompts fit into `max_prompt_length` tokens and have different token ids."""
     ids, cut = ursa.tokenize_and_count(prompts, max_prompt_length)
     different, needed = len(ids.unique(dim=0)), max(len(one) for one in ursa.tokenizer(prompts).input_ids)

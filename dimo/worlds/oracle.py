@@ -33,12 +33,12 @@ def score(world: World, codes: torch.Tensor, prompts: list[str]) -> Scores:
 def _join(parts: list[Scores]) -> Scores:
     """Concatenate scores."""
     names = ("accuracy", "valid", "adherent", "prompt")
-    whole = {name: torch.cat([getattr(part, name) for part in parts]).cpu() for name in names}
+    scores = {name: torch.cat([getattr(part, name) for part in parts]).cpu() for name in names}
     free = {
         name: (torch.cat([part.free[name][0] for part in parts]).cpu(), bins)
         for name, (_, bins) in parts[0].free.items()
     }
-    return Scores(**whole, free=free)
+    return Scores(**scores, free=free)
 
 
 def entropy(counts: torch.Tensor) -> float:
