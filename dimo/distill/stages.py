@@ -235,7 +235,7 @@ def auxiliary_losses(
     if objective == "match_teacher":
         draws = [step.x_t] * aux_steps  # every update uses all draws
     if len(draws) > aux_steps:
-        raise DimoError(f"aux_steps must be at least {len(draws)}, one per draw of t, to share x_t, not {aux_steps}")
+        raise DimoError(f"aux_steps must be at least {len(draws)}, one per draw of t, to share x_t, got {aux_steps}")
     for index in range(aux_steps):
         at_x_t = index < len(draws)
         if at_x_t:
