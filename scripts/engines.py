@@ -1,10 +1,10 @@
-"""Do DDP, FSDP2 and DeepSpeed ZeRO-2 train alike? Twenty steps of random weights under each, then the comparison.
+"""Check that DDP, FSDP2 and DeepSpeed ZeRO-2 train alike: twenty steps from random weights under each, compared.
 
-`accelerate launch --config_file dimo/config/presets/accelerate/E.yaml --num_processes 2 scripts/engines.py OUT`, for
-E of ddp, fsdp2, deepspeed_zero2, then `python scripts/engines.py OUT`, under no launcher, for the table. The first
-step must agree in its codes, its losses and, within bf16 noise, its gradient norms. After its update the codes that
-are drawn differ, as other seeds' would; so steps 2 to 20 are compared by their means, in standard errors. Exits with
-1 where the first step or a mean is further off than that.
+Run `accelerate launch --config_file dimo/config/presets/accelerate/E.yaml --num_processes 2 scripts/engines.py OUT`
+for E in ddp, fsdp2, deepspeed_zero2, then `python scripts/engines.py OUT`, without a launcher, for the comparison. In
+the first step the sampled codes must be equal, and losses and gradient norms equal up to bf16 rounding. After the
+first update different codes are sampled, as with another seed, so steps 2 to 20 are compared by their means, in
+standard errors. The exit code is 1 if the first step or a mean differs by more than that.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from dimo.bench.sizes import random_prompts, random_ursa
 from dimo.train.trainer import Trainer
 
 KEYS = ("loss/aux", "loss/total", "grad_norm/aux", "grad_norm/student")
-WRITTEN = 2000  # codes of x_hat that are compared
+WRITTEN = 2000  # number of codes of x_hat to compare
 
 
 def train(out: Path, size: str, steps: int, keys: list[str]) -> None:
-    """Write OUT/<engine>.json: a row per step, median seconds, peak memory of rank 0."""
+    """Train and write OUT/<engine>.json: metrics of every step, median seconds per step, peak memory of rank 0."""
     cuda, rank = torch.cuda.is_available(), int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", rank) if cuda else torch.device("cpu")
     if cuda:
@@ -55,7 +55,7 @@ def train(out: Path, size: str, steps: int, keys: list[str]) -> None:
 
 
 def compare(out: Path, noise: float = 1e-3) -> int:
-    """Print every engine beside DDP; 1 where one trains otherwise."""
+    """Print the comparison of every engine with DDP; returns 1 if one differs, else 0."""
     runs, wrong = {file.stem: json.loads(file.read_text()) for file in sorted(out.glob("*.json"))}, 0
     for engine, run in runs.items():
         first, base = run["rows"][0], runs["ddp"]["rows"][0]
@@ -63,7 +63,7 @@ def compare(out: Path, noise: float = 1e-3) -> int:
         off = {key: abs(first[key] / base[key] - 1) for key in KEYS}
         peak = "" if run["peak_gib"] is None else f", peak {run['peak_gib']:.1f} GiB"
         print(
-            f"{engine}: {1e3 * run['seconds']:.0f} ms a step{peak}; first step: codes {'equal' if same else 'DIFFER'}"
+            f"{engine}: {1e3 * run['seconds']:.0f} ms per step{peak}; first step: codes {'equal' if same else 'DIFFER'}"
         )
         wrong += not same or max(off.values()) > noise
         for key in KEYS:

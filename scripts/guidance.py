@@ -1,6 +1,6 @@
-"""What it costs to guide a student, whose guidance is distilled into it, once more: the one that ships, by the oracle.
+"""Measure the effect of guiding a student a second time, after the teacher's guidance was distilled into it.
 
-    python scripts/guidance.py            # 48 prompts x 64 videos a row, the noise of `dimo evaluate`
+`python scripts/guidance.py` samples the shipped student on 48 prompts x 64 videos, with the noise of `dimo evaluate`.
 """
 
 import torch
@@ -17,7 +17,7 @@ SCALES = (1.0, 1.5, 2.0, 3.0, 7.0)
 
 
 def one_pass(ursa, network, grid, ids, **guidance) -> torch.Tensor:
-    """Codes (B, N), of the same noise and the same draws in every call."""
+    """Codes (B, N) for prompts ids (B, L), with the same noise and random draws in every call."""
     parts = []
     for i, some in enumerate(ids.split(BATCH)):
         g = torch.Generator().manual_seed(SEED * 1_000_003 + i)

@@ -1,8 +1,8 @@
-"""`python scripts/kill.py`: kill a run with SIGKILL at random moments; the same command must make the same run of it.
+"""`python scripts/kill.py`: kill runs with SIGKILL at random moments; resumed, they must give bit-identical results.
 
-Per number of processes: one run of 40 steps that nobody disturbs, then `--points` runs that are killed, half of them
-while a checkpoint is being written, some of them twice, and continued. Weights, moments, memories and metrics must be
-equal bit for bit. The processes are forked from this one, so that a kill costs a second and not imports.
+For each number of processes there is one undisturbed run of 40 steps, and `--points` runs that are killed and resumed,
+half of them while a checkpoint is being written, some of them twice. Weights, optimizer states, memories of x_init and
+metrics must be equal bit for bit. The processes are forked from this one, so a restart does not repeat the imports.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import time
 import traceback
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # accelerate would choose a number itself, and sums depend on it
+os.environ["OMP_NUM_THREADS"] = "1"  # accelerate would set a number of its own, on which floating-point sums depend
 
 import torch
 from safetensors.torch import load_file
@@ -29,7 +29,7 @@ from dimo.run.folder import RunFolder
 from dimo.worlds import checkpoint_folder, load_world
 
 SAVE_EVERY = 3
-# every stateful part takes part: stream of prompts, mix, controller, curriculum, EMA baseline
+# uses every stateful component: prompt stream, x_init memory, entropy controller, time curriculum, EMA baseline
 SMALL = [
     "model.device=cpu", "distill.batch_size_per_gpu=2", "distill.p_corrupt=0.5", "distill.lambda_ent=0.01",
     "distill.entropy_floor=1.0", "distill.t_curriculum_steps=10", "distill.w_kd=0.1", "distill.w_reinforce=0.1",
@@ -39,7 +39,7 @@ SMALL = [
 
 
 def start(folder: Path, captions: Path, steps: int, processes: int) -> list[int]:
-    """Fork the ranks of one run; returns their process ids."""
+    """Fork the ranks of a run; returns their process ids."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -59,7 +59,7 @@ def _fork(rank: int, folder: Path, captions: Path, steps: int, processes: int, p
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         own = [f"experiment.output_dir={folder}", f"training.max_train_steps={steps}"]
-        own += ["distill.estimator=reinforce"] if processes > 1 else []  # its baseline is another on every rank
+        own += ["distill.estimator=reinforce"] if processes > 1 else []  # with a baseline
         config = load_config("smoke", [*SMALL, *own, f"distill.prompt_source={captions}"])
         dimo.train.trainer.Trainer(config).train(progress=False)
         code = 0
@@ -70,7 +70,7 @@ def _fork(rank: int, folder: Path, captions: Path, steps: int, processes: int, p
 
 
 def end(ranks: list[int], within: float | None = None) -> list[int]:
-    """Wait for the ranks, at most `within` seconds, then kill them; returns exit codes, -9 for a killed one."""
+    """Wait at most `within` seconds for the ranks, then kill them; returns their exit codes, -9 if killed."""
     until, codes = time.monotonic() + (1e9 if within is None else within), {}
     while len(codes) < len(ranks):
         for rank in ranks:
@@ -91,9 +91,9 @@ def wait_until(happened, within: float) -> None:
 
 
 def kill_at_random(ranks: list[int], folder: Path, steps: int, draw: random.Random, writing: bool) -> str:
-    """Kill every rank around a random step; with `writing` as soon after it as a checkpoint is being written.
+    """Kill all ranks around a random step, or with `writing` during the next writing of a checkpoint.
 
-    One in ten is killed before it trains, while it loads.
+    One in ten runs is killed while it is still loading. Returns a description.
     """
 
     def reached() -> bool:
@@ -111,12 +111,12 @@ def kill_at_random(ranks: list[int], folder: Path, steps: int, draw: random.Rand
         os.kill(rank, signal.SIGKILL)
     codes = end(ranks)
     left = any(folder.glob("checkpoints/.step-*.partial"))
-    whole = [f.name for f in sorted(folder.glob("checkpoints/step-*"))[-1:]]
-    return f"{'half a checkpoint left, ' if left else ''}newest {whole[0] if whole else 'none'}, exit codes {codes}"
+    saved = [f.name for f in sorted(folder.glob("checkpoints/step-*"))[-1:]]
+    return f"{'partial checkpoint left, ' if left else ''}newest {saved[0] if saved else 'none'}, exit codes {codes}"
 
 
 def outcome(folder: Path) -> dict:
-    """All that must not depend on kills."""
+    """The results of a run that must not depend on kills."""
     last = sorted(folder.glob("checkpoints/step-*"))[-1]
     files = {f.name: load_file(f) for f in last.glob("*.safetensors")}
     files |= {f.name: torch.load(f, weights_only=True) for f in last.glob("*.pt")}
@@ -128,7 +128,7 @@ def outcome(folder: Path) -> dict:
 
 
 def difference(a, b, where: str = "") -> str | None:
-    """The first place where two outcomes are not equal bit for bit."""
+    """The first place where two outcomes are not equal bit for bit, or None."""
     if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
         return next((d for d in (difference(a[k], b[k], f"{where}.{k}") for k in a) if d), None)
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
@@ -146,16 +146,17 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    import dimo.train.trainer  # noqa: F401 - what the forked processes need, imported once
+    import dimo.train.trainer  # noqa: F401 - imported once, for all forked processes
+
     draw, failures = random.Random(args.seed), 0
     with tempfile.TemporaryDirectory() as temporary:
         captions = Path(temporary, "captions.txt")
         captions.write_text("\n".join(load_world(checkpoint_folder("shapes")).prompts), encoding="utf-8")
         for processes in args.processes:
-            whole = Path(temporary, f"whole-{processes}")
-            codes = end(start(whole, captions, args.steps, processes))
-            assert codes == [0] * processes, Path(f"{whole}.0.txt").read_text()
-            expected = outcome(whole)
+            undisturbed = Path(temporary, f"undisturbed-{processes}")
+            codes = end(start(undisturbed, captions, args.steps, processes))
+            assert codes == [0] * processes, Path(f"{undisturbed}.0.txt").read_text()
+            expected = outcome(undisturbed)
             for point in range(args.points):
                 folder, kills = Path(temporary, f"killed-{processes}-{point}"), []
                 for steps in draw.choice(([args.steps], [args.steps], [args.steps // 2, args.steps])):
@@ -170,7 +171,7 @@ def main() -> int:
                 said = "bit-equal" if differs is None else f"DIFFERS at {differs}"
                 print(f"{processes} process(es), point {point + 1}: {said}; {'; then '.join(kills)}", flush=True)
                 shutil.rmtree(folder)
-    print(f"{failures} of {args.points * len(args.processes)} killed runs differ from the run that nobody killed")
+    print(f"{failures} of {args.points * len(args.processes)} killed runs differ from the undisturbed run")
     return 1 if failures else 0
 
 

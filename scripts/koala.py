@@ -1,8 +1,9 @@
-"""A folder like Koala-36M's, made up: CSV shards with a byte-order mark, quotes, newlines, rows without caption, and a
-last line that is cut off.
+"""Write a synthetic caption folder in the format of Koala-36M, and measure how fast it is read.
+
+The CSV shards have a byte-order mark, quotes, newlines in captions, rows without caption and a truncated last line.
 
     python scripts/koala.py write FOLDER --rows 2000000      # about 2.6 GB
-    python scripts/koala.py measure FOLDER                   # first batch, peak memory, prompts a second
+    python scripts/koala.py measure FOLDER                   # time to the first batch, peak memory, prompts per second
 """
 
 import argparse
@@ -20,7 +21,7 @@ WORDS = "a bird turns over the water while soft light moves slowly across old st
 
 
 def koala_row(number: int, text: str) -> list[str]:
-    """Row `number` of the whole folder; every 17th has no caption, others carry quotes, newlines, or the word NA."""
+    """Row `number` of the folder; every 17th has no caption, some contain quotes, newlines or the word NA."""
     caption = f"clip {number}: {text}"
     if number % 17 == 3:
         caption = ("", "  ")[number % 2]
@@ -40,7 +41,7 @@ def koala_texts(words: int) -> list[str]:
 
 
 def write_koala(folder: Path, rows: int, shards: int = 10, words: int = 200) -> None:
-    """`rows` whole rows over `shards` files, then one more, cut off inside its caption, in the last file."""
+    """Write `rows` rows, divided into `shards` files, and a last row that is truncated inside its caption."""
     folder.mkdir(parents=True, exist_ok=True)
     texts = koala_texts(words)
     for shard in range(shards):

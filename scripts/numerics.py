@@ -1,8 +1,8 @@
-"""Do compiled layers, fused losses and bf16 learn what eager float32 does? On the built-in world, seed by seed.
+"""Check that compiled layers, chunked losses and bf16 learn the same as eager float32, on the built-in world.
 
-`python scripts/numerics.py [--steps 200] [--seeds 4]`, on a GPU. Both forms draw the same noise from the same seed, but
-the first code drawn differently sends two runs apart, as another seed would; so windows of 20 losses are compared
-with the spread between seeds. Prints a table, exits with 1 where a window lies further off than 3.5 standard errors.
+`python scripts/numerics.py [--steps 200] [--seeds 4]`, on a GPU. Both variants use the same seeds, but two runs diverge
+after the first code that is sampled differently. So metrics are averaged over windows of 20 steps, and differences are
+compared with the spread between seeds. The exit code is 1 if a window differs by more than 3.5 standard errors.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ WINDOW = 20
 
 
 def losses_of(seed: int, steps: int, fast: bool, *more: str) -> torch.Tensor:
-    """(steps, len(LOSSES))."""
+    """Metrics of a run, (steps, len(LOSSES))."""
     how = ["model.compile=true", "training.mixed_precision=bf16", "model.activation_checkpointing=selective"]
     with tempfile.TemporaryDirectory() as folder:
         same = [f"experiment.seed={seed}", f"experiment.output_dir={folder}", "experiment.log_every=1", *more]
@@ -35,7 +35,7 @@ def losses_of(seed: int, steps: int, fast: bool, *more: str) -> torch.Tensor:
 
 
 def compare(reference: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """Distance of the means over seeds in standard errors: (seeds, steps, losses) twice -> (windows, losses)."""
+    """Difference of the means over seeds, in standard errors: two (seeds, steps, losses) -> (windows, losses)."""
     means = [x.unflatten(1, (-1, WINDOW)).mean(2) for x in (reference, other)]
     spread = (means[0].var(0) + means[1].var(0)).div(len(reference)).sqrt()
     return (means[1].mean(0) - means[0].mean(0)).abs() / spread

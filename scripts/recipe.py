@@ -1,10 +1,10 @@
-"""One-step students of the built-in world, trained to their end on a GPU: the trainer's stages as one CUDA graph.
+"""Train one-step students of the built-in world to convergence on a GPU, with each step replayed as a CUDA graph.
 
-`python scripts/recipe.py SEED [SEED ...] [--minutes M] [KEY=VALUE ...]` trains preset `shapes_long`, a step of which is
-some 2,000 small kernels that a GPU waits for; replayed as a graph they take a tenth of the time, and graphs of several
-seeds run beside each other, each on a stream of its own. First a few steps are compared with `Trainer.step`. Writes
-runs/recipe-SEED/student-EMA and report-EMA.json, of the student as `checkpoints/final` would hold it, and at every
-evaluation runs/recipe-SEEDS.safetensors, from which the same command goes on where it was stopped.
+`python scripts/recipe.py SEED [SEED ...] [--minutes M] [KEY=VALUE ...]` trains preset `shapes_long`. A step consists of
+some 2,000 small kernels and is bound by their launches; replayed as a graph it takes a tenth of the time. The graphs of
+several seeds run concurrently, each on its own stream. First a few steps are compared with `Trainer.step`. Writes
+runs/recipe-SEED/student-EMA, the student as in `checkpoints/final`, and report-EMA.json; and at every evaluation
+runs/recipe-SEEDS.safetensors, from which the same command resumes.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from dimo.ursa import save_student
 from dimo.worlds import load_world
 from dimo.worlds.protocol import World
 
-CHECKED = 3  # steps that graph and trainer both make
+CHECKED = 3  # number of steps to compare between graph and trainer
 
 
 class GraphLearner:
-    """A `Learner` whose rate is a tensor: what it does to the weights can be a part of a graph."""
+    """A `Learner` whose learning rate is a tensor, so that its update can be captured in a graph."""
 
     def __init__(self, learner):
         self.learner, self.factor = learner, torch.ones((), device=next(learner.model.parameters()).device)
 
     def backward(self, loss: torch.Tensor, last: bool = True) -> None:
-        """Add the loss's gradient."""
+        """Accumulate the gradient of the loss."""
         loss.backward()
 
     def gradient_norm(self) -> torch.Tensor:
@@ -53,7 +53,7 @@ class GraphLearner:
 
     @torch.no_grad()
     def update(self, norm: torch.Tensor) -> None:
-        """Clip, step by `factor` times the initial rate, and forget the gradient."""
+        """Clip, step with `factor` times the initial learning rate, and drop the gradient."""
         learner = self.learner
         torch._foreach_mul_(learner.gradients, (learner.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
         for optimizer in learner.optimizers:
@@ -94,16 +94,16 @@ class GraphLearner:
 
 
 class GraphMemory(XInit):
-    """An `XInit` whose memory is full and stays where it is."""
+    """An `XInit` whose memory is full and is updated in place."""
 
     def remember(self, x_hat: torch.Tensor, txt_ids: torch.Tensor) -> None:
-        """In place."""
+        """Replace the oldest samples."""
         for kept, new in ((self.x_hat, x_hat), (self.txt_ids, txt_ids)):
             kept.copy_(torch.cat([new, kept])[: len(kept)])
 
 
 class Graph:
-    """A trainer's step as a CUDA graph; what varies from step to step is a tensor, set before a replay."""
+    """A trainer's step as a CUDA graph; values that change from step to step are tensors, set before a replay."""
 
     def __init__(self, trainer: Trainer, emas: list[float]):
         self.trainer, c = trainer, trainer.config
@@ -114,7 +114,7 @@ class Graph:
         self.keep = [torch.zeros((), device=self.device) for _ in emas]
         self.loss = torch.zeros((), device=self.device)
         self.first = math.ceil(trainer.x_init.capacity / samples)
-        for index in range(self.first):  # these fill the memory of x_hat and the optimizers' state
+        for index in range(self.first):  # fills the memory of x_init and creates the optimizer states
             trainer.step(index)
         n = trainer.networks
         pairs = zip(n.ema.parameters(), n.student.parameters())
@@ -132,7 +132,7 @@ class Graph:
             for _ in range(3):
                 self._step()
         torch.cuda.synchronize()
-        # chunks ask for free memory; a stream of its own has a workspace of its own, which graphs side by side need
+        # relaxed, since chunks query free memory; an own stream, since concurrent graphs must not share a workspace
         with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="relaxed"):
             self._step()
         self._restore(before)
@@ -144,16 +144,16 @@ class Graph:
         self.loss.copy_(step.loss.detach())
 
     def __getattr__(self, name: str):
-        """What `nine_stages` reads and is as the trainer's: networks, path, grid, settings, prompts, ..."""
+        """Everything else that `nine_stages` needs is the trainer's: networks, path, grid, settings, prompts, ..."""
         return getattr(self.__dict__["trainer"], name)
 
     def agreed(self) -> contextlib.nullcontext:
-        """One process: it always agrees."""
+        """A single process needs no agreement."""
         return contextlib.nullcontext()
 
     @torch.no_grad()
     def update_ema(self, index: int) -> None:
-        """Every average, by its own decay."""
+        """Update every moving average with its own decay."""
         for average, keep in zip(self.averages, self.keep):
             torch._foreach_mul_(average, keep)
             torch._foreach_add_(average, torch._foreach_mul(self.learning, 1 - keep))
@@ -174,7 +174,7 @@ class Graph:
             x.copy_(value)
 
     def step(self, index: int, last: int) -> None:
-        """Step `index` of `last`, as `Trainer.step` makes it; does not wait for it."""
+        """Start step `index` of `last`, equivalent to `Trainer.step`, without waiting for it."""
         c = self.trainer.config
         with torch.cuda.stream(self.stream):
             self.trainer.generator.manual_seed(self.trainer.seed_of(index))
@@ -186,7 +186,7 @@ class Graph:
             self.graph.replay()
 
     def check(self) -> float:
-        """The largest difference of the student's weights after a few steps from what the trainer makes of them."""
+        """Largest difference of the student's weights from the trainer's after a few steps, relative to the change."""
         last = self.trainer.config.training.max_train_steps
         for index in range(self.first, self.first + CHECKED):
             self.step(index, last)
@@ -204,7 +204,7 @@ class Graph:
         return error
 
     def state(self) -> dict[str, torch.Tensor]:
-        """All that a step changes, by seed and number; what the step itself draws follows from its index."""
+        """All tensors that a step changes, as {"seed/number": tensor}; random draws depend only on the step's index."""
         return dict(zip(self._names(), self._snapshot(), strict=True))
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
@@ -214,7 +214,7 @@ class Graph:
         return [f"{self.trainer.config.experiment.seed}/{i}" for i in range(len(self._tensors()))]
 
     def scores(self, world: World, out: Path, at: int, last: int) -> None:
-        """Print and write the figures of every average after `at` steps, and the students."""
+        """Evaluate the student of every moving average after `at` of `last` steps; write it and its metrics."""
         t, final = self.trainer, copy.deepcopy(self.trainer.networks.ema)
         for decay, average in zip(self.emas, self.averages):
             for p, value in zip(self.averaged, average):
@@ -230,39 +230,39 @@ class Graph:
 
 
 def resume(saved: Path, graphs: Iterable[Graph], keys: list[str]) -> tuple[int, int]:
-    """Put the state back that an earlier run with the same keys left; its (steps made, steps in all)."""
+    """Restore the state of an earlier run with the same keys; returns (steps done, total steps)."""
     with safe_open(saved, "pt") as file:
         about = file.metadata()
     if about["keys"] != " ".join(keys):
-        raise SystemExit(f"{saved} is of a run with other keys ({about['keys']}): move it away, or give another --name")
+        raise SystemExit(f"{saved} is from a run with other keys ({about['keys']}): move it or give another --name")
     state = load_file(saved)
     for graph in graphs:
         graph.load_state(state)
-    print(f"goes on at step {about['at']} of {about['of']}", flush=True)
+    print(f"resumed at step {about['at']} of {about['of']}", flush=True)
     return int(about["at"]), int(about["of"])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("words", nargs="+", metavar="SEED | KEY=VALUE")
-    parser.add_argument("--minutes", type=float, help="as many steps as fit, in place of training.max_train_steps")
-    parser.add_argument("--emas", default="", help="further moving averages to score: 0.9998,0.9999; 0: the weights")
-    parser.add_argument("--evaluations", type=int, default=5, help="how often, the end included (default: 5)")
+    parser.add_argument("--minutes", type=float, help="train for this time, not for training.max_train_steps")
+    parser.add_argument("--emas", default="", help="more EMA decays to evaluate, as 0.9998,0.9999; 0: the weights")
+    parser.add_argument("--evaluations", type=int, default=5, help="number of evaluations (default: 5)")
     parser.add_argument("--name", default="recipe")
     args = parser.parse_intermixed_args()
     keys, seeds = ([word for word in args.words if ("=" in word) == is_key] for is_key in (True, False))
     if not seeds:
-        parser.error("give a seed, or several")
+        parser.error("give at least one seed")
     begin, graphs = time.time(), {}
     saved = Path("runs") / f"{args.name}-{'-'.join(seeds)}.safetensors"
-    torch._dynamo.config.recompile_limit = 64  # the networks of every seed are compiled anew
+    torch._dynamo.config.recompile_limit = 64  # the networks of each seed are compiled separately
     for seed in seeds:
         out = Path("runs") / f"{args.name}-{seed}"
         own = [f"experiment.seed={seed}", f"experiment.output_dir={out}"]
         config = load_config("shapes_long", own + keys)
         emas = [config.optim.ema_decay, *(float(x) for x in args.emas.split(",") if x)]
         graphs[out] = graph = Graph(Trainer(config), emas)
-        print(f"seed {seed}: {CHECKED} steps differ by {graph.check():.1e} of what they moved", flush=True)
+        print(f"seed {seed}: {CHECKED} steps differ by {graph.check():.1e} of the weights' change", flush=True)
     world, index, last = load_world(graph.trainer.ursa.folder), graph.first, config.training.max_train_steps
     if saved.exists():
         index, last = resume(saved, graphs.values(), keys)
@@ -282,13 +282,13 @@ def main() -> None:
             graph.step(index, last)
         index += 1
         if index % 20 == 0:
-            torch.cuda.synchronize()  # or the CPU runs ahead of the GPU without end
+            torch.cuda.synchronize()  # keeps the CPU from running far ahead of the GPU
         if index == measured_after:
             each = (time.time() - first) / (measured_after - graph.first)
             if args.minutes:
                 scoring = 1.0 * len(graphs) * len(graph.emas) * args.evaluations
                 last = max(index, int((60 * args.minutes - (time.time() - begin) - scoring) / each))
-            print(f"{1e3 * each:.2f} ms a step of {len(graphs)} seeds, {last} steps", flush=True)
+            print(f"{1e3 * each:.2f} ms per step of {len(graphs)} seeds, {last} steps", flush=True)
         if index > measured_after and index % max(1, last // args.evaluations) == 0 and index < last - 100:
             score(index)
     score(last)

@@ -1,12 +1,12 @@
-"""Twenty steps of training by the `dimo` command, pinned: what a change of the code may not change.
+"""Regression test of training: record twenty steps of the `dimo` command, and compare later versions with them.
 
     python scripts/trajectories.py record [NAME ...]     # writes tests/data/trajectories/NAME.json
     python scripts/trajectories.py check [NAME ...]      # trains again and compares; exit code 1 beyond the tolerance
 
-A file holds the command, the metrics of every step, and per tensor of student, auxiliary and EMA its norm and its
-product with a fixed random vector, after steps 3 and 20. On the machine that recorded it step 20 comes out bit for bit;
-on another CPU sums are rounded otherwise and sooner or later a token is drawn differently, so there the first three
-steps count. Whoever records again says in the commit why the numbers may change.
+A file holds the command, the metrics of every step and, for each tensor of student, auxiliary and EMA after steps 3 and
+20, its norm and its product with a fixed random vector. On the recording machine all steps are reproduced bit for bit.
+On another CPU sums are rounded differently, until a token is sampled differently, so only the first three steps are
+compared there. A commit with new recordings should say why the numbers may change.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[1]
 RECORDED = ROOT / "tests" / "data" / "trajectories"
-STEPS, LOOKED_AT = 20, (3, 20)  # checkpoints whose tensors are kept
-EVERYWHERE = 3  # steps that must agree on any machine
+STEPS, LOOKED_AT = 20, (3, 20)  # number of steps, and those after which tensors are recorded
+EVERYWHERE = 3  # number of steps that must agree on any machine
 ALL = [
     "model.device=cpu", f"training.max_train_steps={STEPS}", "experiment.log_every=1", "experiment.save_every=3",
     "experiment.keep_last=9", "experiment.sample_every=1000000",
@@ -51,7 +51,7 @@ CAPTIONS += [f"{what} in the rain" for what in ("two birds", "an old boat", "a s
 
 
 def follow(name: str, folder: Path) -> dict:
-    """Train run `name` into `folder`; what there is to compare."""
+    """Train run `name` into `folder`; returns the trajectory to record or compare."""
     captions, out = folder / "captions.txt", folder / name
     captions.write_text("\n".join(CAPTIONS), encoding="utf-8")
     words = ["train", *RUNS[name], *ALL]
@@ -69,7 +69,7 @@ def follow(name: str, folder: Path) -> dict:
 
 def digest(checkpoint: Path) -> dict[str, tuple[float, float]]:
     """{network/tensor: (norm, product with a random vector of norm 1)}, in float64."""
-    torch.set_num_threads(1)  # or the sums depend on the machine
+    torch.set_num_threads(1)  # otherwise sums depend on the machine
     found = {}
     for file in sorted(checkpoint.glob("*.safetensors")):
         for name, tensor in load_file(file).items():
@@ -81,7 +81,7 @@ def digest(checkpoint: Path) -> dict[str, tuple[float, float]]:
 
 
 def numbers(trajectory: dict, upto: int) -> dict[str, float]:
-    """All numbers of the steps up to `upto`, by where they stand."""
+    """All numbers of a trajectory up to step `upto`, {description: value}."""
     found = {f"step {row['step']} {key}": value for row in trajectory["metrics"] if row["step"] <= upto
              for key, value in row.items()}  # fmt: skip
     for step, tensors in trajectory["tensors"].items():
@@ -91,7 +91,7 @@ def numbers(trajectory: dict, upto: int) -> dict[str, float]:
 
 
 def compare(want: dict, got: dict, upto: int, tolerance: float) -> list[str]:
-    """A sentence for each number that is missing, new, or off by more than `tolerance` max(1, |it|)."""
+    """A sentence for each number that is missing, new, or differs by more than `tolerance` max(1, |recorded|)."""
     want, got, wrong = numbers(want, upto), numbers(got, upto), []
     wrong += [f"{key} is missing" for key in want if key not in got]
     wrong += [f"{key} is new" for key in got if key not in want]

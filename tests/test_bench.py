@@ -30,11 +30,11 @@ def refusal(capsys, *arguments) -> str:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--against", "naive,upstrem"], "--against: there is nothing called 'upstrem' to measure; did you mean 'ups"),
-        (["--parts", "step,loses"], "--parts: there is nothing called 'loses' to measure; did you mean 'losses'"),
+        (["--against", "naive,upstrem"], "--against: unknown name 'upstrem'; did you mean 'ups"),
+        (["--parts", "step,loses"], "--parts: unknown name 'loses'; did you mean 'losses'"),
         (["--size", "17B"], "size must be one of 0.6B, 1.7B, tiny, got '17B'; did you mean '1.7B'"),
-        (["--against", "naive", "distill.estimator=reinforce"], "the naive step knows estimator dimo"),
-        (["--against", "naive", "distill.divergence=reverse"], "the naive step knows estimator dimo with forward KL"),
+        (["--against", "naive", "distill.estimator=reinforce"], "the naive step supports only distill.estimator=dimo"),
+        (["--against", "naive", "distill.divergence=reverse"], "the naive step supports only distill.estimator=dimo"),
         (["model.device=cuda"], "cuda"),
     ],
 )
@@ -55,5 +55,5 @@ def test_upstream_that_is_not_installed_is_said_first(capsys, tmp_path):
 def test_a_report_that_could_not_be_written_is_refused_first(capsys, tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
-    assert "folder is a folder, a file is needed" in refusal(capsys, "-o", "folder")
-    assert "file is a file, a folder is needed" in refusal(capsys, "-o", "file/deep/bench.json")
+    assert "--out must be a file, but folder is a folder" in refusal(capsys, "-o", "folder")
+    assert "file is a file, not a folder" in refusal(capsys, "-o", "file/deep/bench.json")

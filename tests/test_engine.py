@@ -9,7 +9,7 @@ from processes import WITH_ZERO2
 from dimo.config import load_config
 from dimo.distill.step import nine_stages
 from dimo.errors import DimoError
-from dimo.train.engine import average, load_whole
+from dimo.train.engine import average, load_full_state
 from dimo.train.trainer import Trainer, step_through
 from dimo.ursa import load_ursa, visual_logits
 from dimo.worlds import checkpoint_folder
@@ -58,7 +58,7 @@ for parts in (1, 2):
 
     def spy(learner, name):
         def update(norm, inner=learner.update):
-            weights = {{k: v.clone() for k, v in trainer.engine.whole_state(learner.model).items()}}
+            weights = {{k: v.clone() for k, v in trainer.engine.full_state_dict(learner.model).items()}}
             updates.append((name, gradients(learner), float(norm), weights))
             inner(norm)
         learner.update = update
@@ -216,7 +216,7 @@ for index in range(2):  # the average is updated, passed, updated, passed: never
 with torch.no_grad():
     trainer.networks.student.hidden(ids, pos)  # leaves its head gathered
 held = trainer.student.state()
-whole = trainer.engine.whole_state(ema)
+whole = trainer.engine.full_state_dict(ema)
 if trainer.engine.rank == 0:
     plain = trainer.ursa.transformer
     plain.load_state_dict(whole)
@@ -314,7 +314,7 @@ for entries in (1, 7, 10_000):
     engine.average(own)
     assert all(torch.equal(a, b) for a, b in zip(own, want)), entries
 engine.Engine(load_config("smoke", ["model.device=cpu", "optim.optimizer=adamw"]))
-with pytest.raises(DimoError, match="muon steps on whole matrices, and fsdp2 cuts them; use optim.optimizer=adamw"):
+with pytest.raises(DimoError, match="muon needs full matrices, but fsdp2 shards them; use optim.optimizer=adamw"):
     engine.Engine(load_config("smoke", ["model.device=cpu", "optim.optimizer=muon"]))
 """
 
@@ -328,7 +328,7 @@ def test_gradients_are_averaged_in_buckets_and_muon_is_refused_where_matrices_ar
     ("environment", "sentence"),
     [
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "fsdp_version must be 2"),
-        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "zero_stage 2, got 3"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "zero_stage must be 2, got 3"),
     ],
 )
 def test_engines_that_are_not_served_are_refused(monkeypatch, environment, sentence):
@@ -341,7 +341,7 @@ def test_engines_that_are_not_served_are_refused(monkeypatch, environment, sente
 def test_weights_that_do_not_fit_are_refused():
     model = load_ursa(checkpoint_folder("shapes")).transformer
     with pytest.raises(RuntimeError, match="Unexpected key"):
-        load_whole(model, model.state_dict() | {"more": torch.zeros(1)})
+        load_full_state(model, model.state_dict() | {"more": torch.zeros(1)})
 
 
 def test_a_step_of_parts_learns_and_is_measured():

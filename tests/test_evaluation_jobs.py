@@ -125,7 +125,7 @@ def test_a_second_evaluation_into_the_same_folder_is_refused(student, tmp_path):
     words = [sys.executable, "-c", holds, str(tmp_path)]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(DimoError, match=f"another process writes an evaluation into {tmp_path}; wait"):
+        with pytest.raises(DimoError, match=f"another process is writing an evaluation to {tmp_path}; wait"):
             evaluate_to_folder(config, student / "student", tmp_path, progress=False)
         other.kill()
     with alone_in(tmp_path):  # the kernel has let it go
@@ -136,7 +136,7 @@ def test_what_the_disk_has_damaged_is_made_again(tmp_path):
     parts = Parts(tmp_path, {"a": 1})
     parts.save(JOBS[0], {"codes": torch.zeros(1, 4)})
     parts.file(JOBS[0]).write_bytes(parts.file(JOBS[0]).read_bytes()[:20])
-    with pytest.raises(DimoError, match=r"student_1-00000.safetensors was damaged .*; the same command makes it again"):
+    with pytest.raises(DimoError, match=r"student_1-00000.safetensors was damaged .*; run the same command again"):
         parts.load(JOBS[:1])
     assert parts.missing(JOBS) == JOBS
     parts.save(JOBS[0], {"codes": torch.zeros(1, 4)})

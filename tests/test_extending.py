@@ -77,7 +77,7 @@ def test_the_command_line_knows_the_new_world(page, monkeypatch, tmp_path):
     with pytest.raises(DimoError, match="does not take --background_shades 7"):
         parse(["world", "train", "ramp", "-o", "x", "--background_shades", "7"])  # of another world
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DimoError, match="world ramp ships without a teacher: make one with `dimo world train ramp -o"):
+    with pytest.raises(DimoError, match="world ramp ships without a teacher: train one with `dimo world train ramp -o"):
         checkpoint_folder("ramp")
 
 

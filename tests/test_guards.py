@@ -127,7 +127,7 @@ def test_after_so_many_in_a_row_it_stops_and_the_batch_can_be_replayed(tmp_path)
         bad["on"] = on
         trainer.step(index)
     assert trainer.guard.skipped == 4
-    with pytest.raises(DimoError, match="3 steps in a row met values that are not finite") as stopped:
+    with pytest.raises(DimoError, match="3 steps in a row were skipped for values that are not finite") as stopped:
         trainer.step(5)
     assert not isinstance(stopped.value, NonFiniteError)
     (file,) = (tmp_path / "slices").iterdir()
@@ -232,6 +232,6 @@ def test_a_run_that_never_gets_a_finite_step_fails_in_a_sentence(tmp_path, ranks
     words = ["-m", "dimo.train", "config=smoke", *SETTINGS, f"experiment.output_dir={tmp_path / 'run'}"]
     words += ["optim.lr=1e30", "optim.aux_lr=1e30", "optim.warmup_steps=1", "training.max_bad_steps=2"]
     done = ranks.launch(tmp_path, *words)
-    assert done.returncode != 0 and "dimo: 2 steps in a row met values that are not finite" in done.stderr
+    assert done.returncode != 0 and "dimo: 2 steps in a row were skipped for values that are not finite" in done.stderr
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
     assert len(list((tmp_path / "run" / "slices").iterdir())) == 2

@@ -112,8 +112,8 @@ def test_a_position_from_before_there_was_hold_out_is_kept(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("captions", "wanted", "held_out", "sentence"),
     [
-        (CAPTIONS[:11], 8, 2, "2 captions are held out of training for evaluation: one in 5 at most, where evaluation"),
-        (CAPTIONS[:4], 8, 0, "too few captions to hold any out of training (4 different ones): evaluation is on"),
+        (CAPTIONS[:11], 8, 2, "2 captions are held out of training for evaluation: at most one in 5, although"),
+        (CAPTIONS[:4], 8, 0, "too few captions to hold any out of training (4 different ones): evaluation uses"),
     ],
 )
 def test_few_captions_are_enough_and_what_was_done_is_said(captions, wanted, held_out, sentence, tmp_path, caplog):
@@ -124,16 +124,16 @@ def test_few_captions_are_enough_and_what_was_done_is_said(captions, wanted, hel
         rows = evaluate_to_folder(config, run.path / "checkpoints" / "final", run.path, progress=False)
     assert sentence in caplog.text
     assert {row["prompts_held_out"] for row in rows.values()} == {held_out}
-    told = f"Prompts: {held_out} captions held out of training." if held_out else "Prompts: captions trained on."
+    told = f"Prompts: {held_out} held-out captions." if held_out else "Prompts: captions that were trained on."
     assert prompts_of(rows) == told and told in write_report_page(run).read_text()
 
 
 def test_what_was_held_out_is_said(tiny, tmp_path):
     for captions, wanted, sentence in (
         (CAPTIONS, 8, "8 captions are held out of training for evaluation"),
-        ([CAPTIONS[0]] * 30, 8, "too few captions to hold any out of training (1 different ones): evaluation is on "
+        ([CAPTIONS[0]] * 30, 8, "too few captions to hold any out of training (1 different ones): evaluation uses "
          "captions that are trained on"),
-        (CAPTIONS, 0, "evaluation.held_out is 0: evaluation is on captions that are trained on"),
+        (CAPTIONS, 0, "evaluation.held_out is 0: evaluation uses captions that are trained on"),
     ):  # fmt: skip
         assert open_prompts(config_for(tmp_path, captions, f"evaluation.held_out={wanted}"), tiny).about == sentence
 
@@ -168,8 +168,8 @@ def test_of_other_captions_than_the_runs_nothing_is_claimed(tmp_path, caplog):
     (tmp_path / "moved").mkdir()
     (tmp_path / "captions.csv").rename(tmp_path / "moved" / "captions.csv")
     (tmp_path / "part.csv").write_text("\n".join(["caption", *CAPTIONS[:20]]))
-    known = "Prompts: 8 captions held out of training."
-    unknown = "Prompts: other captions than the run's; which of them it was trained on is not known."
+    known = "Prompts: 8 held-out captions."
+    unknown = "Prompts: captions other than the run's; it is not known which of them it was trained on."
     for name, more, held_out, sentence in (
         ("moved/captions.csv", [], 8, known),
         ("part.csv", [], None, unknown),
@@ -186,13 +186,13 @@ def test_of_other_captions_than_the_runs_nothing_is_claimed(tmp_path, caplog):
 def test_prompts_that_become_one_by_cutting_are_said(tiny, tmp_path):
     captions = [f"a very long caption about a {word} thing" for word in WORDS]
     config = config_for(tmp_path, captions, "distill.max_prompt_length=3", "evaluation.held_out=0")
-    assert "distill.max_prompt_length=3 tokens leave 1 different prompts of 8 that" in open_prompts(config, tiny).about
+    assert "distill.max_prompt_length=3 tokens, only 1 of the 8 example prompts" in open_prompts(config, tiny).about
     config = config_for(tmp_path, captions, "distill.max_prompt_length=40", "evaluation.held_out=0")
-    assert "different prompts" not in open_prompts(config, tiny).about
+    assert "truncated" not in open_prompts(config, tiny).about
 
 
 def test_a_worlds_prompts_are_never_cut(ursa, tmp_path):
-    sentence = "max_prompt_length is 2, .* up to 4 tokens: 48 of 48 would be cut and 12 different ones be left"
+    sentence = "must be at least 4, .* in tokens, got 2: 48 of 48 prompts would be truncated, leaving 12 different ones"
     config = load_config("smoke", [*SMALL, "distill.max_prompt_length=2"])
     with pytest.raises(DimoError, match=sentence):
         Trainer(config)
@@ -211,5 +211,5 @@ def test_a_worlds_prompts_stay_different(tmp_path):
         del values["model"]["vocab"][colour]
     file.write_text(json.dumps(values))
     config = load_config("smoke", [*SMALL, f"distill.teacher_ckpt={folder}"])
-    with pytest.raises(DimoError, match="makes only 36 different prompts of the world's 48: it is another world's"):
+    with pytest.raises(DimoError, match="48 prompts of this one become only 36 different ones"):
         Trainer(config)

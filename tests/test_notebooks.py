@@ -74,7 +74,7 @@ def test_a_second_time_nothing_is_executed_again(executed, capsys):
     run, settings = executed
     before = {p: p.stat().st_mtime_ns for p in (run.path / "notebooks").glob("*.ipynb")}
     run_notebooks("smoke", settings, ["min_share=0.0", "evaluation.seed=3"])
-    assert capsys.readouterr().out.count("done before") == 5
+    assert capsys.readouterr().out.count("already done") == 5
     assert before == {p: p.stat().st_mtime_ns for p in (run.path / "notebooks").glob("*.ipynb")}
 
 
@@ -143,7 +143,7 @@ def test_copies_are_left_alone_and_a_damaged_notebook_is_named_where_it_is_neede
     run = run_notebooks("smoke", settings, only=["01_inputs"])
     assert [p.name for p in (run.path / "notebooks").glob("*.ipynb")] == ["01_inputs.ipynb"]
     for name in NAMES[1:]:
-        with pytest.raises(DimoError, match=f"{name}.ipynb is no readable notebook .*git checkout"):
+        with pytest.raises(DimoError, match=f"{name}.ipynb is not a readable notebook .*git checkout"):
             run_notebooks("smoke", settings, only=[name])
     assert "05_evaluation ..." not in capsys.readouterr().out
 
@@ -174,11 +174,11 @@ def test_without_its_page_a_notebook_counts_as_executed(copied, monkeypatch, cap
         raise ValueError("No template sub-directory with name 'classic' found")
 
     monkeypatch.setattr("nbconvert.HTMLExporter", broken)
-    for said in ("done in", "done before"):
+    for said in ("done in", "already done"):
         run = run_notebooks("smoke", settings, only=["01_inputs"])
         printed = capsys.readouterr()
         assert said in printed.out
-        assert ("was not made: No template" in printed.err) == (said == "done in")
+        assert ("was not written: No template" in printed.err) == (said == "done in")
     assert not list((run.path / "notebooks").glob("*.html"))
 
 
@@ -200,7 +200,7 @@ def test_parameters_are_read_by_their_last_part_and_refused_before_anything_star
     with pytest.raises(DimoError, match="parameter min_share must be like its default 0.0, got 'high'"):
         run_notebooks("smoke", settings, ["min_share=high"])
     for parameter, sentence in [
-        ("max_train_stps=3", "no configuration key is called so; did you mean 'max_train_steps'"),
+        ("max_train_stps=3", "nor a configuration key; did you mean 'max_train_steps'"),
         ("max_train_steps=many", "training.max_train_steps"),
         ("num_processes=0", "training.num_processes must be at least 1"),
         ("engine=fsdp9", "training.engine 'fsdp9' is neither"),
@@ -216,8 +216,8 @@ def test_from_only_and_force(executed, capsys):
     run, settings = executed
     same = ["min_share=0.0", "evaluation.seed=3"]
     run_notebooks("smoke", settings, same, start="04_diagnostics")
-    assert capsys.readouterr().out.count("done before") == 2
-    with pytest.raises(DimoError, match="leave no notebook"):
+    assert capsys.readouterr().out.count("already done") == 2
+    with pytest.raises(DimoError, match="select no notebook"):
         run_notebooks("smoke", settings, same, only=["01_inputs"], start="03_train")
     with pytest.raises(DimoError, match="there is no notebook '6'"):
         run_notebooks("smoke", settings, same, start="6")

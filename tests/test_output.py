@@ -99,7 +99,7 @@ def test_a_command_whose_result_is_what_it_prints_says_that_it_was_lost(monkeypa
 
     monkeypatch.setattr(sys, "stdout", Full())
     assert main(["config", "-c", "smoke"]) == 2
-    assert capsys.readouterr().err == "dimo: what was printed could not be written: No space left on device\n"
+    assert capsys.readouterr().err == "dimo: the output could not be written: No space left on device\n"
 
 
 @pytest.mark.parametrize("kind", ["pipe", "pty"])

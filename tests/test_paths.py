@@ -73,7 +73,7 @@ def test_a_folder_that_is_called_as_a_world_is_ambiguous(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert checkpoint_folder("shapes") == DATA / "shapes"
     os.makedirs("shapes/transformer")
-    with pytest.raises(DimoError, match="say ./shapes for the folder, .*shapes for the built-in world") as refused:
+    with pytest.raises(DimoError, match="use ./shapes for the folder, .*shapes for the built-in world") as refused:
         checkpoint_folder("shapes")
     assert checkpoint_folder("./shapes").samefile("shapes") and str(DATA / "shapes") in str(refused.value)
     assert checkpoint_folder(str(DATA / "shapes")) == DATA / "shapes"

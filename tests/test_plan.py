@@ -126,13 +126,13 @@ def test_the_command(capsys, one_layer):
     assert main([*words, "--memory", "1"]) == 0
     text = capsys.readouterr().out
     tokens = math.prod((1000, 2, 4, 48))
-    assert f"{tokens:.3g} tokens" in text and "fits into 1" in text and "not seen: " in text
+    assert f"{tokens:.3g} tokens" in text and "fits into 1" in text and "not covered: " in text
     if not torch.cuda.is_available():
         assert "not measured (no GPU here)" in text
     assert main([*words, *SAVING, "--memory", "0.0001"]) == 0
     assert "does NOT fit" in (text := capsys.readouterr().out) and "training.engine=deepspeed_zero2" in text
     assert main([*words, "--dry-run"]) == 0
-    assert "went through on rank 0 of 4" in capsys.readouterr().out
+    assert "ran as rank 0 of 4" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_the_command(capsys, one_layer):
     [
         (["--size", "3B"], "--size must be one of 0.6B, 1.7B, tiny, got '3B'"),
         (["--memory", "-1"], "--memory must be positive"),
-        (["-c", "smoke", "--height", "40"], "the configuration asks for (3, 5, 4)"),
+        (["-c", "smoke", "--height", "40"], "the configuration gives (3, 5, 4)"),
         (["--teacher_ckpt", "/nowhere"], "/nowhere"),
     ],
 )
@@ -152,5 +152,5 @@ def test_refusals_are_sentences(words, sentence, capsys):
 
 def test_a_dry_run_wants_a_process_without_a_group(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    with pytest.raises(DimoError, match="a process of its own"):
+    with pytest.raises(DimoError, match="needs its own process"):
         dry_run(load_config("smoke"))

@@ -83,9 +83,9 @@ for own in ("optim.warmup_steps=20", "distill.prompt_source=captions.txt", "expe
 
 def test_ranks_of_different_commands_or_folders_are_refused(tmp_path, ranks):
     lines = ranks.run_script(tmp_path, DIFFERENT).splitlines()
-    assert lines[0].startswith("rank 1: another configuration than rank 0's: optim.warmup_steps is 20, not ")
+    assert lines[0].startswith("rank 1: the configuration differs from rank 0's: optim.warmup_steps is 20, not ")
     assert lines[1] == "one run" and lines[2].endswith("rank 0's: experiment.log_every is 7, not 5")
-    assert lines[3].startswith("rank 1: elsewhere on ") and lines[3].endswith(" is not the folder that rank 0 writes")
+    assert lines[3].startswith("rank 1: elsewhere on ") and lines[3].endswith(" the folder that rank 0 writes to")
 
 
 # What two processes saved after two steps, taken up by as many processes as are started now.

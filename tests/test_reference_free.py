@@ -169,7 +169,7 @@ def test_rows(tiny):
     assert all(row["seconds_per_video"] > 0 for row in rows.values())
     assert rows["teacher_3"]["token_entropy"] is None and rows["teacher_1"]["token_entropy"] is not None
     assert columns_of(rows) == COLUMNS and [line.split(" (")[0] for line in legend(rows)] == COLUMNS
-    assert "diversity (higher is better): share of tokens in which two videos of one prompt differ." in legend(rows)
+    assert "diversity (higher is better): share of tokens in which two videos of a prompt differ." in legend(rows)
     assert format_table(rows).splitlines()[-1].split()[3] == "undefined"
 
     # the same noise and draws in every row: the student is the teacher here
@@ -221,7 +221,7 @@ def test_one_video_per_prompt_has_no_diversity_and_no_prompt_is_refused(tiny):
     rows, _ = compared(tiny, PROMPTS[:1], 1, teacher_steps=())
     assert rows["student_1"]["diversity"] is None
     for prompts, copies in (([], 1), (PROMPTS, 0)):
-        with pytest.raises(DimoError, match="prompts and videos_per_prompt must not be empty"):
+        with pytest.raises(DimoError, match="at least one prompt and one video per prompt are needed"):
             compared(tiny, prompts, copies, teacher_steps=())
 
 
@@ -264,13 +264,13 @@ def test_without_a_decoder_the_codes_stay_and_a_sentence_says_what_to_install(tm
     with caplog.at_level(logging.WARNING):
         rows = evaluate_to_folder(config, tmp_path / "student", tmp_path / "out", progress=False)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["codes.safetensors", "report.json"]
-    assert "there is no sheet.png: diffnext cannot be used: pip install it" in caplog.text
+    assert "sheet.png is not written: diffnext cannot be used: pip install it" in caplog.text
     assert rows["student_1"]["diversity"] is None and math.isfinite(rows["teacher_4"]["teacher_nll"])
 
 
 def test_bad_input_is_refused_before_anything_is_written(tmp_path):
     for more, message in (
-        (["distill.prompt_source=world"], "name a file of captions"),
+        (["distill.prompt_source=world"], "give a caption file"),
         ([f"distill.prompt_source={tmp_path}/none.txt"], "none.txt"),
         ([], "student.pt"),
     ):

@@ -38,7 +38,7 @@ def test_another_number_of_processes_goes_on_and_says_so(tmp_path, ranks):
     before = Checkpoints(tmp_path / "checkpoints", rank=0).load(tmp_path / "checkpoints" / "step-00000003")
     done = launch(ranks, tmp_path, 1, 5)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "dimo: 2 processes wrote step-00000003, 1 go on: 2 samples a step in place of 4" in done.stderr
+    assert "dimo: step-00000003 was written by 2 processes and is continued by 1: 2 samples per step" in done.stderr
     changed = [e for e in RunFolder(tmp_path).events() if e["event"] == "processes_changed"]
     assert [(e["step"], e["was"], e["is"]) for e in changed] == [(3, 2, 1)]
     assert [row["step"] for row in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())] == [3, 5]
@@ -60,7 +60,7 @@ def test_a_damaged_checkpoint_is_named_and_the_run_goes_on_from_the_one_before(t
     data[-1] ^= 1
     file.write_bytes(data)
     train(6)
-    said = "step-00000004 is damaged and passed over: ema.safetensors has another checksum than when it was written"
+    said = "step-00000004 is damaged and skipped: ema.safetensors has another checksum than when it was written"
     assert said in capsys.readouterr().err and said in (tmp_path / "train.log").read_text()
     events = [(e["event"], e["step"]) for e in RunFolder(tmp_path).events()]
     assert events == [("config_changed", 4), ("damaged_checkpoint", 4), ("resumed", 2)]

@@ -95,8 +95,8 @@ def test_a_missing_video_writer_is_said_before_anything_is_sampled(tmp_path, mon
 
 
 FFMPEGS = {
-    "without libx264": ("exit 0", "ffmpeg's encoder libx264, which .*ffmpeg lacks: .*pip install .*; nothing was sam"),
-    "that does not start": (None, r"ffmpeg, which cannot be run here \(.*ffmpeg: No such .*; nothing was sampled yet"),
+    "without libx264": ("exit 0", "encoder libx264, but .*ffmpeg lacks it: .*pip install .*; nothing was sam"),
+    "that does not start": (None, r"ffmpeg, which writes videos, cannot be run here \(.*No such .*; nothing was"),
 }
 
 
@@ -122,7 +122,7 @@ def test_an_ffmpeg_that_does_not_serve_is_said_before_anything_is_sampled(tmp_pa
 def test_where_ffmpeg_fails_later_the_codes_are_kept_and_named(ursa, world, tmp_path, monkeypatch, ending):
     lists = 'case "$*" in *-encoders*|*-version*) echo "ffmpeg version 9 libx264"; exit 0;; esac'
     another_ffmpeg(tmp_path, monkeypatch, f"{lists}\n{ending}")
-    with pytest.raises(DimoError, match="ffmpeg .*pip install .*; the video's codes are kept in .*0000.saf") as refusal:
+    with pytest.raises(DimoError, match="ffmpeg .*pip install .*; the video.s codes were saved to .*0000") as refusal:
         sample_to_folder(Request(seed=5), PROMPTS, tmp_path / "out")
     assert "partial" not in str(refusal.value)
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["0000.safetensors"]
@@ -154,7 +154,7 @@ def test_a_prompt_that_is_cut_is_said_on_stderr_and_in_its_json(ursa, world, tmp
     request = Request(max_prompt_length=2, guidance_scale=2.0, negative_prompt="pink square moving left")
     files = sample_to_folder(request, ["blue bar moving up"], tmp_path / "cut")
     assert [json.loads(f.with_suffix(".json").read_text())["prompt_cut_to"] for f in files] == ["blue bar"]
-    said = "the prompt {!r} has 4 tokens and max_prompt_length is 2: it is cut to {!r}"
+    said = "the prompt {!r} has 4 tokens, but max_prompt_length is 2: it is truncated to {!r}"
     wanted = [(request.negative_prompt, "pink square"), ("blue bar moving up", "blue bar")]
     assert caplog.messages == [said.format(*pair) for pair in wanted]
     caplog.clear()
@@ -250,7 +250,7 @@ def test_inspect_of_ursa_1_7b_gives_its_published_sizes(tmp_path):
     (tmp_path / "transformer" / "config.json").write_text("{}")
     rows, missing = inspect_folder(tmp_path, 49, 320, 512)
     assert "13x40x64 = 33,280 visual tokens; 33,601 positions" in dict(rows)["video"]
-    assert dict(rows)["logits"].startswith("of one video: 3.97 GiB at bf16, 7.93")
+    assert dict(rows)["logits"].startswith("for one video: 3.97 GiB at bf16, 7.93")
     assert len(missing) == 3 and all(str(tmp_path) in sentence for sentence in missing)
 
 

@@ -270,7 +270,7 @@ def test_a_nan_stops_the_run_with_a_sentence_and_its_last_checkpoint(tmp_path):
         return inner(index)
 
     trainer.step = broken
-    with pytest.raises(DimoError, match="2 steps in a row met values that are not finite"):
+    with pytest.raises(DimoError, match="2 steps in a row were skipped for values that are not finite"):
         trainer.train(progress=False)
     status = json.loads((tmp_path / "status.json").read_text())
     assert status["state"] == "failed" and "finite" in status["error"]

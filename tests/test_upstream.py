@@ -234,7 +234,7 @@ def test_bench_times_upstreams_pipeline_without_a_gpu(source, tmp_path, monkeypa
 
 def test_bench_refuses_a_world_before_it_measures(monkeypatch):
     monkeypatch.setattr("dimo.bench.matrix_product", lambda clock: pytest.fail("measured"))
-    with pytest.raises(DimoError, match="--against upstream: .* needs head_dim = 128, .* random weights by --size"):
+    with pytest.raises(DimoError, match="--against upstream: .* needs head_dim = 128, .* random weights with --size"):
         bench(load_config("shapes", []), against=("upstream",))
 
 

@@ -130,7 +130,7 @@ def test_a_missing_folder_and_missing_weights_are_named(tmp_path):
 
 def test_a_folder_that_is_no_world_cannot_be_scored(folder):
     (folder / "world.json").unlink()
-    with pytest.raises(DimoError, match="is no built-in world"):
+    with pytest.raises(DimoError, match="is not a world's checkpoint"):
         load_world(folder)
 
 
@@ -150,7 +150,7 @@ def test_a_teacher_replaces_only_a_teacher_and_only_by_a_finite_one(tmp_path, fo
     tiny = {"layers": 1, "hidden": 32, "heads": 2, "batch_size": 2}
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("years of work")
-    with pytest.raises(DimoError, match="mine exists and is no world's checkpoint folder"):
+    with pytest.raises(DimoError, match="mine exists and is not a world's checkpoint folder"):
         make_teacher(ShapesWorld(), TeacherRecipe(steps=1, **tiny), tmp_path / "mine")
     assert (tmp_path / "mine/thesis.txt").read_text() == "years of work"
     before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
@@ -162,7 +162,7 @@ def test_a_teacher_replaces_only_a_teacher_and_only_by_a_finite_one(tmp_path, fo
 def test_a_world_file_of_another_world_is_refused(folder):
     file = folder / "world.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"object_shades": 3}))
-    with pytest.raises(DimoError, match="codebook has 10 codes, the world of its world.json 14"):
+    with pytest.raises(DimoError, match="codebook has 10 codes, but the world in its world.json has 14"):
         evaluate_to_folder(load_config("smoke", [f"distill.teacher_ckpt={folder}"]), folder / "student", folder / "out")
     file.write_text(json.dumps(json.loads(file.read_text()) | {"frames": 3.0}))
     with pytest.raises(DimoError, match="frames must be a whole number, got 3.0"):

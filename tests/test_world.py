@@ -176,7 +176,7 @@ def test_a_folder_says_whether_it_is_a_world(world, tmp_path):
     folder = checkpoint_folder("shapes")
     assert is_world(folder) and is_world(str(folder)) and load_world(str(folder)) == world
     assert not is_world(tmp_path) and not is_world(tmp_path / "missing") and video_size(str(tmp_path)) == (17, 256, 256)
-    with pytest.raises(DimoError, match="is no built-in world .it has no world.json., so nothing here can score"):
+    with pytest.raises(DimoError, match="is not a world's checkpoint .it has no world.json., so no oracle can score"):
         load_world(tmp_path)
     for text, sentence in (
         ('{"world": "shaps"}', "is of a world 'shaps', which is not registered; did you mean 'shapes'"),

@@ -1,7 +1,7 @@
-"""`dimo bench`: what a training step, its stages, generation, path sampling and the losses cost on this machine.
+"""`dimo bench`: time and memory of a training step, its stages, generation, path sampling and the losses.
 
-Everything is measured in one process on the same card: the trainer's own step with its optimizers, and beside it a
-matrix product, whose speed is what the machine can do, and (`--against`) the naive step and upstream's pipeline.
+Everything is measured in one process on one device: the trainer's own step with its optimizers and, for comparison, a
+large matrix product as the attainable speed and (`--against`) a naive step and upstream's pipeline.
 """
 
 from __future__ import annotations
@@ -43,17 +43,24 @@ def bench(
     generate_steps: tuple[int, ...] = (1, 25),
     progress: Callable[[str], None] = print,
 ) -> dict:
-    """Measure and return all figures; `progress` gets a line as each is known.
+    """Run the benchmark and return the report.
 
     Args:
-        config: sizes, batch and method; its checkpoint is loaded unless `size`, of SIZES, asks for random weights.
+        config: sizes, batch and method.
+        size: key of SIZES for random weights; None loads the configuration's checkpoint.
         parts: some of PARTS and MORE_PARTS.
-        against: "naive", "upstream".
+        against: some of AGAINST.
+        repeats: number of timed calls, whose median is reported.
+        warmup: number of untimed calls before.
+        generate_steps: numbers of sampling steps for the part "generate".
+        progress: called with a line of text for each result.
+
+    Returns:
+        The content of the JSON report: times in seconds, memory in GiB, speed in TFLOP/s.
 
     Raises:
-        DimoError: before anything is measured, for an unknown part or size, a number of runs or passes below what
-            makes sense, a method that the naive step does not know, or upstream where it is not installed or cannot
-            run the checkpoint.
+        DimoError: before anything is measured: an unknown part or size, invalid numbers, a method that the naive step
+            does not support, or upstream cannot be imported or cannot run the checkpoint.
     """
     _require(config, size, parts, against, repeats, warmup, generate_steps)
     device = device_of(config)
@@ -108,11 +115,11 @@ def _require(config: Config, size: str | None, parts, against, repeats: int, war
     for option, given, known in (("parts", parts, PARTS + MORE_PARTS), ("against", against, AGAINST)):
         for name in given:
             if name not in known:
-                raise DimoError(f"--{option}: there is nothing called {name!r} to measure{nearest(name, known)}")
+                raise DimoError(f"--{option}: unknown name {name!r}{nearest(name, known)}")
     if repeats < 1 or warmup < 0:
         raise DimoError(f"repeats must be at least 1 and warmup not negative, got {repeats} and {warmup}")
     if "generate" in parts and (not generate_steps or min(generate_steps) < 1):
-        raise DimoError(f"generate needs numbers of passes that are at least 1, got {list(generate_steps)}")
+        raise DimoError(f"--generate must list numbers of passes of at least 1, got {list(generate_steps)}")
     if size:
         require_size(size)
     if "naive" in against:
@@ -122,10 +129,10 @@ def _require(config: Config, size: str | None, parts, against, repeats: int, war
 
 
 def _upstream_module() -> types.ModuleType:
-    import_upstream()  # its refusals say what to install
+    import_upstream()  # its errors say what to install
     try:
         return importlib.import_module("dimo.bench.upstream")
-    except Exception as error:  # versions that do not go together fail in many ways
+    except Exception as error:  # incompatible versions fail in many ways
         raise DimoError(f"--against upstream: diffnext's pipeline cannot be imported: {reason(error)}") from error
 
 
@@ -159,13 +166,13 @@ def _other_parts(trainer: Trainer, text, parts, generate_steps, clock: Clock, pr
             progress(f"    {1e3 * seconds:9.2f} ms {calls:6} x {name[:100]}")
     if "save" in parts:
         result = report["save"] = saving(trainer, clock)
-        progress(_line("a checkpoint's copy into host memory", result))
-        progress(f"    {result['gb']:.1f} GB; the first time {1e3 * result['first']:.1f} ms")
+        progress(_line("copying a checkpoint to host memory", result))
+        progress(f"    {result['gb']:.1f} GB; the first copy took {1e3 * result['first']:.1f} ms")
     if "attention" in parts:
         report["attention"] = {}
         for name, result in attention_alone(trainer, len(text), text.shape[1], clock):
             report["attention"][name] = result
-            progress(_line(f"attention of a layer: {name}", result) if result else f"attention: {name} does not serve")
+            progress(_line(f"attention of a layer: {name}", result) if result else f"attention: {name} is unsupported")
     return report
 
 
@@ -174,13 +181,13 @@ def _naive(config, kept: tuple, tflop: float, clock: Clock, report: dict, progre
     try:
         result = _rated(clock(naive_step(config, *kept, checkpointing)), tflop, report["product_tflops"])
     except torch.OutOfMemoryError as error:
-        progress(f"the naive step does not fit into this memory: {reason(error)[:120]}")
+        progress(f"the naive step does not fit into memory: {reason(error)[:120]}")
         return {"fits": False}
     result["checkpointing"] = "full" if checkpointing else "none"
     progress(_line("naive step, no optimizer", result))
     if "step" in report:
         result["ratio"] = result["seconds"] / report["step"]["seconds"]
-        progress(f"    ours is {result['ratio']:.2f} times as fast, optimizers included")
+        progress(f"    dimo's step is {result['ratio']:.2f} times as fast, optimizers included")
     return result
 
 
@@ -190,7 +197,7 @@ def _upstream(config: Config, size: str | None, device, report: dict, clock: Clo
     progress(_line("upstream's pipeline, 25 steps, guidance", result))
     if 1 in report.get("generate", {}):
         result["ratio"] = result["seconds"] / report["generate"][1]["seconds"]
-        progress(f"    one pass of ours is {result['ratio']:.1f} times as fast")
+        progress(f"    one pass of dimo is {result['ratio']:.1f} times as fast")
     return result
 
 
@@ -202,11 +209,11 @@ def _rated(result: dict, tflop: float, product: float) -> dict:
 def _line(name: str, result: dict) -> str:
     text = f"{name:44}{1e3 * result['seconds']:10.1f} ms ({1e3 * result['least']:.1f} to {1e3 * result['most']:.1f})"
     if "tflops" in result:
-        text += f"  {result['tflops']:.3g} TFLOP/s, {100 * result['share_of_product']:.0f}% of the product"
+        text += f"  {result['tflops']:.3g} TFLOP/s, {100 * result['share_of_product']:.0f}% of the matrix product"
     if "peak_gib" in result:
         text += f"  {result['peak_gib']:.1f} GiB"
     if "extra_gib" in result:
-        text += f" ({result['extra_gib']:.2f} GiB of it the losses' own, gradients of heads included)"
+        text += f" ({result['extra_gib']:.2f} GiB of it for the losses, including head gradients)"
     return text
 
 
@@ -223,7 +230,7 @@ def _free() -> None:
 
 
 def bench_config(preset: str | None, size: str | None, overrides: list[str]) -> Config:
-    """The configuration to measure: a preset, or for random weights of a size all nine stages of `distill_dimo`."""
+    """The configuration to measure: a preset, or for a size by default `distill_dimo` with all nine stages."""
     if size is None:
         return load_config(preset, overrides)
     every_stage = ["distill.w_kd=0.1", "distill.max_prompt_length=320"]
@@ -231,17 +238,17 @@ def bench_config(preset: str | None, size: str | None, overrides: list[str]) -> 
 
 
 def require_file(file: str | Path) -> None:
-    """Raise unless a report can be written there; asked before minutes of measuring."""
+    """Raise unless a report can be written to the file; called before minutes of measuring."""
     file = Path(file)
     above = next(folder for folder in file.absolute().parents if folder.exists())
     if file.is_dir():
-        raise DimoError(f"{file} is a folder, a file is needed")
+        raise DimoError(f"--out must be a file, but {file} is a folder")
     if not above.is_dir():
-        raise DimoError(f"{above} is a file, a folder is needed")
+        raise DimoError(f"{file} cannot be written: {above} is a file, not a folder")
     if not os.access(above, os.W_OK):
-        raise DimoError(f"{above}: nothing may be written there")
+        raise DimoError(f"{file} cannot be written: {above} is not writable")
 
 
 def write_report(report: dict, file: str | Path) -> None:
-    """As JSON, whole or not at all."""
+    """Write a report as JSON, atomically."""
     write_text(file, json.dumps(report, indent=2) + "\n")

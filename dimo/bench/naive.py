@@ -1,7 +1,7 @@
-"""The step as one would write it first: eager layers, full logits, plain autograd, no optimizer. The bench's yardstick.
+"""A naive training step as the baseline of the benchmark: eager layers, full logits, plain autograd, no optimizer.
 
-Nothing is slowed down on purpose: weights and activations are bfloat16, attention is PyTorch's fused one, losses are
-`torch.nn.functional`'s where there is one. It computes what `Trainer.step` does with the token-level estimator.
+It computes what `Trainer.step` does with the token-level estimator and is not slowed down on purpose: in bf16 training
+weights and activations are bf16, attention is PyTorch's fused kernel, and losses use `torch.nn.functional`.
 """
 
 from __future__ import annotations
@@ -19,17 +19,28 @@ from dimo.ursa import UrsaTransformer, visual_logits
 
 
 def require_naive(config: Config) -> None:
-    """Raise for an estimator, a divergence or an objective that the naive step does not know."""
+    """Raise DimoError for an estimator, divergence or objective that the naive step does not implement."""
     d = config.distill
     if d.estimator != "dimo" or d.divergence != "forward" or d.aux_objective != "denoise":
-        raise DimoError("the naive step knows estimator dimo with forward KL and aux_objective denoise alone")
+        raise DimoError(
+            "the naive step supports only distill.estimator=dimo, divergence=forward and aux_objective=denoise, got "
+            f"{d.estimator}, {d.divergence} and {d.aux_objective}"
+        )
 
 
 def naive_step(
     config: Config, teacher: UrsaTransformer, path, txt_ids: torch.Tensor, uncond_ids: torch.Tensor,
     grid: tuple[int, int, int], checkpointing: bool = False,
 ) -> Callable[[], None]:  # fmt: skip
-    """A function that runs one step and leaves gradients in a student and an auxiliary of its own."""
+    """Returns a function that runs one naive step on its own copies of student and auxiliary, up to the gradients.
+
+    Args:
+        path: probability path.
+        txt_ids: (B, L) prompts.
+        uncond_ids: (1, L) negative prompt.
+        grid: latents_shape (T, H, W).
+        checkpointing: checkpoint all activations.
+    """
     require_naive(config)
     d = config.distill
     how = "full" if checkpointing else "none"

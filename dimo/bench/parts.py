@@ -1,4 +1,4 @@
-"""The clock, and the parts of a step that `dimo bench` times by themselves."""
+"""The clock of `dimo bench`, and the parts that it times separately."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ STAGES = (
 
 @dataclasses.dataclass
 class Clock:
-    """Median seconds of a call, and the peak of the device's memory."""
+    """Times a function: seconds (median), least, most; on CUDA also the peak memory, in GiB."""
 
     device: torch.device
     repeats: int = 5
@@ -59,7 +59,7 @@ class Clock:
 
 
 def matrix_product(clock: Clock) -> float:
-    """TFLOP/s of a large product of random matrices in the precision that training uses there."""
+    """TFLOP/s of a large product of random matrices: bf16 on CUDA, float32 on a CPU."""
     size, dtype = (8192, torch.bfloat16) if clock.device.type == "cuda" else (1024, torch.float32)
     a, b = (torch.randn(size, size, device=clock.device, dtype=dtype) for _ in range(2))
 
@@ -71,10 +71,10 @@ def matrix_product(clock: Clock) -> float:
 
 
 def stage_times(trainer: Trainer, counter, clock: Clock) -> dict[str, float]:
-    """Median seconds of each of the nine stages; the device is waited for after each.
+    """Median seconds of each of the nine stages, with a device synchronisation after each.
 
-    Of several parts of a batch a stage's times add up. 6 holds the auxiliary's backward passes and updates, 9 the
-    student's.
+    The times of several micro-batches are added. Stage 6 includes the auxiliary's backward passes and updates, stage 9
+    the student's.
     """
     seconds: dict[str, list[float]] = {}
     for _ in range(max(1, clock.repeats // 2)):
@@ -93,7 +93,7 @@ def stage_times(trainer: Trainer, counter, clock: Clock) -> dict[str, float]:
 
 
 def losses_alone(trainer: Trainer, batch: int, clock: Clock) -> dict[str, dict]:
-    """All between hidden states and their gradients, on random hidden states; then its products with heads alone."""
+    """Time the losses from hidden states to their gradients, on random hidden states, and their head products alone."""
     d, device, n = trainer.config.distill, trainer.device, trainer.networks
     dtype = torch.bfloat16 if trainer.config.training.mixed_precision == "bf16" else torch.float32
     shape = batch, trainer.num_visual_tokens, n.student.config.hidden_size
@@ -126,7 +126,7 @@ def losses_alone(trainer: Trainer, batch: int, clock: Clock) -> dict[str, dict]:
             leaf.grad = None
 
     def products():
-        """As many of the size of a head as the losses need: 1 to draw, 3 for the auxiliary, 4 to 8 for the student."""
+        """The losses' matrix products with a head: 1 for sampling, 3 for the auxiliary, 4 to 8 for the student."""
         size = min(tokens, 4096)
         some, head = hidden[3].view(-1, shape[-1])[:size], teacher
         z = some @ head.T
@@ -148,14 +148,14 @@ def losses_alone(trainer: Trainer, batch: int, clock: Clock) -> dict[str, dict]:
 
 
 def saving(trainer: Trainer, clock: Clock) -> dict[str, float]:
-    """What a checkpoint holds the training up: its copy into host memory, which is new the first time."""
+    """Time that a checkpoint blocks training, for copying it to host memory; the first copy allocates that memory."""
     copies = HostCopies()
 
     def copy():
         tensors, state = trainer.state()
         return copies([tensors, state, trainer.rank_state()])
 
-    trainer.step(0)  # moments exist from here on
+    trainer.step(0)  # creates the optimizer states
     clock.wait()
     begin = time.perf_counter()
     made = copy()
@@ -165,7 +165,11 @@ def saving(trainer: Trainer, clock: Clock) -> dict[str, float]:
 
 
 def attention_alone(trainer: Trainer, batch: int, text: int, clock: Clock) -> Iterator[tuple[str, dict | None]]:
-    """Forward and backward of one layer's attention, by kernel, with grouped keys and with keys repeated."""
+    """Time one layer's attention, forward and backward, for each kernel, with grouped and with repeated keys.
+
+    Yields:
+        (name, result), where the result is None if the kernel does not support this.
+    """
     config, device = trainer.networks.student.config, trainer.device
     dtype = torch.bfloat16 if trainer.config.training.mixed_precision == "bf16" else torch.float32
     length = text + 1 + trainer.num_visual_tokens
@@ -185,7 +189,7 @@ def attention_alone(trainer: Trainer, batch: int, text: int, clock: Clock) -> It
                 torch.autograd.grad(out, (q, k, v), grad)
 
             tflop, result = 3 * 4 * batch * heads * length**2 * size / 1e12, None
-            with contextlib.suppress(RuntimeError):  # the kernel says that it cannot
+            with contextlib.suppress(RuntimeError):  # the kernel does not support this
                 result = clock(both)
                 result["tflops"] = tflop / result["seconds"]
                 result["share_of_product"] = result["tflops"] / matrix_product(clock)
@@ -193,7 +197,7 @@ def attention_alone(trainer: Trainer, batch: int, text: int, clock: Clock) -> It
 
 
 def kernels_of(trainer: Trainer, clock: Clock) -> dict[str, tuple[float, int]]:
-    """{kernel: (seconds, calls)} of one step, longest first, by torch's profiler; of operators on a CPU."""
+    """Profile one step: {CUDA kernel, or operator on a CPU: (seconds, calls)}, longest first."""
     cuda = clock.device.type == "cuda"
     kind = ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU
     with profile(activities=[kind]) as found:

@@ -1,4 +1,4 @@
-"""What is measured: networks of URSA's sizes with random weights, and the operations of a pass and of a step."""
+"""Networks of URSA's sizes with random weights, and FLOP counts of passes and steps."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ SIZES = {
 }  # fmt: skip
 
 
-LEARNING = ("student at x_init", "auxiliary's fit", "student at x_t")  # passes with a gradient, of `passes_of`
+LEARNING = ("student at x_init", "auxiliary's fit", "student at x_t")  # entries of `passes_of` with a gradient
 
 
 class RandomIds:
-    """In a tokenizer's place where there is none: a prompt becomes ids drawn from its own length."""
+    """Stands in for a tokenizer: random ids, seeded by the length of the prompt."""
 
     def __init__(self, lm_vocab_size: int):
         self.lm_vocab_size = lm_vocab_size
@@ -37,16 +37,16 @@ class RandomIds:
 
 
 def require_size(size: str) -> None:
-    """Raise unless there is such a size."""
+    """Raise DimoError for an unknown size."""
     if size not in SIZES:
         raise DimoError(f"size must be one of {', '.join(SIZES)}, got {size!r}{nearest(size, SIZES)}")
 
 
 def random_ursa(size: str, device: torch.device) -> Ursa:
-    """A checkpoint of URSA's sizes with random weights and no files.
+    """A model of one of URSA's sizes with random weights, without files.
 
     Raises:
-        DimoError: a size that there is not.
+        DimoError: unknown size.
     """
     require_size(size)
     config = UrsaConfig.from_dict(SIZES[size])
@@ -58,13 +58,18 @@ def random_ursa(size: str, device: torch.device) -> Ursa:
 
 
 def random_prompts(ursa: Ursa, max_prompt_length: int) -> WorldPrompts:
-    """Prompts for `random_ursa`, of 64 lengths, since each length is another prompt to it."""
+    """64 prompts for `random_ursa`, of different lengths, which its tokenizer maps to different ids."""
     texts = ["a red ball rolls over green grass" + "." * i for i in range(64)]
     return WorldPrompts(texts, ursa, max_prompt_length)
 
 
 def model_flops(config: UrsaConfig, sequence: int, tokens: int) -> float:
-    """Of one forward pass of one sample: products of the layers, attention, and the head on the visual tokens."""
+    """FLOPs of one forward pass for one sample: layers, attention, and the head on the visual tokens.
+
+    Args:
+        sequence: length of the sequence, text and BOV included.
+        tokens: number of visual tokens.
+    """
     attention_width = config.num_attention_heads * config.head_dim
     kv_width = config.num_key_value_heads * config.head_dim
     layer = config.hidden_size * (2 * attention_width + 2 * kv_width + 3 * config.intermediate_size)
@@ -73,12 +78,12 @@ def model_flops(config: UrsaConfig, sequence: int, tokens: int) -> float:
 
 
 def head_flops(config: UrsaConfig, tokens: int) -> float:
-    """Of the head's product for one sample; of its gradient too."""
+    """FLOPs of the head's matrix product for one sample, equal to those of either gradient of it."""
     return 2 * config.hidden_size * config.lm_head_size * tokens
 
 
 def step_flops(config: Config, network: UrsaConfig, batch: int, sequence: int, tokens: int) -> float:
-    """Of the passes of a step, each network's own work; a head that stays has no gradient of its own."""
+    """FLOPs of all passes of a training step for a batch; a frozen head has no weight gradient."""
     passes = passes_of(config)
     flops = sum(passes.values()) * model_flops(network, sequence, tokens)
     if not config.model.train_head:
@@ -87,7 +92,7 @@ def step_flops(config: Config, network: UrsaConfig, batch: int, sequence: int, t
 
 
 def passes_of(config: Config) -> dict[str, int]:
-    """Passes of a step, in forwards: a gradient is two more. What checkpointing computes again does not count."""
+    """Cost of a step in units of one forward pass; a backward pass counts as two, and recomputation is not counted."""
     d = config.distill
     return {
         "student at x_init": 3,

@@ -1,4 +1,4 @@
-"""Upstream's own pipeline for `dimo bench --against upstream`: of a checkpoint folder, or of random weights."""
+"""Upstream's pipeline for `dimo bench --against upstream`, with a checkpoint folder or random weights."""
 
 from __future__ import annotations
 
@@ -18,24 +18,25 @@ from dimo.worlds import checkpoint_folder
 
 
 def require_upstream(config: Config, size: str | None) -> None:
-    """Raise unless `pipeline_call` can run: on a CPU too, but not with a built-in world.
+    """Raise DimoError unless upstream's pipeline can run the configuration's checkpoint; random weights always can.
 
     Args:
-        size: of random weights, all of which it takes; None: the configuration's checkpoint folder.
+        size: size of random weights; None for the configuration's checkpoint folder.
     """
     if size is None:
         try:
             require_pipeline(checkpoint_folder(config.distill.teacher_ckpt))
         except DimoError as error:
-            how = "take a folder of URSA's own, or random weights by --size"
+            how = "use a URSA checkpoint, or random weights with --size"
             raise DimoError(f"--against upstream: {error}; {how}") from error
 
 
 def pipeline_call(config: Config, ursa: Ursa | None, device: torch.device, steps: int = 25):
-    """A function that makes one batch of videos with upstream's pipeline, up to its codes, with guidance.
+    """Returns a function that generates the codes of one batch of videos with upstream's pipeline, with guidance.
 
     Args:
-        ursa: random weights to put into upstream's classes; None: those of the configuration's checkpoint folder.
+        ursa: random weights to load into upstream's classes; None for the configuration's checkpoint folder.
+        steps: number of sampling steps.
     """
     d = config.distill
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -46,7 +47,7 @@ def pipeline_call(config: Config, ursa: Ursa | None, device: torch.device, steps
     pipeline.set_progress_bar_config(disable=True)
     prompts = ["a red ball rolls over green grass"] * d.batch_size_per_gpu
     ids = {}
-    if ursa is not None:  # it has no tokenizer that pads
+    if ursa is not None:  # its stand-in for a tokenizer cannot be called by upstream
         ids["prompt_ids"] = ursa.tokenize(prompts, d.max_prompt_length, device)
         ids["negative_prompt_ids"] = ursa.tokenize([""] * len(prompts), d.max_prompt_length, device)
 
@@ -61,7 +62,7 @@ def pipeline_call(config: Config, ursa: Ursa | None, device: torch.device, steps
 
 
 def random_pipeline(ursa: Ursa, device: torch.device, dtype: torch.dtype) -> URSAPipeline:
-    """Upstream's classes around the weights and the codebook of `ursa`, with a VAE that only tells its strides."""
+    """Upstream's pipeline with the weights and codebook of `ursa`, and a stub VAE that only has strides."""
     bridge()
     with init_empty_weights(include_buffers=False):
         transformer = URSATransformer3DModel(**ursa.transformer.config.to_dict())

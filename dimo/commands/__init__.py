@@ -1,1 +1,1 @@
-"""The `dimo` command."""
+"""The `dimo` command and its subcommands."""

@@ -1,4 +1,4 @@
-"""The `dimo` command. Every subcommand takes a preset and `key=value` overrides, and says what it does with --help."""
+"""The `dimo` command: parses the command line and calls the subcommand."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ RESUMING = ("train", "run", "ablate")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0; 2 for bad input, said in a sentence; 75 for a run that was asked to stop; 130 for Ctrl-C."""
+    """Returns the exit code: 0; 2 for bad input, with a one-sentence message; 75 for a stopped run; 130 for Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
     with lasting_output() as lost:
         code = _main(argv)
-    if lost and code == 0 and argv[0] not in RESUMING:  # of which what is printed is no result
-        print(f"dimo: what was printed could not be written: {lost[0].strerror}", file=sys.stderr)
+    if lost and code == 0 and argv[0] not in RESUMING:  # commands in RESUMING write their results to files
+        print(f"dimo: the output could not be written: {lost[0].strerror}", file=sys.stderr)
         return 2
     return code
 
@@ -53,19 +53,19 @@ def _main(argv: list[str]) -> int:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The command line, where every `key=value` and every flag of a key, wherever it stands, is in `overrides`.
+    """Parse the command line. `key=value` words and flags of keys, in any position, are collected in `overrides`.
 
     Raises:
-        DimoError: a flag or word that the command does not take, an empty name, or bytes that are no UTF-8.
+        DimoError: an unknown flag or word, an empty path, or an argument that is not UTF-8.
     """
     for argument in argv:
-        if any("\ud800" <= letter <= "\udfff" for letter in argument):  # as Python keeps bytes that it cannot read
-            raise DimoError(f"the argument {argument!r} is not UTF-8; does it come from a file in another encoding?")
+        if any("\ud800" <= letter <= "\udfff" for letter in argument):  # surrogates: bytes that Python could not decode
+            raise DimoError(f"the argument {argument!r} is not UTF-8; was it copied from a file in another encoding?")
     parser, commands = make_parser()
     argv, flagged = [_underscored(argument) for argument in argv], []
     if argv and argv[0] in CONFIGURABLE:
         argv, flagged = split_flags(argv, own=set(commands[argv[0]]._option_string_actions))
-    args, left = parser.parse_known_args(argv)  # leaves the words that stand after an option
+    args, left = parser.parse_known_args(argv)  # it leaves positional words that follow an option
     if "overrides" in args:
         args.overrides = [*args.overrides, *(word for word in left if _is_override(word)), *flagged]
         left = [word for word in left if not _is_override(word)]
@@ -73,7 +73,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise DimoError(f"dimo {argv[0]} does not take {' '.join(left)}; see dimo {argv[0]} --help")
     for name in NAMES:
         value = getattr(args, name, None)
-        if value == "":  # of a shell variable that is not set; the default is not what was meant
+        if value == "":  # from an unset shell variable; the default would not be what was meant
             raise DimoError(f"{name} must not be empty")
         if value is not None:
             setattr(args, name, user_path(value))
@@ -81,7 +81,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _underscored(argument: str) -> str:
-    """--batch-size as --batch_size, as all flags are spelled."""
+    """Spell a flag with underscores: --batch-size becomes --batch_size."""
     name, equals, value = argument.partition("=")
     return f"--{name[2:].replace('-', '_')}{equals}{value}" if name.startswith("--") else argument
 
@@ -115,10 +115,10 @@ def _evaluate(args) -> None:
     from dimo.evaluation.evaluate import evaluate_to_folder, format_table
     from dimo.run.origin import run_config, run_of
 
-    if args.student and _is_override(args.student) and not Path(args.student).exists():  # no student was named
+    if args.student and _is_override(args.student) and not Path(args.student).exists():  # it is an override
         args.student, args.overrides = None, [args.student, *args.overrides]
     if args.student_ckpt and args.student:
-        raise DimoError(f"two students are named, {args.student_ckpt} and {args.student}; name one")
+        raise DimoError(f"two students were given, {args.student_ckpt} and {args.student}; give one")
     source = Path(args.student_ckpt or args.student or SHIPPED_STUDENT)
     run, overrides = run_of(source), [*args.set, *args.overrides]
     config = load_config(args.config, overrides) if args.config or not run else run_config(run, overrides)
@@ -136,7 +136,7 @@ def _ablate(args) -> None:
     try:
         lrs = [float(lr) for lr in args.lrs.split(",")]
     except ValueError:
-        raise DimoError(f"--lrs must be numbers with commas between them, got {args.lrs!r}") from None
+        raise DimoError(f"--lrs must be numbers separated by commas, got {args.lrs!r}") from None
     print(ablate(Path(args.out), args.config, args.overrides, lrs, args.seeds, args.methods, args.jobs))
 
 
@@ -147,7 +147,7 @@ def _inspect(args) -> None:
     rows, missing = inspect_folder(folder, args.num_frames, args.height, args.width, args.max_prompt_length)
     print(format_rows(rows, missing))
     if missing:
-        raise DimoError(f"{len(missing)} part(s) of {folder} missing or damaged")
+        raise DimoError(f"{len(missing)} part(s) of {folder} are missing or damaged")
 
 
 def _sample(args) -> None:
@@ -169,7 +169,7 @@ def _bench(args) -> None:
     try:
         passes = tuple(int(n) for n in args.generate.split(",") if n)
     except ValueError:
-        raise DimoError(f"--generate must be numbers with commas between them, got {args.generate!r}") from None
+        raise DimoError(f"--generate must be numbers separated by commas, got {args.generate!r}") from None
     parts, against = (tuple(n for n in names.split(",") if n) for names in (args.parts, args.against))
     config = bench_config(args.config, args.size, args.overrides)
     require_file(args.out)

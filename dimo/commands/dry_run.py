@@ -1,9 +1,9 @@
-"""One whole training step of the real shapes on the real number of ranks, without weights, GPUs or other processes.
+"""A dry run: a training step with the real shapes and number of ranks, without weights, GPUs or other processes.
 
-Tensors are fake: they have a shape, a dtype and a size in bytes, and no values. The process group is fake, too, and
-answers every collective at once. A configuration really goes through `Trainer.step`, and what is counted is what that
-code allocates. Not seen are: values (every number that is read back is 1), speed, the workspaces of GPU kernels, a
-fragmented allocator, NCCL's buffers, and whether all ranks call their collectives in the same order.
+Tensors are fake: they have a shape, a dtype and a size, but no values. The process group is fake as well, and its
+collectives return at once. The configuration runs through the real `Trainer.step`, and the memory that this allocates
+is counted. Not covered are values (every number that is read back is 1), speed, workspaces of GPU kernels, allocator
+fragmentation, NCCL buffers, and whether all ranks call their collectives in the same order.
 """
 
 from __future__ import annotations
@@ -38,11 +38,15 @@ from dimo.worlds import checkpoint_folder
 
 @dataclasses.dataclass
 class DryRun:
-    """What rank 0 holds and sends, in bytes.
+    """Memory and communication of rank 0, in bytes.
 
-    `weights` by network, what networks share counted once, and those that are `trained`; `kept` between steps by
-    optimizers and all else; `gradients` of the larger trained network; `peak` of a step, beyond what is kept;
-    `collectives` of a step, by name.
+    Attributes:
+        weights: of each network; weights that networks share are counted once.
+        trained: trainable weights of each network that has some.
+        kept: optimizer states and everything else that is kept between steps, except weights.
+        gradients: of the larger trained network.
+        peak: highest memory use within a step, beyond what is kept between steps.
+        collectives: data sent in a step, by collective.
     """
 
     weights: dict[str, int]
@@ -55,10 +59,13 @@ class DryRun:
 
 
 def empty_ursa(size: str | None, teacher_ckpt: str, device: str | torch.device = "cpu") -> Ursa:
-    """The networks and path of a release by its size, or of a folder by its config.json; weights are random or fake.
+    """A model with random (or fake) weights.
+
+    Args:
+        size: one of URSA's sizes; None takes the sizes from the config.json of the folder teacher_ckpt.
 
     Raises:
-        DimoError: no such size or folder.
+        DimoError: unknown size, or no such folder.
     """
     if size is not None and size not in SIZES:
         raise DimoError(f"--size must be one of {', '.join(SIZES)}, got {size!r}")
@@ -79,12 +86,15 @@ def empty_ursa(size: str | None, teacher_ckpt: str, device: str | torch.device =
 
 
 def dry_run(config: Config, size: str | None = None, num_processes: int = 1) -> DryRun:
-    """Two steps of rank 0 of `num_processes`; the second is counted, when optimizers have their moments.
+    """Run two steps as rank 0 of `num_processes`, and count the second one, when optimizer states exist.
 
-    Under fsdp2 everything is really cut. DeepSpeed does not go through: deepspeed_zero2 is counted as ddp.
+    Under fsdp2 everything is actually sharded. DeepSpeed cannot run on fake tensors, so deepspeed_zero2 runs as ddp.
+
+    Args:
+        size: see `empty_ursa`.
 
     Raises:
-        DimoError: what the configuration's own checks refuse; no such size or folder; a process group that is in use.
+        DimoError: an invalid configuration, an unknown size or folder, or a process group is already initialised.
     """
     from dimo.train.trainer import Trainer
 
@@ -111,7 +121,7 @@ def dry_run(config: Config, size: str | None = None, num_processes: int = 1) -> 
 
 
 def _bytes(tensors, seen: set[int]) -> int:
-    """Of those whose memory is not among the `seen`, which they join."""
+    """Total size of the tensors whose storage is not in `seen`; adds their storages to it."""
     size = 0
     for tensor in map(_own, tensors):
         if tensor.untyped_storage()._cdata not in seen:
@@ -121,21 +131,21 @@ def _bytes(tensors, seen: set[int]) -> int:
 
 
 def _own(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's piece of a tensor that is cut."""
+    """The local shard of a sharded tensor; any other tensor unchanged."""
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 def _gather_object(values: list, value, group=None) -> None:
-    values[:] = [value] * len(values)  # every rank has what this one has
+    values[:] = [value] * len(values)  # every rank has the same value
 
 
 def _real_mesh(*arguments, **options):
-    with _disable_current_modes():  # it reads its own ranks back
+    with _disable_current_modes():  # it reads back the values of its rank tensor
         return init_device_mesh(*arguments, **options)
 
 
 def _apply(module: torch.nn.Module, function, recurse: bool = True) -> torch.nn.Module:
-    """`Module._apply`, which moves and casts networks; the original cannot swap the contents of fake tensors."""
+    """Replaces `Module._apply`, used to move and cast networks, which cannot swap the contents of fake tensors."""
     for part in module.modules():
         for name, p in part._parameters.items():
             if p is not None:
@@ -145,10 +155,12 @@ def _apply(module: torch.nn.Module, function, recurse: bool = True) -> torch.nn.
 
 @contextlib.contextmanager
 def _without_values():
-    """What of torch looks at values in a way that fake tensors cannot serve."""
+    """Patch the functions of torch that access values in ways that fake tensors do not support."""
     with (
         mock.patch.object(torch.nn.Module, "_apply", _apply),
-        mock.patch.object(FakeTensor, "data_ptr", lambda _: 0),  # what it is; but copying a tensor asks, and warns
+        mock.patch.object(
+            FakeTensor, "data_ptr", lambda _: 0
+        ),  # its actual value; the original warns when a tensor is copied
         mock.patch.object(dist, "all_gather_object", _gather_object),
         mock.patch.object(dist, "init_device_mesh", _real_mesh),
     ):
@@ -157,7 +169,7 @@ def _without_values():
 
 @contextlib.contextmanager
 def _as_on_a_gpu(on_gpu: bool):
-    """Where dimo goes another way on a CPU, it goes a GPU's."""
+    """Make dimo take its GPU code paths on a CPU."""
     if not on_gpu:
         yield
         return
@@ -170,11 +182,11 @@ def _as_on_a_gpu(on_gpu: bool):
 
 class _Fake(FakeTensorMode):
     def __deepcopy__(self, memo) -> _Fake:
-        return self  # a copied network's tensors stay in the same mode
+        return self  # tensors of a copied network stay in the same mode
 
 
 class _Meter(TorchDispatchMode):
-    """Counts the bytes of living storages and of collectives, and answers what Python asks of fake values."""
+    """Counts the bytes of live storages and of collectives, and supplies values where Python reads fake tensors."""
 
     def __init__(self):
         super().__init__()
@@ -184,13 +196,13 @@ class _Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name, kwargs = function.overloadpacket._qualified_op_name, kwargs or {}
-        if kwargs.get("device") == torch.device("cpu", 0):  # accelerate's name of it; fake tensors take it for another
+        if kwargs.get("device") == torch.device("cpu", 0):  # accelerate's name of the CPU
             kwargs = kwargs | {"device": torch.device("cpu")}
-        if name == "aten::_local_scalar_dense":  # .item(), bool(), .tolist(): a value that passes every check
+        if name == "aten::_local_scalar_dense":  # .item(), bool(), .tolist(): 1 passes all checks
             known = getattr(args[0], "constant", None)
             with _disable_current_modes():
                 return _one(args[0].dtype) if known is None else known.item()
-        if name == "aten::nonzero":  # as many rows as there can be
+        if name == "aten::nonzero":  # the largest possible number of rows
             result = args[0].new_empty((args[0].numel(), args[0].dim()), dtype=torch.long)
         else:
             constants = [getattr(t, "constant", None) for t in tree_leaves(args) if isinstance(t, torch.Tensor)]
@@ -199,7 +211,7 @@ class _Meter(TorchDispatchMode):
             sent = [t for t in tree_leaves(args) if isinstance(t, torch.Tensor)]
             moved = sum(t.numel() * t.element_size() for t in sent)
             for tensor, known in zip(sent, constants):
-                tensor.constant = known  # a flag that is down here is down on every rank
+                tensor.constant = known  # a flag that is not set here is not set on any rank
             self.collectives[name.split("::")[1].strip("_")] += moved
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
@@ -220,7 +232,7 @@ class _Meter(TorchDispatchMode):
 
     @contextlib.contextmanager
     def with_resizing(self):
-        """FSDP2 gives memory back by resizing storages, which no dispatched operation shows."""
+        """Also count the resizing of storages, by which FSDP2 frees memory without a dispatched operation."""
         resize = torch.UntypedStorage.resize_
 
         def resized(storage, size):
@@ -239,11 +251,11 @@ def _one(dtype: torch.dtype) -> bool | int | float:
 
 @contextlib.contextmanager
 def _fake_processes(number: int, engine: str):
-    """accelerate sees rank 0 of so many processes; every collective returns at once."""
+    """Set up a fake process group in which this process is rank 0; collectives return at once."""
     if dist.is_initialized():
-        raise DimoError("a dry run needs a process of its own: a process group is in use here")
+        raise DimoError("a dry run needs its own process, but a process group is already initialised in this one")
     variables = {"RANK": "0", "WORLD_SIZE": str(number), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": str(number)}
-    variables |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}  # which nobody calls
+    variables |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}  # never contacted
     if engine == "fsdp2":
         variables |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     before = {name: os.environ.get(name) for name in variables}

@@ -1,4 +1,4 @@
-"""What is in a checkpoint folder: sizes, codebook, path, shapes and memory at a resolution, and what is missing."""
+"""`dimo inspect`: sizes, codebook, path, shapes and memory of a checkpoint folder, and what is missing in it."""
 
 from __future__ import annotations
 
@@ -26,14 +26,18 @@ def inspect_folder(
     width: int | None = None,
     max_prompt_length: int | None = None,
 ) -> tuple[list[tuple[str, str]], list[str]]:
-    """(what there is, as rows of name and text; what is missing or damaged, as sentences).
+    """Inspect a checkpoint folder without loading weights; of safetensors files only the headers are read.
 
-    Weights are not loaded: of safetensors only the headers are read. Sizes that are not given are a world's own,
-    17x256x256, or of an image model one image of 64x64 tokens; and 320 text tokens. A folder without a VAE lacks
-    nothing that training needs.
+    Args:
+        num_frames, height, width: video size, in frames and pixels; default: `dimo.worlds.video_size`.
+        max_prompt_length: number of text tokens; default: a world's longest prompt, else 320.
+
+    Returns:
+        (rows of (name, description); a sentence for each part that is missing or damaged). A missing VAE is not
+        reported, since training does not need it.
 
     Raises:
-        DimoError: no part of a checkpoint is there, a size that does not divide, or a negative one.
+        DimoError: the folder is not a checkpoint, or a size is negative or not divisible by the strides.
     """
     folder = require_checkpoint(folder)
     if max_prompt_length is not None and max_prompt_length < 0:
@@ -52,7 +56,7 @@ def inspect_folder(
         rows += part(_transformer, folder / "transformer", config) or []
         rows += part(_path, folder, config) or []
         rows += part(_tokenizer, folder, config) or []
-    else:  # without sizes it can still be told what is not there
+    else:  # without a readable config it can still report missing files
         if (folder / "transformer").is_dir():
             part(weight_files, folder / "transformer")
         for name in ("scheduler/scheduler_config.json", "scheduler/scheduler_model.pth", "tokenizer"):
@@ -72,7 +76,7 @@ def _transformer(folder: Path, config: UrsaConfig) -> list[tuple[str, str]]:
     spans = "the codebook" if config.lm_head_size == config.codebook_size else "text and codebook"
     rows = [
         ("parameters", f"{parameters:,}; {_gib(parameters)}"),
-        ("layers", f"{config.num_hidden_layers} of width {config.hidden_size}, inside {config.intermediate_size}; "
+        ("layers", f"{config.num_hidden_layers} of width {config.hidden_size}, MLP width {config.intermediate_size}; "
          f"{config.num_attention_heads} query and {config.num_key_value_heads} key/value heads of {config.head_dim}"),
         ("vocabulary", f"{config.lm_vocab_size:,} text ids (BOV {config.bov_token_id}), "
          f"then {config.codebook_size:,} codes"),
@@ -102,19 +106,19 @@ def _tokenizer(folder: Path, config: UrsaConfig) -> list[tuple[str, str]]:
 def _vae(folder: Path, transformer: UrsaConfig | None) -> list[tuple[str, str]]:
     config = vae_config(folder)
     if config is None:
-        return [("VAE", "none: not needed for training; of samples there are codes, and no frames")]
+        return [("VAE", "none: not needed for training, but samples will be codes without frames")]
     if transformer is not None:
         require_codes_of(folder / "vae", config, transformer.codebook_size)
     name, (time, space) = config.get("_class_name"), vae_strides(folder)
     weight_shapes(folder / "vae")
-    text = f"{name}, {time} frames and {space}x{space} pixels a token" + ("; an image model" if time == 1 else "")
+    text = f"{name}, {time} frames and {space}x{space} pixels per token" + ("; an image model" if time == 1 else "")
     if "sample_frames" in config:
         text += f"; decodes {config['sample_frames']} frames at a time"
     if name != "PaletteDecoder":
         try:
             import_upstream()
         except DimoError as error:
-            text += f"; gives latents only here: {error}"
+            text += f"; cannot be run here, so samples will be codes only: {error}"
     return [("VAE", text)]
 
 
@@ -125,7 +129,7 @@ def _video(config, strides, num_frames: int, height: int, width: int, text: int)
     return [
         ("video", f"{num_frames}x{height}x{width} -> latents {t}x{h}x{w} = {n:,} visual tokens; "
          f"{n + text + 1:,} positions with {text} of text and BOV"),
-        ("logits", f"of one video: {_gib(logits)}"),
+        ("logits", f"for one video: {_gib(logits)}"),
     ]  # fmt: skip
 
 
@@ -134,6 +138,6 @@ def _gib(entries: int) -> str:
 
 
 def format_rows(rows: list[tuple[str, str]], missing: list[str]) -> str:
-    """The same as text, for a terminal."""
+    """The result of `inspect_folder` as text."""
     lines = [f"{name:12}{text}" for name, text in rows]
     return "\n".join(lines + [f"{'missing':12}{sentence}" for sentence in missing or ["nothing"]])

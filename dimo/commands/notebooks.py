@@ -1,4 +1,4 @@
-"""The papermill runner: the same notebooks that people open, executed headless into a run folder."""
+"""`dimo run`: executes the notebooks headless with papermill, into a run folder."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from dimo.run.signals import Preempted
 from dimo.worlds import DEFAULT_WORLD, SHIPPED_STUDENT
 
 NAMES = ("01_inputs", "02_losses", "03_train", "04_diagnostics", "05_evaluation")
-SHARED = ("config", "overrides")  # every notebook's parameters cell has them
-SOCKET_PATH = 100  # bytes that the name of a socket may have, on every system
+SHARED = ("config", "overrides")  # parameters of every notebook
+SOCKET_PATH = 100  # length in bytes that a socket's path may have on every system
 
 
 def notebook_folder() -> Path:
@@ -52,19 +52,19 @@ def run_notebooks(
 ) -> RunFolder:
     """Execute the notebooks in order into `<output_dir>/notebooks`, then write report.html.
 
-    Signals that ask to stop are passed on to what runs; training then saves and stops.
+    Signals that ask to stop are passed on to the kernel and its children; training then saves and stops.
 
     Args:
-        config, overrides: as `load_config` takes them.
-        parameters: "name=value" for a notebook's parameters cell, or a configuration key, also by its last part alone.
-        only: names of notebooks; empty: all.
-        start: the notebook to start with; those before it are left out.
-        force: execute again what this folder holds already, executed with the same parameters.
+        config, overrides: see `load_config`.
+        parameters: "name=value" words, each a parameter of a notebook or a configuration key (or its last part).
+        only: names of the notebooks to execute; empty means all.
+        start: name of the first notebook to execute.
+        force: also execute notebooks that the run folder has already, executed with the same parameters.
 
     Raises:
-        DimoError: before anything starts, for what `load_config` or training would refuse, and for an unknown parameter
-            or notebook; later, when a notebook fails or its kernel dies.
-        Preempted: it was asked to stop; the same command continues.
+        DimoError: before anything starts: an invalid configuration, unknown parameter or unknown notebook; later: a
+            notebook failed or its kernel died.
+        Preempted: a signal asked to stop; the same command continues.
     """
     _require_jupyter()
     sources = {name: notebook_folder() / f"{name}.ipynb" for name in NAMES}
@@ -79,7 +79,7 @@ def run_notebooks(
         return _only_train(settings, f"machine {machine} of {machines}", "03_train" in chosen, force)
     run = RunFolder.open(c.output_dir, to_yaml(settings), c.resume, c.overwrite)
     if c.overwrite or not c.resume:
-        overrides += ["experiment.overwrite=false", "experiment.resume=true"]  # done, or found to be no matter
+        overrides += ["experiment.overwrite=false", "experiment.resume=true"]  # handled by the line above
     shared = {"config": config or "shapes", "overrides": overrides}
     with children_told_to_stop() as asked:
         for name, path in chosen.items():
@@ -91,23 +91,23 @@ def run_notebooks(
 
 
 def _only_train(settings: Config, name: str, chosen: bool, force: bool) -> RunFolder:
-    """What another machine than the first has to do."""
+    """The part of a machine other than the first: only training."""
     c, last = settings.experiment, settings.training.max_train_steps
     run = RunFolder(c.output_dir, writes=False)
     status = run.status()
     done = status.get("state") == "finished" and status["step"] >= last
     if not chosen or (done and not force and not c.overwrite):
-        print(f"{name}: nothing to train; the notebooks are machine 0's")
+        print(f"{name}: nothing to train; machine 0 runs the notebooks")
         return run
-    print(f"{name}: trains with machine 0 when that comes to 03_train; the notebooks are machine 0's", flush=True)
+    print(f"{name}: waiting for machine 0, which runs the notebooks, to reach the training in 03_train", flush=True)
     return train(settings)
 
 
 def _own_parameters(source: Path, needed: bool) -> dict[str, Any]:
-    """A notebook's parameters cell, as papermill describes it; of one that is not needed and cannot be read, nothing.
+    """The parameters of a notebook, as papermill describes them; {} if it is unreadable but not needed.
 
     Raises:
-        DimoError: a notebook that is needed is missing, cut short, or holds the marks of a merge conflict.
+        DimoError: a needed notebook is missing or damaged, for example truncated or with merge conflict markers.
     """
     papermill, _ = _require_jupyter()
     try:
@@ -117,7 +117,7 @@ def _own_parameters(source: Path, needed: bool) -> dict[str, Any]:
         if not needed:
             return {}
         why = f"line {error.lineno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else reason(error)
-        raise DimoError(f"{source} is no readable notebook ({why}); `git checkout {source}` brings it back") from error
+        raise DimoError(f"{source} is not a readable notebook ({why}); `git checkout {source}` restores it") from error
 
 
 def _choose(sources: dict[str, Path], only: list[str], start: str | None) -> dict[str, Path]:
@@ -126,21 +126,22 @@ def _choose(sources: dict[str, Path], only: list[str], start: str | None) -> dic
             raise DimoError(f"there is no notebook {name!r}{nearest(name, sources)}")
     chosen = {n: path for n, path in sources.items() if (not only or n in only) and (not start or n >= start)}
     if not chosen:
-        raise DimoError(f"--only {', '.join(only)} and --from {start} leave no notebook")
+        raise DimoError(f"--only {', '.join(only)} and --from {start} select no notebook")
     return chosen
 
 
 def _parse_parameters(parameters: list[str], overrides: list[str], known: dict[str, Any]) -> dict[str, Any]:
-    """Split "name=value" into notebook parameters, returned, and configuration keys, appended to `overrides`.
+    """Parse "name=value" words: returns notebook parameters, appends configuration keys to `overrides`.
 
-    `known`: the notebooks' own parameters as papermill describes them.
+    Args:
+        known: the notebooks' parameters, as papermill describes them.
     """
     keys, short, extra = config_keys(), flags(), {}
     own = {name: ast.literal_eval(about["default"]) for name, about in known.items() if name not in SHARED}
     for parameter in parameters:
         name, equals, value = parameter.partition("=")
         if not equals:
-            raise DimoError(f"a parameter reads name=value, got {parameter!r}")
+            raise DimoError(f"a parameter must have the form name=value, got {parameter!r}")
         if name in own:
             try:
                 extra[name] = read_value(name, type(own[name]).__name__, unquoted(value))
@@ -151,7 +152,7 @@ def _parse_parameters(parameters: list[str], overrides: list[str], known: dict[s
         else:
             hint = nearest(name, {*own, *keys, *short})
             hint = hint if "did you mean" in hint else f"; the notebooks have {', '.join(sorted(own))}"
-            raise DimoError(f"no notebook has a parameter {name!r}, and no configuration key is called so{hint}")
+            raise DimoError(f"{name!r} is neither a parameter of a notebook nor a configuration key{hint}")
     return extra
 
 
@@ -160,12 +161,12 @@ def _execute(run: RunFolder, name: str, source: Path, parameters: dict, force: b
     done = run.path / "notebooks" / f"{name}.ipynb"
     done.parent.mkdir(parents=True, exist_ok=True)
     if not force and is_done(done, source, parameters):
-        print(f"{name}: done before, not executed again")
+        print(f"{name}: already done, not executed again")
         return
     working = done.with_name(f".{name}.partial.ipynb")
     failed = done.with_name(f"{name}.failed.ipynb")
     print(f"{name} ...", flush=True)
-    problem, others = None, psutil.Process().children(recursive=True)  # whose process this is may have its own
+    problem, others = None, psutil.Process().children(recursive=True)  # children that are not ours
     before, begin = run.status(), time.monotonic()
     try:
         with _kernel() as kernel:
@@ -177,32 +178,32 @@ def _execute(run: RunFolder, name: str, source: Path, parameters: dict, force: b
                 kernel_manager_class=kernel,
                 cwd=os.getcwd(),
                 progress_bar=False,
-                stderr_file=sys.stderr,  # the training's own progress
+                stderr_file=sys.stderr,  # progress bars of training
             )
     except papermill.exceptions.PapermillExecutionError as error:
         os.replace(working, failed)
         problem = f"notebook {name} failed: {error.ename}: {error.evalue} (see {failed})"
         stopped = error.ename == "Preempted"
-    except RuntimeError as error:  # the kernel died, or never came up
+    except RuntimeError as error:  # the kernel died or did not start
         problem = f"notebook {name} was not finished: {error}; the same command continues"
         stopped = bool(asked)
     except OSError as error:  # a full disk: papermill writes after every cell
         working.unlink(missing_ok=True)
         problem, stopped = f"notebook {name} could not be written to {done.parent}: {reason(error)}", False
-    wait_for_children(others)  # of a dead kernel: they are saving
+    wait_for_children(others)  # children of a dead kernel may still be saving
     if problem:
         _write_ending(run, problem, stopped, before)
     failed.unlink(missing_ok=True)
-    _write_html(working, done.with_suffix(".html"))  # first: a notebook that lies there is not executed again
+    _write_html(working, done.with_suffix(".html"))  # first, since a finished notebook is not executed again
     os.replace(working, done)
     print(f"{name}: done in {tqdm.format_interval(time.monotonic() - begin)}", flush=True)
 
 
 @contextlib.contextmanager
 def _kernel():
-    """The class of a kernel that is this very Python, whatever kernels a user has installed under that name.
+    """A kernel manager class that runs this Python interpreter, whatever kernels the user has installed as python3.
 
-    It talks over sockets in a folder that is this user's alone: over TCP, every user of the machine could listen.
+    It communicates over Unix sockets in a private folder; TCP ports would be open to all users of the machine.
     """
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
@@ -221,23 +222,23 @@ def _kernel():
 
 
 def _write_ending(run: RunFolder, problem: str, stopped: bool, before: dict) -> None:
-    """Raise for a notebook that was not finished, after status.json says so: a killed kernel could not.
+    """Raise for an unfinished notebook, after recording it in status.json, which a killed kernel could not do.
 
-    A failure that stood there `before` is some earlier notebook's, and says nothing of this one.
+    A failure in the status `before` is that of an earlier notebook and is ignored.
     """
     status = run.status()
     state = None if status == before and before.get("state") == "failed" else status.get("state")
     if stopped:
         if state not in ("finished", "preempted"):
             run.write_status(state="preempted", error=None)
-        raise Preempted(f"{run.path}: stopped when asked to; the same command continues")
+        raise Preempted(f"{run.path}: stopped by a signal; the same command continues")
     if state not in ("finished", "preempted", "failed"):
         run.write_status(state="failed", error=problem)
     raise DimoError(problem)
 
 
 def is_done(done: Path, source: Path, parameters: dict) -> bool:
-    """Executed to the end, with these parameters, from the cells that the source has now; and still readable."""
+    """Whether `done` is a readable notebook, executed with these parameters from the current cells of the source."""
     if not done.exists():
         return False
 
@@ -249,27 +250,29 @@ def is_done(done: Path, source: Path, parameters: dict) -> bool:
     try:
         old, old_cells = cells(done)
         executed_with = old["metadata"].get("papermill", {}).get("parameters")
-    except (ValueError, LookupError, TypeError, AttributeError):  # damaged, or saved by hand as something else
+    except (ValueError, LookupError, TypeError, AttributeError):  # damaged, or edited by hand
         return False
     return executed_with == parameters and old_cells == cells(source)[1]
 
 
 def _write_html(notebook: Path, page: Path) -> None:
-    """The notebook as a page. Where that cannot be had, a sentence: what was executed is worth keeping without."""
+    """Convert a notebook to HTML. A failure only prints a message, since the executed notebook is worth keeping."""
     _, nbconvert = _require_jupyter()
     try:
         exporter = nbconvert.HTMLExporter(template_name="classic")
         with open(notebook, encoding="utf-8") as file:
             text, _ = exporter.from_file(file, {"metadata": {"name": page.stem}})
-    except Exception as error:  # nbconvert's and jinja's have no base in common
-        page.unlink(missing_ok=True)  # of an earlier notebook
-        print(f"dimo: {page} was not made: {reason(error)}; pip install --force-reinstall nbconvert", file=sys.stderr)
+    except Exception as error:  # those of nbconvert and jinja have no common base class
+        page.unlink(missing_ok=True)  # it belongs to an earlier notebook
+        print(
+            f"dimo: {page} was not written: {reason(error)}; pip install --force-reinstall nbconvert", file=sys.stderr
+        )
         return
     write_text(page, text)
 
 
 def write_report_page(run: RunFolder) -> Path:
-    """report.html: the table, the pictures, and links to all executed notebooks of the folder, which show theirs."""
+    """Write report.html: the table of metrics, the pictures, and links to the executed notebooks."""
     parts = [f"<h1>{html.escape(run.path.name)}</h1>"]
     report = run.path / "report.json"
     if report.exists():
@@ -305,18 +308,18 @@ def _table_row(name: str, row: dict, columns: list[str]) -> str:
 
 
 def print_summary(run: RunFolder, teacher_ckpt: str) -> None:
-    """The table, where to look, and what the student that ships reached with a longer run."""
+    """Print the table of metrics, the result of the shipped student for comparison, and where to find the output."""
     report, shipped = run.path / "report.json", SHIPPED_STUDENT / "report.json"
     if report.exists():
         print(format_table(json.loads(report.read_text())))
     if report.exists() and teacher_ckpt == DEFAULT_WORLD and shipped.exists():
         best = json.loads(shipped.read_text())["student_1"]
         print(
-            f"\nThe best of three longer runs reached validity {best['validity']:.3f} with coverage "
-            f"{best['coverage']:.3f}; that student ships with dimo, and `dimo evaluate` scores it."
+            "\nThe student that ships with dimo, the best of three longer runs, has a validity of "
+            f"{best['validity']:.3f} and a coverage of {best['coverage']:.3f}; `dimo evaluate` evaluates it."
         )
     made = [name for name in ("report.html", "sheet.png") if (run.path / name).exists()]
-    print(f"\nLook at {', '.join(f'{run.path}/{name}' for name in made)} and {run.path}/notebooks/")
+    print(f"\nSee {', '.join(f'{run.path}/{name}' for name in made)} and {run.path}/notebooks/")
 
 
 def _require_jupyter():

@@ -1,4 +1,4 @@
-"""`dimo plan`: what a configuration needs on each GPU, how long it takes, and what to change if it does not fit."""
+"""`dimo plan`: memory per GPU and training time of a configuration, and what to change if it does not fit."""
 
 from __future__ import annotations
 
@@ -20,14 +20,22 @@ from dimo.run.launch import engine_kind
 GIB = 2**30
 NETWORKS = {"teacher": "teacher", "student": "student", "aux": "auxiliary", "ema": "moving average"}
 UNSEEN = (
-    "not seen: values, speed, workspaces of GPU kernels, a fragmented allocator, buffers of NCCL, the context (about "
-    "0.5 GiB), and whether all ranks call their collectives in the same order"
+    "not covered: values, speed, workspaces of GPU kernels, allocator fragmentation, NCCL buffers, the CUDA context "
+    "(about 0.5 GiB), and whether all ranks call their collectives in the same order"
 )
 
 
 @dataclasses.dataclass
 class Plan:
-    """Bytes per GPU by part; seconds per step where a GPU was there to measure them, with the memory it took."""
+    """The memory and time that a configuration needs.
+
+    Attributes:
+        run: result of the dry run.
+        parts: memory per GPU by part, in bytes.
+        seconds: time per step, in seconds, if measured.
+        measured: peak memory of the measurement, in bytes.
+        no_probe: why nothing was measured.
+    """
 
     config: Config
     run: DryRun
@@ -42,19 +50,23 @@ class Plan:
 
     @property
     def counts_too_much(self) -> bool:
-        """Layers go through uncompiled; compiled ones keep less for the backward pass, unless their input alone is."""
+        """Whether the count is too high: it is without compilation, and compiled layers save fewer activations.
+
+        With full activation checkpointing there is no difference.
+        """
         return self.config.model.compile and self.config.model.activation_checkpointing != "full"
 
 
 def make_plan(config: Config, size: str | None = None, memory_gib: float | None = None, probe: bool = True) -> Plan:
-    """One dry run, and a probe of a few real steps on one GPU where there is one and the step seems to fit.
+    """Do a dry run, and measure a few real steps if there is a GPU and the step seems to fit.
 
     Args:
-        size: "0.6B" or "1.7B" in place of the folder distill.teacher_ckpt.
-        memory_gib: of a GPU; None: that of the GPU here, else 80.
+        size: "0.6B" or "1.7B", instead of the folder distill.teacher_ckpt.
+        memory_gib: memory of one GPU, in GiB; None: that of the GPU here, else 80.
+        probe: measure real steps.
 
     Raises:
-        DimoError: as `dry_run` does.
+        DimoError: see `dry_run`.
     """
     plan = _go_through(config, size)
     if not probe or not torch.cuda.is_available():
@@ -72,16 +84,17 @@ def _go_through(config: Config, size: str | None) -> Plan:
 
 
 def gpu_memory(memory_gib: float | None) -> float:
-    """Bytes of one GPU."""
+    """Memory of one GPU in bytes; default: that of the GPU here, else 80 GiB."""
     if memory_gib is not None:
         return memory_gib * GIB
     return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 80 * GIB
 
 
 def parts_of(run: DryRun, kind: str, num_processes: int) -> dict[str, int]:
-    """Bytes per GPU by part, as counted; for deepspeed_zero2 from a run that went through as ddp.
+    """Memory per GPU by part, in bytes; `kind` is the engine.
 
-    ZeRO-2 keeps weights whole and cuts a second copy of those that are trained, gradients and moments.
+    deepspeed_zero2 is computed from a dry run as ddp: ZeRO-2 replicates the weights and shards gradients, optimizer
+    states and a second copy of the trained weights.
     """
     n, activations = max(1, num_processes), max(0, run.peak - run.gradients)
     kept, gradients = run.kept, run.gradients
@@ -92,7 +105,7 @@ def parts_of(run: DryRun, kind: str, num_processes: int) -> dict[str, int]:
 
 
 def _probe(config: Config, size: str | None) -> tuple[float | None, int | None, str]:
-    """(median seconds of a step after two, peak bytes, "") of one process here, or why not."""
+    """Measure steps in one process: (median seconds after two warm-up steps, peak bytes, "" or why it failed)."""
     from dimo.train.prompts import WorldPrompts
     from dimo.train.trainer import Trainer
 
@@ -116,7 +129,12 @@ def _probe(config: Config, size: str | None) -> tuple[float | None, int | None, 
 
 
 def alternatives(plan: Plan, size: str | None, preset: str | None, overrides: Sequence[str]) -> dict[str, int]:
-    """{what could be changed: bytes per GPU then}, each a configuration that was gone through."""
+    """Dry runs of changes that save memory: {change, as overrides: bytes per GPU}.
+
+    Args:
+        size: see `make_plan`.
+        preset, overrides: the configuration to change, see `load_config`.
+    """
     n, d = plan.config.training.num_processes, plan.config.distill
     flat, sparing = to_flat(plan.config), []
     if flat["training.mixed_precision"] == "no":
@@ -139,26 +157,26 @@ def alternatives(plan: Plan, size: str | None, preset: str | None, overrides: Se
     found = {}
     for change in changes:
         print(f"dimo: trying {' '.join(change)}", file=sys.stderr)
-        with contextlib.suppress(DimoError):  # an engine that does not serve this optimizer
+        with contextlib.suppress(DimoError):  # the engine does not support the optimizer
             words = [word for some in change for word in some.split()]
             found[" ".join(change)] = _go_through(load_config(preset, [*overrides, *words]), size).total
     return found
 
 
 def format_plan(plan: Plan, name: str, memory: float) -> str:
-    """The plan as text, for a terminal."""
+    """The plan as text; `name` is the model, `memory` that of one GPU, in bytes."""
     d, t, n = plan.config.distill, plan.config.training, plan.run.num_visual_tokens
     videos = d.batch_size_per_gpu * t.num_processes * t.gradient_accumulation_steps
     lines = [
-        f"{name} at {d.num_frames}x{d.height}x{d.width}: {n:,} tokens a video, {d.batch_size_per_gpu} video(s) a GPU, "
-        f"{t.num_processes} GPU(s), engine {t.engine}, mixed_precision {t.mixed_precision}",
+        f"{name} at {d.num_frames}x{d.height}x{d.width}: {n:,} tokens per video, {d.batch_size_per_gpu} video(s) per "
+        f"GPU, {t.num_processes} GPU(s), engine {t.engine}, mixed_precision {t.mixed_precision}",
         "",
         f"{'per GPU':32}{'GiB':>8}",
         *(f"{part:32}{size / GIB:8.2f}" for part, size in plan.parts.items()),
-        f"{'in all':32}{plan.total / GIB:8.2f}   {_verdict(plan, memory)} {memory / GIB:.0f}",
+        f"{'total':32}{plan.total / GIB:8.2f}   {_verdict(plan, memory)} {memory / GIB:.0f}",
     ]
     if plan.measured is not None:
-        alone = "measured here, nothing cut" if plan.config.training.num_processes > 1 else "measured here"
+        alone = "measured here, unsharded" if plan.config.training.num_processes > 1 else "measured here"
         lines.append(f"{alone:32}{plan.measured / GIB:8.2f}")
     lines += ["", *_collectives(plan)]
     tokens = t.max_train_steps * videos * n
@@ -169,7 +187,7 @@ def format_plan(plan: Plan, name: str, memory: float) -> str:
         days = t.max_train_steps * plan.seconds / 86_400
         lines.append(
             f"time per step: {plan.seconds:.3f} s, median of 3 on one GPU without communication; "
-            f"{days:.1f} days, {days * 24 * t.num_processes:.0f} GPU hours"
+            f"{days:.1f} days, {days * 24 * t.num_processes:.0f} GPU-hours"
         )
     return "\n".join([*lines, UNSEEN])
 
@@ -178,26 +196,26 @@ def _verdict(plan: Plan, memory: float) -> str:
     if plan.total <= memory:
         return "fits into"
     if plan.counts_too_much:
-        return "counted as if not compiled, and compiled layers keep less; so counted it does NOT fit into"
+        return "counted without compilation, with which layers need less; so counted, it does NOT fit into"
     return "does NOT fit into"
 
 
 def _collectives(plan: Plan) -> list[str]:
     moved = ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in plan.run.collectives.items())
-    return [f"a step sends: {moved}"] if moved else []
+    return [f"communication per step: {moved}"] if moved else []
 
 
 def format_alternatives(found: dict[str, int], memory: float) -> str:
-    """What to change, the least memory last."""
+    """The results of `alternatives` as text, in order of decreasing memory."""
     if not found:
-        return "to make it fit: fewer frames, a smaller height and width, or a GPU with more memory"
+        return "to make it fit, use fewer frames, a smaller height and width, or a GPU with more memory"
     wide = max(map(len, found))
     rows = sorted(found.items(), key=lambda row: -row[1])
     fits = any(size <= memory for size in found.values())
     text = "\n".join(
         f"  {change:{wide}}  {size / GIB:8.2f} GiB{'   fits' if size <= memory else ''}" for change, size in rows
     )
-    return f"to make it fit:\n{text}" + ("" if fits else "\n  and fewer frames, or a smaller height and width")
+    return f"to make it fit:\n{text}" + ("" if fits else "\n  and also fewer frames, or a smaller height and width")
 
 
 def plan_report(
@@ -207,10 +225,15 @@ def plan_report(
     memory_gib: float | None = None,
     only_dry_run: bool = False,
 ) -> str:
-    """All of the above for a configuration, as text.
+    """The output of `dimo plan`.
+
+    Args:
+        preset, overrides: see `load_config`; with a size the default preset is distill_dimo.
+        size, memory_gib: see `make_plan`.
+        only_dry_run: report only that the step runs, its peak memory and communication.
 
     Raises:
-        DimoError: memory_gib is not positive, or as `make_plan`.
+        DimoError: memory_gib is not positive, or see `make_plan`.
     """
     if memory_gib is not None and not memory_gib > 0:
         raise DimoError(f"--memory must be positive, in GiB, got {memory_gib}")
@@ -220,7 +243,7 @@ def plan_report(
     if only_dry_run:
         plan = _go_through(config, size)
         tokens = plan.run.num_visual_tokens
-        went = f"one step went through on rank 0 of {config.training.num_processes}; {tokens:,} tokens a video"
+        went = f"one step ran as rank 0 of {config.training.num_processes}; {tokens:,} tokens per video"
         return "\n".join([went, f"peak: {plan.total / GIB:.2f} GiB", *_collectives(plan), UNSEEN])
     plan, memory = make_plan(config, size, memory_gib), gpu_memory(memory_gib)
     text = format_plan(plan, f"URSA-{size}" if size else str(config.distill.teacher_ckpt), memory)

@@ -1,4 +1,4 @@
-"""`dimo sample`: videos of prompts from a teacher or a student, each with a JSON that says how it was made."""
+"""`dimo sample`: generates videos with a teacher or a student, each with a JSON file that records how it was made."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from dimo.worlds import DEFAULT_WORLD, checkpoint_folder, is_world, load_world, 
 from dimo.worlds.protocol import prompt_index
 
 log = logging.getLogger(__name__)
-FPS = 12  # of URSA's videos
+FPS = 12  # frames per second of URSA's videos
 FFMPEG = (
-    "`pip install --force-reinstall imageio-ffmpeg` brings an ffmpeg with libx264, and the environment variable "
-    "IMAGEIO_FFMPEG_EXE, if set, names another"
+    "`pip install --force-reinstall imageio-ffmpeg` installs an ffmpeg with libx264, unless the environment variable "
+    "IMAGEIO_FFMPEG_EXE names another one"
 )
 
 
@@ -40,38 +40,44 @@ def _flag(default, help: str):
 
 @dataclasses.dataclass
 class Request:
-    """What `dimo sample` is asked for; every field is a flag and a line of the JSON beside each video."""
+    """The settings of `dimo sample`; each field is a flag, and an entry of the JSON file beside each video."""
 
     teacher_ckpt: str | None = _flag(
         None, f"a checkpoint folder in URSA's layout, or a built-in world; default: the run's, else {DEFAULT_WORLD}"
     )
-    student_ckpt: str | None = _flag(None, "student.pt, its folder or a run folder; without it the teacher samples")
-    num_frames: int | None = _flag(None, "4 (T-1) + 1; default: the run's or world's, 1 of an image model, else 17")
-    height: int | None = _flag(None, "pixels; default: the run's or world's, of an image model 64 tokens, else 256")
-    width: int | None = _flag(None, "pixels; default: the run's or world's, of an image model 64 tokens, else 256")
-    steps: int = _flag(1, "passes of the transformer")
-    guidance_scale: float = _flag(1.0, "1 is none, and needs half the work")
+    student_ckpt: str | None = _flag(None, "student.pt, its folder or a run folder; default: sample with the teacher")
+    num_frames: int | None = _flag(None, "4 (T-1) + 1; default: the run's or world's, 1 for image models, else 17")
+    height: int | None = _flag(None, "in pixels; default: the run's or world's, 64 tokens for image models, else 256")
+    width: int | None = _flag(None, "in pixels; default: the run's or world's, 64 tokens for image models, else 256")
+    steps: int = _flag(1, "number of sampling steps")
+    guidance_scale: float = _flag(1.0, "classifier-free guidance; 1 is off and halves the cost")
     guidance_trunc: float = _flag(0.9, "guidance is off where t >= this")
-    negative_prompt: str = _flag("", "what guidance leads away from")
+    negative_prompt: str = _flag("", "negative prompt of guidance")
     max_prompt_length: int | None = _flag(
-        None, "text tokens, more are cut off; default: the run's or a world's longest prompt, else 320"
+        None, "longer prompts are truncated, in tokens; default: the run's, or a world's longest prompt, else 320"
     )
-    seed: int = _flag(0, "of the noise and of every draw, the same for each prompt")
+    seed: int = _flag(0, "seed of all random draws, the same for each prompt")
     device: str = _flag("auto", "auto, cpu or cuda")
     dtype: str = _flag("auto", "float32, bfloat16 or float16; auto: bfloat16 on a GPU, float32 on a CPU")
     backend: str = _flag("native", "native or upstream (diffnext's transformer)")
 
 
 def sample_to_folder(request: Request, prompts: list[str], out: str | Path) -> list[Path]:
-    """Write one video per prompt into `out`: 0000.mp4 (.png for one frame) and 0000.json; returns the videos.
+    """Write one video per prompt into `out`: 0000.mp4 (.png for one frame) and 0000.json.
 
-    Where the checkpoint's VAE cannot be run here, 0000.safetensors holds the codes (T, H, W) instead. Every prompt
-    starts from the same noise, that of `request.seed`, so each file can be made again by itself.
+    If the checkpoint's VAE cannot be run, 0000.safetensors with the codes (T, H, W) is written instead. Every prompt
+    uses the noise of `request.seed`, so each video can be reproduced by itself.
 
-    What the request leaves open is as in the run that the student lies in, where it lies in one.
+    Args:
+        request: settings; those left at None are taken from the student's run, if it is in a run folder.
+        prompts: at least one.
+        out: output folder.
+
+    Returns:
+        The video files (or files of codes), in the order of the prompts.
 
     Raises:
-        DimoError: before anything is written, for no prompt, sizes that do not divide, guidance below 1, and so on.
+        DimoError: before anything is written: no prompts, invalid settings or checkpoints, or no way to write videos.
     """
     r = dataclasses.replace(request)
     if not prompts:
@@ -100,7 +106,7 @@ def sample_to_folder(request: Request, prompts: list[str], out: str | Path) -> l
     if is_world(folder):
         world = load_world(folder)
         require_world(world, grid, ursa.path.codebook_size)
-        prompt_index(world, prompts)  # refuses a prompt of which the world knows nothing
+        prompt_index(world, prompts)  # raises for a prompt that the world does not know
     network = load_student(ursa, r.student_ckpt) if r.student_ckpt else ursa.transformer
     network.requires_grad_(False)
     uncond_ids = ursa.tokenize([r.negative_prompt], r.max_prompt_length)
@@ -110,7 +116,7 @@ def sample_to_folder(request: Request, prompts: list[str], out: str | Path) -> l
         _cut_to(ursa, r.negative_prompt, r.max_prompt_length)
 
     if ursa.vae is None:
-        log.warning("codes will be written in place of frames: %s", ursa.no_vae)
+        log.warning("codes will be written instead of frames: %s", ursa.no_vae)
     else:
         _require_writer(video=grid[0] > 1)
     written = []
@@ -139,12 +145,20 @@ def sample_to_folder(request: Request, prompts: list[str], out: str | Path) -> l
 
 
 def write_frames(stem: Path, frames: torch.Tensor, fps: int = FPS) -> Path:
-    """Frames (F, height, width, 3) in [0, 1] as stem.mp4, or stem.png when there is one; whole or not at all.
+    """Write frames atomically as stem.mp4, or as stem.png if there is only one.
+
+    Args:
+        stem: path without suffix.
+        frames: (F, height, width, 3), RGB in [0, 1].
+        fps: frames per second.
+
+    Returns:
+        The written file.
 
     Raises:
-        DimoError: ffmpeg does not serve; the sentence says what to install.
+        DimoError: ffmpeg failed; the message says what to install.
     """
-    import imageio.v3 as iio  # only when a video is written
+    import imageio.v3 as iio  # slow, so only when needed
 
     require_shape("frames", frames, ("F", "height", "width", 3))
     pixels = eight_bits(frames).numpy()
@@ -154,7 +168,7 @@ def write_frames(stem: Path, frames: torch.Tensor, fps: int = FPS) -> Path:
             iio.imwrite(beside, pixels[0], extension=".png")
         return file
     file = stem.with_name(f"{stem.name}.mp4")
-    # macro_block_size: by default sizes are stretched to multiples of 16
+    # macro_block_size: by default frames are resized to multiples of 16
     options = {"fps": fps, "codec": "libx264", "quality": 9, "macro_block_size": 2}
     with whole_file(file) as beside:
         try:
@@ -163,16 +177,16 @@ def write_frames(stem: Path, frames: torch.Tensor, fps: int = FPS) -> Path:
             if error.errno:
                 raise
             raise DimoError(f"ffmpeg could not write {file} ({reason(error)}): {FFMPEG}") from error
-        if not beside.exists():  # imageio does not ask how ffmpeg ended, and that would name a file of ours
-            raise DimoError(f"ffmpeg wrote no {file}, and said why on stderr: {FFMPEG}")
+        if not beside.exists():  # imageio ignores ffmpeg's exit code
+            raise DimoError(f"ffmpeg did not write {file}, for the reason on stderr: {FFMPEG}")
     return file
 
 
 def _require_writer(video: bool) -> None:
-    """Raise, before anything is sampled, unless frames can be written here: a video by ffmpeg with H.264."""
+    """Raise unless frames can be written, a video by ffmpeg with H.264; called before anything is sampled."""
     needed = ("imageio", "imageio_ffmpeg") if video else ("imageio",)
     if any(importlib.util.find_spec(name) is None for name in needed):
-        raise DimoError("videos are written by imageio, which is missing: pip install imageio imageio-ffmpeg")
+        raise DimoError("imageio, which writes videos, is missing: pip install imageio imageio-ffmpeg")
     if not video:
         return
     import imageio_ffmpeg
@@ -181,22 +195,22 @@ def _require_writer(video: bool) -> None:
         ffmpeg = imageio_ffmpeg.get_ffmpeg_exe()
         told = subprocess.run([ffmpeg, "-hide_banner", "-encoders"], capture_output=True, stdin=subprocess.DEVNULL)
     except (RuntimeError, OSError) as error:
-        why = f"which cannot be run here ({reason(error)})"
-        raise DimoError(f"videos are written by ffmpeg, {why}: {FFMPEG}; nothing was sampled yet") from error
+        problem = f"ffmpeg, which writes videos, cannot be run here ({reason(error)})"
+        raise DimoError(f"{problem}: {FFMPEG}; nothing was sampled yet") from error
     if b"libx264" not in told.stdout:
-        lacks = f"encoder libx264, which {ffmpeg} lacks"
-        raise DimoError(f"videos are written by ffmpeg's {lacks}: {FFMPEG}; nothing was sampled yet")
+        problem = f"writing videos needs ffmpeg's encoder libx264, but {ffmpeg} lacks it"
+        raise DimoError(f"{problem}: {FFMPEG}; nothing was sampled yet")
 
 
 def _write_frames_or_codes(stem: Path, frames: torch.Tensor, codes: torch.Tensor) -> Path:
     try:
         return write_frames(stem, frames)
     except DimoError as error:
-        raise DimoError(f"{error}; the video's codes are kept in {_write_codes(stem, codes)}") from error
+        raise DimoError(f"{error}; the video's codes were saved to {_write_codes(stem, codes)}") from error
 
 
 def _write_codes(stem: Path, codes: torch.Tensor) -> Path:
-    """The first of codes (B, T, H, W) as stem.safetensors."""
+    """Write the first of codes (B, T, H, W) to stem.safetensors."""
     file = stem.with_name(f"{stem.name}.safetensors")
     with whole_file(file) as beside:
         save_file({"codes": codes[0].cpu()}, beside)
@@ -204,10 +218,10 @@ def _write_codes(stem: Path, codes: torch.Tensor) -> Path:
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """All prompts of a txt, jsonl, csv or parquet file, or of a folder of them, in their order.
+    """All prompts of a txt, jsonl, csv or parquet file, or of a folder of such files, in order.
 
     Raises:
-        DimoError: the path, a file or its columns do not serve, or no row holds a prompt.
+        DimoError: the path or a file cannot be read, a column is missing, or there are no prompts.
     """
     kind, files = list_files(path)
     prompts = []
@@ -220,12 +234,12 @@ def read_prompts(path: str | Path) -> list[str]:
 
 
 def _cut_to(ursa: Ursa, prompt: str, max_prompt_length: int) -> str | None:
-    """What a prompt longer than its tokens keeps, after a warning; None where nothing was cut."""
+    """The truncated text of a prompt longer than max_prompt_length tokens, after a warning; None if it fits."""
     length = len(ursa.tokenizer(prompt).input_ids)
     if length <= max_prompt_length:
         return None
     kept = ursa.tokenizer.decode(ursa.tokenize([prompt], max_prompt_length)[0], skip_special_tokens=True)
-    log.warning("the prompt %r has %d tokens and max_prompt_length is %d: it is cut to %r", prompt, length,
+    log.warning("the prompt %r has %d tokens, but max_prompt_length is %d: it is truncated to %r", prompt, length,
                 max_prompt_length, kept)  # fmt: skip
     return kept
 

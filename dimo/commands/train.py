@@ -1,4 +1,4 @@
-"""The whole run: in this process, or through accelerate's launcher."""
+"""`dimo train`: a training run in this process or through accelerate's launcher."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from dimo.worlds import checkpoint_folder
 
 
 def train(config: Config) -> RunFolder:
-    """The whole run, in this process where one plain process does it, else through `launch`.
+    """Train in this process if a single one is enough, else through `launch`.
 
     Raises:
-        Preempted: it was asked to stop, and has saved.
-        DimoError: bad input, or training failed; the run folder tells more.
+        Preempted: a signal asked to stop, and a checkpoint was saved.
+        DimoError: bad input, or training failed; the run folder has the details.
     """
     refuse_early(config)
     if not needs_launch(config):
@@ -34,25 +34,25 @@ def train(config: Config) -> RunFolder:
     if code == PREEMPTED:
         raise Preempted(f"stopped at step {run.status().get('step')} of {run.path}; the same command continues")
     if code != 0:
-        reason = run.status().get("error") or "see what it printed"
+        reason = run.status().get("error") or "see its output"
         raise DimoError(f"training ended with exit code {code}: {reason} ({launch_file(config, 'log')})")
     return run
 
 
 def refuse_early(config: Config) -> None:
-    """What can be seen to be wrong before anything starts.
+    """Check what can be checked before anything starts.
 
     Raises:
-        DimoError: no teacher, captions, tracker or engine of that name, or what is no caption file in a folder of
-            them; more processes than GPUs.
+        DimoError: the teacher, caption source, estimator, tracker or engine does not exist, a caption folder has other
+            files in it, or there are more processes than GPUs.
     """
     source = config.distill.prompt_source
     checkpoint_folder(config.distill.teacher_ckpt)
     require_estimator(config.distill.estimator)
     if source != "world" and not Path(source).exists():
-        raise DimoError(f"distill.prompt_source {source!r} is neither world nor a file or folder")
+        raise DimoError(f"distill.prompt_source must be world, a file or a folder, but {source!r} does not exist")
     if source != "world":
-        list_files(source)  # what is in it is looked at when it is read
+        list_files(source)  # the content is checked when it is read
     require_trackers(config.experiment.trackers)
     if needs_launch(config):
         launch_command(config)

@@ -1,4 +1,4 @@
-"""`dimo world train NAME`: every world has a parser of its own, whose flags are its sizes and the teacher's recipe."""
+"""`dimo world train NAME`: each world has its own subparser, with flags for its sizes and the teacher's recipe."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from dimo.worlds.teacher import TeacherRecipe, make_teacher
 
 
 def add_world(commands, kinds: dict[type, Callable]) -> None:
-    """Add the command to the parser's `commands`; `kinds` read the numbers of its flags, by their type."""
-    world = commands.add_parser("world", help="make a built-in world's teacher", description="Built-in worlds.")
+    """Add the command to the subparsers `commands`; `kinds` maps int and float to functions that parse them."""
+    world = commands.add_parser("world", help="train the teacher of a world", description="Built-in worlds.")
     actions = world.add_subparsers(metavar="action", required=True)
     train = actions.add_parser(
         "train",
-        help="train the world's teacher and write a checkpoint folder in URSA's layout",
-        description="Train the teacher of a world by denoising its own videos.",
+        help="train a world's teacher and write its checkpoint folder in URSA's layout",
+        description="Train the teacher of a world by denoising the world's videos.",
         epilog=examples(["world train"]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -35,7 +35,7 @@ def add_world(commands, kinds: dict[type, Callable]) -> None:
 
 
 def world_train(args: argparse.Namespace) -> None:
-    """Train the world's teacher, and print how good it is."""
+    """Train the world's teacher and print its scores."""
 
     def chosen(kind):
         return kind(**{field.name: getattr(args, field.name) for field in dataclasses.fields(kind)})

@@ -1,1 +1,1 @@
-"""The method: schedules, losses and the nine stages. Knows `dimo.ursa`; nothing of files, prompts or plots."""
+"""The distillation method: schedules, losses and the nine stages. Depends on `dimo.ursa`, not on files or plots."""

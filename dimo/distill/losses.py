@@ -1,16 +1,17 @@
-"""The losses of a step and their exact gradients, written once against `Prediction`, a few tokens at a time.
+"""The losses of a training step with closed-form gradients, computed over chunks of tokens.
 
-Notation: p_T, p_A are what teacher and auxiliary predict at the same x_t, p_S what the student predicts at x_init. The
-family of divergences is
-    D_beta = (1 - beta) KL(p_T || p_A) + beta KL(p_A || p_T):
-beta = 0 is the forward KL, 1 the reverse KL, 0.5 half of Jeffreys' divergence (Di[M]O, arXiv 2503.15457, eq. 8-10).
+Notation: p_T and p_A are the predictions of teacher and auxiliary at the same x_t, p_S is the student's at x_init.
+The divergences form a family (Di[M]O, arXiv 2503.15457, eq. 8-10):
+    D_beta = (1 - beta) KL(p_T || p_A) + beta KL(p_A || p_T)
+beta = 0 is the forward KL, beta = 1 the reverse KL, beta = 0.5 half of Jeffreys' divergence.
 
-The gradient of every loss with respect to logits is known in closed form, so gradients of hidden states and heads
-follow chunk by chunk, and full logits never exist. Inside a chunk everything is float32; gradients of logits are
-rounded to the dtype of the states for their products, as autograd's are. Products with a head of 64,000 rows, per
-token: teacher and auxiliary at x_t, and the student at x_t where knowledge is distilled, each once; two more for each
-gradient. The student's logits at x_init were needed once for x_hat, and are made again only where its own
-probabilities enter the gradient (entropy bonus, policy gradient).
+The gradient of every loss with respect to the logits is known in closed form, so the gradients of hidden states and
+heads are accumulated chunk by chunk and the full logits are never materialised. Inside a chunk everything is float32;
+logit gradients are rounded to the dtype of the hidden states before the matrix products, as autograd would do.
+
+Matrix products with the head (64,000 rows) per token: one for the teacher and one for the auxiliary at x_t, one for the
+student at x_t if knowledge distillation is on, and two more for each gradient. The student's logits at x_init are
+recomputed only if its own probabilities enter the gradient (entropy bonus, policy gradient).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from dimo.ursa.prediction import Chunked, Dense, Prediction, require_same_tokens
 
 @dataclasses.dataclass
 class Gaps:
-    """What teacher and auxiliary say at x_t and how far they are apart, per token (B, N), in nats."""
+    """Entropies of teacher and auxiliary at x_t and the distances between them, per token (B, N), in nats."""
 
     forward: torch.Tensor  # KL(p_T || p_A)
     reverse: torch.Tensor  # KL(p_A || p_T)
@@ -37,7 +38,7 @@ class Gaps:
 
 @dataclasses.dataclass
 class StudentLoss:
-    """`total` carries the gradient; its parts do not. Scalars, in nats per token."""
+    """The student's loss: scalars in nats per token. Only `total` carries a gradient."""
 
     total: torch.Tensor
     distill: torch.Tensor
@@ -62,28 +63,38 @@ def student_loss(
     w_kd: float = 0.0,
     lambda_ent: float = 0.0,
 ) -> StudentLoss:
-    """Stages 7 to 9 in one pass: w_distill (L_token - w_policy mean(advantage log p_S)) + w_kd KL - lambda_ent H.
+    """The losses of stages 7 to 9 and their gradients, in one pass over the tokens.
 
-    KL is KL(p_T || p_St) with the student at x_t, H the mean token entropy, and
-    L_token = mean <stopgrad(dD_beta / dz_A), z_S>: its gradient on the student's logits z_S is that of D_beta on the
-    auxiliary's, (1 - beta)(p_A - p_T) + beta p_A (log p_A - log p_T - KL(p_A || p_T)).
+    total = w_distill (L_token - w_policy mean(advantage log p_S)) + w_kd KL(p_T || p_St) - lambda_ent H, where p_St is
+    the student's prediction at x_t and H the mean token entropy. L_token = mean <stopgrad(dD_beta / dz_A), z_S> is a
+    surrogate: its gradient with respect to the student's logits z_S equals the gradient of D_beta with respect to the
+    auxiliary's logits z_A, (1 - beta)(p_A - p_T) + beta p_A (log p_A - log p_T - KL(p_A || p_T)).
 
     Args:
-        student: at x_init; teacher and aux: at x_t; student_at_t: the student at x_t, with the same head.
-        x_hat, logp, entropy: each (B, N), what `student.sample` gave.
-        beta: of D_beta, a number or (B, 1 or N); None leaves out the token-level gradient (estimator `reinforce`).
-        advantage: (B, 1 or N), of the policy gradient.
-        known: what `gaps` gave, where the advantage was made of it; then teacher and aux are compared only for beta.
+        student: prediction at x_init.
+        teacher: prediction at x_t.
+        aux: prediction at x_t.
+        x_hat: (B, N) codes from `student.sample`.
+        logp: (B, N) log-probabilities of x_hat, in nats.
+        entropy: (B, N) entropies of the student at x_init, in nats.
+        beta: of D_beta, a number or (B, 1 or N); None omits the token-level gradient (estimator `reinforce`).
+        student_at_t: the student's prediction at x_t, with the same head as `student`.
+        advantage: (B, 1 or N), for the policy gradient.
+        known: the result of `gaps`, if it was computed for the advantage; saves comparing again if beta is None.
+
+    Returns:
+        The loss; call `total.backward()`.
 
     Raises:
-        DimoError: shapes that do not fit each other, or no advantage; NonFiniteError: logits that are not finite.
+        DimoError: mismatching shapes, or the advantage is missing.
+        NonFiniteError: logits that are not finite.
     """
     for name, prediction in (("teacher", teacher), ("aux", aux), ("student_at_t", student_at_t or student)):
         require_same_tokens(name, prediction, student)
     for name, tensor in (("x_hat", x_hat), ("logp", logp), ("entropy", entropy)):
         require_shape(name, tensor, student.shape)
     if w_policy and advantage is None:
-        raise DimoError("advantage is needed where w_policy is not 0")
+        raise DimoError("advantage is needed if w_policy is not 0")
     if known is None and beta is None:
         known = gaps(teacher, aux, x_hat)
 
@@ -96,7 +107,7 @@ def student_loss(
         x_hat.flatten(), per_token(beta), per_token(advantage if w_policy else None), w_distill, w_policy, w_kd,
         torch.full((), lambda_ent, dtype=torch.float64, device=x_hat.device) if lambda_ent else None,
     )  # fmt: skip
-    fixed = student.detach()  # one copy of the head in the states' dtype serves both passes
+    fixed = student.detach()  # casts the head to the states' dtype once, for both predictions
     at_t = None if student_at_t is None else fixed.with_states(student_at_t.states.detach())
     felt, token, kd, rows = _StudentLoss.apply(
         student.states, None if at_t is None else student_at_t.states, student.head,
@@ -106,7 +117,7 @@ def student_loss(
     distill = token - w_policy * (advantage * logp).mean() if w_policy else token
     total = w_distill * distill + w_kd * kd - lambda_ent * entropy.mean()
     try:
-        require_finite("the student's loss", total)  # one look; only what is wrong is looked for
+        require_finite("the student's loss", total)  # a single check; its cause is searched for only if it fails
     except NonFiniteError:
         require_finite("the teacher's logits", known.entropy_teacher)
         require_finite("the auxiliary's logits", known.entropy_aux)
@@ -116,7 +127,7 @@ def student_loss(
 
 @torch.no_grad()
 def gaps(teacher: Prediction, aux: Prediction, x_hat: torch.Tensor) -> Gaps:
-    """The comparison without gradients, for an advantage, which must be known before the gradient; x_hat (B, N)."""
+    """Compare teacher and auxiliary at x_t without gradients, for an advantage; x_hat is (B, N)."""
     require_same_tokens("aux", aux, teacher)
     require_shape("x_hat", x_hat, teacher.shape)
     teacher, aux, x = teacher.detach(), aux.detach(), x_hat.flatten()
@@ -126,7 +137,7 @@ def gaps(teacher: Prediction, aux: Prediction, x_hat: torch.Tensor) -> Gaps:
 
 
 def denoising(prediction: Dense | Chunked, tokens: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
-    """Mean cross-entropy of the clean tokens (B, N), in nats per token; its gradient goes to the prediction."""
+    """Mean cross-entropy of the clean tokens (B, N), in nats per token, differentiable in the prediction."""
     require_shape("tokens", tokens, prediction.shape)
     require_ids("tokens", tokens, prediction.codebook_size)
     one, dtype, x = prediction.kernel(_cross_entropy), prediction.states.dtype, tokens.flatten()
@@ -134,17 +145,17 @@ def denoising(prediction: Dense | Chunked, tokens: torch.Tensor, label_smoothing
 
 
 def jeffreys(teacher: Prediction, aux: Dense | Chunked) -> torch.Tensor:
-    """Mean of KL(p_T || p_A) + KL(p_A || p_T), in nats per token; its gradient goes to the auxiliary."""
+    """Mean of KL(p_T || p_A) + KL(p_A || p_T), in nats per token, differentiable in the auxiliary's prediction."""
     return _mean_to(teacher, aux, _jeffreys)
 
 
 def kl(teacher: Prediction, student: Dense | Chunked) -> torch.Tensor:
-    """Mean of KL(p_T || p_S), in nats per token; its gradient goes to the student."""
+    """Mean of KL(p_T || p_S), in nats per token, differentiable in the student's prediction."""
     return _mean_to(teacher, student, _kl)
 
 
 def leave_one_out(reward: torch.Tensor) -> torch.Tensor:
-    """Reward (B, ...) minus the mean over the other samples: an advantage with no baseline to keep."""
+    """Leave-one-out advantage: the reward (B, ...) minus the mean reward of the other samples of the batch."""
     if len(reward) < 2:
         raise DimoError("a leave-one-out baseline needs a batch of at least 2")
     return (reward - reward.mean(0)) * (len(reward) / (len(reward) - 1))
@@ -161,7 +172,7 @@ def _mean_loss(prediction: Dense | Chunked, function) -> torch.Tensor:
 
 
 class _MeanLoss(torch.autograd.Function):
-    """The mean over tokens of one network's loss: function(logits (n, K), rows) gives d_z and values (n,)."""
+    """Mean over tokens of a loss on one network; function(logits (n, K), rows) -> (logit gradient, values (n,))."""
 
     @staticmethod
     def forward(ctx, states, head, fixed: Dense | Chunked, function):
@@ -184,7 +195,7 @@ class _MeanLoss(torch.autograd.Function):
 
 @dataclasses.dataclass
 class _Settings:
-    """What `_StudentLoss` reads beside the predictions; x_hat, beta and advantage are (B N,)."""
+    """Inputs of `_StudentLoss` other than predictions; x_hat, beta and advantage are (B N,)."""
 
     x_hat: torch.Tensor
     beta: torch.Tensor | None
@@ -196,9 +207,10 @@ class _Settings:
 
 
 class _StudentLoss(torch.autograd.Function):
-    """0 with the gradient of everything, then without one: <g, z_S> and KL, means, and the rows of `Gaps` (6, B N).
+    """Returns (0 carrying the gradient of the total loss, mean <g, z_S>, mean KL, rows of `Gaps` (6, B N)).
 
-    A chunk's gradients of logits are in units of one token's loss; weights and 1 / (B N) come after the product.
+    Only the first output is differentiable. Logit gradients of a chunk are those of the sum over its tokens; weights
+    and the factor 1 / (B N) are applied after the matrix products.
     """
 
     @staticmethod
@@ -245,11 +257,11 @@ class _StudentLoss(torch.autograd.Function):
 
 
 def _zeros_of(head: torch.Tensor | None, learns: bool) -> torch.Tensor | None:
-    """Zeros to add to in float32; None for a head that is frozen, or none."""
+    """A float32 gradient accumulator; None if the head is frozen or there is none."""
     return torch.zeros(head.shape, dtype=torch.float32, device=head.device) if learns else None
 
 
-# What follows works on a chunk: float32 logits (n, K) in, gradients (n, K) in `dtype` and values (n,) out.
+# The functions below work on a chunk: float32 logits (n, K) -> logit gradients (n, K) in `dtype`, values (n,).
 
 
 def _log_softmax(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -258,7 +270,7 @@ def _log_softmax(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _compare(z_t, z_a, x, beta, dtype):
-    """The gradient of D_beta on the auxiliary's logits (beta None: no gradient), and the rows of `Gaps`."""
+    """(gradient of D_beta with respect to the auxiliary's logits, or None if beta is None; the rows of `Gaps`)."""
     log_t, p_t = _log_softmax(z_t)
     log_a, p_a = _log_softmax(z_a)
     ratio = log_a - log_t
@@ -281,7 +293,7 @@ def _compare(z_t, z_a, x, beta, dtype):
 
 
 def _own(z, d_z, x, advantage, w_distill, w_policy, lambda_ent, dtype):
-    """w_distill (d_z + the policy gradient) + the bonus's gradient, and <d_z, z> of what came in."""
+    """(w_distill (d_z + policy gradient) + gradient of the entropy bonus, <d_z, z> of the given d_z)."""
     log_p, p = _log_softmax(z)
     value = z.new_zeros(len(z)) if d_z is None else (d_z.float() * z).sum(-1)
     total = 0.0 if d_z is None else w_distill * d_z.float()

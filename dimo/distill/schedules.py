@@ -1,4 +1,4 @@
-"""What varies over training: the time curriculum, the start of the student's pass, the entropy bonus, the baseline."""
+"""What changes over training: the time curriculum, x_init, the entropy bonus and the reward baseline."""
 
 from __future__ import annotations
 
@@ -20,14 +20,20 @@ def sample_t_curriculum(
     device: torch.device | str | None = None,
     draws: int = 1,
 ) -> torch.Tensor:
-    """Times in [0, 0.999]: 1 - (1-u)^2 while step < curriculum_steps, else u, with u uniform.
+    """Sample times t in [0, 0.999]: 1 - (1-u)^2 while step < curriculum_steps, else u, with u uniform in [0, 1).
 
-    The curriculum's density is 2 (1-t) inverted: 1 / (2 sqrt(1-t)), so early training sees times close to data, where
-    teacher and auxiliary differ in few tokens. `curriculum_steps=0` switches it off.
+    During the curriculum the density of t is 1 / (2 sqrt(1-t)), so early training mostly sees times close to the data,
+    where teacher and auxiliary differ in few tokens.
 
-    With several `draws` the result has draws times size[0] rows, all samples once for each draw. The draws of a sample
-    are stratified: u falls once into each of [0, 1/draws), [1/draws, 2/draws), ..., in an order that starts at random,
-    so that each is uniform by itself and their mean is a better estimate of the mean over t than free draws give.
+    Args:
+        size: number of samples B, or (B, ...) for several times per sample.
+        step: training step.
+        curriculum_steps: length of the curriculum in steps; 0 switches it off.
+        draws: number of draws R per sample. They are stratified: one u falls into each of [0, 1/R), [1/R, 2/R), ...,
+            starting from a random stratum, so each draw is uniform and the variance of their mean is reduced.
+
+    Returns:
+        (R B, ...) times: all samples of the first draw, then all of the second, and so on.
     """
     if draws < 1:
         raise DimoError(f"draws must be at least 1, got {draws}")
@@ -43,22 +49,26 @@ def sample_t_curriculum(
 
 
 def fade(step: int, begin: float, end: float) -> float:
-    """What falls linearly from 1 at step `begin` to 0 at `end`, at once where they are one; `end` 0: it stays 1."""
+    """Linear decay from 1 at step `begin` to 0 at step `end`; a drop if both are equal; always 1 if `end` is 0."""
     if end <= begin:
         return 0.0 if 0 < end <= step else 1.0
     return min(1.0, max(0.0, (end - step) / (end - begin)))
 
 
 class XInit:
-    """Stage 2: where the student starts. Uniform codes, or an earlier sample of its own, corrupted.
+    """Stage 2: the student's input, either uniform random codes or a corrupted earlier sample of the student.
 
-    A share `p_corrupt` of rows starts from a remembered x_hat whose tokens were replaced by uniform ones with
-    probability `corrupt_ratio`; such a row comes with the prompt that its sample was made for. The memory holds the
-    latest `capacity` samples; it is part of a checkpoint (`state_dict`), so that a resumed run is the run.
+    Corrupted samples help early in training. But the loss matches the teacher's distribution for fresh and corrupted
+    rows together: fresh rows may collapse to one mode while corrupted rows make up for it. Since inference uses only
+    fresh rows, the share of corrupted ones should fade to zero before training ends. The trainer sets `fade`, a factor
+    of `p_corrupt`, before every step.
 
-    `fade`, which a trainer sets before every step, multiplies p_corrupt. The mix helps a student early, but what stage
-    8 holds to the teacher's shares is the sum of fresh and corrupted rows: fresh ones may all take one shade while
-    corrupted ones make up for it. Only fresh ones are asked for later, so the mix should be gone before the end.
+    The memory of earlier samples is part of a checkpoint (`state_dict`), so resuming is exact.
+
+    Args:
+        p_corrupt: probability that a row starts from a remembered x_hat, together with the prompt of that sample.
+        corrupt_ratio: probability that a token of such a row is replaced by a uniform one.
+        capacity: number of samples that are remembered, the latest ones.
     """
 
     def __init__(self, codebook_size: int, p_corrupt: float, corrupt_ratio: float, capacity: int = 256):
@@ -73,7 +83,11 @@ class XInit:
     def __call__(
         self, txt_ids: torch.Tensor, num_visual_tokens: int, generator: torch.Generator | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """txt_ids (B, L) -> x_init (B, N), txt_ids (B, L) with remembered prompts put in, corrupted rows (B,) bool."""
+        """Draw x_init for a batch of prompts txt_ids (B, L).
+
+        Returns:
+            (x_init (B, N), txt_ids (B, L) with the remembered prompts in corrupted rows, corrupted (B,) bool).
+        """
         require_shape("txt_ids", txt_ids, ("B", "L"))
         batch, device = txt_ids.shape[0], txt_ids.device
         size = (batch, num_visual_tokens)
@@ -89,7 +103,7 @@ class XInit:
         return x_init, torch.where(corrupted[:, None], self.txt_ids[row], txt_ids), corrupted
 
     def remember(self, x_hat: torch.Tensor, txt_ids: torch.Tensor) -> None:
-        """Keep the newest samples with their prompts, x_hat (B, N) and txt_ids (B, L)."""
+        """Add samples x_hat (B, N) and their prompts txt_ids (B, L) to the memory."""
         if self.p_corrupt == 0:
             return
         require_shape("x_hat", x_hat, (len(txt_ids), "N"))
@@ -106,18 +120,19 @@ class XInit:
 
 
 class EntropyController:
-    """lambda_ent: the weight of the entropy bonus, `low` until the student's entropy falls, then `high`.
+    """Controls lambda_ent, the weight of the entropy bonus: `low`, or `high` while the entropy is below the floor.
 
-    The floor is a share of the first steps' mean entropy. Crossing back needs 10% more than the floor, so that the
-    weight does not flicker. From `anneal_from` to `anneal_to` (steps) the weight fades to zero: a one-step student must
-    end with no entropy left per token, and a bonus that stays costs quality.
+    The weight returns to `low` only when the entropy exceeds the floor by 10%, so that it does not flicker.
+
+    Args:
+        floor: lower limit of the mean token entropy, as a share of its mean over the first `WARMUP` steps.
+        anneal_from, anneal_to: steps between which the weight decays to zero (see `fade`). A one-step student should
+            end with almost no entropy per token, and a lasting bonus costs quality.
     """
 
-    WARMUP = 20  # steps whose mean entropy sets the scale
+    WARMUP = 20  # steps over which the initial entropy is averaged
 
-    def __init__(
-        self, low: float, high: float, floor: float, anneal_from: int = 0, anneal_to: int = 0
-    ):
+    def __init__(self, low: float, high: float, floor: float, anneal_from: int = 0, anneal_to: int = 0):
         if min(low, high, floor) < 0:
             raise DimoError(f"lambda_ent, lambda_ent_high and entropy_floor must be >= 0, got {low}, {high}, {floor}")
         self.low, self.high, self.floor = low, high, floor
@@ -125,7 +140,7 @@ class EntropyController:
         self.raised, self.seen, self.start = False, 0, 0.0
 
     def __call__(self, entropy: float, step: int) -> float:
-        """Feed the mean token entropy (nats) of this step -> lambda_ent."""
+        """lambda_ent for this step, given its mean token entropy in nats."""
         if not math.isfinite(entropy):
             raise DimoError(f"entropy must be finite, got {entropy}")
         if self.seen < self.WARMUP:
@@ -143,7 +158,7 @@ class EntropyController:
 
 
 class Baseline:
-    """The exponential moving average of the reward, started at the first reward rather than at zero."""
+    """Exponential moving average of the reward, initialised with the first reward."""
 
     def __init__(self, decay: float = 0.99):
         if not 0 <= decay < 1:
@@ -151,7 +166,7 @@ class Baseline:
         self.decay, self.value = decay, None
 
     def __call__(self, reward: torch.Tensor) -> torch.Tensor:
-        """The baseline to subtract from this reward (of any shape), a scalar that has not seen it; then update."""
+        """Return the baseline before this reward (of any shape) enters it, a scalar; then update the average."""
         mean = reward.mean().detach()
         now = mean if self.value is None else self.value.to(mean.device)
         self.value = now * self.decay + mean * (1 - self.decay)

@@ -1,10 +1,10 @@
-"""The nine stages of a training step, one function each, and the `Step` that carries what they produced.
+"""The nine stages of a training step, one function each, and the `Step` that carries their results.
 
-A notebook calls them one by one and looks at every tensor; `dimo.distill.step` calls them in order. B samples, L text
-tokens, N visual tokens, K codes, R draws of t throughout. Source: Di[M]O, arXiv 2503.15457.
+`dimo.distill.step` calls them in order; a notebook can call them one by one and inspect every tensor. Shapes: B
+samples, L text tokens, N visual tokens, K codes, R draws of t per sample. Source: Di[M]O, arXiv 2503.15457.
 
-Stages 7 and 8 say what the student is to be told, and stage 9 makes all its losses and gradients in one pass over
-chunks of tokens (`losses.student_loss`), so that logits of 64,000 codes are never held for all tokens.
+Stages 7 and 8 only collect the inputs of the student's loss. Stage 9 computes all its terms and gradients in one pass
+over chunks of tokens (`losses.student_loss`), so the logits over 64,000 codes are never held for all tokens at once.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from dimo.errors import DimoError, require_finite
 from dimo.ursa import Chunked, Dense, MetricPath, MixturePath, Prediction, UrsaTransformer, predict
 
 Grid = tuple[int, int, int]
-LOOKED_AT = 128  # tokens of the first sample whose logits are measured
+LOOKED_AT = 128  # number of tokens of the first sample over which `logits_std` is measured
 
 
 @dataclasses.dataclass(repr=False)
 class Step:
-    """What one training step produced, stage by stage.
+    """The results of one training step, stage by stage.
 
-    `student` and `student_at_t` carry the graph through which the student learns until stage 9 has used it; `dense`
-    says that predictions hold logits, else they make them from hidden states when asked (`dimo.ursa.prediction`).
+    `student` and `student_at_t` carry the student's autograd graph until the backward pass of stage 9. With `dense`,
+    predictions store logits; otherwise they compute them from hidden states on demand (`dimo.ursa.prediction`).
     """
 
     dense: bool = True
@@ -39,31 +39,31 @@ class Step:
     x_hat: torch.Tensor | None = None  # 3: (B, N)
     logp: torch.Tensor | None = None  # 3: (B, N), nats
     entropy: torch.Tensor | None = None  # 3: (B, N), nats
-    logits_std: torch.Tensor | None = None  # 3: scalar, nats; of a few tokens, over the codes
+    logits_std: torch.Tensor | None = None  # 3: scalar, nats; standard deviation over the codes, for a few tokens
     t: torch.Tensor | None = None  # 4: (R B,) or (R B, N)
-    x_t: torch.Tensor | None = None  # 4: (R B, N), all samples once for each draw of t
+    x_t: torch.Tensor | None = None  # 4: (R B, N), all samples of the first draw of t, then of the second, ...
     teacher: Prediction | None = None  # 5: at x_t, (R B, N, K)
     aux_losses: list[torch.Tensor] = dataclasses.field(default_factory=list)  # 6: scalars, nats per token
     aux: Prediction | None = None  # 6: at x_t, (R B, N, K)
-    student_at_t: Dense | Chunked | None = None  # 7: at x_t, (R B, N, K), where stage 7 runs
+    student_at_t: Dense | Chunked | None = None  # 7: at x_t, (R B, N, K), if stage 7 runs
     beta: float | torch.Tensor | None = None  # 8: of D_beta, a number or (R B, 1 or N); None: no token-level gradient
-    w_policy: float = 0.0  # 8: weight of the policy gradient, inside w_distill
-    advantage: torch.Tensor | None = None  # 8: (R B, 1 or N), of the policy gradient
+    w_policy: float = 0.0  # 8: weight of the policy gradient, multiplied by w_distill
+    advantage: torch.Tensor | None = None  # 8: (R B, 1 or N), for the policy gradient
     baseline: torch.Tensor | None = None  # 8: scalar
-    gaps: losses.Gaps | None = None  # 9, or 8 where the advantage needs them
+    gaps: losses.Gaps | None = None  # 9, or 8 if the advantage needs them
     reward: torch.Tensor | None = None  # 9: (B,), nats per token
     distill: torch.Tensor | None = None  # 9: scalar
-    kd: torch.Tensor | None = None  # 9: scalar, where stage 7 runs
-    loss: torch.Tensor | None = None  # 9: scalar, with the gradient
+    kd: torch.Tensor | None = None  # 9: scalar, if stage 7 runs
+    loss: torch.Tensor | None = None  # 9: scalar, carries the gradient
 
     def __repr__(self) -> str:
-        """Names and shapes; of what is not there yet, nothing."""
+        """Names and shapes of the results so far."""
         shown = {field.name: _shown(getattr(self, field.name)) for field in dataclasses.fields(self)}
         return f"Step({', '.join(f'{name}={text}' for name, text in shown.items() if text)})"
 
     @property
     def txt_ids_at_t(self) -> torch.Tensor:
-        """(R B, L): the prompts as x_t has its rows."""
+        """(R B, L): the prompts of the rows of x_t."""
         return for_each_draw(self.txt_ids, self.x_t)
 
 
@@ -78,24 +78,24 @@ def _shown(value) -> str:
 
 
 def for_each_draw(value: torch.Tensor, at_t: torch.Tensor) -> torch.Tensor:
-    """`value` (B, ...) once for each draw of t, as `at_t` (R B, ...) has its rows."""
+    """Repeat `value` (B, ...) to match the rows of `at_t` (R B, ...), once for each draw of t."""
     draws = len(at_t) // len(value)
     return value if draws == 1 else value.repeat(draws, *[1] * (value.dim() - 1))
 
 
 def over_draws(value: torch.Tensor, samples: int) -> torch.Tensor:
-    """The mean over the draws of t: (R B, ...) -> (B, ...)."""
+    """Mean over the draws of t, (R B, ...) -> (B, ...), where B is `samples`."""
     return value if len(value) == samples else value.view(-1, samples, *value.shape[1:]).mean(0)
 
 
 def _require_finite(name: str, prediction: Prediction) -> None:
-    """Of logits that are there; others are looked at in stage 9, where they are made."""
+    """Check dense logits; chunked ones are checked in stage 9, where they are computed."""
     if isinstance(prediction, Dense):
         require_finite(name, prediction.states)
 
 
 def tokenise(tokenize, prompts: list[str], max_prompt_length: int) -> torch.Tensor:
-    """Stage 1: prompts -> txt_ids (B, max_prompt_length), padded on the left; `tokenize` is `Ursa.tokenize`."""
+    """Stage 1: prompts to txt_ids (B, max_prompt_length), padded on the left; `tokenize` is `Ursa.tokenize`."""
     if not prompts:
         raise DimoError("prompts must not be empty")
     if max_prompt_length < 1:
@@ -104,14 +104,14 @@ def tokenise(tokenize, prompts: list[str], max_prompt_length: int) -> torch.Tens
 
 
 def draw_x_init(step: Step, x_init: XInit, num_visual_tokens: int, generator=None) -> None:
-    """Stage 2: uniform noise, or a corrupted earlier sample together with its own prompt."""
+    """Stage 2: x_init, uniform codes or a corrupted earlier sample, which also replaces the prompt by its own."""
     step.x_init, step.txt_ids, step.corrupted = x_init(step.txt_ids, num_visual_tokens, generator)
 
 
 def student_pass(step: Step, student: UrsaTransformer, grid: Grid, generator=None) -> None:
-    """Stage 3: one pass at x_init; x_hat ~ softmax(z_S), its log-probability and entropy per token."""
+    """Stage 3: one student pass at x_init; draws x_hat ~ softmax(z_S), with log-probability and entropy per token."""
     step.student = predict(student, step.txt_ids, step.x_init, grid, step.dense)
-    fixed = step.student.detach()  # the head is rounded once for both
+    fixed = step.student.detach()  # casts the head once, for both uses
     step.x_hat, step.logp, step.entropy = fixed.sample(generator)
     step.logits_std = fixed.logits(slice(0, min(LOOKED_AT, step.x_hat.shape[1]))).std(-1).mean()
     require_finite("the student's logits", step.entropy)
@@ -128,10 +128,19 @@ def draw_t(
     generator=None,
     device=None,
 ) -> torch.Tensor:
-    """Times of stage 4: one per sample (R B,), or one per latent frame spread over its tokens (R B, N), R = draws.
+    """Draw the times of stage 4 (see `sample_t_curriculum`), raised to a power.
 
-    They are the curriculum's, stratified over the draws of a sample, raised to `t_power`: above 1 more of them lie near
-    the noise, where the videos of a prompt are all open and their shares are decided.
+    Args:
+        batch: number of samples B.
+        grid: latents_shape (T, H, W).
+        step_index: training step.
+        curriculum_steps: length of the time curriculum in steps; 0 switches it off.
+        t_per: "sample" draws one t per sample, "frame" one per latent frame.
+        t_power: exponent; above 1 more times lie near the noise (t = 0), where mode coverage is decided.
+        draws: number of draws R per sample, stratified.
+
+    Returns:
+        Times in [0, 0.999]: (R B,), or with t_per="frame" (R B, N), equal for all tokens of a frame.
     """
     if not t_power > 0:
         raise DimoError(f"t_power must be positive, got {t_power}")
@@ -144,13 +153,13 @@ def draw_t(
 
 
 def renoise(step: Step, path: MetricPath | MixturePath, t: torch.Tensor, generator=None) -> None:
-    """Stage 4: x_t ~ p_t(. | x_hat), for t (B,) or (B, N), or R times as many rows: R draws for every x_hat.
+    """Stage 4: x_t ~ p_t(. | x_hat) for t (R B,) or (R B, N).
 
-    The gradient on x_hat is a mean over t and x_t; one draw of them is a noisy estimate of it, and a further one costs
-    a pass of the teacher and of the auxiliary, the cheapest of the step.
+    The student's gradient is an expectation over t and x_t. Several draws (R > 1) reduce the variance of its estimate
+    at the price of one teacher pass and one auxiliary pass each, without a further student pass.
     """
     if len(t) % len(step.x_hat):
-        raise DimoError(f"t must have a multiple of {len(step.x_hat)} rows, as x_hat has, got {len(t)}")
+        raise DimoError(f"the rows of t must be a multiple of those of x_hat ({len(step.x_hat)}), got {len(t)}")
     step.t, step.x_t = t, path.sample(for_each_draw(step.x_hat, t), t, generator)
 
 
@@ -163,13 +172,18 @@ def teacher_pass(
     guidance_trunc: float = 0.9,
     uncond_ids: torch.Tensor | None = None,
 ) -> None:
-    """Stage 5: the frozen teacher at x_t, guided as u + w (c - u), w = 1 where t >= guidance_trunc.
+    """Stage 5: the frozen teacher at x_t with classifier-free guidance, u + w (c - u).
 
-    Both passes go in one batch. Where no sample's t calls for guidance the unconditional one is left out: all or none,
-    so that a compiled teacher knows two batch sizes and not one for every number of guided samples.
+    Conditional and unconditional passes form one batch. The unconditional half is skipped only if no t of the batch is
+    guided, so that a compiled teacher sees just two batch sizes.
+
+    Args:
+        guidance_scale: w; 1 is no guidance.
+        guidance_trunc: w = 1 where t >= this.
+        uncond_ids: (1, L) ids of the negative prompt; required if guidance_scale is not 1.
     """
     if guidance_scale != 1 and uncond_ids is None:
-        raise DimoError("uncond_ids is needed when guidance_scale is not 1: the ids of the empty prompt, (1, L)")
+        raise DimoError("uncond_ids, the ids (1, L) of the negative prompt, are required if guidance_scale is not 1")
     txt_ids = step.txt_ids_at_t
     if guidance_scale == 1 or not bool((step.t < guidance_trunc).any()):
         step.teacher = predict(teacher, txt_ids, step.x_t, grid, step.dense)
@@ -195,24 +209,33 @@ def auxiliary_losses(
     share_x_t: bool = False,
     t_per: str = "sample",
 ) -> Iterator[torch.Tensor]:
-    """Stage 6: the auxiliary's losses, one at a time, to be stepped on before the next is asked for.
+    """Stage 6: the losses of the auxiliary's updates. Update the auxiliary before asking for the next loss.
 
-    `denoise` fits it to the student: cross-entropy of x_hat at a fresh re-noising of it, some prompts empty; t is
-    uniform, and per sample or per frame as stage 4's, since the answer at x_t is only as good as the fit there.
-    `match_teacher` (preset `literal`) pulls it to the teacher: Jeffreys' divergence at x_t.
+    Args:
+        objective: "denoise" fits the auxiliary to the student's samples: cross-entropy of x_hat given a newly
+            re-noised x_hat. "match_teacher" (preset `literal`) fits it to the teacher: Jeffreys' divergence at x_t.
+        aux_steps: number of updates.
+        label_smoothing: of the cross-entropy.
+        empty_share: probability that a prompt is replaced by the empty one, except at x_t itself.
+        empty_ids: (1, L) ids of the empty prompt.
+        share_x_t: run the first update at x_t itself (with several draws of t: one update per draw) and keep its
+            prediction, made before the update, as the auxiliary's prediction at x_t. Saves `auxiliary_pass`.
+        t_per: "sample" or "frame"; should be that of stage 4, since the auxiliary is evaluated at such x_t.
 
-    With `share_x_t` the first pass is at x_t itself (of several draws of t, the first passes are, one each), under the
-    step's own prompts, and what it predicts before the update stands for the auxiliary there: `auxiliary_pass` is not
-    needed.
+    Yields:
+        Scalar losses with gradient, in nats per token.
+
+    Raises:
+        DimoError: unknown objective, or share_x_t with fewer updates than draws of t.
     """
     if objective not in ("denoise", "match_teacher"):
         raise DimoError(f"aux_objective must be 'denoise' or 'match_teacher', got {objective!r}")
     batch, device = len(step.txt_ids), step.txt_ids.device
     draws, kept = step.x_t.split(batch) if share_x_t else (), []
     if objective == "match_teacher":
-        draws = [step.x_t] * aux_steps  # all draws in every fit
+        draws = [step.x_t] * aux_steps  # every update uses all draws
     if len(draws) > aux_steps:
-        raise DimoError(f"aux_steps must be at least {len(draws)}, x_t's draws, where x_t is shared, got {aux_steps}")
+        raise DimoError(f"aux_steps must be at least {len(draws)}, one per draw of t, to share x_t, got {aux_steps}")
     for index in range(aux_steps):
         at_x_t = index < len(draws)
         if at_x_t:
@@ -227,7 +250,7 @@ def auxiliary_losses(
         if share_x_t and at_x_t:
             fixed = prediction.detach(copy=True)
             kept = [fixed] if objective == "match_teacher" else [*kept, fixed]
-            # of several draws as one, under the head as it is now where that learns
+            # join the draws in one prediction; if the head is trained, it is the current one
             step.aux = fixed if len(kept) == 1 else fixed.with_states(torch.cat([one.states for one in kept]))
         if objective == "match_teacher":
             loss = losses.jeffreys(step.teacher, prediction)
@@ -239,13 +262,13 @@ def auxiliary_losses(
 
 @torch.no_grad()
 def auxiliary_pass(step: Step, aux: UrsaTransformer, grid: Grid) -> None:
-    """Stage 6, its end: the updated auxiliary at x_t."""
+    """End of stage 6: the prediction of the updated auxiliary at x_t."""
     step.aux = predict(aux, step.txt_ids_at_t, step.x_t, grid, step.dense)
     _require_finite("the auxiliary's logits", step.aux)
 
 
 def distil_knowledge(step: Step, student: UrsaTransformer, grid: Grid) -> None:
-    """Stage 7: the student at x_t, for KL(p_T || p_St), which stage 9 adds as a mean over tokens."""
+    """Stage 7: the student's prediction at x_t, for the knowledge distillation term KL(p_T || p_St) of stage 9."""
     step.student_at_t = predict(student, step.txt_ids_at_t, step.x_t, grid, step.dense)
 
 
@@ -256,13 +279,16 @@ def distillation_signal(
     baseline: Baseline | None,
     w_reinforce: float = 0.0,
 ) -> None:
-    """Stage 8: which gradient stage 9 sends to the student's logits z_S at x_init.
+    """Stage 8: choose the gradient that stage 9 applies to the student's logits z_S, averaged over the draws of t.
 
-    `dimo`: the exact gradient of D_beta on the auxiliary's logits, per token; beta a number, or "time": beta = t,
-    forward KL near the noise, where all videos are open and coverage is decided, reverse KL near the data, where tokens
-    must agree. `w_reinforce` adds a policy gradient whose reward per token is log p_T(x_hat) - log p_A(x_hat).
-    `reinforce`: the policy gradient with reward -Jeffreys(p_T, p_A) per sample, and an EMA baseline or (baseline None)
-    leave-one-out. Gradients and rewards are means over the draws of t.
+    Args:
+        estimator: "dimo" uses the exact gradient of D_beta with respect to the auxiliary's logits, per token (Di[M]O,
+            arXiv 2503.15457, eq. 8-10). "reinforce" uses a policy gradient with reward -Jeffreys(p_T, p_A) per sample.
+        beta: of D_beta, a number in [0, 1], or "time" for beta = t: forward KL near the noise, where mode coverage is
+            decided, reverse KL near the data, where tokens must be consistent. Used by "dimo" only.
+        baseline: EMA baseline of "reinforce"; None means leave-one-out.
+        w_reinforce: weight of a policy gradient added to "dimo", with reward log p_T(x_hat) - log p_A(x_hat) per
+            token and a leave-one-out baseline.
     """
     require_estimator(estimator)
     ESTIMATORS[estimator](step, beta, baseline, w_reinforce)
@@ -287,25 +313,28 @@ def _reinforce(step: Step, beta: float | str, baseline: Baseline | None, w_reinf
     step.w_policy, step.advantage = 1.0, for_each_draw(advantage[:, None], step.x_t)
 
 
-# What `distill.estimator` may name. Each sets the step's `beta` (None leaves out the token-level gradient) and, for a
-# policy gradient, its `w_policy`, `advantage` and `baseline`.
+# Values of `distill.estimator`. Each sets the step's `beta` (None omits the token-level gradient) and, for a policy
+# gradient, its `w_policy`, `advantage` and `baseline`.
 ESTIMATORS = {"dimo": _dimo, "reinforce": _reinforce}
 
 
 def require_estimator(name: str) -> None:
-    """Raise unless there is such an estimator."""
+    """Raise DimoError for an unknown estimator."""
     if name not in ESTIMATORS:
         raise DimoError(f"distill.estimator must be one of {', '.join(ESTIMATORS)}, got {name!r}")
 
 
 def reward_of(gaps: losses.Gaps, samples: int) -> torch.Tensor:
-    """(B,): -Jeffreys(p_T, p_A), the mean over tokens and draws of t, in nats per token."""
+    """-Jeffreys(p_T, p_A), averaged over tokens and draws of t: (B,), in nats per token; B is `samples`."""
     return over_draws(-(gaps.forward + gaps.reverse).mean(1), samples)
 
 
 def total_loss(step: Step, w_distill: float = 1.0, w_kd: float = 0.0, lambda_ent: float | torch.Tensor = 0.0) -> None:
-    """Stage 9: L = w_distill L_8 + w_kd L_7 - lambda_ent H, whose gradient updates the student."""
-    # of several draws of t each meets the student's prediction, so that the means over samples are over draws too
+    """Stage 9: the student's loss, w_distill L_8 + w_kd L_7 - lambda_ent H.
+
+    L_8 is the distillation loss chosen by stage 8, L_7 is KL(p_T || p_St) at x_t, H is the mean token entropy.
+    """
+    # repeat the student's prediction for each draw of t, so that the means over rows include the draws
     draws = len(step.x_t) // len(step.x_hat)
     x_hat, logp, entropy = (for_each_draw(x, step.x_t) for x in (step.x_hat, step.logp, step.entropy))
     made = losses.student_loss(

@@ -1,6 +1,6 @@
-"""One training step: the nine stages in order, as the README's table lists them.
+"""One training step: the nine stages in the order of the README's table.
 
-It knows nothing of files, captions or progress, nor how many processes train: whoever runs it brings a `Distillation`.
+Independent of files, captions, progress bars and the number of processes, which a `Distillation` provides.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dimo.ursa import MetricPath, MixturePath, UrsaTransformer
 
 @dataclasses.dataclass
 class Networks:
-    """Teacher (frozen), student, auxiliary, and the student's moving average (frozen)."""
+    """Teacher (frozen), student, auxiliary, and the EMA of the student (no gradient)."""
 
     teacher: UrsaTransformer
     student: UrsaTransformer
@@ -34,17 +34,17 @@ class Learner(Protocol):
     """A network with its optimizer."""
 
     def backward(self, loss: torch.Tensor, last: bool = True) -> None:
-        """Add the loss's gradient; `last` of those before the update."""
+        """Accumulate the gradient of the loss; `last`: no further backward pass before the update."""
 
     def gradient_norm(self) -> torch.Tensor:
-        """The norm of the gradient, averaged over the processes."""
+        """The norm of the gradient averaged over all processes, a scalar."""
 
     def update(self, norm: torch.Tensor) -> None:
-        """Clip by the norm, step, and forget the gradient."""
+        """Clip the gradient to the maximal norm, step the optimizers and zero the gradient."""
 
 
 class Distillation(Protocol):
-    """What a step reads and changes. `dimo.train.trainer.Trainer` is one."""
+    """What a training step reads and changes; implemented by `dimo.train.trainer.Trainer`."""
 
     networks: Networks
     student: Learner
@@ -56,42 +56,43 @@ class Distillation(Protocol):
     beta: float | str  # of D_beta
     x_init: XInit
     baseline: Baseline | None
-    lambda_ent: float  # may change during the step: `set_entropy_bonus`
+    lambda_ent: float  # changed during the step by `set_entropy_bonus`
     empty_ids: torch.Tensor  # (1, L): the empty prompt
-    uncond_ids: torch.Tensor  # (1, L): what guidance leads away from
+    uncond_ids: torch.Tensor  # (1, L): the negative prompt of guidance
     generator: torch.Generator
 
     def draw_prompts(self) -> torch.Tensor:
-        """Stage 1's txt_ids (B, L)."""
+        """Stage 1: txt_ids (B, L)."""
 
     def set_entropy_bonus(self, index: int, entropy: torch.Tensor) -> None:
-        """Set `lambda_ent` from the student's mean token entropy, a scalar in nats."""
+        """Set `lambda_ent` according to the student's mean token entropy, a scalar in nats."""
 
     def update_ema(self, index: int) -> None:
-        """Move the average towards the student."""
+        """Update the student's moving average."""
 
     def mean(self, value: torch.Tensor) -> torch.Tensor:
-        """Over all processes."""
+        """The mean over all processes."""
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        """The precision of the passes."""
+        """The autocast context of the forward passes."""
 
     def agreed(self) -> contextlib.AbstractContextManager:
-        """Around stages: a NonFiniteError in one process is raised in all."""
+        """Context around stages: a NonFiniteError in one process is raised in all."""
 
 
 def nine_stages(run: Distillation, index: int, steps: list[Step], norms: dict[str, torch.Tensor]) -> Iterator[tuple]:
-    """Step `index` of a run, stopping after each stage: yields (its number, the `Step` so far).
+    """Run training step `index`, pausing after each stage; yields (stage number 1 to 9, the `Step` so far).
 
-    The batch may have several parts, a `Step` each: stages 1 to 5 go part by part, then the auxiliary's updates, then
-    6 to 9 part by part, then the student's update. `norms` receives grad_norm/student and grad_norm/aux. Autocast is on
-    inside the stages alone, so that whoever stops between them is not left in it.
+    `steps` has one empty `Step` per micro-batch of gradient accumulation: stages 1 to 5 run for each of them, then the
+    auxiliary is updated, then stages 6 to 9 run for each, then the student is updated. `norms` receives
+    grad_norm/student and grad_norm/aux. Autocast is active only inside the stages, so it does not leak to the caller.
+    Raises NonFiniteError if any process meets a value that is not finite.
     """
     d, n, g, grid = run.settings, run.networks, run.generator, run.grid
     before_pass, entropy, parts = [], 0.0, len(steps)
     for step in steps:
         with run.agreed():
-            # 1 prompts; a guided teacher's student must know the empty prompt too
+            # 1 prompts; if the teacher is guided, the student must learn the empty prompt as well
             step.txt_ids = run.draw_prompts()
             if d.guidance_scale != 1 and d.empty_prompt_share > 0:
                 drop = torch.rand(len(step.txt_ids), generator=g, device=step.txt_ids.device) < d.empty_prompt_share
@@ -100,7 +101,7 @@ def nine_stages(run: Distillation, index: int, steps: list[Step], norms: dict[st
             # 2 x_init
             stages.draw_x_init(step, run.x_init, run.num_visual_tokens, g)
             yield 2, step
-            # 3 the student's one pass; of several parts only x_hat is kept, and each passes again before stage 7
+            # 3 student pass; with several micro-batches only x_hat is kept, and the pass is repeated before stage 7
             if parts > 1:
                 before_pass.append(g.get_state())
             passed = step if parts == 1 else dataclasses.replace(step)
@@ -114,11 +115,11 @@ def nine_stages(run: Distillation, index: int, steps: list[Step], norms: dict[st
             t = stages.draw_t(rows, grid, index, d.t_curriculum_steps, d.t_per, d.t_power, d.t_draws, g, device)
             stages.renoise(step, run.path, t, g)
             yield 4, step
-            # 5 teacher
+            # 5 teacher pass
             with run.autocast():
                 stages.teacher_pass(step, n.teacher, grid, d.guidance_scale, d.guidance_trunc, run.uncond_ids)
             yield 5, step
-    # 6 auxiliary: its updates, then (below) what it predicts at x_t
+    # 6 auxiliary: its updates, then (below) its prediction at x_t
     how = d.aux_objective, d.aux_steps, d.label_smoothing, d.empty_prompt_share
     shared = d.aux_pass == "shared"
     fits = [stages.auxiliary_losses(s, n.aux, run.path, grid, *how, run.empty_ids, g, shared, d.t_per) for s in steps]
@@ -141,26 +142,26 @@ def nine_stages(run: Distillation, index: int, steps: list[Step], norms: dict[st
                 stages.auxiliary_pass(step, n.aux, grid)
         yield 6, step
         with run.agreed():
-            # 7 knowledge distillation, only where it counts
+            # 7 knowledge distillation, only on steps where its loss is used
             if d.w_kd > 0 and index % d.kd_every == 0:
                 with run.autocast():
                     stages.distil_knowledge(step, n.student, grid)
             yield 7, step
-            # 8 the distillation gradient
+            # 8 distillation signal
             stages.distillation_signal(step, d.estimator, run.beta, run.baseline, d.w_reinforce)
             yield 8, step
-            # 9 the student's update
+            # 9 student's loss
             stages.total_loss(step, d.w_distill, d.w_kd, run.lambda_ent)
         run.student.backward(step.loss / parts, last=part == parts - 1)
     norms["grad_norm/student"] = _update(run.student, "student")
     run.update_ema(index)
     if run.baseline and run.baseline.value is not None:
-        run.baseline.value = run.mean(run.baseline.value)  # one baseline for all processes
+        run.baseline.value = run.mean(run.baseline.value)  # all processes share one baseline
     yield 9, steps[-1]
 
 
 def _update(learner: Learner, name: str) -> torch.Tensor:
     norm = learner.gradient_norm()
-    require_finite(f"the norm of the {name}'s gradient", norm)  # the same norm in every process
+    require_finite(f"the norm of the {name}'s gradient", norm)  # the norm is the same in every process
     learner.update(norm)
     return norm

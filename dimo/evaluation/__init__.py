@@ -1,1 +1,1 @@
-"""Scoring: students and teacher on the same prompts and seeds, against exact truth."""
+"""Evaluation: student and teacher on the same prompts and noise, scored by an oracle or by reference-free metrics."""

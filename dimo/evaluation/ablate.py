@@ -1,4 +1,4 @@
-"""The recipe against the alternatives: same steps, same learning rates to choose from, same seeds."""
+"""Ablations: the recipe against its alternatives, with equal steps, learning rate grids and seeds."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from dimo.files import write_text
 from dimo.train.trainer import Trainer
 from dimo.worlds import checkpoint_folder, is_world
 
-TUNING_SEED = 100  # never among the seeds that are reported
-PLAIN = ["model.logit_gain=1", "model.final_logit_gain=1"]  # the student as it is, where it is to match the teacher
+TUNING_SEED = 100  # not among the reported seeds
+PLAIN = ["model.logit_gain=1", "model.final_logit_gain=1"]  # no gain on the student's logits
 
 
 def _keys_of(preset: str) -> list[str]:
-    """A preset as overrides, without what concerns its run folder."""
+    """The keys of a preset as overrides, without those of `experiment`."""
     groups = read_groups(PRESETS / f"{preset}.yaml")
     return [f"{g}.{key}={value}" for g, keys in groups.items() if g != "experiment" for key, value in keys.items()]
 
@@ -52,17 +52,20 @@ METHODS = {
     "literal": _keys_of("literal"),
 }
 COLUMNS = ("validity", "adherence", "coverage")
-COVERAGE_FLOOR = 0.8  # students that lost no positions or shades have kept .84 and more, those that did .71 and less
+COVERAGE_FLOOR = 0.8  # students without mode collapse had a coverage of at least .84, collapsed ones of at most .71
 RULE = (
-    f"lr: the highest validity on seed {TUNING_SEED} among the rates whose coverage there is at least "
-    f"{COVERAGE_FLOOR}, as a collapsed student's videos can all be valid; * no rate reached that: the highest validity "
-    "times coverage"
+    f"lr: the learning rate with the highest validity on seed {TUNING_SEED} among those with a coverage of at least "
+    f"{COVERAGE_FLOOR}, since a collapsed student can have valid videos only; * none reached that coverage, so the one "
+    "with the highest product of validity and coverage"
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One training: a method at a learning rate and a seed, in `folder`. `config` and `overrides` are the command's."""
+    """One training run of a method, with a learning rate and a seed, in `folder`.
+
+    `config` (a preset or file) and `overrides` are those of the command, common to all runs.
+    """
 
     method: str
     lr: float
@@ -72,7 +75,7 @@ class Run:
     overrides: tuple[str, ...]
 
     def settings(self) -> Config:
-        """The method's, with all rates in the proportions of the command's own configuration."""
+        """The run's configuration; aux_lr and muon_lr keep their ratios to lr in the command's configuration."""
         base = load_config(self.config, list(self.overrides))
         o, half = base.optim, base.training.max_train_steps // 2
         rates = {"lr": self.lr, "aux_lr": self.lr * o.aux_lr / o.lr, "muon_lr": self.lr * o.muon_lr / o.lr}
@@ -82,7 +85,7 @@ class Run:
         return load_config(self.config, [*self.overrides, *own])
 
     def __call__(self) -> dict:
-        """Train and score, unless that is done already; the student's row."""
+        """Train and evaluate, unless already done; returns the metrics of student_1."""
         settings, report, done = self.settings(), self.folder / "report.json", self.folder / "config.yaml"
         if not report.exists() or done.read_text(encoding="utf-8") != to_yaml(settings):
             Trainer(settings).train(progress=False)
@@ -93,25 +96,36 @@ class Run:
 def ablate(
     out: Path, config: str | None, overrides: list[str], lrs: list[float], seeds: int, methods=None, jobs: int = 1
 ) -> str:
-    """Tune every method's learning rate on one seed, report it on others; returns the table, writes ablation.json.
+    """Tune each method's learning rate on one seed (see `RULE`), evaluate it on others and write ablation.json.
 
-    A rate is chosen by `RULE`. The auxiliary's rate and Muon's keep their ratios to the student's. A finished run is
-    not run again, so the command may be killed and repeated. `validity` is the one-step student's, sampled; coverage is
-    of the seeds on which it is defined. `jobs` runs go side by side, each a process with its share of the cores.
+    Metrics are those of the sampled one-step student. Finished runs are not repeated, so the command can be killed and
+    run again.
+
+    Args:
+        out: folder of the runs and of ablation.json.
+        config: preset or YAML file, common to all runs.
+        overrides: key=value settings, common to all runs.
+        lrs: learning rates to choose from, for the student; those of the auxiliary and of Muon keep their ratio to it.
+        seeds: number of seeds to report.
+        methods: keys of METHODS; default: all.
+        jobs: number of runs at a time, each a process with its share of the CPU cores.
+
+    Returns:
+        The table of `format_ablation`.
 
     Raises:
-        DimoError: no such method, numbers out of range, or a teacher that is no world's, whose videos nothing scores.
+        DimoError: an unknown method, numbers out of range, or a teacher that belongs to no world and cannot be scored.
     """
     methods = list(methods or METHODS)
     for method in methods:
         if method not in METHODS:
-            raise DimoError(f"there is no method {method!r}; there is {', '.join(METHODS)}")
+            raise DimoError(f"methods must be among {', '.join(METHODS)}, got {method!r}")
     if seeds < 1 or jobs < 1 or not lrs or min(lrs) <= 0:
         raise DimoError(f"seeds and jobs must be at least 1 and lrs positive, got {seeds}, {jobs} and {lrs}")
 
     teacher = load_config(config, overrides).distill.teacher_ckpt
     if not is_world(checkpoint_folder(teacher)):
-        raise DimoError(f"methods are compared by what only a built-in world's oracle knows, and {teacher} is none")
+        raise DimoError(f"ablations need a built-in world, whose oracle scores the videos, but {teacher} is not one")
 
     def run(method: str, lr: float, seed: int) -> Run:
         folder = out / f"{method.replace(' ', '_')}-lr{lr:g}-seed{seed}"
@@ -135,14 +149,14 @@ def ablate(
 
 
 def worth(row: dict) -> tuple[bool, float, float]:
-    """What `RULE` compares of a tuning run; a coverage that is undefined is none."""
+    """Sort key of a tuning run by `RULE`; an undefined coverage counts as 0."""
     validity, coverage = row["validity"], row["coverage"] or 0.0
     kept = coverage >= COVERAGE_FLOOR
     return kept, validity if kept else validity * coverage, validity
 
 
 def _all(runs: list[Run], jobs: int, bar: tqdm) -> list[dict]:
-    """The row of every run, in order."""
+    """Metrics of all runs, in order."""
     if jobs == 1:
         rows = []
         for one in runs:
@@ -155,7 +169,7 @@ def _all(runs: list[Run], jobs: int, bar: tqdm) -> list[dict]:
         futures = [pool.submit(run) for run in runs]
         try:
             for future in as_completed(futures):
-                future.result()  # the first that fails ends them all
+                future.result()  # the first failure cancels the rest
                 bar.update()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -164,9 +178,9 @@ def _all(runs: list[Run], jobs: int, bar: tqdm) -> list[dict]:
 
 
 def format_ablation(result: dict) -> str:
-    """Mean and standard deviation over seeds, as text; of fewer seeds where a figure is undefined on some.
+    """The ablation as a text table, with `RULE` below: mean and standard deviation over seeds.
 
-    Under the table stands how a rate was chosen.
+    Seeds on which a metric is undefined are left out, and their number is shown.
     """
     lines = [f"{'method':16}{'lr':>8} " + "".join(f"{c:>26}" for c in COLUMNS)]
     for method, row in result.items():

@@ -1,12 +1,12 @@
-"""What in a run's metrics should make a person look: sentences, with the step."""
+"""Alarms: patterns in a run's metrics that deserve a look."""
 
 from __future__ import annotations
 
 import dataclasses
 import statistics
 
-WINDOW = 10  # rows averaged before anything is compared
-MEMORY = 200  # rows whose median a spike is compared with
+WINDOW = 10  # rows over which loss/aux is averaged; also the fewest rows for a median
+MEMORY = 200  # rows over whose median a gradient norm is compared
 AUX_LAG, SPIKE, RUNAWAY = 1.3, 10.0, 30.0
 
 
@@ -18,18 +18,21 @@ class Alarm:
 
 
 def alarms(rows: list[dict]) -> list[Alarm]:
-    """Alarms of a run's metrics rows, in order of steps. An empty list is good news; it is not proof.
+    """The alarms in the rows of metrics.jsonl, in the order of steps. No alarm does not prove that all is well.
 
-    non_finite: a metric was NaN or infinite. entropy_floor: the entropy bonus was raised. aux_lags: the auxiliary's
-    loss rose by 30% over its least smoothed value, so it follows the student no more. codes_lost: a batch uses less
-    than half as many codes as the first did. logits_run_away: the student's logits spread 30 times as far as at first,
-    so that a token's decision is hardly reversed any more (`model.train_head`). gradient_spike: ten times the median of
-    the last 200 rows. steps_skipped: values that are not finite kept steps from updating, also between the rows.
+    non_finite: a metric was NaN or infinite.
+    steps_skipped: steps were skipped for values that are not finite, in this row or between rows.
+    entropy_floor: the entropy bonus was raised.
+    aux_lags: the smoothed loss of the auxiliary is 30% above its minimum, so it no longer follows the student.
+    codes_lost: a batch uses less than half as many codes as the first one.
+    logits_run_away: the standard deviation of the student's logits is 30 times that of the first row, so the decision
+        for a token can hardly be reversed any more (see `model.train_head`).
+    gradient_spike: the student's gradient norm is more than 10 times its median over the last 200 rows.
     """
     found, on = [], set()
 
     def ring(name: str, now: bool, sentence: str) -> None:
-        """Once for as long as it is so."""
+        """Add an alarm when the condition starts to hold, not again while it lasts."""
         if now and name not in on:
             found.append(Alarm(step, name, sentence))
         (on.add if now else on.discard)(name)
@@ -47,22 +50,22 @@ def alarms(rows: list[dict]) -> list[Alarm]:
             ring("entropy_floor", bonus > first, f"lambda_ent rose from {first:g} to {bonus:g}")
         aux = _mean(window, "loss/aux")
         if aux is not None and i + 1 >= WINDOW:
-            lags = f"loss/aux is {aux:.3g}, its least was {least:.3g} nats per token"
+            lags = f"loss/aux is {aux:.3g} nats per token, its minimum was {least:.3g}"
             ring("aux_lags", aux > AUX_LAG * least, lags)
             least = min(least, aux)
         codes, first = row.get("codes/used"), rows[0].get("codes/used")
         if codes is not None and first:
-            ring("codes_lost", codes < first / 2, f"a batch uses {codes:g} codes, the first used {first:g}")
+            ring("codes_lost", codes < first / 2, f"a batch uses {codes:g} codes, the first one used {first:g}")
         spread, first = row.get("logits/std"), rows[0].get("logits/std")
         if spread is not None and first:
-            wide = f"logits/std is {spread:.3g} nats, the first was {first:.3g}"
+            wide = f"logits/std is {spread:.3g} nats, in the first row it was {first:.3g}"
             ring("logits_run_away", spread > RUNAWAY * first, wide)
         norms = [
             r["grad_norm/student"] for r in rows[max(0, i - MEMORY) : i + 1] if r.get("grad_norm/student") is not None
         ]
         if len(norms) >= WINDOW:
             median = statistics.median(norms)
-            spike = f"grad_norm/student is {norms[-1]:.3g}, median {median:.3g}"
+            spike = f"grad_norm/student is {norms[-1]:.3g}, its median {median:.3g}"
             ring("gradient_spike", norms[-1] > SPIKE * median, spike)
     return found
 

@@ -1,7 +1,7 @@
-"""What an evaluation compares: which network makes which videos, from which noise, in jobs that stand by themselves.
+"""What an evaluation compares: the networks, prompts and noise, divided into independent jobs.
 
-A job is one row's batch of videos. What comes of it depends on the seed, the row and the batch's index alone, so that
-jobs run in any order and in any number of processes, and those that a killed evaluation has finished stay.
+A job is one batch of videos of one row. Its result depends only on the seed, the row and the index of the batch, so
+jobs can run in any order and in any number of processes, and a killed evaluation keeps the finished ones.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from dimo.ursa import Ursa, UrsaTransformer, sample
 from dimo.ursa.chunks import without_compiling
 from dimo.ursa.sampler import timesteps
 
-NLL_NOISE = 2**61  # apart from the seeds of the samples' own noise
+NLL_NOISE = 2**61  # offset that keeps the seeds of teacher_nll apart from those of sampling
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A sampler: the student or the teacher (`of_student`), at so many passes, sampled or arg-max, guided or not."""
+    """A sampler: student or teacher, number of steps, sampled or arg-max, guided or not."""
 
     of_student: bool
     steps: int = 1
@@ -33,7 +33,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """Batch `index` of a row, and what it costs: passes of a transformer, times videos."""
+    """Batch `index` of a row, and its cost in transformer passes times videos."""
 
     row: str
     index: int
@@ -45,21 +45,24 @@ class Job:
 
 
 class Comparison:
-    """Every prompt `videos_per_prompt` times, under every row.
+    """Samples every prompt `videos_per_prompt` times with every row (sampler).
 
-    Rows: student_1, student_1_argmax, untrained_1 (what the student started from), untrained_1_argmax, each one
-    unguided pass, and teacher_<steps>, guided. Batch i starts from the same noise in every row.
+    Rows: student_1, student_1_argmax, untrained_1 (the teacher in one pass, from which the student started) and
+    untrained_1_argmax, all unguided; and teacher_<steps>, guided if guidance_scale > 1. Batch i starts from the same
+    noise in every row.
 
     Args:
-        prompts: what is sampled; the videos of one prompt are neighbours.
-        grid: latents_shape (T, H, W) of every video.
-        batch_size: videos a pass.
-        held_out: how many of the prompts training has never seen, where that is known.
-        judged: compute what reference-free metrics need besides codes: `reference_free.pass_entropy` of the rows of one
-            pass, `teacher_nll` of all.
+        prompts: prompts to sample; the videos of a prompt are adjacent.
+        grid: latents_shape (T, H, W).
+        teacher_steps: numbers of sampling steps of the teacher.
+        batch_size: videos per batch.
+        guidance_trunc: guidance is off where t >= this.
+        judged: compute the inputs of reference-free metrics as well: `reference_free.teacher_nll`, and for rows of one
+            pass `reference_free.pass_entropy`.
+        held_out: number of prompts that training has never seen, if known.
 
     Raises:
-        DimoError: no prompt, or no video.
+        DimoError: no prompts, or videos_per_prompt below 1.
     """
 
     def __init__(
@@ -82,7 +85,8 @@ class Comparison:
     ):
         if not prompts or videos_per_prompt < 1:
             raise DimoError(
-                f"prompts and videos_per_prompt must not be empty, got {len(prompts)} and {videos_per_prompt}"
+                f"at least one prompt and one video per prompt are needed, got {len(prompts)} prompts and "
+                f"videos_per_prompt={videos_per_prompt}"
             )
         self.ursa, self.student, self.grid, self.seed, self.judged = ursa, student, grid, seed, judged
         self.held_out = held_out
@@ -100,7 +104,7 @@ class Comparison:
         self._warm: set[tuple[bool, bool]] = set()  # (of_student, guided)
 
     def jobs(self) -> list[Job]:
-        """All of them, the cheap rows first."""
+        """All jobs, row by row, cheap rows first."""
         return [
             Job(name, i, len(ids) * (self._passes(row) + self._judging(row)))
             for name, row in self.rows.items()
@@ -108,7 +112,7 @@ class Comparison:
         ]
 
     def _passes(self, row: Row) -> int:
-        """Of a video; a guided pass is two."""
+        """Transformer passes per video for sampling; a guided step takes two."""
         times = timesteps(row.steps, self.ursa.shift)
         return row.steps + (sum(t < self.guidance["guidance_trunc"] for t in times) if row.guided else 0)
 
@@ -117,18 +121,23 @@ class Comparison:
 
     @torch.no_grad()
     def run(self, job: Job) -> dict[str, torch.Tensor]:
-        """codes (b, N), seconds () of sampling them, and where judged nll (b,) and, of one pass, entropy (b,)."""
+        """Run a job of b videos.
+
+        Returns:
+            "codes" (b, N) and "seconds" (), the time to sample them; if judged also "nll" (b,) and, for rows of one
+            pass, "entropy" (b,), both in nats per token. All on the CPU.
+        """
         row, ids, i = self.rows[job.row], self.txt_ids[job.index], job.index
         network = self.student if row.of_student else self.ursa.transformer
         path, device = self.ursa.path, self.ursa.path.device
         options = {"shift": self.ursa.shift, "argmax": row.argmax}
         if row.guided:
             options |= self.guidance | {"uncond_ids": self.guidance["uncond_ids"].expand_as(ids)}
-        # not one generator for all batches: rows draw different numbers on their way from one to the next
+        # one generator per batch: rows consume different amounts of random numbers
         g = torch.Generator(device).manual_seed((self.seed * 1_000_003 + i) % 2**63)
         x_init = torch.randint(path.codebook_size, (len(ids), math.prod(self.grid)), generator=g, device=device)
         with without_compiling():
-            if (row.of_student, row.guided) not in self._warm:  # a network's first pass in a process is slower
+            if (row.of_student, row.guided) not in self._warm:  # the first pass of a network in a process is slower
                 sample(network, path, ids, self.grid, 1, x_init=x_init, **options).cpu()
                 self._warm.add((row.of_student, row.guided))
             start = time.perf_counter()
@@ -138,7 +147,7 @@ class Comparison:
                 noise = torch.Generator(device).manual_seed((NLL_NOISE + self.seed * 1_000_003 + i) % 2**63)
                 made["nll"] = reference_free.teacher_nll(self.ursa, codes.to(device), ids, self.grid, noise)
             if self.judged and row.steps == 1:
-                at_0 = row.guided and self.guidance["guidance_trunc"] > 0  # where the one pass is
+                at_0 = row.guided and self.guidance["guidance_trunc"] > 0  # the only pass is at t = 0
                 scale = self.guidance["guidance_scale"] if at_0 else 1.0
                 uncond_ids = self.guidance["uncond_ids"]
                 entropy = reference_free.pass_entropy(network, ids, x_init, self.grid, scale, uncond_ids)
@@ -146,7 +155,7 @@ class Comparison:
         return {name: value.cpu() for name, value in made.items()}
 
     def gather(self, made: dict[Job, dict[str, torch.Tensor]]) -> dict[str, dict[str, torch.Tensor]]:
-        """What all jobs gave, by row: codes (B, N) and the rest as one tensor each."""
+        """Concatenate the results of all jobs, {row: {"codes": (B, N), ...}}."""
         rows: dict[str, list[dict[str, torch.Tensor]]] = {}
         for job in self.jobs():
             rows.setdefault(job.row, []).append(made[job])

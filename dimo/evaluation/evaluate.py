@@ -1,7 +1,7 @@
-"""The evaluation run: the student at one step beside its teacher at 1..25, same prompts, noise and scorer.
+"""The evaluation: the one-step student beside its teacher at several steps, on the same prompts and noise.
 
-Videos of a built-in world are scored by its oracle, those of any other checkpoint by reference-free metrics; both are
-listed in `dimo.evaluation.metrics`.
+Videos of a built-in world are scored by its oracle, those of other checkpoints by reference-free metrics
+(`dimo.evaluation.metrics`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dimo.evaluation.metrics import Videos, columns_of, measure
 from dimo.evaluation.reference_free import save_codes
 from dimo.files import write_text
 from dimo.run.sources import teacher_files
-from dimo.train.prompts import evaluation_prompts, require_whole
+from dimo.train.prompts import evaluation_prompts, require_prompts_fit
 from dimo.ursa import Ursa, UrsaTransformer, load_ursa
 from dimo.ursa.layout import student_file
 from dimo.ursa.loading import load_student
@@ -32,7 +32,7 @@ from dimo.worlds.protocol import World, prompt_length
 
 log = logging.getLogger(__name__)
 SHEET_PROMPTS = 6
-PARTS = "evaluation_jobs"  # a name that nobody else's folder has: `dimo evaluate -o runs` finds runs/evaluation there
+PARTS = "evaluation_jobs"  # unlikely to exist already, unlike runs/evaluation for `dimo evaluate -o runs`
 
 
 def evaluate(
@@ -46,9 +46,12 @@ def evaluate(
     batch_size: int = 512,
     **guidance,
 ) -> tuple[dict, dict[str, torch.Tensor]]:
-    """Score every sampler on every prompt of the world, in this process -> (rows by name, codes (B, N) by name).
+    """Score every sampler on every prompt of a world, in this process.
 
-    The rows are `Comparison`'s, which takes the rest.
+    The arguments, `guidance` included, are those of `Comparison`, where the rows are listed.
+
+    Returns:
+        ({row: {metric: value}}, {row: codes (B, N)}).
     """
     comparison = Comparison(
         ursa, student, world.prompts, world.latents_shape, videos_per_prompt=videos_per_prompt,
@@ -60,13 +63,13 @@ def evaluate(
 
 
 def _rows(comparison: Comparison, made: dict[str, dict[str, torch.Tensor]], world: World | None) -> dict:
-    """The metrics of every row, and of captions how many are held out."""
+    """The metrics of every row, and for captions the number of held-out ones."""
     known = {"prompts_held_out": comparison.held_out} if world is None else {}
     return {name: measure(videos_of(comparison, row, world)) | known for name, row in made.items()}
 
 
 def videos_of(comparison: Comparison, row: dict[str, torch.Tensor], world: World | None = None) -> Videos:
-    """What the jobs of a row gave (`Comparison.run`), and what the oracle says of it, if there is one."""
+    """The `Videos` of a row from its gathered jobs (`Comparison.gather`), scored by the world's oracle if given."""
     scores = score(world, row["codes"], comparison.prompts) if world else None
     return Videos(
         row["codes"].view(-1, *comparison.grid), comparison.prompts, comparison.copies, row["seconds"].sum().item(),
@@ -75,24 +78,24 @@ def videos_of(comparison: Comparison, row: dict[str, torch.Tensor], world: World
 
 
 def format_cell(value: float | int | None) -> str:
-    """A figure for a table; None is undefined."""
+    """A metric's value as text for a table."""
     return "undefined" if value is None else str(value) if isinstance(value, int) else f"{value:.4g}"
 
 
 def prompts_of(rows: dict) -> str:
-    """Which prompts the videos are of, in a sentence; empty for a world's, which are all that it has."""
+    """A sentence on the prompts of a report; empty for a world, where all prompts are used."""
     row = rows["student_1"]
     if "prompts_held_out" not in row:
         return ""
     held_out = row["prompts_held_out"]
     if held_out is None:
-        return "Prompts: other captions than the run's; which of them it was trained on is not known."
+        return "Prompts: captions other than the run's; it is not known which of them it was trained on."
     of = "caption" if held_out == 1 else "captions"
-    return f"Prompts: {held_out} {of} held out of training." if held_out else "Prompts: captions trained on."
+    return f"Prompts: {held_out} held-out {of}." if held_out else "Prompts: captions that were trained on."
 
 
 def format_table(rows: dict) -> str:
-    """The rows as text, for a terminal."""
+    """The rows of a report as a text table."""
     columns = columns_of(rows)
     lines = [f"{'':18}" + "".join(f"{c:>18}" for c in columns)]
     lines += [f"{name:18}" + "".join(f"{format_cell(row[c]):>18}" for c in columns) for name, row in rows.items()]
@@ -100,18 +103,26 @@ def format_table(rows: dict) -> str:
 
 
 def evaluate_to_folder(config: Config, weights: str | Path, out: Path, progress: bool = True) -> dict:
-    """Measure the student behind `weights` as `config.evaluation` says; write report.json and sheet.png into `out`.
+    """Evaluate a student as `config.evaluation` says; write report.json and sheet.png into `out`.
 
-    The sheet shows prompts x {teacher at its most passes, teacher at 1, student at 1}, all from the same noise; where
-    the checkpoint's VAE cannot be run there is none, and a warning says why. A world's oracle scores the videos; with
-    any other folder the prompts are captions that training holds out (`evaluation_prompts`), and codes.safetensors
-    keeps the videos.
+    The sheet shows, for a few prompts, videos of the teacher at its largest number of steps, the teacher in one step
+    and the student in one step, all from the same noise. It is omitted with a warning if the VAE cannot be run. For
+    other checkpoints than a world's the prompts are held-out captions (`evaluation_prompts`), and the videos are saved
+    in codes.safetensors.
 
-    On GPUs of this machine it is done by `training.num_processes` processes. What is finished lies in `out`/PARTS until
-    all is; the same call goes on from there.
+    The work is divided among `training.num_processes` processes, at most one per GPU. Finished jobs are kept in
+    `out`/PARTS until the end, so that the same call resumes a killed evaluation.
+
+    Args:
+        weights: student.pt, its folder or a run's checkpoints/final.
+        out: output folder, created if needed.
+        progress: show a progress bar.
+
+    Returns:
+        {row: {metric: value}}, the content of report.json.
 
     Raises:
-        DimoError: what `open_comparison` refuses; another process evaluates into `out`; a process failed.
+        DimoError: see `open_comparison`; another process evaluates into `out`; or a process failed.
     """
     comparison, world = open_comparison(config, weights)
     with alone_in(out):
@@ -153,17 +164,21 @@ def _announce(comparison: Comparison, jobs: list[Job], missing: list[Job], proce
 
 
 def open_comparison(config: Config, weights: str | Path) -> tuple[Comparison, World | None]:
-    """What `config.evaluation` compares the student behind `weights` with, and the world, if it is one."""
+    """The comparison that `config.evaluation` asks for, and the world if the teacher belongs to one.
+
+    Raises:
+        DimoError: teacher, student or prompts cannot be loaded or do not fit each other.
+    """
     e, d, folder = config.evaluation, config.distill, checkpoint_folder(config.distill.teacher_ckpt)
     if d.guidance_scale > 1:
-        log.warning("guidance_scale=%g guides the teacher alone: the student's one pass is not guided, for guidance is "
+        log.warning("guidance_scale=%g applies to the teacher only: the student is not guided, since guidance is "
                     "distilled into it", d.guidance_scale)  # fmt: skip
     world = load_world(folder) if is_world(folder) else None
     ursa = load_for_evaluation(config)
     grid = ursa.latents_shape(d.num_frames, d.height, d.width)
     if world is not None:
         require_world(world, grid, ursa.path.codebook_size)
-        require_whole(ursa, world.prompts, d.max_prompt_length)
+        require_prompts_fit(ursa, world.prompts, d.max_prompt_length)
     prompts, held_out = (world.prompts, None) if world else evaluation_prompts(config, ursa, weights)
     return Comparison(
         ursa, load_student(ursa, weights), prompts, grid,
@@ -175,7 +190,7 @@ def open_comparison(config: Config, weights: str | Path) -> tuple[Comparison, Wo
 
 
 def load_for_evaluation(config: Config) -> Ursa:
-    """The teacher's folder, in bf16 where it was trained in it: as URSA is run, and as long as its seconds are."""
+    """Load the teacher for evaluation: a world's in float32, URSA in bf16 if it is trained in bf16, as it is used."""
     folder = checkpoint_folder(config.distill.teacher_ckpt)
     half = config.training.mixed_precision == "bf16" and not is_world(folder)
     ursa = load_ursa(folder, device_of(config), torch.bfloat16 if half else torch.float32, config.model.backend)
@@ -184,13 +199,13 @@ def load_for_evaluation(config: Config) -> Ursa:
 
 
 def processes_for(config: Config) -> int:
-    """One a GPU of this machine, as many as train; on a CPU, the training's."""
+    """Number of processes: `training.num_processes`, at most one per GPU of this machine."""
     processes = config.training.num_processes
     return min(processes, torch.cuda.device_count()) if device_of(config).type == "cuda" else processes
 
 
 def parts_of(config: Config, weights: str | Path, out: Path, prompts: list[str]) -> Parts:
-    """The finished jobs in `out`, of an evaluation with the same settings, prompts and files of both networks."""
+    """The finished jobs in `out`; they are valid for the same settings, prompts and weight files of both networks."""
     flat, source = to_flat(config), student_file(weights)
     student = sorted(source.iterdir()) if source.is_dir() else [source]
     networks = [*student, *teacher_files(config.distill.teacher_ckpt).values()]
@@ -201,12 +216,12 @@ def parts_of(config: Config, weights: str | Path, out: Path, prompts: list[str])
 
 
 def _write_sheet(file: Path, ursa: Ursa, codes: dict[str, torch.Tensor], prompts: list[str], most_steps: int) -> None:
-    """Codes (P, T, H, W) by row, one video per prompt."""
-    from dimo.views.sheets import save_sheet  # matplotlib only when a picture is made
+    """Decode and draw codes, {row: (P, T, H, W)} with one video per prompt."""
+    from dimo.views.sheets import save_sheet  # imports matplotlib, so only when needed
 
     if ursa.vae is None:
-        file.unlink(missing_ok=True)  # that of an earlier student must not lie beside this report
-        log.warning("there is no sheet.png: %s", ursa.no_vae)
+        file.unlink(missing_ok=True)  # it would show an earlier student
+        log.warning("sheet.png is not written: %s", ursa.no_vae)
         return
     shown = torch.linspace(0, len(prompts) - 1, min(SHEET_PROMPTS, len(prompts))).long()
     titles = {
@@ -219,7 +234,7 @@ def _write_sheet(file: Path, ursa: Ursa, codes: dict[str, torch.Tensor], prompts
 
 
 def write_report(file: Path, rows: dict) -> None:
-    """report.json, whole or not at all."""
+    """Write report.json atomically."""
     if "student_1" not in rows:
-        raise DimoError("rows must hold student_1")
+        raise DimoError("rows must contain student_1")
     write_text(file, json.dumps(rows, indent=2) + "\n")

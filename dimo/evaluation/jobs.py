@@ -1,6 +1,6 @@
-"""The jobs of an evaluation, here or in several processes, each job's result a file: a killed evaluation goes on.
+"""Run the jobs of an evaluation in one or several processes; each result is a file, so a killed evaluation resumes.
 
-Processes share nothing but the folder. Each loads the networks onto a GPU of its own and does every n-th job.
+Processes share only the folder of results. Each loads the networks onto its own GPU and runs every n-th job.
 """
 
 from __future__ import annotations
@@ -29,14 +29,17 @@ except ImportError:  # Windows
     fcntl = None
 
 ABOUT = "about.json"
-OWN = OWN_INSIDE["evaluation_jobs"]  # in its folder
+OWN = OWN_INSIDE["evaluation_jobs"]  # patterns of the files written to that folder
 
 
 class Parts:
-    """A folder of finished jobs. `about` says of what, and jobs of anything else are thrown away; None: as it lies.
+    """A folder of finished jobs.
+
+    Args:
+        about: identifies the evaluation; jobs of a different one are deleted. None: use the folder as it is.
 
     Raises:
-        OSError: jobs of something else cannot be thrown away, or nothing can be written there.
+        OSError: outdated jobs cannot be deleted, or the folder is not writable.
     """
 
     def __init__(self, folder: Path, about: dict | None = None):
@@ -57,10 +60,10 @@ class Parts:
             save_file({name: value.contiguous() for name, value in made.items()}, beside)
 
     def load(self, jobs: list[Job]) -> dict[Job, dict[str, torch.Tensor]]:
-        """What all of them gave.
+        """The results of finished jobs.
 
         Raises:
-            DimoError: the disk has damaged a file; it is removed, so that its job is done again.
+            DimoError: a file is damaged; it is deleted, so that the job runs again next time.
         """
         return {job: self._load(self.file(job)) for job in jobs}
 
@@ -69,24 +72,24 @@ class Parts:
             return load_file(file)
         except SafetensorError as error:
             file.unlink()
-            raise DimoError(f"{file} was damaged ({error}) and is removed; the same command makes it again") from error
+            raise DimoError(f"{file} was damaged ({error}) and was deleted; run the same command again") from error
 
     def remove(self) -> None:
-        """What was written here, and nothing else."""
+        """Delete what this class wrote, and the folder if nothing else is in it."""
         for file in [file for pattern in OWN for file in self.folder.glob(pattern)]:
             file.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # not there; or not empty, and the rest is somebody's
+        with contextlib.suppress(OSError):  # it does not exist, or has files of someone else
             self.folder.rmdir()
 
 
 @contextlib.contextmanager
 def alone_in(out: Path) -> Iterator[None]:
-    """Hold the folder that an evaluation writes into; the kernel lets it go when the process dies, by kill -9 too.
+    """Lock the output folder of an evaluation; the kernel releases the lock when the process dies, even by kill -9.
 
-    The folder itself is locked: no file stays behind, and a training in it goes on.
+    The lock is on the folder itself, so it leaves no file and does not interfere with a training run there.
 
     Raises:
-        DimoError: another process evaluates into it.
+        DimoError: another process evaluates into the folder.
     """
     out.mkdir(parents=True, exist_ok=True)
     handle = os.open(out, os.O_RDONLY)
@@ -96,17 +99,17 @@ def alone_in(out: Path) -> Iterator[None]:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise DimoError(
-                f"another process writes an evaluation into {out}; wait for it, or give another --out_dir"
+                f"another process is writing an evaluation to {out}; wait for it, or give another --out_dir"
             ) from None
         except OSError:
-            pass  # a network file system without locks
+            pass  # a network file system without locking
         yield
     finally:
         os.close(handle)
 
 
 def run_here(comparison: Comparison, jobs: list[Job], parts: Parts, progress: bool = True) -> None:
-    """Do the jobs that are missing, one after the other."""
+    """Run the missing jobs one after the other."""
     with _bar(jobs, progress) as bar:
         for job in parts.missing(jobs):
             _show(bar, jobs, parts)
@@ -117,13 +120,13 @@ def run_here(comparison: Comparison, jobs: list[Job], parts: Parts, progress: bo
 def run_in_processes(
     words: Callable[[int, int], list[str]], jobs: list[Job], parts: Parts, processes: int, progress: bool = True
 ) -> None:
-    """Do the missing jobs in `processes` children, each on a GPU of its own where there are GPUs.
+    """Run the missing jobs in child processes, each on its own GPU if there are GPUs.
 
     Args:
-        words: (rank, of how many) -> the child's command line, which ends in `take_share`.
+        words: (rank, number of processes) -> command line of the child, which calls `take_share`.
 
     Raises:
-        DimoError: a child failed; the others are ended, what is finished stays.
+        DimoError: a child failed; the others are killed, and finished jobs are kept.
     """
     gpus, children = _visible_gpus(), []
     logs = [parts.folder / f"process-{rank}.log" for rank in range(processes)]
@@ -157,14 +160,14 @@ def _show(bar: CostBar, jobs: list[Job], parts: Parts) -> None:
 
 
 def take_share(comparison: Comparison, parts: Parts, rank: int, of: int) -> None:
-    """In a child: every `of`-th job, from `rank` on."""
+    """In child `rank` of `of`: run every `of`-th job, starting at job `rank`."""
     for job in comparison.jobs()[rank::of]:
         if not parts.file(job).exists():
             parts.save(job, comparison.run(job))
 
 
 def _visible_gpus() -> list[str]:
-    """Names for CUDA_VISIBLE_DEVICES, one for each GPU that this process sees; without touching any of them."""
+    """Values of CUDA_VISIBLE_DEVICES for the children, one per visible GPU, without initialising CUDA."""
     if not torch.cuda.is_available():
         return []
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -178,5 +181,5 @@ def _require_success(children: list[subprocess.Popen], logs: list[Path]) -> None
             how = f"was killed by signal {-child.returncode}" if child.returncode < 0 else "failed"
             raise DimoError(
                 f"process {rank} of the evaluation {how}{f': {said[-1]}' if said else ''} ({logs[rank]}); "
-                "what is finished stays, the same command continues"
+                "finished jobs are kept, and the same command continues"
             )

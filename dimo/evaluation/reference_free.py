@@ -1,7 +1,7 @@
-"""Reference-free metrics: what can be measured of a sampler where neither an oracle nor real videos say what is right.
+"""Reference-free metrics, for samplers whose videos can be compared neither with an oracle nor with real videos.
 
-No figure here says that a video is good. A low teacher_nll says that the teacher finds the tokens plausible, which a
-frozen or repeated video can be too: read it beside diversity and codes_used.
+None of them shows that a video is good. A low teacher_nll says that the teacher finds the tokens plausible, which also
+holds for a static or repeated video, so read it together with diversity and codes_used.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dimo.files import save_file, whole_file
 from dimo.ursa import Ursa, UrsaTransformer, predict
 from dimo.ursa.chunks import tokens_at_once
 
-TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # at which teacher_nll re-noises
+TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # times t of teacher_nll
 Grid = tuple[int, int, int]
 
 
@@ -26,9 +26,17 @@ def pass_entropy(
     network: UrsaTransformer, txt_ids: torch.Tensor, x_t: torch.Tensor, grid: Grid,
     guidance_scale: float = 1.0, uncond_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """Entropy in nats of every token that one pass at x_t (B, N) predicts under txt_ids (B, L) -> (B, N).
+    """Entropy of the prediction of one pass, per token. Full logits are never materialised.
 
-    With guidance_scale > 1 of the guided prediction, away from uncond_ids (1, L). Logits are never made whole.
+    Args:
+        txt_ids: (B, L).
+        x_t: (B, N) input codes.
+        grid: latents_shape (T, H, W).
+        guidance_scale: above 1, the entropy is that of the guided prediction.
+        uncond_ids: (1, L) ids of the negative prompt.
+
+    Returns:
+        (B, N), in nats.
     """
     codebook_size = network.config.vocab_size - network.config.lm_vocab_size
     videos = max(1, tokens_at_once(codebook_size, x_t.device) // x_t.shape[1])
@@ -51,9 +59,17 @@ def teacher_nll(
     generator: torch.Generator,
     times: tuple[float, ...] = TIMES,
 ) -> torch.Tensor:
-    """-log p_T(x_1 | x_t, prompt) of codes x_1 (B, N) under the unguided teacher, x_t drawn from the path at `times`.
+    """-log p_T(x_1 | x_t, prompt) under the unguided teacher, with x_t ~ p_t(. | x_1), averaged over tokens and times.
 
-    Mean over tokens and times, in nats per token: (B,). The noise is the generator's, whatever the codes are.
+    Args:
+        codes: x_1, (B, N).
+        txt_ids: (B, L).
+        grid: latents_shape (T, H, W).
+        generator: draws the noise, whose amount does not depend on the codes.
+        times: values of t in [0, 1).
+
+    Returns:
+        (B,), in nats per token.
     """
     total = torch.zeros(len(codes), device=codes.device)
     for t in times:
@@ -64,13 +80,13 @@ def teacher_nll(
 
 
 def diversity(codes: torch.Tensor) -> float | None:
-    """Mean share of tokens in which two of V videos of one prompt differ; codes (P, V, N). None where V is 1."""
+    """Mean share of tokens in which two of the V videos of a prompt differ, codes (P, V, N); None if V is 1."""
     require_shape("codes", codes, ("P", "V", "N"))
     pairs = list(itertools.combinations(range(codes.shape[1]), 2))
     return sum((codes[:, i] != codes[:, j]).float().mean().item() for i, j in pairs) / len(pairs) if pairs else None
 
 
 def save_codes(file: Path, codes: dict[str, torch.Tensor], prompts: list[str], grid: Grid) -> None:
-    """Codes (B, T, H, W) by row, to be decoded anywhere; the prompt of each video is in the metadata, as JSON."""
+    """Save codes of each row as (B, T, H, W), with the prompts of the B videos as JSON in the metadata."""
     with whole_file(file) as beside:
         save_file({name: c.view(-1, *grid) for name, c in codes.items()}, beside, {"prompts": json.dumps(prompts)})

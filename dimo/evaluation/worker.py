@@ -1,4 +1,4 @@
-"""`python -m dimo.evaluation.worker PARENT FOLDER WEIGHTS RANK OF`: one of several processes of an evaluation."""
+"""`python -m dimo.evaluation.worker PARENT FOLDER WEIGHTS RANK OF`: one of the processes of an evaluation."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from dimo.run.lifeline import end_with_parent
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code 0; 2 for what cannot be evaluated, said in a sentence."""
+    """Returns the exit code: 0; 2 for bad input, with a one-sentence message."""
     parent, folder, weights, rank, of = arguments
-    end_with_parent(signal.SIGKILL, int(parent))  # files appear whole: nothing is lost
+    end_with_parent(signal.SIGKILL, int(parent))  # safe, since files are written atomically
     try:
         comparison, _ = open_comparison(load_config(Path(folder) / "config.yaml"), weights)
         take_share(comparison, Parts(Path(folder)), int(rank), int(of))

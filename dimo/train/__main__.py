@@ -1,4 +1,4 @@
-"""`python -m dimo.train config=PRESET key=value ...`: what `accelerate launch -m dimo.train` starts on every rank."""
+"""`python -m dimo.train config=PRESET key=value ...`, started on every rank by `accelerate launch -m dimo.train`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dimo.run.signals import PREEMPTED, Preempted, stopping_at_once
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code 0; 2 for bad input, said in a sentence; 75 for a run that a signal stopped and that can go on."""
+    """Returns the exit code: 0; 2 for bad input, with a one-sentence message; 75 if a signal stopped the run."""
     with lasting_output():
         return _main(arguments)
 
@@ -39,16 +39,16 @@ def _main(arguments: list[str]) -> int:
         print(f"dimo: {reason(error)}", file=sys.stderr)
         return 2
     except Preempted as stopped:
-        if os.environ.get("RANK", "0") == "0":  # once for all
+        if os.environ.get("RANK", "0") == "0":  # print it once
             print(f"dimo: {stopped}", file=sys.stderr)
-        _part()
+        _leave_group()
         return PREEMPTED
-    _part()
+    _leave_group()
     return 0
 
 
-def _part() -> None:
-    """Leave the other processes, who all leave now; NCCL warns of those who just go."""
+def _leave_group() -> None:
+    """Destroy the process group, since all ranks exit now; NCCL warns otherwise."""
     if dist.is_initialized():
         dist.destroy_process_group()
 

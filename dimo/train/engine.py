@@ -1,8 +1,8 @@
-"""What differs between one process, DDP, FSDP2 and DeepSpeed ZeRO-2, all of it; the trainer does not know which runs.
+"""Training engines: one process, DDP, FSDP2 or DeepSpeed ZeRO-2. The trainer does not need to know which one runs.
 
-accelerate's launcher says which: `accelerate launch --config_file dimo/config/presets/accelerate/fsdp2.yaml ...`.
-Student and auxiliary share no autograd edge and are stepped at different times, so each is a `Learner` of its own,
-with its own optimizer, gradient norm and clipping. Master weights are float32 everywhere; bf16 is autocast's.
+accelerate's launcher selects it: `accelerate launch --config_file dimo/config/presets/accelerate/fsdp2.yaml ...`.
+Student and auxiliary share no autograd graph and are updated at different times, so each is a `Learner` with its own
+optimizers, gradient norm and clipping. Master weights are float32 under every engine; bf16 is left to autocast.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from dimo.errors import DimoError
 from dimo.run.ranks import count_ranks, everywhere, launched_or_alone
 from dimo.train.optimizers import set_lr_factor
 
-BUCKET_ENTRIES = 2**26  # gradients averaged in one call: 256 MiB of float32
-SENT_ALONE = 2**20  # entries from which a gradient is sent when it is ready, while the backward pass goes on
+BUCKET_ENTRIES = 2**26  # gradient entries per all-reduce: 256 MiB of float32
+SENT_ALONE = 2**20  # gradients with at least so many entries are all-reduced during the backward pass, once ready
 
 
 class Engine:
-    """The processes, the device and the precision; makes the learners. `kind` is ddp, fsdp2 or deepspeed_zero2.
+    """Processes, device and precision of a run; creates the learners. `kind` is ddp, fsdp2 or deepspeed_zero2.
 
     Raises:
-        DimoError: an engine that dimo does not train under, or an optimizer that the engine cannot serve.
+        DimoError: an unsupported engine, or an optimizer that the engine does not support.
     """
 
     def __init__(self, config: Config):
         asked = _asked_for()
         self.mixed_precision, self.max_grad_norm = config.training.mixed_precision, config.optim.max_grad_norm
-        # accelerate fixes a precision once a process and leaves DeepSpeed's to DeepSpeed; `autocast` sees to it instead
+        # accelerate fixes the precision once per process, and DeepSpeed has its own; `autocast` handles it instead
         with launched_or_alone():
             self.accelerator = Accelerator(mixed_precision="no", cpu=device_of(config).type == "cpu")
         self.kind = asked if dist.is_initialized() else "ddp"
@@ -48,12 +48,12 @@ class Engine:
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
         if self.kind != "ddp" and config.optim.optimizer == "muon":
             raise DimoError(
-                f"optim.optimizer=muon steps on whole matrices, and {self.kind} cuts them; use optim.optimizer=adamw, "
-                "or accelerate's plain DDP"
+                f"optim.optimizer=muon needs full matrices, but {self.kind} shards them; use optim.optimizer=adamw or "
+                "plain DDP"
             )
         if dist.is_initialized() and dist.get_backend() == "gloo":
-            # a gloo thread lets go of the last collective's tensors a moment after it; one that does so while Python
-            # shuts down aborts the process, and its launcher takes the run for failed
+            # A gloo thread releases the tensors of the last collective with a delay. If that happens while Python
+            # shuts down, the process aborts, and the launcher reports the run as failed.
             atexit.register(time.sleep, 0.2)
         self._zero2 = {
             "train_micro_batch_size_per_gpu": config.distill.batch_size_per_gpu,
@@ -65,63 +65,64 @@ class Engine:
         }
 
     def copy_of(self, model: torch.nn.Module, learns: bool) -> torch.nn.Module:
-        """A copy that stays in float32; cut over the processes under fsdp2, where it is called like any other."""
+        """A float32 copy of the model, sharded under fsdp2; `learns` says whether it requires gradients."""
         model = copy.deepcopy(model).requires_grad_(learns)
         if self.kind == "fsdp2":
             mesh = dist.init_device_mesh(self.device.type, (self.world_size,))
             for part in (model.model.embed_tokens, *model.model.layers):
                 fully_shard(part, mesh=mesh, reshard_after_forward=True)
-            fully_shard(model, mesh=mesh, reshard_after_forward=False)  # the head: `hidden` returns, then it is used
+            fully_shard(model, mesh=mesh, reshard_after_forward=False)  # the head is used after `hidden` has returned
             register_fsdp_forward_method(model, "hidden")
         return model
 
     def frozen(self, own: torch.nn.Module, teachers: torch.nn.Module) -> torch.nn.Module:
-        """A network's part that stays the teacher's: one for all; under fsdp2, which has cut them, each its own."""
+        """A frozen part of a network: the teacher's module itself, or under fsdp2 the network's own, sharded copy."""
         return own.requires_grad_(False) if self.kind == "fsdp2" else teachers
 
     def learner(self, model: torch.nn.Module, make: Callable[[torch.nn.Module], list]) -> Learner:
-        """The model with the optimizers that `make` gives for it."""
+        """A learner of the model, with the optimizers that `make` creates for it."""
         if self.kind == "deepspeed_zero2":
             return Zero2Learner(model, make(model), self.max_grad_norm, self._zero2)
         return Learner(model, make(model), self.max_grad_norm)
 
     def autocast(self) -> torch.autocast:
-        """bf16 for the passes, where training.mixed_precision says so.
+        """The autocast context of the forward passes, as set by training.mixed_precision.
 
-        Without the cache of bf16 weights: it lasts as long as the context, and would hide an update made inside.
+        The cache of bf16 weights is off: it lives as long as the context, so an update inside it would have no effect.
         """
         bf16 = self.mixed_precision == "bf16"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is up on any process. Collective, as all that follows."""
+        """Whether the flag is set on any rank. This and the following methods are collective."""
         return count_ranks([flag], self.device)[0] > 0
 
     def mean(self, value: torch.Tensor) -> torch.Tensor:
-        """The mean over the processes."""
+        """All-reduce: the mean over all ranks."""
         return self.accelerator.reduce(value, "mean")
 
     def everywhere(self, value: Any) -> list:
-        """The value of every process, in order of rank."""
+        """All-gather: the value of every rank, in rank order."""
         return everywhere(value)
 
-    def whole_state(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
-        """The state dict; where it is cut it is gathered onto the CPU of rank 0, and empty on the others."""
+    def full_state_dict(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """The full state dict. A sharded one is gathered onto the CPU of rank 0 and empty on the other ranks."""
         reshard(model)
-        return whole(model.state_dict(), keep=self.rank == 0)
+        return full_tensors(model.state_dict(), keep=self.rank == 0)
 
 
 class Learner:
-    """A network that learns: backward passes, then the gradient's norm, then `update` or `discard`.
+    """A trained network with its optimizers. Per update: `backward` calls, `gradient_norm`, then `update` or `discard`.
 
-    This one serves one process, DDP (gradients are averaged here, since a step may pass a network several times before
-    its one backward, which torch's reducer does not allow) and FSDP2 (whose backward has averaged them already).
+    This class serves a single process, DDP and FSDP2. Under DDP the gradients are all-reduced here, because a step may
+    run several forward passes of a network before one backward pass, which torch's reducer does not allow. FSDP2
+    averages them in its backward pass.
     """
 
     def __init__(self, model: torch.nn.Module, optimizers: list[torch.optim.Optimizer], max_grad_norm: float):
         self.model, self.optimizers, self.max_grad_norm = model, optimizers, max_grad_norm
         self.sharded = isinstance(model, FSDPModule)
-        self.gradients: list[torch.Tensor] = []  # this process's pieces, averaged by `gradient_norm`
+        self.gradients: list[torch.Tensor] = []  # local shards; averaged over the ranks after `gradient_norm`
         self.last, self.sending = True, {}
         if self.averages:
             for p in model.parameters():
@@ -130,7 +131,7 @@ class Learner:
 
     @property
     def averages(self) -> bool:
-        """Whether gradients are averaged here, and not by the engine."""
+        """Whether gradients are averaged by this class and not by the engine."""
         return dist.is_initialized() and not self.sharded
 
     def _send(self, p: torch.nn.Parameter) -> None:
@@ -141,13 +142,13 @@ class Learner:
         set_lr_factor(self.optimizers, factor)
 
     def backward(self, loss: torch.Tensor, last: bool = True) -> None:
-        """Add the loss's gradient; `last` of those before the update."""
+        """Accumulate the gradient of the loss; `last`: no further backward pass before the update."""
         self.last = last
         loss.backward()
 
     def gradient_norm(self) -> torch.Tensor:
-        """The norm of the gradient averaged over the processes, the same on each: NaN on one is NaN on all."""
-        self.gradients = [local(p.grad) for p in self.model.parameters() if p.grad is not None]
+        """The norm of the gradient averaged over the ranks, equal on all of them: NaN on one rank is NaN on all."""
+        self.gradients = [to_local(p.grad) for p in self.model.parameters() if p.grad is not None]
         if self.averages:
             average([gradient for gradient in self.gradients if gradient not in self.sending])
             for sent in self.sending.values():
@@ -161,29 +162,32 @@ class Learner:
         return square.sqrt()
 
     def update(self, norm: torch.Tensor) -> None:
-        """Clip to max_grad_norm and step; after `gradient_norm`."""
+        """Clip to max_grad_norm, step and zero the gradient; `norm` is what `gradient_norm` returned."""
         torch._foreach_mul_(self.gradients, (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
         for optimizer in self.optimizers:
             optimizer.step()
         self.discard()
 
     def discard(self) -> None:
-        """Forget the gradient."""
+        """Drop the gradient without a step."""
         self.gradients, self.sending = [], {}
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         reshard(self.model)
 
     def state(self) -> dict[str, dict[str, torch.Tensor]]:
-        """{parameter: {"exp_avg": ..., ...}}, as `whole_state` of the model: the same under every engine."""
+        """Full optimizer state, {parameter name: {"exp_avg": ..., ...}}, in the same form under every engine.
+
+        Collective. If it is sharded, it is gathered onto rank 0, and the other ranks hold no tensors.
+        """
         reshard(self.model)
         keep = dist.get_rank() == 0 if dist.is_initialized() else True
         held = {p: optimizer.state[p] for optimizer in self.optimizers for p in list(optimizer.state)}
-        return {name: whole(held[p], keep) for name, p in self.model.named_parameters() if p in held}
+        return {name: full_tensors(held[p], keep) for name, p in self.model.named_parameters() if p in held}
 
     def load_state(self, weights: dict[str, torch.Tensor], state: dict[str, dict[str, torch.Tensor]]) -> None:
-        """What `Engine.whole_state` and `state` gave, whole, on every process."""
-        load_whole(self.model, weights)
+        """Load the results of `Engine.full_state_dict` and `state`; every rank needs the full tensors."""
+        load_full_state(self.model, weights)
         named = dict(self.model.named_parameters())
         for optimizer in self.optimizers:
             mine = {p for group in optimizer.param_groups for p in group["params"]}
@@ -194,16 +198,16 @@ class Learner:
 
 
 class Zero2Learner(Learner):
-    """The same under DeepSpeed ZeRO-2: optimizer and averaged gradient are cut over the processes, weights are whole.
+    """A `Learner` under DeepSpeed ZeRO-2: optimizer states and averaged gradients are sharded, weights are replicated.
 
-    One DeepSpeed engine a network. The network itself is called, not the engine: it is passed several times before one
-    backward. Written for DeepSpeed 0.19.
+    Each network has its own DeepSpeed engine. Forward passes call the network and not the engine, since there may be
+    several before one backward pass. Written for DeepSpeed 0.19.
     """
 
     averages = False
 
     def __init__(self, model: torch.nn.Module, optimizers: list, max_grad_norm: float, settings: dict):
-        import deepspeed  # not installed everywhere
+        import deepspeed  # optional dependency
         from deepspeed.utils import logger
 
         logger.setLevel(logging.WARNING)
@@ -218,7 +222,7 @@ class Zero2Learner(Learner):
 
     def gradient_norm(self) -> torch.Tensor:
         norm = torch.as_tensor(self.zero.scaled_global_norm(), device=self.engine.device)
-        return torch.where(norm < 0, torch.nan, norm)  # DeepSpeed's sign for NaN or infinity is -1
+        return torch.where(norm < 0, torch.nan, norm)  # DeepSpeed returns -1 for NaN or infinity
 
     def update(self, norm: torch.Tensor) -> None:
         self.engine.step()
@@ -243,7 +247,7 @@ class Zero2Learner(Learner):
     def load_state(self, weights: dict[str, torch.Tensor], state: dict[str, dict[str, torch.Tensor]]) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state
 
-        load_whole(self.model, weights)
+        load_full_state(self.model, weights)
         self.zero.refresh_fp32_params()
         if not state:
             return
@@ -252,7 +256,7 @@ class Zero2Learner(Learner):
             if p not in held:
                 held[p] = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
             held[p]["step"] = step.to(p.device, copy=True)
-        self.zero._lazy_init_hp_params_optimizer_state()  # parameters learn where their moments lie
+        self.zero._lazy_init_hp_params_optimizer_state()  # maps parameters to their moments in the flat buffers
         for name, p in self.model.named_parameters():
             for key in ("exp_avg", "exp_avg_sq") if name in state else ():
                 safe_set_full_optimizer_state(p, state[name][key].to(p.device), key)
@@ -262,16 +266,20 @@ class Zero2Learner(Learner):
 
 
 def _asked_for() -> str:
-    """The engine that accelerate's launcher announces in the environment."""
+    """The engine that accelerate's launcher set in the environment.
+
+    Raises:
+        DimoError: a ZeRO stage other than 2, an FSDP version other than 2, or DeepSpeed cannot be imported.
+    """
     on = {name for name in ("DEEPSPEED", "FSDP") if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true"}
     if "DEEPSPEED" in on:
         stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
         if stage != "2":
-            raise DimoError(f"under DeepSpeed dimo trains at zero_stage 2, got {stage}; FSDP2 cuts the weights as well")
+            raise DimoError(f"under DeepSpeed zero_stage must be 2, got {stage}; use FSDP2 to shard weights as well")
         try:
             import deepspeed  # noqa: F401
         except ImportError as error:
-            raise DimoError(f"DeepSpeed cannot be used ({error}); pip install deepspeed, or take FSDP2") from error
+            raise DimoError(f"DeepSpeed cannot be used ({error}); pip install deepspeed, or use FSDP2") from error
         return "deepspeed_zero2"
     if "FSDP" in on:
         version = os.environ.get("FSDP_VERSION", "1")
@@ -281,13 +289,16 @@ def _asked_for() -> str:
     return "ddp"
 
 
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This process's piece, or the tensor itself where nothing is cut."""
+def to_local(tensor: torch.Tensor) -> torch.Tensor:
+    """The local shard of a sharded tensor; any other tensor unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(values: dict[str, torch.Tensor], keep: bool) -> dict[str, torch.Tensor]:
-    """Cut tensors gathered, one after the other, onto the CPU of the process that keeps them; others as they are."""
+def full_tensors(values: dict[str, torch.Tensor], keep: bool) -> dict[str, torch.Tensor]:
+    """All-gather sharded tensors one by one onto the CPU of the ranks with `keep`; if none is sharded, no copy is made.
+
+    The other ranks get {} from a dict with sharded tensors. Collective.
+    """
     if not any(isinstance(value, DTensor) for value in values.values()):
         return values
     gathered = {}
@@ -299,8 +310,8 @@ def whole(values: dict[str, torch.Tensor], keep: bool) -> dict[str, torch.Tensor
 
 
 @torch.no_grad()
-def load_whole(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """`load_state_dict` of whole tensors, also where the model is cut."""
+def load_full_state(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """`load_state_dict` of full tensors into a model that may be sharded."""
     reshard(model)
     own = model.state_dict()
     model.load_state_dict(
@@ -309,7 +320,7 @@ def load_whole(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None
 
 
 def placed_like(tensor: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """A whole value where `tensor` is, cut as it is cut; a value of another shape (a count) is only moved."""
+    """The full tensor `value` on the device of `tensor`, sharded like it unless its shape differs (a step count)."""
     value = value.to(tensor.device)
     if not isinstance(tensor, DTensor) or value.shape != tensor.shape:
         return value
@@ -317,13 +328,13 @@ def placed_like(tensor: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 
 
 def reshard(model: torch.nn.Module) -> None:
-    """Give back what a pass under FSDP2 left gathered, so that the parameters are the cut ones, which are updated."""
+    """Free the parameters that a forward pass under FSDP2 left gathered, so that the sharded ones are in place."""
     if isinstance(model, FSDPModule):
         model.reshard()
 
 
 def average(tensors: list[torch.Tensor]) -> None:
-    """Put the mean over all processes in the place of every tensor, in few large collectives."""
+    """Replace every tensor by its mean over all ranks, in a few large all-reduces."""
     start = 0
     while start < len(tensors):
         end, entries = start, 0

@@ -1,4 +1,4 @@
-"""Guards before the update: a value that is not finite, on whichever process, keeps every process from updating."""
+"""Skip an update on all ranks if any of them met a value that is not finite, and stop after too many such steps."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def alignment_of(ursa: Ursa, max_prompt_length: int, dense: bool) -> Alignment |
 
 
 class Guard:
-    """Agrees on bad steps and counts them: `skipped` in all, `in_a_row` the latest."""
+    """Lets the ranks agree on bad steps and counts them: `skipped` in total, `in_a_row` up to now."""
 
     def __init__(self, engine: Engine, max_bad_steps: int):
         self.engine, self.max_bad_steps = engine, max_bad_steps
@@ -47,9 +47,9 @@ class Guard:
 
     @contextlib.contextmanager
     def agreed(self) -> Iterator[None]:
-        """Around stages: a NonFiniteError in one process is one in all, raised when all have come to the end.
+        """Context around stages: a NonFiniteError on one rank is raised on all, once all have reached the end.
 
-        What is inside may fail only where no collective follows it inside; else the others would wait for ever.
+        Code inside must not fail before a collective that is also inside: the other ranks would wait forever.
         """
         error = None
         try:
@@ -60,7 +60,11 @@ class Guard:
             raise error or NonFiniteError("another process met a value that is not finite")
 
     def count(self, error: NonFiniteError | None) -> dict:
-        """After every step. Returns what an event says of a bad one: {why: {rank: sentence}, in_a_row}."""
+        """Count a step, `error` being None for a good one; collective for a bad one.
+
+        Returns:
+            Fields for the event of a bad step: {"why": one message per rank, "in_a_row": count}; {} for a good step.
+        """
         if error is None:
             self.in_a_row = 0
             return {}
@@ -68,10 +72,16 @@ class Guard:
         return {"why": self.engine.everywhere(str(error)), "in_a_row": self.in_a_row}
 
     def stop_if_hopeless(self, folder: str | Path, index: int, seed: int, steps: list[Step]) -> None:
-        """After `max_bad_steps` in a row, save every process's batch for replay, and stop.
+        """After `max_bad_steps` skipped steps in a row, save each rank's batch for replay and stop.
+
+        Args:
+            folder: run folder.
+            index: training step.
+            seed: seed of this rank's generator at that step.
+            steps: one `Step` per micro-batch.
 
         Raises:
-            DimoError: that many steps were skipped in a row.
+            DimoError: too many steps were skipped in a row.
         """
         if self.in_a_row < self.max_bad_steps:
             return
@@ -82,8 +92,8 @@ class Guard:
                 Path(folder) / "slices" / f"{name}-rank{self.engine.rank}{piece}.safetensors", step, index, seed
             )
         raise DimoError(
-            f"{self.in_a_row} steps in a row met values that are not finite and were skipped; the last batch is in "
-            f"{Path(folder) / 'slices'}/{name}-*. Lower optim.lr or optim.aux_lr, or look at the teacher"
+            f"{self.in_a_row} steps in a row were skipped for values that are not finite; the last batch is saved in "
+            f"{Path(folder) / 'slices'}/{name}-*. Lower optim.lr or optim.aux_lr, or check the teacher"
         )
 
     def state_dict(self) -> dict:
@@ -94,7 +104,7 @@ class Guard:
 
 
 def save_replay(file: Path, step: Step, index: int, seed: int) -> None:
-    """What a step drew before it went wrong: those of txt_ids, x_init, x_hat, x_t, t that it came to, step and seed."""
+    """Save the draws of a failed step (txt_ids, x_init, x_hat, x_t, t, as far as it got), its index and seed."""
     drawn = {name: getattr(step, name) for name in REPLAYED}
     tensors = {name: value.detach().cpu().contiguous() for name, value in drawn.items() if value is not None}
     numbers = {"step": torch.tensor(index), "seed": torch.tensor(seed)}

@@ -1,4 +1,4 @@
-"""The training loop: step after step, into a run folder that can be killed at any moment."""
+"""The training loop, which writes a run folder and can be killed and resumed at any moment."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ from dimo.worlds import is_world
 if TYPE_CHECKING:
     from dimo.train.trainer import Trainer
 
-FAILED = ".failed-rank-{}"  # what a rank other than 0 died of
-SEEN_WITHIN_S = 60.0  # a network file system may show a new file late
-# what may differ between the machines of one run; that `log_every` differs would be a wait without an end
+FAILED = ".failed-rank-{}"  # the error of a rank other than 0
+SEEN_WITHIN_S = 60.0  # a network file system may show new files with a delay
+# keys that may differ between the machines of a run; with different values of log_every, say, ranks would deadlock
 OWN_TO_A_MACHINE = {"experiment.output_dir", "experiment.resume", "experiment.overwrite", "training.engine"}
 OWN_TO_A_MACHINE |= {"distill.teacher_ckpt", "distill.prompt_source"}
 
 
 def run_training(trainer: Trainer, progress: bool = True) -> RunFolder:
-    """Run to max_train_steps, resuming from the folder's newest whole checkpoint, and write checkpoints/final.
+    """Train to max_train_steps, resuming from the newest valid checkpoint of the run folder; write checkpoints/final.
 
     Raises:
-        Preempted: a signal asked to stop; the step was finished and saved. The folder's status says so too.
-        DimoError: the folder or its checkpoints do not serve, or the disk refused.
+        Preempted: a signal asked to stop; the step was finished and saved, and the run's status is "preempted".
+        DimoError: the run folder or its checkpoints cannot be used, or writing failed.
     """
     c = trainer.config.experiment
     with lasting_output(), Signals() as signals:
@@ -50,8 +50,8 @@ def run_training(trainer: Trainer, progress: bool = True) -> RunFolder:
         checkpoints = Checkpoints(run.path / "checkpoints", c.keep_last, trainer.accelerator.process_index)
         try:
             _train(trainer, run, checkpoints, signals, progress)
-        except BaseException as error:  # also Ctrl-C: the folder must say how the run ended
-            if isinstance(error, Exception) and trainer.accelerator.num_processes == 1:  # of several, one may be gone
+        except BaseException as error:  # Ctrl-C, too: the run folder must record how the run ended
+            if isinstance(error, Exception) and trainer.accelerator.num_processes == 1:  # else a rank may be missing
                 with contextlib.suppress(DimoError):
                     _say_saved(run, checkpoints.finish())
             _record_end(c.output_dir, error, trainer.accelerator.process_index)
@@ -62,7 +62,7 @@ def run_training(trainer: Trainer, progress: bool = True) -> RunFolder:
 
 
 def _open(trainer: Trainer) -> RunFolder:
-    """The folder, locked by the main process; refused on all ranks if on one."""
+    """Open the run folder, locked by the main process; an error is raised on all ranks."""
     c, run, error = trainer.config.experiment, None, None
     if trainer.accelerator.is_main_process:
         try:
@@ -79,7 +79,7 @@ def _open(trainer: Trainer) -> RunFolder:
 
 
 def _require_one_run(trainer: Trainer) -> None:
-    """Refused on all ranks if one has another configuration or does not see the folder."""
+    """Raise on all ranks if one of them has a different configuration or does not see the run folder."""
     file, error = Path(trainer.config.experiment.output_dir) / "config.yaml", None
     mine = {k: v for k, v in to_flat(trainer.config).items() if k not in OWN_TO_A_MACHINE}
     first = everywhere(mine)[0]
@@ -88,9 +88,9 @@ def _require_one_run(trainer: Trainer) -> None:
     while not differ and not file.exists() and time.monotonic() < until:
         time.sleep(0.2)
     if differ:
-        error = DimoError(f"another configuration than rank 0's: {'; '.join(differ[:3])}")
+        error = DimoError(f"the configuration differs from rank 0's: {'; '.join(differ[:3])}")
     elif not file.exists():
-        error = DimoError(f"{file.parent} on {socket.gethostname()} is not the folder that rank 0 writes")
+        error = DimoError(f"{file.parent} on {socket.gethostname()} is not the folder that rank 0 writes to")
     raise_everywhere(error)
 
 
@@ -113,7 +113,7 @@ def _train(trainer: Trainer, run: RunFolder, checkpoints: Checkpoints, signals: 
         finally:
             _drain_events(trainer, run)
         done = index + 1
-        # one small reduction tells every rank of a signal to one of them, and that all files of a checkpoint lie there
+        # one small all-reduce: has any rank received a signal, and have all ranks written their files of a checkpoint
         told, written = count_ranks([signals.received is not None, checkpoints.written()], trainer.device)
         if written == trainer.accelerator.num_processes:
             _say_saved(run, checkpoints.finish())
@@ -145,14 +145,14 @@ def _train(trainer: Trainer, run: RunFolder, checkpoints: Checkpoints, signals: 
     _say_saved(run, checkpoints.finish())
     write_student(trainer, run)
     if trainer.guard.skipped:
-        run.say(f"{trainer.guard.skipped} steps of {last} were skipped for values that are not finite", aloud=True)
+        run.say(f"{trainer.guard.skipped} of {last} steps were skipped for values that are not finite", aloud=True)
     run.say(f"finished: step {last}")
     run.write_status(state="finished", step=last, max_steps=last)
     close_trackers(trainer.accelerator)
 
 
 def _resume(trainer: Trainer, run: RunFolder, checkpoints: Checkpoints) -> int:
-    """Load the newest whole checkpoint; returns the steps done, 0 where there is none."""
+    """Load the newest valid checkpoint, if any; returns the number of steps done."""
     folder, damaged, error = None, {}, None
     if run.writes:
         try:
@@ -162,7 +162,7 @@ def _resume(trainer: Trainer, run: RunFolder, checkpoints: Checkpoints) -> int:
             error = refused
     raise_everywhere(error)
     for bad, wrong in damaged.items():
-        run.say(f"{bad} is damaged and passed over: {wrong}", aloud=True)
+        run.say(f"{bad} is damaged and skipped: {wrong}", aloud=True)
         run.event({"step": int(bad.name[5:]), "event": "damaged_checkpoint", "checkpoint": bad.name, "why": wrong})
     folder = everywhere(folder)[0]
     if folder is None:
@@ -180,8 +180,9 @@ def _resume(trainer: Trainer, run: RunFolder, checkpoints: Checkpoints) -> int:
     if before != now:
         per_process = trainer.config.distill.batch_size_per_gpu
         run.say(
-            f"{before} processes wrote {folder.name}, {now} go on: {per_process * now} samples a step in place of "
-            f"{per_process * before}, other random draws, and each takes up the memory of x_hat of one of the old ones",
+            f"{folder.name} was written by {before} processes and is continued by {now}: {per_process * now} samples "
+            f"per step instead of {per_process * before}, different random draws, and each process takes over the "
+            "memory of x_init of one of the old ones",
             aloud=True,
         )
         run.event({"step": first, "event": "processes_changed", "was": before, "is": now})
@@ -196,12 +197,12 @@ def _drain_events(trainer: Trainer, run: RunFolder) -> None:
 
 
 def _require_finite_weights(tensors: dict[str, dict[str, torch.Tensor]], done: int) -> None:
-    """A checkpoint of NaNs would be the newest valid one; refused on all ranks, since one of them holds the weights."""
+    """Raise on all ranks before NaNs are saved as the newest valid checkpoint; one rank may hold all the weights."""
     bad = [f"{name} of the {network}" for network, weights in tensors.items()
            for name, weight in weights.items() if not are_finite(weight)]  # fmt: skip
     error = DimoError(
-        f"after step {done} {bad[0]} is not finite ({len(bad)} tensors are not) and nothing was saved; the last "
-        "checkpoint stays. Lower optim.lr or optim.aux_lr"
+        f"after step {done} {bad[0]} is not finite ({len(bad)} tensors in total), so nothing was saved; the last "
+        "checkpoint is kept. Lower optim.lr or optim.aux_lr"
     ) if bad else None  # fmt: skip
     raise_everywhere(error)
 
@@ -212,7 +213,7 @@ def _say_saved(run: RunFolder, folder: Path | None) -> None:
 
 
 def _record_end(folder: str, error: BaseException, rank: int) -> None:
-    """status.json and train.log say how the run ended; of several ranks the one to blame is heard."""
+    """Record in status.json and train.log how the run ended; of several ranks, the one that caused it is reported."""
     run, stopped = RunFolder(folder), isinstance(error, KeyboardInterrupt)
     text = str(error) if isinstance(error, DimoError) else f"{type(error).__name__}: {error}"
     trace = "" if isinstance(error, DimoError) else "".join(traceback.format_exception(error))
@@ -222,25 +223,25 @@ def _record_end(folder: str, error: BaseException, rank: int) -> None:
             run.say(f"stopped: {error}")
             run.write_status(state="preempted", error=None if isinstance(error, Preempted) else text)
         elif not stopped and rank > 0:
-            # a file of its own first: rank 0 may be writing the status at this moment
+            # in a separate file first, since rank 0 may be writing the status at this moment
             write_text(run.path / FAILED.format(rank), f"rank {rank}: {text}")
             run.say(f"{trace}failed: rank {rank}: {text}")
-            if run.status().get("state") == "running":  # rank 0 may never come to it, waiting for this one
+            if run.status().get("state") == "running":  # rank 0 may be blocked, waiting for this rank
                 run.write_status(state="failed", error=f"rank {rank}: {text}", last_lines=run.last_lines())
         elif not stopped:
             others = sorted(run.path.glob(FAILED.format("*")))
-            if others and not isinstance(error, DimoError):  # a broken connection: the reason is at its other end
+            if others and not isinstance(error, DimoError):  # a broken connection: another rank has the reason
                 text = others[0].read_text(encoding="utf-8")
             run.say(f"{trace}failed: {text}")
             run.write_status(state="failed", error=text, last_lines=run.last_lines())
-    except (DimoError, OSError) as also:  # a folder that is gone, a disk that another program fills
+    except (DimoError, OSError) as also:  # the folder was removed, or the disk is full
         print(f"dimo: {also}", file=sys.stderr)
 
 
 def write_samples(trainer: Trainer, run: RunFolder, done: int) -> None:
-    """A picture of the EMA student's one-step videos of the first prompts, from the same noise every time.
+    """Save a sheet of the EMA student's one-step videos for up to 8 example prompts, with the same noise every time.
 
-    As many at once and in the precision that training has, since memory is planned for no more.
+    Sampling uses the batch size and precision of training, so it needs no more memory than training does.
     """
     if trainer.ursa.vae is None:
         return
@@ -254,11 +255,11 @@ def write_samples(trainer: Trainer, run: RunFolder, done: int) -> None:
     with trainer.engine.autocast():
         codes = torch.cat([
             sample(trainer.networks.ema, trainer.path, ids[part], trainer.grid, 1, x_init=x, generator=g)
-            for part, x in zip(rows.split(size), x_init.split(size))  # on every rank: the network may be cut
+            for part, x in zip(rows.split(size), x_init.split(size))  # on every rank: the network may be sharded
         ])  # fmt: skip
     if not run.writes:
         return
-    from dimo.views.sheets import save_sheet  # matplotlib only when a picture is made
+    from dimo.views.sheets import save_sheet  # imports matplotlib, so only when needed
 
     frames = trainer.ursa.vae.decode(codes.view(-1, *trainer.grid)).cpu()
     shown = [examples[i] for i in rows.tolist()]
@@ -266,8 +267,8 @@ def write_samples(trainer: Trainer, run: RunFolder, done: int) -> None:
 
 
 def write_student(trainer: Trainer, run: RunFolder) -> None:
-    """checkpoints/final: student.pt (plain state dict) and student/ (config.json + safetensors), the final weights."""
-    weights = trainer.final_weights()  # gathered by all ranks
+    """Write the final weights to checkpoints/final: student.pt (state dict) and student/ (config.json, safetensors)."""
+    weights = trainer.final_weights()  # collective
     if not run.writes:
         return
     final, name = run.path / "checkpoints" / "final", trainer.config.experiment.student_dtype
@@ -279,4 +280,4 @@ def write_student(trainer: Trainer, run: RunFolder) -> None:
         with whole_file(final / "student.pt") as beside:
             save_torch(plain_state(weights, dtype), beside)
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise DimoError(f"{final} could not be written: {error}; the last checkpoint stays") from error
+        raise DimoError(f"{final} could not be written: {error}; the last checkpoint is kept") from error

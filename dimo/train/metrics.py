@@ -1,4 +1,4 @@
-"""What a training step measures, and its means over the steps between two lines of metrics.jsonl."""
+"""Metrics of a training step, and their means over the steps between two lines of metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MEASURED = (
 
 
 def measured(step: Step) -> dict[str, torch.Tensor]:
-    """What a step has computed anyway, as scalars."""
+    """Metrics that need no computation beyond the step itself, as scalar tensors."""
     values = {
         "loss/total": step.loss,
         "loss/distill": step.distill,
@@ -34,20 +34,20 @@ def measured(step: Step) -> dict[str, torch.Tensor]:
 
 
 class Averages:
-    """Means since they were last taken. Sums stay on the device, so that adding waits for nothing."""
+    """Running means since the last `take`. The sums stay on the device, so `add` does not synchronise."""
 
     def __init__(self):
         self.sums: dict[str, torch.Tensor] = {}
         self.counts: dict[str, int] = {}
 
     def add(self, values: dict[str, torch.Tensor]) -> None:
-        """A step's scalars, or those of a part of a step."""
+        """Add the scalars of one step or micro-batch."""
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach().float()
             self.counts[name] = self.counts.get(name, 0) + 1
 
     def take(self) -> dict[str, torch.Tensor]:
-        """{name: mean} of what was added; starts anew."""
+        """Return {name: mean} and reset."""
         means = {name: total / self.counts[name] for name, total in self.sums.items()}
         self.sums, self.counts = {}, {}
         return means

@@ -1,4 +1,4 @@
-"""The optimizers of one network: AdamW, or Muon for the matrices inside its layers and AdamW for the rest."""
+"""Optimizers and schedules: AdamW, or Muon for the matrices inside the layers with AdamW for the rest."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import torch
 
 from dimo.config import Optim
 
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Muon's quintic: brings singular values near 1 in five rounds
-STACK_ENTRIES = 2**24  # matrices of one shape are orthogonalised together, up to so many entries at once
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Muon's quintic: brings singular values close to 1 in five iterations
+STACK_ENTRIES = 2**24  # matrices of equal shape are orthogonalised in batches of up to so many entries
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, then the nearest orthogonal matrix, scaled to AdamW's usual root mean square of 0.2.
+    """Muon: the Nesterov momentum, orthogonalised and scaled to the typical RMS of AdamW's update, 0.2.
 
-    The update of a matrix (m, n) is lr 0.2 sqrt(max(m, n)) U, U from five Newton-Schulz rounds (Jordan et al. 2024;
-    scale: arXiv 2502.16982, eq. 4). It is `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"`, but matrices of one
-    shape go through as one batch: for small networks that is several times as fast.
+    The update of a matrix (m, n) is lr 0.2 sqrt(max(m, n)) U, with U from five Newton-Schulz iterations (Jordan et al.
+    2024; scale: arXiv 2502.16982, eq. 4). Equals `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"`, but
+    matrices of equal shape are processed as one batch, several times as fast for small networks.
     """
 
     def __init__(self, params, lr: float, momentum: float = 0.9, weight_decay: float = 0.0):
@@ -45,7 +45,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
-    """(S, m, n) -> (S, m, n): the same singular vectors, every singular value near 1."""
+    """Matrices (S, m, n) with the same singular vectors and all singular values close to 1."""
     a, b, c = NEWTON_SCHULZ
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
@@ -57,10 +57,15 @@ def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
 
 
 def make_optimizers(model: torch.nn.Module, lr: float, muon_lr: float, optim: Optim) -> list[torch.optim.Optimizer]:
-    """One or two optimizers that together hold what learns, each parameter once; groups remember their `initial_lr`.
+    """The one or two optimizers of all trainable parameters; each parameter group stores its `initial_lr`.
 
-    Muon steps with the same strength along every direction of a matrix. A one-step student has to decide between
-    videos sharply, from noise alone; AdamW sharpens it several times more slowly (docs/experiments.md).
+    Muon's update is equally strong in all directions of a matrix. A one-step student must choose one video from noise
+    alone, which takes sharp distributions; AdamW sharpens them several times more slowly (docs/experiments.md).
+
+    Args:
+        lr: AdamW's learning rate.
+        muon_lr: Muon's learning rate, if optim.optimizer is muon.
+        optim: the other settings.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     inside = {name for name, p in named if ".layers." in name and p.dim() == 2} if optim.optimizer == "muon" else set()
@@ -77,21 +82,21 @@ def make_optimizers(model: torch.nn.Module, lr: float, muon_lr: float, optim: Op
 
 
 def set_lr_factor(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
-    """lr = initial_lr * factor, everywhere."""
+    """Set the learning rate of every parameter group to initial_lr * factor."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 
 
 def warm_ema_decay(decay: float, step: int) -> float:
-    """The moving average's decay at a step: shorter at first, so that it does not hold on to where training began."""
+    """EMA decay with warm-up, min(decay, (1 + step) / (10 + step)), so that the initial weights are soon forgotten."""
     return min(decay, (1 + step) / (10 + step))
 
 
 def lr_factor(optim: Optim, step: int, max_steps: int, least: float) -> float:
-    """Linear warm-up, then the decay from 1 to `least` over max_steps.
+    """Learning rate factor at a step: linear warm-up times a decay from 1 to `least` over max_steps.
 
-    constant: none. linear, cosine: from the start. wsd: constant, then linear in the last fifth.
+    `optim.decay`: constant (no decay), linear, cosine, or wsd (constant, then linear over the last fifth).
     """
     share = step / max_steps
     warm = min(1.0, (step + 1) / max(1, optim.warmup_steps))

@@ -1,6 +1,6 @@
-"""Stage 1's source: the world's own prompts, tokenised once, or a stream of captions, tokenised batch by batch.
+"""Prompts for stage 1: those of a world, tokenised once, or a stream of captions, tokenised batch by batch.
 
-Of captions some are held out: training never sees them, and a student that no oracle can score is evaluated on them.
+Some captions are held out: training never sees them, and a student that no oracle can score is evaluated on them.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from dimo.run.origin import held_out_by, learns_from, run_of
 from dimo.ursa import Ursa
 from dimo.worlds import is_world, load_world
 
-SHOWN = 8  # of a stream of which nothing is held out
-ROWS = 10_000  # from whose captions those that are held out are taken
-MOST = 5  # one in so many captions is held out at most: of a few, most are to be learnt
+SHOWN = 8  # number of example prompts of a stream without held-out captions
+ROWS = 10_000  # held-out captions are taken from so many first rows
+MOST = 5  # at most one in so many captions is held out, so that small files are mostly used for training
 PREFIX = re.compile(r"(motion=[^\s,]*, )*")
 log = logging.getLogger(__name__)
 
 
 class WorldPrompts:
-    """All prompts of a world; a batch is drawn from the step's generator, so there is no position to keep."""
+    """All prompts of a world. Batches are drawn with the step's generator, so there is no position to save."""
 
     about = ""
 
@@ -51,14 +51,14 @@ class WorldPrompts:
 
 
 class StreamedPrompts:
-    """This rank's share of a stream without the captions that are `held_out`.
+    """This rank's share of a caption stream without the held-out captions.
 
     Args:
-        stream: the whole of it (of rank 0 of 1): what is held out is left out before the ranks divide the rest, so that
-            all share one position.
-        held_out: prompts; their captions are never given, with whatever motion prefix and however often they occur.
-            They are the `examples`; where there are none, the stream's first prompts are.
-        about: what was held out, in a sentence.
+        stream: the unsharded stream (rank 0 of 1). Held-out captions are removed before the rest is sharded, so all
+            ranks share one position.
+        held_out: prompts whose captions are never returned, regardless of their motion prefix and of duplicates. They
+            are the `examples`; if empty, the first prompts of the stream are.
+        about: a sentence on what is held out, for the log.
     """
 
     def __init__(
@@ -73,12 +73,12 @@ class StreamedPrompts:
         self.example_ids = tokenise(ursa.tokenize, self.examples, max_prompt_length)
         kept = len(self.example_ids.unique(dim=0))
         if kept < len(set(self.examples)):
-            self.about += (f"; distill.max_prompt_length={max_prompt_length} tokens leave {kept} different prompts of "
-                           f"{len(set(self.examples))} that are shown and evaluated")  # fmt: skip
-        self.taken = self.cut = 0  # by this rank, and how many of those are longer than max_prompt_length
+            self.about += (f"; truncated to distill.max_prompt_length={max_prompt_length} tokens, only {kept} of the "
+                           f"{len(set(self.examples))} example prompts differ")  # fmt: skip
+        self.taken = self.cut = 0  # prompts taken by this rank, and those of them that were truncated
 
     def batch(self, size: int, generator: torch.Generator) -> torch.Tensor:
-        """txt_ids (size, L); the stream has its own order, so `generator` draws nothing."""
+        """txt_ids (size, L), the next prompts of the stream; `generator` is not used."""
         prompts, needed = [], size * self.world_size
         while len(prompts) < needed:
             more = self.stream.take(needed - len(prompts))
@@ -88,7 +88,7 @@ class StreamedPrompts:
         return ids
 
     def metrics(self) -> dict[str, float]:
-        """Counts of the stream, and the share of the prompts that were cut to max_prompt_length, since the start."""
+        """Counts of the stream, and the share of prompts truncated to max_prompt_length, since the start of the run."""
         counts = {f"prompts/{name}": count for name, count in self.stream.counts().items()}
         return counts | {"prompts/cut_share": self.cut / max(1, self.taken)}
 
@@ -97,28 +97,29 @@ class StreamedPrompts:
 
     def load_state_dict(self, state: dict) -> None:
         position = dict(state)
-        self.taken, self.cut = (position.pop(name, 0) for name in ("taken", "cut"))  # older checkpoints have neither
+        self.taken, self.cut = (position.pop(name, 0) for name in ("taken", "cut"))  # missing in older checkpoints
         self.stream.load_state_dict(position)
 
 
 def open_prompts(config: Config, ursa: Ursa, rank: int = 0, world_size: int = 1) -> WorldPrompts | StreamedPrompts:
-    """What `distill.prompt_source` names, without the captions that `evaluation.held_out` asks for.
+    """Open `distill.prompt_source`, with `evaluation.held_out` captions held out.
 
-    Which those are depends on the files and the minimums of scores alone, not on seeds, buffers or ranks, and fewer are
-    the first of more.
+    The held-out captions depend only on the files and the score minimums, not on seeds, buffers or ranks. A smaller
+    number gives the first ones of a larger number.
 
     Raises:
-        DimoError: the world has no prompts of its own, or they do not fit; or the files do not serve.
+        DimoError: prompt_source is world but the teacher is not a built-in world's, its prompts do not fit into
+            max_prompt_length, or the caption files cannot be read.
     """
     d, wanted = config.distill, config.evaluation.held_out
     if d.prompt_source == "world":
         if not is_world(ursa.folder):
             mine = "; ./world is the folder of that name" if Path("world").exists() else ""
             raise DimoError(
-                f"distill.prompt_source is world, and {ursa.folder} is no built-in world; name a file of captions{mine}"
+                f"distill.prompt_source is world, but {ursa.folder} is not a built-in world; give a caption file{mine}"
             )
         prompts = load_world(ursa.folder).prompts
-        require_whole(ursa, prompts, d.max_prompt_length)
+        require_prompts_fit(ursa, prompts, d.max_prompt_length)
         return WorldPrompts(prompts, ursa, d.max_prompt_length)
 
     def stream(seed: int, shuffle_buffer: int) -> PromptStream:
@@ -137,15 +138,16 @@ def open_prompts(config: Config, ursa: Ursa, rank: int = 0, world_size: int = 1)
 
 
 def evaluation_prompts(config: Config, ursa: Ursa, weights: str | Path) -> tuple[list[str], int | None]:
-    """What the student behind `weights` is evaluated on -> (prompts, how many of them its run has held out).
+    """The prompts on which the student behind `weights` is evaluated. Logs which ones they are.
 
-    What its run has not held out from its first step on does not count as held out; and of other captions than the
-    run's it is not known (None). A warning says which prompts these are.
+    Returns:
+        (prompts, number of them that are held out). Only captions that the student's run has held out since its first
+        step count; None if the captions are not those of the run, so that nothing is known about them.
     """
     run, e = run_of(weights), config.evaluation
     if run is not None and not learns_from(run, config):
-        log.warning("%s was trained on other captions than %s, or with other distill.min_*: which of these it was "
-                    "trained on is not known", run, config.distill.prompt_source)  # fmt: skip
+        log.warning("%s was trained on other captions than %s, or with other distill.min_*: it is not known which of "
+                    "these captions it was trained on", run, config.distill.prompt_source)  # fmt: skip
         return open_prompts(config, ursa).examples, None
     if run is not None and held_out_by(run) < e.held_out:
         log.warning("%s has held out %d captions throughout, not %d", run, held_out_by(run), e.held_out)
@@ -155,33 +157,34 @@ def evaluation_prompts(config: Config, ursa: Ursa, weights: str | Path) -> tuple
     return source.examples, len(source.held_out)
 
 
-def require_whole(ursa: Ursa, prompts: list[str], max_prompt_length: int) -> None:
-    """Raise unless all of a world's prompts fit into `max_prompt_length` tokens and differ there."""
+def require_prompts_fit(ursa: Ursa, prompts: list[str], max_prompt_length: int) -> None:
+    """Raise unless all of a world's prompts fit into `max_prompt_length` tokens and have different token ids."""
     ids, cut = ursa.tokenize_and_count(prompts, max_prompt_length)
     different, needed = len(ids.unique(dim=0)), max(len(one) for one in ursa.tokenizer(prompts).input_ids)
     if cut:
         raise DimoError(
-            f"distill.max_prompt_length is {max_prompt_length}, and the world's prompts have up to {needed} tokens: "
-            f"{cut} of {len(prompts)} would be cut and {different} different ones be left; at least {needed} are needed"
+            f"distill.max_prompt_length must be at least {needed}, the length of the world's longest prompt in tokens, "
+            f"got {max_prompt_length}: {cut} of {len(prompts)} prompts would be truncated, leaving {different} "
+            "different ones"
         )
     if different < len(prompts):
         raise DimoError(
-            f"the tokenizer in {ursa.folder} makes only {different} different prompts of the world's {len(prompts)}: "
-            "it is another world's"
+            f"the tokenizer in {ursa.folder} belongs to another world: {len(prompts)} prompts of this one become only "
+            f"{different} different ones"
         )
 
 
 def _caption(prompt: str) -> str:
-    """Without the motion prefix, which a caption may have in one epoch and not in the next."""
+    """The caption without its motion prefix, which a prompt may have in one epoch and not in the next."""
     return prompt[PREFIX.match(prompt).end() :]
 
 
 def _about(wanted: int, held_out: int, different: int) -> str:
-    trained_on = "evaluation is on captions that are trained on"
+    trained_on = "evaluation uses captions that are trained on"
     if wanted == 0:
         return f"evaluation.held_out is 0: {trained_on}"
     if held_out == 0:
         return f"too few captions to hold any out of training ({different} different ones): {trained_on}"
-    few = f": one in {MOST} at most, where evaluation.held_out is {wanted}" if held_out < wanted else ""
+    few = f": at most one in {MOST}, although evaluation.held_out is {wanted}" if held_out < wanted else ""
     held = "1 caption is" if held_out == 1 else f"{held_out} captions are"
     return f"{held} held out of training for evaluation{few}"

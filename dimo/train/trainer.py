@@ -1,4 +1,4 @@
-"""One training step: the networks, the nine stages in order, and the state that a checkpoint holds."""
+"""The trainer: networks and optimizers, the training step, metrics, and the state that a checkpoint holds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dimo.distill.stages import Step
 from dimo.distill.step import Networks, nine_stages
 from dimo.errors import DimoError, NonFiniteError, trusted_values
 from dimo.run.folder import RunFolder
-from dimo.train.engine import Engine, load_whole, local, reshard
+from dimo.train.engine import Engine, load_full_state, reshard, to_local
 from dimo.train.guards import Guard, alignment_of
 from dimo.train.loop import run_training
 from dimo.train.metrics import MEASURED, Averages, measured
@@ -29,9 +29,14 @@ from dimo.worlds import checkpoint_folder, is_world, load_world, require_world
 
 
 class Trainer:
-    """Everything a run needs, ready to step. `Trainer(config).train()` is the whole run; a notebook calls `step`.
+    """Everything a run needs. `Trainer(config).train()` is the whole run; a notebook calls `step` or `walk`.
 
-    `ursa` and `prompts` stand for the checkpoint folder and the prompt source that the configuration names.
+    Args:
+        ursa: replaces the checkpoint that `distill.teacher_ckpt` names.
+        prompts: replaces the source that `distill.prompt_source` names.
+
+    Raises:
+        DimoError: the configuration does not fit the checkpoint, the prompts or the engine.
     """
 
     def __init__(self, config: Config, ursa: Ursa | None = None, prompts: WorldPrompts | None = None):
@@ -60,14 +65,14 @@ class Trainer:
         teacher = self.ursa.transformer.requires_grad_(False).eval()
         student, aux, ema = (self.engine.copy_of(teacher, learns) for learns in (True, True, False))
         if config.training.mixed_precision == "bf16":
-            teacher.bfloat16()  # it never learns, so it needs no more
+            teacher.bfloat16()  # frozen, so it needs no float32 master weights
         self.networks = Networks(teacher, student, aux, ema)
         for network in (student, aux, ema):
             if not config.model.train_embeddings:
                 network.model.embed_tokens = self.engine.frozen(network.model.embed_tokens, teacher.model.embed_tokens)
             if not config.model.train_head:
                 network.lm_head = self.engine.frozen(network.lm_head, teacher.lm_head)
-                network.model.norm.requires_grad_(False)  # small: each has its own, in its own precision
+                network.model.norm.requires_grad_(False)  # small, so each network keeps its own, in its own precision
         for network in (student, ema):
             network.model.norm.weight.data.mul_(config.model.logit_gain)
         for network in (teacher, student, aux, ema) if config.model.backend == "native" else ():
@@ -82,31 +87,37 @@ class Trainer:
         self.beta = d.beta()
         self.generator = torch.Generator(self.device)
         self.lambda_ent = d.lambda_ent
-        # logits are not kept where a batch's would be larger than 128 MiB, or bf16 would round them
+        # logits are stored only if a batch's take at most 128 MiB and are not rounded to bf16
         large = d.t_draws * d.batch_size_per_gpu * self.num_visual_tokens * self.path.codebook_size > 2**25
         self.dense = not large and config.training.mixed_precision == "no"
         self.guard = Guard(self.engine, config.training.max_bad_steps)
         self.averages = Averages()
-        self.events: list[dict] = []  # {"step", "event", ...}: whoever runs the steps takes them away
+        self.events: list[dict] = []  # {"step", "event", ...}; drained by the training loop
 
     def step(self, index: int) -> tuple[Step, dict[str, float]]:
-        """One training step, the nine stages in order; returns all they produced and the metrics that cost nothing.
+        """Run training step `index`, the nine stages in order.
 
-        With training.gradient_accumulation_steps the step has several parts, and what is returned is the last one's.
-        A step that meets a value that is not finite, in any process, changes nothing from there on, in all of them.
+        If any rank meets a value that is not finite, all ranks skip the rest of the step.
+
+        Returns:
+            (results of the stages, of the last micro-batch under gradient accumulation; metrics grad_norm/student,
+            grad_norm/aux, optim/lr and guard/skipped).
 
         Raises:
-            DimoError: training.max_bad_steps steps in a row were of that kind; their last batch is saved for replay.
+            DimoError: training.max_bad_steps steps in a row were skipped; the last batch is saved for replay.
         """
-        with trusted_values():  # a tokenizer's ids, which were checked when it was loaded, and what the step draws
+        with trusted_values():  # ids come from a tokenizer checked at loading, and from the step's own draws
             *_, (_, step, values) = self.walk(index)
         return step, values
 
     def walk(self, index: int) -> Iterator[tuple[int, Step, dict[str, float]]]:
-        """`step`, stopping after each stage: yields the stage's number, the step so far, and at the end its metrics.
+        """Run `step`, pausing after each stage, so that a notebook can inspect the results.
 
-        For a notebook that looks at what each stage made, in the precision and with the compiled networks that training
-        has. Of several parts each comes by itself; stage 6 stops after its updates, stage 9 after the student's.
+        Precision and compilation are those of training. Under gradient accumulation stages 1 to 8 are yielded for each
+        micro-batch; stage 6 is yielded after the auxiliary's updates, stage 9 once, after the student's update.
+
+        Yields:
+            (stage number 1 to 9, results so far, metrics as in `step` for stage 9, else {}).
         """
         c, g = self.config, self.generator
         seed = self.seed_of(index)
@@ -131,33 +142,33 @@ class Trainer:
             self.student.discard()
             self.aux.discard()
             if self.baseline:
-                self.baseline.load_state_dict(baseline)  # a moving average never forgets a NaN
+                self.baseline.load_state_dict(baseline)  # a NaN would stay in the moving average forever
             self.events.append({"step": index + 1, "event": "step_skipped", **self.guard.count(error)})
             self.guard.stop_if_hopeless(c.experiment.output_dir, index, seed, steps)
         yield 9, steps[-1], norms | {"optim/lr": c.optim.lr * factor, "guard/skipped": self.guard.skipped}
 
     def seed_of(self, index: int) -> int:
-        """Of (seed, rank, step), so that a resumed run draws what the run would have drawn."""
+        """Generator seed from (seed, rank, step), so that a resumed run draws the same numbers."""
         return ((self.config.experiment.seed * 1_000_003 + index) * 4099 + self.engine.rank) % 2**63
 
     def draw_prompts(self) -> torch.Tensor:
-        """Stage 1's txt_ids (B, L)."""
+        """Stage 1: txt_ids (B, L)."""
         return self.prompts.batch(self.settings.batch_size_per_gpu, self.generator)
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        """The precision of the passes."""
+        """The autocast context of the forward passes."""
         return self.engine.autocast()
 
     def agreed(self) -> contextlib.AbstractContextManager:
-        """Around stages: a NonFiniteError in one process is raised in all."""
+        """Context around stages: a NonFiniteError on one rank is raised on all."""
         return self.guard.agreed()
 
     def mean(self, value: torch.Tensor) -> torch.Tensor:
-        """Over all processes."""
+        """The mean over all ranks."""
         return self.engine.mean(value)
 
     def set_entropy_bonus(self, index: int, entropy: torch.Tensor) -> None:
-        """lambda_ent from the entropy over all processes; its rise and its fall are events."""
+        """Set lambda_ent from the mean token entropy over all ranks; a switch between its two values is an event."""
         raised, before = self.entropy_bonus.raised, self.lambda_ent
         entropy = self.engine.mean(entropy).item()
         self.lambda_ent = self.entropy_bonus(entropy, index)
@@ -168,25 +179,25 @@ class Trainer:
 
     @torch.no_grad()
     def update_ema(self, index: int) -> None:
-        """Move the average towards the student."""
+        """Update the student's moving average."""
         decay = warm_ema_decay(self.config.optim.ema_decay, index)
         reshard(self.networks.ema)
         pairs = zip(self.networks.ema.parameters(), self.networks.student.parameters())
-        ema, student = zip(*((local(e), local(s)) for e, s in pairs if s.requires_grad))
+        ema, student = zip(*((to_local(e), to_local(s)) for e, s in pairs if s.requires_grad))
         torch._foreach_lerp_(ema, student, 1 - decay)
 
     @torch.no_grad()
     def metrics(self, step: Step) -> dict[str, float]:
-        """Means over the steps since the last call, their parts and all processes; collective.
+        """Metrics averaged over the steps since the last call, their micro-batches and all ranks. Collective.
 
-        What a step does not compute anyway is of `step`, the latest, alone: KL(p_T || p_St) without stage 7 (one more
-        pass of the student), and codes/used. Where no step was finite, or for these the latest was not, they are NaN.
+        codes/used, and gap/student_teacher_kl if stage 7 did not run (one more student pass), are computed for `step`,
+        the latest one, only. NaN if no step, or for these two the latest step, was finite.
         """
         means = dict.fromkeys([*MEASURED, "reward/square"], torch.tensor(math.nan, device=self.device))
         if not self.guard.in_a_row:
             means["gap/student_teacher_kl"] = self._student_teacher_kl(step)
             means["codes/used"] = torch.tensor(float(step.x_hat.unique().numel()), device=self.device)
-            means |= measured(step)  # for who asks a second time of one step, when there is nothing left to average
+            means |= measured(step)  # for a second call after the same step, when there is nothing left to average
         means |= self.averages.take()
         values = self.engine.mean(torch.stack([value.detach().float() for value in means.values()])).tolist()
         means = dict(zip(means, values))
@@ -203,44 +214,48 @@ class Trainer:
         return losses.kl(at_t.teacher, at_t.student_at_t)
 
     def state(self) -> tuple[dict, dict]:
-        """(tensors by network, all else that the processes share) of a checkpoint; whole, whatever the engine.
+        """The state that all ranks share, unsharded under every engine. Collective.
 
-        Collective. Where the engine cuts networks, the content is rank 0's.
+        Returns:
+            ({network: full state dict}, optimizers and everything else). If the engine shards, only rank 0 holds them.
         """
         n = self.networks
         networks = {"student": n.student, "aux": n.aux, "ema": n.ema}
-        return {name: self.engine.whole_state(net) for name, net in networks.items()}, {
+        return {name: self.engine.full_state_dict(net) for name, net in networks.items()}, {
             "optimizers": {"student": self.student.state(), "aux": self.aux.state()},
-            "prompts": self.prompts.state_dict(),  # one position for all
+            "prompts": self.prompts.state_dict(),  # one position for all ranks
             "entropy_bonus": self.entropy_bonus.state_dict(),
             "baseline": self.baseline.state_dict() if self.baseline else None,
             "guard": self.guard.state_dict(),
         }
 
     def final_weights(self) -> dict[str, torch.Tensor]:
-        """The EMA's, whole, with final_logit_gain in its last norm in the place of logit_gain. Collective.
+        """The full state dict of the EMA, with final_logit_gain replacing logit_gain in its last norm. Collective.
 
-        On the ranks that hold none, where the engine cuts networks, it is empty. In training the student's draws must
-        stay open to be led; at the end they differ from the arg-max by single tokens, each of which spoils a video.
+        During training the student needs some entropy to explore. Afterwards its samples differ from the arg-max in
+        single tokens, and each of these spoils a video, so a higher gain is used. If the engine shards the networks,
+        the result is empty on all ranks but rank 0.
         """
-        m, weights, norm = self.config.model, self.engine.whole_state(self.networks.ema), "model.norm.weight"
+        m, weights, norm = self.config.model, self.engine.full_state_dict(self.networks.ema), "model.norm.weight"
         if norm in weights:
             weights[norm] = weights[norm] * (m.final_logit_gain / m.logit_gain)
         return weights
 
     def rank_state(self) -> dict:
-        """What is this process's own: the memory that x_init is drawn from, and sums of metrics."""
+        """The state of this rank only: the memory of x_init and the running means of metrics."""
         return {"x_init": self.x_init.state_dict(), "averages": self.averages.state_dict()}
 
     def load_state(self, tensors: dict, state: dict, rank_state: dict | None) -> None:
-        """Continue from `state()` and this rank's `rank_state()`, or None for a rank that the checkpoint has not.
+        """Load a checkpoint, which may come from another engine or number of processes. Collective.
 
-        Collective. The number of processes and the engine may be others than the checkpoint's; a rank without a state
-        starts with an empty memory, which is an event.
+        Args:
+            tensors, state: from `state`, complete on every rank.
+            rank_state: from `rank_state`; None for a rank that the checkpoint does not have, which then starts with an
+                empty memory. This is recorded as an event.
         """
         self.student.load_state(tensors["student"], state["optimizers"]["student"])
         self.aux.load_state(tensors["aux"], state["optimizers"]["aux"])
-        load_whole(self.networks.ema, tensors["ema"])
+        load_full_state(self.networks.ema, tensors["ema"])
         self.prompts.load_state_dict(state["prompts"])
         if rank_state is not None:
             memory = {k: None if v is None else v.to(self.device) for k, v in rank_state["x_init"].items()}
@@ -269,12 +284,12 @@ class Trainer:
         raise DimoError(f"{alignment.sentence}; look at extract_visual_logits, as notebook 01 does")
 
     def train(self, progress: bool = True) -> RunFolder:
-        """Run to max_train_steps, resuming from the folder's newest checkpoint, and write checkpoints/final."""
+        """Train to max_train_steps, resuming from the newest checkpoint of the run folder; write checkpoints/final."""
         return run_training(self, progress)
 
 
 def step_through(trainer: Trainer, steps: int) -> Iterator[tuple[int, Step, dict[str, float]]]:
-    """For notebooks: train without a run folder, yielding every step."""
+    """Train without a run folder, for notebooks; yields (index, results, metrics) of every step."""
     for index in range(steps):
         step, extra = trainer.step(index)
         yield index, step, trainer.metrics(step) | {k: float(v) for k, v in extra.items()}

@@ -1,1 +1,1 @@
-"""Pictures: functions of data -> matplotlib Figure. Every interactive view calls the same functions."""
+"""Figures: functions from data to a matplotlib Figure, used by notebooks, widgets and the training loop alike."""

@@ -1,4 +1,4 @@
-"""The table of checks that ends every notebook: shown whole, then raised if one failed."""
+"""The table of checks at the end of every notebook, which fails if any of them failed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dimo.errors import DimoError
 
 
 class Checks:
-    """Collect named checks with what was measured; `finish` prints the table and raises a DimoError if any failed."""
+    """Collects named checks with measured values; `finish` prints all of them and raises DimoError if any failed."""
 
     def __init__(self):
         self.rows: list[tuple[str, bool, str]] = []
@@ -16,7 +16,7 @@ class Checks:
 
     def finish(self) -> None:
         if not self.rows:
-            raise DimoError("no check was added, so nothing was checked")
+            raise DimoError("no checks were added")
         width = max(len(name) for name, _, _ in self.rows)
         for name, passed, measured in self.rows:
             print(f"{'ok  ' if passed else 'FAIL'} {name:{width}}  {measured}")

@@ -8,9 +8,9 @@ import matplotlib.figure
 
 
 class Figure(matplotlib.figure.Figure):
-    """A figure that a cell shows by returning it, though it is not pyplot's and nobody said `%matplotlib inline`.
+    """A figure that a notebook cell shows by returning it, without pyplot and without `%matplotlib inline`.
 
-    Where somebody did, IPython's own formatter goes first, and the figure is still shown once.
+    With `%matplotlib inline` IPython's own formatter has precedence, so the figure is still shown once.
     """
 
     def _repr_png_(self) -> bytes:

@@ -1,4 +1,4 @@
-"""Figures of training and of single steps; every axis has its unit, every colour scale is colour-blind-safe."""
+"""Figures of training runs and single steps; axes have units, and colours are colour-blind-safe."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from matplotlib.ticker import MaxNLocator
 from dimo.errors import DimoError, require_shape
 from dimo.views.figure import Figure
 
-# Okabe and Ito's palette, in an order whose neighbours differ in lightness too
+# Okabe and Ito's palette, ordered so that neighbours differ in lightness, too
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
-STYLES = ("-", (0, (5, 4)), (0, (1.5, 2)))  # where two lines are equal, one shows through the gaps of the other
+STYLES = ("-", (0, (5, 4)), (0, (1.5, 2)))  # dashes, so that coinciding lines remain visible
 PANELS = {
     "entropy (nats per token)": ("entropy/student", "entropy/aux", "entropy/teacher"),
     "loss (nats per token)": ("loss/aux", "loss/kd", "loss/distill"),
@@ -26,14 +26,17 @@ PANELS = {
 
 
 def curves(rows: list[dict], smooth: int = 1) -> Figure:
-    """The rows of metrics.jsonl as six panels over steps; `smooth` averages so many neighbouring rows.
+    """Six panels of training metrics over steps.
 
-    A reward's baseline is drawn where there is one: without, the rows repeat the reward.
+    Args:
+        rows: rows of metrics.jsonl.
+        smooth: number of rows in the running mean; 1 shows the raw values.
     """
     if not rows:
         raise DimoError("rows must hold at least one logged step; has the run started?")
     if smooth < 1:
         raise DimoError(f"smooth must be at least 1, got {smooth}")
+    # without a baseline the rows repeat the reward
     left_out = {"reward/baseline"} if all(r.get("reward/baseline") == r.get("reward/mean") for r in rows) else set()
     figure = Figure(figsize=(13, 6.2), layout="constrained")
     for axis, (title, names) in zip(figure.subplots(2, 3).flat, PANELS.items()):
@@ -42,7 +45,7 @@ def curves(rows: list[dict], smooth: int = 1) -> Figure:
             if points:
                 steps, values = zip(*points)
                 values = _running_mean(values, smooth)
-                dot = "o" if len(steps) == 1 else None  # of one point there is no line
+                dot = "o" if len(steps) == 1 else None  # a single point makes no line
                 axis.plot(steps, values, color=colour, label=name, linewidth=1.4, linestyle=style, marker=dot)
         if title.startswith("gradient"):
             axis.set_yscale("log")
@@ -60,16 +63,21 @@ def _running_mean(values: tuple, width: int) -> list[float]:
 
 
 def token_maps(maps: dict[str, torch.Tensor], unit: str) -> Figure:
-    """One row per named map (T, H, W) of per-token values, one panel per latent frame, one colour scale for all."""
+    """Per-token values as heat maps with a common colour scale: a row per map, a column per latent frame.
+
+    Args:
+        maps: {name: values (T, H, W)}.
+        unit: label of the colour bar.
+    """
     if not maps:
-        raise DimoError("maps must name at least one map")
+        raise DimoError("maps must hold at least one map")
     frames = next(iter(maps.values())).shape[0]
     for name, values in maps.items():
         require_shape(f"maps[{name!r}]", values, (frames, "H", "W"))
     everything = torch.cat([m.flatten().float() for m in maps.values()])
     low, high = min(0.0, everything.min().item()), everything.max().item()
     figure = Figure(figsize=(2.3 + 1.7 * frames, 0.4 + 1.6 * len(maps)), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12)  # inches; square axes are narrower than the layout thinks
+    figure.get_layout_engine().set(w_pad=0.12)  # inches; the layout does not expect square axes
     axes = figure.subplots(len(maps), frames, squeeze=False)
     for r, (name, values) in enumerate(maps.items()):
         for f in range(frames):
@@ -84,9 +92,12 @@ def token_maps(maps: dict[str, torch.Tensor], unit: str) -> Figure:
 
 
 def path_maps(prob: dict[float, torch.Tensor]) -> Figure:
-    """p_t(x | x_1) of the first n codes x_1, (n, K) by t: a panel per t, of n x n codes, one logarithmic scale for all.
+    """The probability path p_t(x | x_1) for the first n codes, as one n x n heat map per t.
 
-    The scale ends at a hundredth of 1 / K, so that it shows which codes are confused, and in which order.
+    The common logarithmic colour scale starts at 0.01 / K, so it shows which codes are confused, and in which order.
+
+    Args:
+        prob: {t: probabilities (n, K) of x (columns) given x_1 (rows)}.
     """
     if not prob:
         raise DimoError("prob must hold at least one t")
@@ -108,7 +119,13 @@ def path_maps(prob: dict[float, torch.Tensor]) -> Figure:
 
 
 def input_map(input_ids: torch.Tensor, rope_pos: torch.Tensor, text_length: int) -> Figure:
-    """One row's ids (S,) and positions (S, 3) over the sequence, and where the visual logits are read."""
+    """The transformer's input for one sample, and where the visual logits are read.
+
+    Args:
+        input_ids: (S,) token ids: text, BOV, visual tokens.
+        rope_pos: (S, 3) RoPE positions (t, y, x).
+        text_length: number of text tokens L.
+    """
     require_shape("input_ids", input_ids, ("S",))
     require_shape("rope_pos", rope_pos, (len(input_ids), 3))
     figure = Figure(figsize=(11, 4.8), layout="constrained")
@@ -124,18 +141,18 @@ def input_map(input_ids: torch.Tensor, rope_pos: torch.Tensor, text_length: int)
     )  # fmt: skip
     top.set_ylabel("token id")
     for i, (name, colour) in enumerate(zip(("t", "y", "x"), COLOURS)):
-        # thinner than the one under it: of the text all three are equal
+        # thinner than the line below, since all three coincide in the text
         bottom.step(range(len(rope_pos)), rope_pos[:, i].tolist(), where="mid", color=colour, linewidth=3.4 - i,
                     label=f"position {name}")  # fmt: skip
     bottom.set_ylabel("RoPE position")
-    bottom.set_xlabel("place in the sequence")
-    for axis in (top, bottom):  # above, where nothing is drawn
+    bottom.set_xlabel("index in the sequence")
+    for axis in (top, bottom):  # legends above the axes, clear of the data
         axis.legend(fontsize=8, frameon=False, ncols=5, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)
     return figure
 
 
 def histogram(values: torch.Tensor, density: Callable[[torch.Tensor], torch.Tensor], xlabel: str) -> Figure:
-    """Draws (n,) in [0, 1) against the density that they should have."""
+    """Histogram of samples (n,) in [0, 1) with the density that they should follow, a function of (m,) to (m,)."""
     require_shape("values", values, ("n",))
     figure = Figure(figsize=(5.5, 2.8), layout="constrained")
     axis = figure.subplots()
@@ -149,14 +166,14 @@ def histogram(values: torch.Tensor, density: Callable[[torch.Tensor], torch.Tens
 
 
 def lines(series: dict[str, list[float]], xlabel: str, ylabel: str, x: list[float] | None = None) -> Figure:
-    """One to three named series over their index, or over `x`."""
+    """Line plot of one to three named series over `x`, or over their index."""
     if not 1 <= len(series) <= len(STYLES):
-        raise DimoError(f"series must name 1 to {len(STYLES)} lines, got {len(series)}")
+        raise DimoError(f"series must hold 1 to {len(STYLES)} lines, got {len(series)}")
     figure = Figure(figsize=(7, 3), layout="constrained")
     axis = figure.subplots()
     for (name, values), colour, style in zip(series.items(), COLOURS, STYLES):
         if x is not None and len(values) != len(x):
-            raise DimoError(f"series[{name!r}] must have a value for each of the {len(x)} of x, got {len(values)}")
+            raise DimoError(f"series[{name!r}] must have as many values as x ({len(x)}), got {len(values)}")
         places = range(len(values)) if x is None else x
         axis.plot(places, values, color=colour, label=name, linewidth=1.6, linestyle=style)
     axis.set_xlabel(xlabel)

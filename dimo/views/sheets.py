@@ -1,4 +1,4 @@
-"""Sheets of videos: one row per prompt, frames side by side."""
+"""Contact sheets of videos: one row per prompt, frames side by side."""
 
 from __future__ import annotations
 
@@ -12,13 +12,19 @@ from dimo.files import whole_file
 from dimo.views.figure import Figure
 from dimo.views.fonts import families, legible
 
-LABEL = 24  # characters beside a row: four escapes
+LABEL = 24  # characters per line of a row's label: four escapes
 
 
 def video_sheet(columns: dict[str, torch.Tensor], prompts: list[str], shown: int = 3) -> Figure:
-    """prompts x columns; each column holds frames (B, F, height, width, 3) in [0, 1], of which `shown` are drawn."""
+    """A contact sheet with a row per prompt and a group of columns per set of videos.
+
+    Args:
+        columns: {title: frames (B, F, height, width, 3), RGB in [0, 1]}.
+        prompts: the B prompts.
+        shown: number of frames to draw of each video, evenly spaced.
+    """
     if not columns:
-        raise DimoError("columns must name at least one set of videos")
+        raise DimoError("columns must hold at least one set of videos")
     count = len(prompts)
     for name, frames in columns.items():
         require_shape(f"columns[{name!r}]", frames, (count, "F", "height", "width", 3))
@@ -39,13 +45,13 @@ def video_sheet(columns: dict[str, torch.Tensor], prompts: list[str], shown: int
                 label = legible(prompts[r])
                 if len(label) > LABEL:
                     label = "\n".join(textwrap.wrap(label, LABEL, max_lines=6, placeholder=" ..."))
-                # a caption may hold dollar signs
+                # parse_math: a caption may contain dollar signs
                 axes[r][0].set_ylabel(label, fontsize=8, fontfamily=families(), rotation=0, ha="right", va="center",
                                       parse_math=False)  # fmt: skip
     return figure
 
 
 def save_sheet(file: Path, columns: dict[str, torch.Tensor], prompts: list[str]) -> None:
-    """`video_sheet` as a PNG, written whole or not at all."""
+    """Write `video_sheet` as a PNG, atomically."""
     with whole_file(file) as beside:
         video_sheet(columns, prompts).savefig(beside, dpi=110, format="png")

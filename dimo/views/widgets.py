@@ -1,4 +1,4 @@
-"""Widgets for a live notebook; each calls the functions that draw the figures and needs nothing but a run folder."""
+"""Widgets for live notebooks, which need only a run folder."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dimo.run.folder import RunFolder
 
 
 def sample_slider(run: RunFolder):
-    """A slider over the sample pictures of a run, oldest to newest.
+    """A slider over the sample sheets of a run, from oldest to newest.
 
     Raises:
         DimoError: the run has no samples yet, or ipywidgets is missing.

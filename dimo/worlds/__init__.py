@@ -1,4 +1,4 @@
-"""Generators with known ground truth: a checkpoint folder in URSA's layout plus an exact oracle."""
+"""Worlds: synthetic videos with a known distribution, as a checkpoint folder in URSA's layout and an exact oracle."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ from dimo.worlds.protocol import World
 from dimo.worlds.registry import WORLDS
 
 DATA = Path(__file__).parent / "data"
-WORLD_FILE = "world.json"  # which world it is and its sizes, beside its teacher
+WORLD_FILE = "world.json"  # the world's name and sizes, in its teacher's folder
 DEFAULT_WORLD = "shapes"
 SHIPPED_STUDENT = DATA / DEFAULT_WORLD / "student"
 
 
 def built_in_worlds() -> list[str]:
-    """Names that `distill.teacher_ckpt` takes besides folders: of the worlds that ship with a teacher."""
+    """Names of the worlds that ship with a teacher; `distill.teacher_ckpt` accepts them in place of a folder."""
     return sorted(p.name for p in DATA.iterdir() if p.is_dir()) if DATA.is_dir() else []
 
 
 def checkpoint_folder(teacher_ckpt: str | Path) -> Path:
-    """The folder behind `distill.teacher_ckpt`: a built-in world's name ("shapes"), or a path.
+    """Resolve `distill.teacher_ckpt`, the name of a built-in world ("shapes") or a path, to a checkpoint folder.
 
     Raises:
-        DimoError: nothing is there, or no checkpoint, where a folder that is one, above or below, is named; or both a
-            world and a folder are called so.
+        DimoError: the path does not exist or is not a checkpoint folder (the message names one nearby, if there is
+            one), or the name is both a built-in world and a folder.
     """
     built_in, teacher_ckpt = built_in_worlds(), user_path(teacher_ckpt)
     if not str(teacher_ckpt).strip():
-        raise DimoError(f"teacher_ckpt must not be empty, got {str(teacher_ckpt)!r}")  # Path("") is the folder here
+        raise DimoError(f"teacher_ckpt must not be empty, got {str(teacher_ckpt)!r}")  # Path("") is the current folder
     if str(teacher_ckpt) in built_in:
         _require_no_namesake(teacher_ckpt)
         return DATA / str(teacher_ckpt)
     if not os.path.lexists(teacher_ckpt):
         if str(teacher_ckpt) in WORLDS:
             raise DimoError(
-                f"the world {teacher_ckpt} ships without a teacher: make one with `dimo world train {teacher_ckpt} "
-                "-o FOLDER`, and give FOLDER as teacher_ckpt"
+                f"the world {teacher_ckpt} ships without a teacher: train one with `dimo world train {teacher_ckpt} "
+                "-o FOLDER` and give FOLDER as teacher_ckpt"
             )
         hint = nearest(str(teacher_ckpt), built_in) if built_in else ""
         raise DimoError(f"teacher_ckpt {teacher_ckpt} is neither a folder nor a built-in world{hint}")
@@ -48,33 +48,35 @@ def checkpoint_folder(teacher_ckpt: str | Path) -> Path:
 
 
 def _require_no_namesake(world: str) -> None:
-    """Raise where a folder here is called as the world. A run folder may be: runs/shapes is a usual one."""
+    """Raise if the current directory has a folder of the world's name that is not a run folder."""
     here, built_in = Path(world), DATA / world
     if here.is_dir() and not (here / "config.yaml").exists() and not here.samefile(built_in):
         raise DimoError(
-            f"teacher_ckpt {world} is a built-in world, and there is a folder {world} here: say ./{world} for the "
-            f"folder, {built_in} for the built-in world"
+            f"teacher_ckpt {world} is ambiguous, as there is a folder of this name: use ./{world} for the folder, "
+            f"{built_in} for the built-in world"
         )
 
 
 def is_world(folder: str | Path) -> bool:
-    """Whether a checkpoint folder belongs to a world, whose oracle can score its videos."""
+    """Whether a checkpoint folder belongs to a world, so that an oracle can score its videos."""
     return (Path(folder) / WORLD_FILE).exists()
 
 
 def load_world(folder: str | Path) -> World:
-    """The world that a checkpoint folder belongs to, from its world.json; without a name there it is DEFAULT_WORLD.
+    """The world of a checkpoint folder, from its world.json; DEFAULT_WORLD if that has no name.
 
     Raises:
-        DimoError: there is no world.json, it is damaged, or it names a world that is not registered.
+        DimoError: there is no world.json, it is damaged, or its world is not registered.
     """
     if not is_world(folder):
-        raise DimoError(f"{folder} is no built-in world (it has no {WORLD_FILE}), so nothing here can score its videos")
+        raise DimoError(
+            f"{folder} is not a world's checkpoint (it has no {WORLD_FILE}), so no oracle can score its videos"
+        )
     file = Path(folder) / WORLD_FILE
     values = read_json(file)
     name = str(values.pop("world", DEFAULT_WORLD))
     if name not in WORLDS:
-        raise DimoError(f"{file} is of a world {name!r}, which is not registered{nearest(name, WORLDS)}")
+        raise DimoError(f"{file} names the world {name!r}, which is not registered{nearest(name, WORLDS)}")
     try:
         return WORLDS[name](**values)
     except TypeError as error:
@@ -82,7 +84,7 @@ def load_world(folder: str | Path) -> World:
 
 
 def video_size(folder: str | Path) -> tuple[int, int, int]:
-    """(num_frames, height, width) where nobody says: a world's only size, else 17x256x256 or one image."""
+    """Default (num_frames, height, width) of a checkpoint: a world's only size, else URSA's (`default_size`)."""
     if not is_world(folder):
         return default_size(folder)
     t, h, w = load_world(folder).latents_shape
@@ -90,15 +92,15 @@ def video_size(folder: str | Path) -> tuple[int, int, int]:
 
 
 def require_world(world: World, latents_shape: tuple[int, int, int], codebook_size: int) -> None:
-    """Raise unless a checkpoint's videos, of `latents_shape` over `codebook_size` codes, are this world's."""
+    """Raise unless latents_shape (T, H, W) and codebook_size are those of the world."""
     if codebook_size != world.codebook_size:
         raise DimoError(
-            f"the checkpoint's codebook has {codebook_size} codes, the world of its {WORLD_FILE} {world.codebook_size}"
-            ": one of the two is not from this folder"
+            f"the checkpoint's codebook has {codebook_size} codes, but the world in its {WORLD_FILE} has "
+            f"{world.codebook_size}: one of the two belongs to another folder"
         )
     if tuple(latents_shape) != world.latents_shape:
         t, h, w = world.latents_shape
         raise DimoError(
-            f"this world's latents_shape is {world.latents_shape}, the configuration asks for {tuple(latents_shape)}; "
+            f"this world's latents_shape is {world.latents_shape}, but the configuration gives {tuple(latents_shape)}; "
             f"use distill.num_frames={4 * t - 3} distill.height={8 * h} distill.width={8 * w}"
         )

@@ -1,4 +1,4 @@
-"""What a world is: a source of videos about which everything is known, so that a sampler can be scored exactly."""
+"""The protocol of a world: a source of videos with a known distribution, so that samplers can be scored exactly."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from dimo.errors import DimoError, nearest
 
 @dataclasses.dataclass
 class Scores:
-    """What a world says of B videos. Tensors are (B,).
+    """A world's scores of B videos. Tensors are (B,).
 
     Attributes:
-        accuracy: share of tokens equal to the nearest valid video's, of any prompt.
-        valid: whether the video is exactly a valid video, of any prompt.
-        adherent: whether no valid video of another prompt is nearer than the nearest one of the own prompt.
-        prompt: index in `World.prompts` of the nearest valid video's prompt.
-        free: what a prompt leaves open, by name: (labels (B,) in [0, bins), bins). Labels are those of the nearest
-            valid video, drawn uniformly in the data; coverage is measured on them. A bin stands for many videos where
-            there are more of those than could be sampled.
+        accuracy: share of tokens in which the video equals the nearest valid video of any prompt.
+        valid: whether the video is valid for any prompt.
+        adherent: whether the nearest valid video of its own prompt is at least as near as those of all other prompts.
+        prompt: index in `World.prompts` of the prompt of the nearest valid video.
+        free: the factors that a prompt leaves open, {name: (labels (B,) in [0, bins), bins)}. Labels are those of the
+            nearest valid video and uniform in the data; coverage is measured on them. If a factor has more values than
+            can be sampled, a bin may stand for many of them.
     """
 
     accuracy: torch.Tensor
@@ -33,21 +33,21 @@ class Scores:
 
 
 class Decoder(Protocol):
-    """What makes frames of codes, kept in a checkpoint's vae/; `dimo.ursa.loading.load_vae` must know its class."""
+    """Decodes codes to frames; saved in a checkpoint's vae/. `dimo.ursa.loading.load_vae` must know its class."""
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
-        """Codes (B, T, H, W) -> frames (B, 4 (T-1) + 1, 8 H, 8 W, 3), RGB in [0, 1]."""
+        """Decode codes (B, T, H, W) to frames (B, 4 (T-1) + 1, 8 H, 8 W, 3), RGB in [0, 1]."""
 
     def save(self, folder: Path) -> None:
         """Write config.json, with `_class_name`, and the weights."""
 
 
 class World(Protocol):
-    """Videos of N = T x H x W tokens over K codes, each the answer to a prompt.
+    """A distribution of videos given prompts; a video has N = T x H x W tokens over K codes.
 
-    A world is a frozen dataclass. Its fields are its sizes: numbers with defaults, and a `help` in their metadata.
-    world.json keeps them in a checkpoint folder, `dimo world train NAME` has a flag for each, and so none may be called
-    as a field of `TeacherRecipe`. Nothing asks for all valid videos at once: a world may have more than fit in memory.
+    A world is a frozen dataclass. Its fields are its sizes: numbers with defaults, each with a `help` in its metadata.
+    They are stored in world.json, and `dimo world train NAME` has a flag for each, so their names must differ from
+    those of `TeacherRecipe`. The valid videos are never enumerated, so they may be too many to fit in memory.
 
     Attributes:
         name: its key in `dimo.worlds.registry.WORLDS`.
@@ -57,7 +57,7 @@ class World(Protocol):
 
     @property
     def latents_shape(self) -> tuple[int, int, int]:
-        """(T, H, W) of every video. With URSA's strides, frames are 4 (T-1) + 1 of 8 H x 8 W pixels."""
+        """(T, H, W) of every video; decoded with URSA's strides, 4 (T-1) + 1 frames of 8 H x 8 W pixels."""
 
     @property
     def codebook_size(self) -> int:
@@ -65,32 +65,32 @@ class World(Protocol):
 
     @property
     def prompts(self) -> list[str]:
-        """Every prompt, all different: words with spaces between."""
+        """All prompts, different from each other; words separated by spaces."""
 
     def codebook(self) -> torch.Tensor:
-        """(K, D) float32 embeddings for the metric path: noise confuses codes that are near before those that are far.
+        """(K, D) float32 embeddings for the metric path, whose noise replaces codes by nearby ones first.
 
-        The path measures squared Euclidean distance, so unit vectors are at most 4 apart.
+        Distances are squared Euclidean, hence at most 4 between unit vectors.
         """
 
     def draw(self, size: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """A batch of the data, on the generator's device: indices in `prompts` (size,) and codes (size, N), int64."""
+        """Draw a batch of data on the generator's device: prompt indices (size,) and codes (size, N), both int64."""
 
     def score(self, codes: torch.Tensor, prompt: torch.Tensor) -> Scores:
-        """Codes (B, N) in [0, K) that were asked for by the prompts of index (B,), on any device, exactly.
+        """Score codes (B, N) in [0, K), on any device, against the prompts with indices `prompt` (B,), exactly.
 
-        `dimo.worlds.oracle.score` calls it, with checked codes and few videos at a time.
+        Called by `dimo.worlds.oracle.score`, which checks the codes and passes few videos at a time.
         """
 
     def decoder(self) -> Decoder | None:
-        """What makes frames of its codes, such as a `PaletteDecoder`; None: there are codes, and no pictures."""
+        """The decoder of its codes, such as a `PaletteDecoder`; None if the codes cannot be shown as pictures."""
 
 
 def prompt_index(world: World, prompts: list[str]) -> torch.Tensor:
-    """(B,) indices in `world.prompts`.
+    """Indices (B,) of prompts in `world.prompts`.
 
     Raises:
-        DimoError: a prompt that this world does not know.
+        DimoError: a prompt that the world does not know.
     """
     known = {prompt: i for i, prompt in enumerate(world.prompts)}
     for prompt in prompts:
@@ -102,5 +102,5 @@ def prompt_index(world: World, prompts: list[str]) -> torch.Tensor:
 
 
 def prompt_length(world: World) -> int:
-    """Words of its longest prompt, each of which is one text token."""
+    """Length of the world's longest prompt in words, each of which is one text token."""
     return max(len(prompt.split()) for prompt in world.prompts)

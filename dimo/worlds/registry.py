@@ -1,4 +1,4 @@
-"""The worlds there are. A new one is a file beside this one, and its line here."""
+"""All worlds. To add one, write a file beside this one and add a line here."""
 
 from dimo.worlds.protocol import World
 from dimo.worlds.shapes import ShapesWorld

@@ -1,13 +1,13 @@
 """The shapes world: a coloured shape moves one cell per latent frame in the prompted direction, on a torus.
 
-The prompt fixes colour, shape and direction ("red square moving right"). Free are the start cell and two shades, one
-of the object and one of the background, each shared by the whole video. So tokens depend on each other across the
-video, every token's marginal is broad, and sampling tokens independently (one pass of the teacher) almost never gives
-a valid video: exactly the gap that distillation has to close, with an answer that can be computed.
+The prompt fixes colour, shape and direction ("red square moving right"). It leaves open the start cell and two shades,
+one of the object and one of the background, which are constant over the video. Tokens therefore depend on each other
+across the whole video while the marginal of every token is broad, so sampling tokens independently, as one pass of the
+teacher does, almost never gives a valid video. This is the gap that distillation has to close.
 
-The nearest valid video is found exactly and without listing all valid videos: for every place the object can be
-(shape x direction x start), the best object code and the best background code are independent of each other, so
-counting each code inside and outside the object's mask suffices.
+The nearest valid video is found exactly without enumerating all valid videos: for each mask of the object (shape x
+direction x start cell), the best object code and the best background code are independent of each other, so it is
+enough to count the codes inside and outside the mask.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dimo.errors import DimoError
 from dimo.ursa.palette import PaletteDecoder
 from dimo.worlds.protocol import Scores
 
-# Cells (y, x) of each shape from its anchor, and the step (y, x) of each direction.
+# Cells (y, x) of each shape relative to its anchor, and the step (y, x) of each direction.
 SHAPES = {
     "square": ((0, 0), (0, 1), (1, 0), (1, 1)),
     "corner": ((0, 0), (1, 0), (1, 1)),
@@ -38,7 +38,7 @@ COLOURS = {
     "green": (0.00, 0.62, 0.45),
     "pink": (0.80, 0.47, 0.65),
 }
-SHADE_SPREAD = 0.8  # of the codebook's shade axis: same colour, other shade is nearer than another colour
+SHADE_SPREAD = 0.8  # extent of the codebook's shade axis; shades of one colour are nearer than other colours
 
 
 def _size(default: int, help: str):
@@ -47,9 +47,9 @@ def _size(default: int, help: str):
 
 @dataclasses.dataclass(frozen=True)
 class ShapesWorld:
-    """Coloured shapes that move over a background; the defaults are the sizes of the world that ships.
+    """Coloured shapes that move over a background; the defaults are the sizes of the built-in world.
 
-    Codes: shades of the background first, then colour by colour.
+    Codes are ordered: the shades of the background, then those of each colour.
     """
 
     name: ClassVar[str] = "shapes"
@@ -57,8 +57,8 @@ class ShapesWorld:
     frames: int = _size(3, "latent frames of a video")
     height: int = _size(4, "cells")
     width: int = _size(4, "cells")
-    object_shades: int = _size(2, "shades of every colour, one per video")
-    background_shades: int = _size(2, "shades of the background, one per video")
+    object_shades: int = _size(2, "number of shades of each colour; a video shows one")
+    background_shades: int = _size(2, "number of shades of the background; a video shows one")
 
     def __post_init__(self):
         for name, value in dataclasses.asdict(self).items():
@@ -90,18 +90,18 @@ class ShapesWorld:
 
     @functools.cached_property
     def prompts(self) -> list[str]:
-        """Every prompt, in the order of `attributes`."""
+        """All prompts, in the order of `attributes`."""
         triples = itertools.product(COLOURS, SHAPES, DIRECTIONS)
         return [f"{colour} {shape} moving {direction}" for colour, shape, direction in triples]
 
     def attributes(self, prompt: torch.Tensor) -> torch.Tensor:
-        """Indices of prompts (B,) -> (B, 3) indices of colour, shape and direction."""
+        """Indices (B, 3) of colour, shape and direction of the prompts with indices (B,)."""
         motions, shapes = len(DIRECTIONS), len(SHAPES)
         return torch.stack([prompt // (motions * shapes), prompt // motions % shapes, prompt % motions], 1)
 
     @functools.cached_property
     def masks(self) -> torch.Tensor:
-        """(shapes, directions, positions, N) bool: where the object is."""
+        """(shapes, directions, positions, N) bool: the tokens that the object covers."""
         masks = torch.zeros(len(SHAPES), len(DIRECTIONS), self.num_positions, *self.latents_shape, dtype=torch.bool)
         for (s, cells), (d, (dy, dx)) in itertools.product(enumerate(SHAPES.values()), enumerate(DIRECTIONS.values())):
             for (y0, x0), f, (y, x) in itertools.product(
@@ -112,13 +112,13 @@ class ShapesWorld:
         return masks.flatten(3)
 
     def render(self, attributes, position, object_shade, background_shade) -> torch.Tensor:
-        """Valid videos: attributes (B, 3), the others (B,) -> codes (B, N)."""
+        """Codes (B, N) of valid videos, from attributes (B, 3) and start cells and shades, each (B,)."""
         mask = self.masks.to(attributes.device)[attributes[:, 1], attributes[:, 2], position]
         code = self.background_shades + attributes[:, 0] * self.object_shades + object_shade
         return torch.where(mask, code[:, None], background_shade[:, None])
 
     def draw(self, size: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """A batch of the data, all uniform, on the generator's device: prompt indices (B,) and codes (B, N)."""
+        """Draw a batch, uniform over prompts, start cells and shades: prompt indices (size,) and codes (size, N)."""
 
         def pick(n):
             return torch.randint(n, (size,), generator=generator, device=generator.device)
@@ -128,7 +128,7 @@ class ShapesWorld:
         return prompt, self.render(self.attributes(prompt), pick(self.num_positions), *shades)
 
     def score(self, codes: torch.Tensor, prompt: torch.Tensor) -> Scores:
-        """Codes (B, N) against the prompts of index (B,); what a prompt leaves open are positions and shades."""
+        """Score codes (B, N) against the prompts with indices (B,); the free factors are positions and shades."""
         attributes = self.attributes(prompt)
         shapes, directions, positions, n = self.masks.shape
         onehot = F.one_hot(codes, self.codebook_size).float()
@@ -151,10 +151,10 @@ class ShapesWorld:
         return Scores(best / n, best == n, own == best, nearest, free)
 
     def codebook(self) -> torch.Tensor:
-        """(K, 6) unit vectors: an axis for the background, one per colour, one for the shade.
+        """(K, 6) unit vectors: one axis for the background, one per colour, one for the shade.
 
-        Squared distance is small between neighbouring shades of one colour, larger between far shades, and about 2 or
-        more between colours: confusing two shades is the last thing that noise does to a token.
+        The squared distance is small between adjacent shades of a colour, larger between distant ones, and about 2 or
+        more between colours. So the path reveals the colour first and the shade last.
         """
 
         def family(axis, shades):
@@ -177,7 +177,7 @@ class ShapesWorld:
         def ramp(rgb, shades, low, high):
             strength = torch.linspace(low, high, shades) if shades > 1 else torch.tensor([1.0])
             rgb = torch.tensor(rgb)
-            # below 1 towards black, above 1 towards white
+            # strength below 1 darkens, above 1 lightens
             dark, light = strength.clamp(max=1)[:, None], (strength - 1).clamp(min=0)[:, None]
             return rgb * dark * (1 - light) + light
 

@@ -1,4 +1,4 @@
-"""Make a world's teacher: a URSA transformer trained by denoising on the world's own videos, as a checkpoint folder."""
+"""Train a world's teacher, a URSA transformer that denoises the world's videos, and write its checkpoint folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dimo.worlds.oracle import score
 from dimo.worlds.protocol import World, prompt_index, prompt_length
 
 PAD, UNKNOWN, BOV = "<pad>", "<unk>", "<bov>"
-ROPE_THETA = 10.0  # for ten positions or fewer: URSA's own 1,000,000 leaves half of the frequencies constant here
+ROPE_THETA = 10.0  # for at most ten positions; with URSA's 1,000,000 half of the frequencies would be constant
 EMPTY_PROMPT_SHARE = 0.1
 EMA_DECAY = 0.999
 
@@ -31,24 +31,24 @@ def _field(default, help: str):
 
 @dataclasses.dataclass(frozen=True)
 class TeacherRecipe:
-    """Model, path and training of a teacher; the defaults are the shipped one's."""
+    """Architecture, path and training of a teacher; the defaults are those of the built-in world's teacher."""
 
-    layers: int = _field(3, "depth")
-    hidden: int = _field(64, "width")
-    intermediate: int = _field(128, "width inside the MLP")
-    heads: int = _field(8, "attention heads")
-    head_dim: int = _field(16, "width of a head, a multiple of 16")
-    alpha: float = _field(0.9, "of the metric path, beta_t = c (t / (1-t))^alpha")
-    c: float = _field(2.0, "of the metric path")
+    layers: int = _field(3, "number of layers")
+    hidden: int = _field(64, "hidden size")
+    intermediate: int = _field(128, "hidden size of the MLPs")
+    heads: int = _field(8, "number of attention heads")
+    head_dim: int = _field(16, "size of an attention head, a multiple of 16")
+    alpha: float = _field(0.9, "alpha of the metric path, beta_t = c (t / (1-t))^alpha")
+    c: float = _field(2.0, "c of the metric path")
     steps: int = _field(25_000, "training steps")
-    batch_size: int = _field(256, "videos a step")
-    lr: float = _field(2e-3, "peak learning rate, cosine decay to zero")
-    seed: int = _field(0, "of initialisation and data")
+    batch_size: int = _field(256, "videos per step")
+    lr: float = _field(2e-3, "peak learning rate, with cosine decay to zero")
+    seed: int = _field(0, "seed of initialisation and data")
     device: str = _field("cpu", "cpu or cuda")
 
 
 def words(world: World) -> list[str]:
-    """The vocabulary: special tokens, then every word of every prompt."""
+    """The text vocabulary: special tokens, then all words of all prompts."""
     return [PAD, UNKNOWN, BOV] + sorted({word for prompt in world.prompts for word in prompt.split()})
 
 
@@ -74,10 +74,10 @@ def ursa_config(world: World, recipe: TeacherRecipe) -> UrsaConfig:
 
 @torch.no_grad()
 def initialise(model: UrsaTransformer) -> None:
-    """Unit-variance embeddings, 1/sqrt(fan_in) matrices, residual branches damped by depth.
+    """Initialise in place: embeddings with std 1, matrices with std 1/sqrt(fan_in), residual branches scaled by depth.
 
-    Qwen3's normal(0, 0.02) is made for widths of thousands; at width 64 it starts the network near zero and training
-    stalls (docs/experiments.md).
+    Qwen3's std of 0.02 suits hidden sizes of thousands; with 64 the activations start near zero and training stalls
+    (docs/experiments.md).
     """
     for name, weight in model.named_parameters():
         if weight.dim() != 2:
@@ -89,7 +89,10 @@ def initialise(model: UrsaTransformer) -> None:
 
 
 def train_teacher(world: World, recipe: TeacherRecipe, progress: bool = True) -> UrsaTransformer:
-    """Denoising cross-entropy at t uniform in [0, 0.999), 10% empty prompts, cosine decay; returns the EMA weights."""
+    """Train a teacher by denoising; returns the EMA of its weights.
+
+    Cross-entropy of the clean tokens at t uniform in [0, 0.999), with 10% empty prompts for classifier-free guidance.
+    """
     device = recipe.device
     torch.manual_seed(recipe.seed)
     generator = torch.Generator(device).manual_seed(recipe.seed)
@@ -124,19 +127,22 @@ def train_teacher(world: World, recipe: TeacherRecipe, progress: bool = True) ->
 
 
 def make_teacher(world: World, recipe: TeacherRecipe, folder: Path, videos_per_prompt: int = 64) -> str:
-    """Train, write the checkpoint folder, score it; returns the scores as a table.
+    """Train a teacher, write its checkpoint folder and score it.
+
+    Returns:
+        Validity and adherence by number of sampling steps, as a table.
 
     Raises:
-        DimoError: before anything is trained, for a number out of range, a device that is not there or a folder that
-            holds something else; after it, where training diverged (nothing is written then).
+        DimoError: before training: a value out of range, a missing device, or a folder with other contents; after it:
+            training diverged, and nothing was written.
     """
     _require_sense(world, recipe)
     folder = Path(folder).resolve()
     if folder.exists() and not is_world(folder) and (not folder.is_dir() or any(folder.iterdir())):
-        raise DimoError(f"{folder} exists and is no world's checkpoint folder: give another, or remove it")
+        raise DimoError(f"{folder} exists and is not a world's checkpoint folder: give another one, or remove it")
     transformer = train_teacher(world, recipe)
     if not all(are_finite(p) for p in transformer.parameters()):
-        raise DimoError(f"the teacher's weights are not finite after {recipe.steps} steps; a lower lr helps")
+        raise DimoError(f"the teacher's weights are not finite after {recipe.steps} steps; try a lower lr")
     write_checkpoint(folder, world, transformer, recipe.alpha, recipe.c)
     ursa = load_ursa(folder, recipe.device)
     prompts = [p for p in world.prompts for _ in range(videos_per_prompt)]
@@ -166,9 +172,9 @@ def _require_sense(world: World, recipe: TeacherRecipe) -> None:
 
 
 def encode(world: World, prompts: list[str]) -> torch.Tensor:
-    """The ids (B, L) that the checkpoint's tokenizer gives the world's own prompts, without building it.
+    """Ids (B, L) of the world's prompts, as the checkpoint's tokenizer gives them; padded on the left.
 
-    L is `prompt_length`; shorter prompts are padded on the left.
+    L is `prompt_length`.
     """
     prompt_index(world, prompts)
     index, length = {word: i for i, word in enumerate(words(world))}, prompt_length(world)
@@ -177,7 +183,7 @@ def encode(world: World, prompts: list[str]) -> torch.Tensor:
 
 
 def write_checkpoint(folder: Path, world: World, transformer: UrsaTransformer, alpha: float, c: float) -> Path:
-    """Write a checkpoint folder in URSA's layout, and world.json with the world's name and sizes; whole or absent."""
+    """Write a checkpoint folder in URSA's layout atomically, with the world's name and sizes in world.json."""
     with whole_folder(folder) as beside:
         save_student(beside / "transformer", transformer)
         (beside / "scheduler").mkdir()
@@ -202,7 +208,7 @@ def write_checkpoint(folder: Path, world: World, transformer: UrsaTransformer, a
 
 
 def _write_tokenizer(folder: Path, world: World) -> None:
-    """One token per word."""
+    """Write a tokenizer with one token per word."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -214,4 +220,4 @@ def _write_tokenizer(folder: Path, world: World) -> None:
     ).save_pretrained(folder)
     written = folder / "tokenizer_config.json"
     values = json.loads(written.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-    written.write_text(json.dumps(values, indent=2) + "\n")  # transformers 5 writes a class that 4 does not know
+    written.write_text(json.dumps(values, indent=2) + "\n")  # transformers 4 does not know the class that 5 writes
