@@ -179,7 +179,7 @@ def test_a_folder_says_whether_it_is_a_world(world, tmp_path):
     with pytest.raises(DimoError, match="is not a world's checkpoint .it has no world.json., so no oracle can score"):
         load_world(tmp_path)
     for text, sentence in (
-        ('{"world": "shaps"}', "is of a world 'shaps', which is not registered; did you mean 'shapes'"),
+        ('{"world": "shaps"}', "names the world 'shaps', which is not registered; did you mean 'shapes'"),
         ('{"world": ["shapes"]}', "is not registered"),
         ('{"world": "shapes", "cells": 4}', "is damaged: .*cells"),
     ):

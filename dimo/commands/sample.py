@@ -54,7 +54,7 @@ class Request:
     guidance_trunc: float = _flag(0.9, "guidance is off where t >= this")
     negative_prompt: str = _flag("", "negative prompt of guidance")
     max_prompt_length: int | None = _flag(
-        None, "longer prompts are truncated, in tokens; default: the run's, or a world's longest prompt, else 320"
+        None, "text tokens, longer prompts are truncated; default: the run's, or a world's longest prompt, else 320"
     )
     seed: int = _flag(0, "seed of all random draws, the same for each prompt")
     device: str = _flag("auto", "auto, cpu or cuda")
