@@ -16,8 +16,10 @@ import torch
 
 try:
     import resource
+
+    CAN_LIMIT = True
 except ImportError:  # Windows
-    resource = None
+    CAN_LIMIT = False
 
 PARTIALS = ".*.partial*"  # glob pattern of what a killed process leaves behind
 ASIDE = ".old.partial"  # suffix of a folder set aside while its replacement is renamed; restored if that fails
@@ -126,7 +128,9 @@ def side_by_side(function: Callable[[Any], Any], items: list, at_once: int = 4) 
     The threads are daemons: unlike those of a ThreadPoolExecutor, they do not delay the exit of the process. After an
     error no further item is started, and the first error is raised once all threads have stopped.
     """
-    results, errors, rest, lock = [None] * len(items), [], list(enumerate(items))[::-1], threading.Lock()
+    results: list[Any] = [None] * len(items)
+    errors: list[Exception] = []
+    rest, lock = list(enumerate(items))[::-1], threading.Lock()
 
     def work() -> None:
         while True:
@@ -152,7 +156,7 @@ def side_by_side(function: Callable[[Any], Any], items: list, at_once: int = 4) 
 @contextlib.contextmanager
 def no_more_bytes() -> Iterator[None]:
     """In this context every write to a file by this process fails, including writes of other threads in progress."""
-    if resource is None:
+    if not CAN_LIMIT:
         yield
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

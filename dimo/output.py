@@ -80,7 +80,8 @@ def lasting_output() -> Iterator[list[OSError]]:
     Yields a list that on exit receives the errors other than a lost reader, such as a full disk.
     """
     _open_descriptors()
-    before, lost = (sys.stdout, sys.stderr), []
+    before = sys.stdout, sys.stderr
+    lost: list[OSError] = []
     ours = [stream if isinstance(stream, LastingStream) else LastingStream(stream or _nowhere()) for stream in before]
     sys.stdout, sys.stderr = ours
     try:

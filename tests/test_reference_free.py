@@ -99,6 +99,8 @@ def test_entropy_of_a_guided_pass(tiny, videos, passes):
     got = reference_free.pass_entropy(tiny.transformer, txt_ids, x, GRID, 3.0, empty)
     assert torch.allclose(got.double(), -(p * p.log()).sum(-1), atol=1e-4)
     assert passes == [3, 3] + 6 * [1]
+    with pytest.raises(DimoError, match="uncond_ids is needed when guidance_scale is above 1"):
+        reference_free.pass_entropy(tiny.transformer, txt_ids, x, GRID, 3.0)
 
 
 def test_teacher_nll_of_an_indifferent_teacher_is_log_k(indifferent, videos):

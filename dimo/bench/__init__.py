@@ -15,6 +15,7 @@ import time
 import types
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,7 +26,7 @@ from dimo.config import Config, device_of, load_config
 from dimo.errors import DimoError, nearest, reason
 from dimo.files import write_text
 from dimo.train.trainer import Trainer
-from dimo.ursa import sample
+from dimo.ursa import UrsaTransformer, sample
 from dimo.ursa.loading import import_upstream
 
 PARTS = ("step", "generate", "path", "losses")
@@ -83,28 +84,18 @@ def bench(
     report |= {"tokens": trainer.num_visual_tokens, "forward_tflop": forward / 1e12, "passes": passes}
     tflop = step_flops(config, network, d.batch_size_per_gpu, sequence, trainer.num_visual_tokens) / 1e12
     if "step" in parts:
-        counter = iter(range(10**9))
-        begin = time.perf_counter()
-        trainer.step(next(counter))
-        clock.wait()
-        report["first_step_seconds"] = time.perf_counter() - begin
-        result = clock(lambda: trainer.step(next(counter)))
-        report["step"] = _rated(result, tflop, report["product_tflops"])
-        report["stages"] = stage_times(trainer, counter, clock)
-        progress(_line("step, with optimizers", report["step"]))
-        for name, seconds in report["stages"].items():
-            progress(f"    {name:28}{1e3 * seconds:9.1f} ms")
+        report |= _step(trainer, tflop, report["product_tflops"], clock, progress)
     report |= _other_parts(trainer, text, parts, generate_steps, clock, progress)
     if "losses" in report and "step" in report:
         share = report["losses"]["all"]["seconds"] / report["step"]["seconds"]
         report["losses"]["share_of_step"] = share
         progress(f"    losses with their products: {100 * share:.2f}% of the step")
     kept = trainer.networks.teacher, trainer.path, text, trainer.uncond_ids, trainer.grid
-    trainer = None
+    del trainer
     _free()
     if "naive" in against:
         report["naive"] = _naive(config, kept, tflop, clock, report, progress)
-    kept = None
+    del kept
     _free()
     if "upstream" in against:
         report["upstream"] = _upstream(config, size, device, report, clock, progress)
@@ -136,8 +127,23 @@ def _upstream_module() -> types.ModuleType:
         raise DimoError(f"--against upstream: diffnext's pipeline cannot be imported: {reason(error)}") from error
 
 
+def _step(trainer: Trainer, tflop: float, product: float, clock: Clock, progress) -> dict:
+    counter = iter(range(10**9))
+    begin = time.perf_counter()
+    trainer.step(next(counter))
+    clock.wait()
+    report: dict[str, Any] = {"first_step_seconds": time.perf_counter() - begin}
+    report["step"] = _rated(clock(lambda: trainer.step(next(counter))), tflop, product)
+    report["stages"] = stage_times(trainer, counter, clock)
+    progress(_line("step, with optimizers", report["step"]))
+    for name, seconds in report["stages"].items():
+        progress(f"    {name:28}{1e3 * seconds:9.1f} ms")
+    return report
+
+
 def _other_parts(trainer: Trainer, text, parts, generate_steps, clock: Clock, progress) -> dict:
-    report, d, n, g = {}, trainer.config.distill, trainer.networks, trainer.generator
+    report: dict[str, Any] = {}
+    d, n, g = trainer.config.distill, trainer.networks, trainer.generator
     if "generate" in parts:
         report["generate"] = {}
         for steps in generate_steps:
@@ -176,7 +182,10 @@ def _other_parts(trainer: Trainer, text, parts, generate_steps, clock: Clock, pr
     return report
 
 
-def _naive(config, kept: tuple, tflop: float, clock: Clock, report: dict, progress) -> dict:
+def _naive(
+    config: Config, kept: tuple[UrsaTransformer, Any, torch.Tensor, torch.Tensor, tuple[int, int, int]],
+    tflop: float, clock: Clock, report: dict, progress,
+) -> dict:  # fmt: skip
     checkpointing = config.model.activation_checkpointing != "none"
     try:
         result = _rated(clock(naive_step(config, *kept, checkpointing)), tflop, report["product_tflops"])

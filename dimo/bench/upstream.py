@@ -12,7 +12,7 @@ from diffnext.schedulers.scheduling_dfm import KineticOptimalScheduler, MetricDi
 
 from dimo.config import Config
 from dimo.errors import DimoError
-from dimo.ursa import Ursa
+from dimo.ursa import MetricPath, Ursa
 from dimo.ursa.upstream import bridge, load_pipeline, require_pipeline
 from dimo.worlds import checkpoint_folder
 
@@ -67,9 +67,11 @@ def random_pipeline(ursa: Ursa, device: torch.device, dtype: torch.dtype) -> URS
     with init_empty_weights(include_buffers=False):
         transformer = URSATransformer3DModel(**ursa.transformer.config.to_dict())
     transformer.load_state_dict(ursa.transformer.state_dict(), assign=True)
-    scheduler = KineticOptimalScheduler(alpha=ursa.path.alpha, c=ursa.path.c, shift=ursa.shift)
-    scheduler.path = MetricDiscreteProbPath(ursa.path.codebook.to(dtype), ursa.path.alpha, ursa.path.c)
-    scheduler.codebook_size = ursa.path.codebook_size
+    path = ursa.path
+    assert isinstance(path, MetricPath)  # as `random_ursa` makes it
+    scheduler = KineticOptimalScheduler(alpha=path.alpha, c=path.c, shift=ursa.shift)
+    scheduler.path = MetricDiscreteProbPath(path.codebook.to(dtype), path.alpha, path.c)
+    scheduler.codebook_size = path.codebook_size
     vae = types.SimpleNamespace(config={"temporal_stride": ursa.strides[0], "spatial_stride": ursa.strides[1]})
     pipeline = URSAPipeline(transformer.to(device, dtype), scheduler, vae, types.SimpleNamespace())
     return pipeline.to(device)

@@ -62,7 +62,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         if any("\ud800" <= letter <= "\udfff" for letter in argument):  # surrogates: bytes that Python could not decode
             raise DimoError(f"the argument {argument!r} is not UTF-8; was it copied from a file in another encoding?")
     parser, commands = make_parser()
-    argv, flagged = [_underscored(argument) for argument in argv], []
+    argv = [_underscored(argument) for argument in argv]
+    flagged: list[str] = []
     if argv and argv[0] in CONFIGURABLE:
         argv, flagged = split_flags(argv, own=set(commands[argv[0]]._option_string_actions))
     args, left = parser.parse_known_args(argv)  # it leaves positional words that follow an option

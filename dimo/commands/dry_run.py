@@ -110,7 +110,8 @@ def dry_run(config: Config, size: str | None = None, num_processes: int = 1) -> 
         before = meter.bytes
         meter.peak, meter.collectives = before, collections.Counter()
         trainer.step(1)
-        weights, trained, seen = {}, {}, set()
+        weights, trained = {}, {}
+        seen: set[int] = set()
         for name, network in vars(trainer.networks).items():
             weights[name] = _bytes(network.parameters(), seen)
             trained[name] = _bytes((p for p in network.parameters() if p.requires_grad), set())

@@ -42,7 +42,8 @@ def inspect_folder(
     folder = require_checkpoint(folder)
     if max_prompt_length is not None and max_prompt_length < 0:
         raise DimoError(f"max_prompt_length must not be negative, got {max_prompt_length}")
-    rows, missing = [], []
+    rows: list[tuple[str, str]] = []
+    missing: list[str] = []
 
     def part(function: Callable, *arguments):
         try:
@@ -64,8 +65,9 @@ def inspect_folder(
     rows += (part(_vae, folder, config) or []) if strides else []
     if config and strides:
         given = zip((num_frames, height, width), video_size(folder))
-        rows += _video(config, strides, *(default if size is None else size for size, default in given),
-                       max_prompt_length or default_prompt_length(folder))  # fmt: skip
+        num_frames, height, width = (default if size is None else size for size, default in given)
+        text = max_prompt_length or default_prompt_length(folder)
+        rows += _video(config, strides, num_frames, height, width, text)
     return rows, missing
 
 

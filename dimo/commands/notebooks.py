@@ -10,6 +10,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,8 @@ def notebook_folder() -> Path:
 def run_notebooks(
     config: str | None,
     overrides: list[str],
-    parameters: list[str] = (),
-    only: list[str] = (),
+    parameters: Sequence[str] = (),
+    only: Sequence[str] = (),
     start: str | None = None,
     force: bool = False,
 ) -> RunFolder:
@@ -120,7 +121,7 @@ def _own_parameters(source: Path, needed: bool) -> dict[str, Any]:
         raise DimoError(f"{source} is not a readable notebook ({why}); `git checkout {source}` restores it") from error
 
 
-def _choose(sources: dict[str, Path], only: list[str], start: str | None) -> dict[str, Path]:
+def _choose(sources: dict[str, Path], only: Sequence[str], start: str | None) -> dict[str, Path]:
     for name in [*only, *([start] if start else [])]:
         if name not in sources:
             raise DimoError(f"there is no notebook {name!r}{nearest(name, sources)}")
@@ -130,7 +131,7 @@ def _choose(sources: dict[str, Path], only: list[str], start: str | None) -> dic
     return chosen
 
 
-def _parse_parameters(parameters: list[str], overrides: list[str], known: dict[str, Any]) -> dict[str, Any]:
+def _parse_parameters(parameters: Sequence[str], overrides: list[str], known: dict[str, Any]) -> dict[str, Any]:
     """Parse "name=value" words: returns notebook parameters, appends configuration keys to `overrides`.
 
     Args:

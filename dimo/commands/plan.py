@@ -106,26 +106,30 @@ def parts_of(run: DryRun, kind: str, num_processes: int) -> dict[str, int]:
 
 def _probe(config: Config, size: str | None) -> tuple[float | None, int | None, str]:
     """Measure steps in one process: (median seconds after two warm-up steps, peak bytes, "" or why it failed)."""
-    from dimo.train.prompts import WorldPrompts
-    from dimo.train.trainer import Trainer
-
     torch.cuda.reset_peak_memory_stats()
     try:
-        ursa = empty_ursa(size, config.distill.teacher_ckpt, "cuda")
-        trainer = Trainer(config, ursa, WorldPrompts(["a red ball"], ursa, config.distill.max_prompt_length))
-        seconds = []
-        for index in range(5):
-            start = time.perf_counter()
-            trainer.step(index)
-            torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start)
-        return statistics.median(seconds[2:]), torch.cuda.max_memory_allocated(), ""
+        return _seconds(config, size), torch.cuda.max_memory_allocated(), ""
     except torch.OutOfMemoryError:
         return None, None, "it did not fit on this GPU"
     finally:
-        trainer = ursa = None
         gc.collect()
         torch.cuda.empty_cache()
+
+
+def _seconds(config: Config, size: str | None) -> float:
+    """Median seconds of three steps after two warm-up steps."""
+    from dimo.train.prompts import WorldPrompts
+    from dimo.train.trainer import Trainer
+
+    ursa = empty_ursa(size, config.distill.teacher_ckpt, "cuda")
+    trainer = Trainer(config, ursa, WorldPrompts(["a red ball"], ursa, config.distill.max_prompt_length))
+    seconds = []
+    for index in range(5):
+        start = time.perf_counter()
+        trainer.step(index)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[2:])
 
 
 def alternatives(plan: Plan, size: str | None, preset: str | None, overrides: Sequence[str]) -> dict[str, int]:

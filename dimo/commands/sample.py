@@ -224,7 +224,7 @@ def read_prompts(path: str | Path) -> list[str]:
         DimoError: the path or a file cannot be read, a column is missing, or there are no prompts.
     """
     kind, files = list_files(path)
-    prompts = []
+    prompts: list[str] = []
     for file in files:
         caption = caption_column(file, kind, [])
         prompts += filter(None, (caption_text(row[caption]) for row in read_rows(file, kind, [caption])))

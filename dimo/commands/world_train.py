@@ -25,7 +25,8 @@ def add_world(commands, kinds: dict[type, Callable]) -> None:
     )
     names = train.add_subparsers(metavar="NAME", required=True, title="worlds")
     for name, kind in WORLDS.items():
-        sub = names.add_parser(name, help=kind.__doc__.splitlines()[0], description=kind.__doc__, allow_abbrev=False)
+        about = kind.__doc__ or name
+        sub = names.add_parser(name, help=about.splitlines()[0], description=about, allow_abbrev=False)
         sub.set_defaults(world=name)
         sub.add_argument("-o", "--out", required=True, help="the checkpoint folder to write")
         for field in (*dataclasses.fields(kind), *dataclasses.fields(TeacherRecipe)):

@@ -48,8 +48,8 @@ def split_flags(arguments: list[str], own: set[str]) -> tuple[list[str], list[st
             hint = f"; write {' or '.join(several)}" if several else nearest(name, own | {f"--{f}" for f in known})
             raise DimoError(f"unknown flag {name}{hint}")
         if not equals:
-            value = next(rest, None)
-            if value is None or value.startswith("--"):
+            value = next(rest, "--")  # nothing left is no value, as another flag is none
+            if value.startswith("--"):
                 raise DimoError(f"{name} needs a value; it stands for {known[name[2:]]}")
         overrides.append(as_override(known[name[2:]], value))
     return others, overrides

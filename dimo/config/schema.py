@@ -256,18 +256,18 @@ class Config:
 
 def config_keys() -> dict[str, dataclasses.Field]:
     """{dotted key: its dataclass field}, in declaration order."""
-    groups = {f.name: f.default_factory for f in dataclasses.fields(Config)}
-    return {f"{g}.{f.name}": f for g, cls in groups.items() for f in dataclasses.fields(cls)}
+    groups = vars(Config())
+    return {f"{name}.{f.name}": f for name, group in groups.items() for f in dataclasses.fields(group)}
 
 
 def default_of(field: dataclasses.Field) -> Any:
     """Default value of a key."""
-    return field.default if field.default is not dataclasses.MISSING else field.default_factory()
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def kind_of(field: dataclasses.Field) -> str:
     """Type of a key as `dimo.config.values.read_value` expects it: "path", or the annotation, such as "int | None"."""
-    return "path" if field.metadata["path"] else field.type
+    return "path" if field.metadata["path"] else str(field.type)
 
 
 def describe() -> str:

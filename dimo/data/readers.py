@@ -42,7 +42,7 @@ def caption_column(file: Path, kind: str, scores: list[str]) -> str:
     with _sentences(file, kind):
         refuse_foreign(file, kind)
         columns = _columns(file, kind)
-        caption = next((c for c in CAPTIONS if c in columns), None)
+        caption = next((c for c in CAPTIONS if c in columns), "")
         missing = ([] if caption else [either(CAPTIONS)]) + [s for s in scores if s not in columns]
         if missing:
             raise DimoError(f"{file} has no column {missing[0]}; it has {', '.join(columns) or 'none'}"

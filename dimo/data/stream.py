@@ -7,6 +7,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -94,7 +95,7 @@ class PromptStream:
         """
         state = dict(state)
         files, block, used = state.pop("files"), state.pop("block", None), state.pop("used")
-        names = [file.name for file in self.files]
+        names: list[str] | list[tuple[str, int]] = [file.name for file in self.files]
         if block is None:  # a checkpoint of an earlier dimo
             names = [(file.name, file.stat().st_size) for file in self.files]
         if files != _digest(names):
@@ -177,7 +178,7 @@ def _digest(values: list) -> str:
     return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
 
 
-def _number(value: object) -> float:
+def _number(value: Any) -> float:
     """`value` as a float; NaN, which passes no minimum, if it is not a finite number. "1_0", 10 to Python, is none."""
     try:
         number = float("nan" if isinstance(value, str) and "_" in value else value)

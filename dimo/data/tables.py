@@ -111,7 +111,9 @@ def _explain(file: Path, error: str, text: str, line: int, last: int) -> None:
         error: message of the csv module.
         text: source of the row, lines `line` to `last`.
     """
-    place = WHOLE_FIELDS.match(text).end()
+    whole = WHOLE_FIELDS.match(text)
+    assert whole is not None  # no field is a match too
+    place = whole.end()
     opened = line + text[:place].count("\n")
     if "new-line" in error:
         raise ValueError(f"line {line} has a carriage return (\\r) inside a field; put the caption in quotes")

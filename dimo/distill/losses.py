@@ -110,7 +110,7 @@ def student_loss(
     fixed = student.detach()  # casts the head to the states' dtype once, for both predictions
     at_t = None if student_at_t is None else fixed.with_states(student_at_t.states.detach())
     felt, token, kd, rows = _StudentLoss.apply(
-        student.states, None if at_t is None else student_at_t.states, student.head,
+        student.states, None if student_at_t is None else student_at_t.states, student.head,
         fixed, at_t, teacher.detach(), aux.detach(), settings,
     )  # fmt: skip
     known = known or Gaps(*rows.view(-1, *x_hat.shape))
@@ -184,7 +184,7 @@ class _MeanLoss(torch.autograd.Function):
             values.append(value.sum())
             if learns:
                 fixed.pull_back(d_z, rows, d_flat, d_head, 1 / count)
-        ctx.save_for_backward(d_flat.mul_(1 / count).view_as(states) if learns else None, d_head)
+        ctx.save_for_backward(None if d_flat is None else d_flat.mul_(1 / count).view_as(states), d_head)
         return torch.stack(values).sum() / count
 
     @staticmethod
@@ -243,7 +243,7 @@ class _StudentLoss(torch.autograd.Function):
                 kd.append(value.sum())
                 at_t.pull_back(d_z, rows, d_flat_at_t, d_head, share * s.w_kd)
         d_states = d_flat.mul_(share if own else share * s.w_distill).view_as(states)
-        d_at_t = None if at_t is None else d_flat_at_t.mul_(share * s.w_kd).view_as(states_at_t)
+        d_at_t = None if d_flat_at_t is None else d_flat_at_t.mul_(share * s.w_kd).view_as(states_at_t)
         ctx.save_for_backward(d_states, d_at_t, d_head)
         token, kd = torch.stack(token).sum() * share, torch.stack(kd).sum() * share
         outputs = zero, token, kd, torch.cat(gap_rows, 1) if gap_rows else zero.clone()
@@ -258,7 +258,9 @@ class _StudentLoss(torch.autograd.Function):
 
 def _zeros_of(head: torch.Tensor | None, learns: bool) -> torch.Tensor | None:
     """A float32 gradient accumulator; None if the head is frozen or there is none."""
-    return torch.zeros(head.shape, dtype=torch.float32, device=head.device) if learns else None
+    if head is None or not learns:
+        return None
+    return torch.zeros(head.shape, dtype=torch.float32, device=head.device)
 
 
 # The functions below work on a chunk: float32 logits (n, K) -> logit gradients (n, K) in `dtype`, values (n,).
@@ -296,7 +298,7 @@ def _own(z, d_z, x, advantage, w_distill, w_policy, lambda_ent, dtype):
     """(w_distill (d_z + policy gradient) + gradient of the entropy bonus, <d_z, z> of the given d_z)."""
     log_p, p = _log_softmax(z)
     value = z.new_zeros(len(z)) if d_z is None else (d_z.float() * z).sum(-1)
-    total = 0.0 if d_z is None else w_distill * d_z.float()
+    total = z.new_zeros(()) if d_z is None else w_distill * d_z.float()
     if advantage is not None:
         chosen = torch.arange(z.shape[-1], device=z.device) == x.unsqueeze(-1)
         total = total - w_distill * w_policy * advantage.unsqueeze(-1) * (chosen.float() - p)

@@ -93,7 +93,7 @@ class XInit:
         size = (batch, num_visual_tokens)
         x_init = torch.randint(self.codebook_size, size, generator=generator, device=device)
         corrupted = torch.zeros(batch, dtype=torch.bool, device=device)
-        if self.x_hat is None:
+        if self.x_hat is None or self.txt_ids is None:
             return x_init, txt_ids, corrupted
         corrupted = torch.rand(batch, generator=generator, device=device) < self.p_corrupt * self.fade
         row = torch.randint(len(self.x_hat), (batch,), generator=generator, device=device)

@@ -10,7 +10,8 @@ over chunks of tokens (`losses.student_loss`), so the logits over 64,000 codes a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -21,6 +22,7 @@ from dimo.ursa import Chunked, Dense, MetricPath, MixturePath, Prediction, UrsaT
 
 Grid = tuple[int, int, int]
 LOOKED_AT = 128  # number of tokens of the first sample over which `logits_std` is measured
+LATER: Any = None  # placeholder of a step's fields until their stage has run
 
 
 @dataclasses.dataclass(repr=False)
@@ -32,29 +34,29 @@ class Step:
     """
 
     dense: bool = True
-    txt_ids: torch.Tensor | None = None  # 1: (B, L)
-    x_init: torch.Tensor | None = None  # 2: (B, N)
-    corrupted: torch.Tensor | None = None  # 2: (B,) bool
-    student: Dense | Chunked | None = None  # 3: at x_init, (B, N, K)
-    x_hat: torch.Tensor | None = None  # 3: (B, N)
-    logp: torch.Tensor | None = None  # 3: (B, N), nats
-    entropy: torch.Tensor | None = None  # 3: (B, N), nats
-    logits_std: torch.Tensor | None = None  # 3: scalar, nats; standard deviation over the codes, for a few tokens
-    t: torch.Tensor | None = None  # 4: (R B,) or (R B, N)
-    x_t: torch.Tensor | None = None  # 4: (R B, N), all samples of the first draw of t, then of the second, ...
-    teacher: Prediction | None = None  # 5: at x_t, (R B, N, K)
+    txt_ids: torch.Tensor = LATER  # 1: (B, L)
+    x_init: torch.Tensor = LATER  # 2: (B, N)
+    corrupted: torch.Tensor = LATER  # 2: (B,) bool
+    student: Dense | Chunked = LATER  # 3: at x_init, (B, N, K)
+    x_hat: torch.Tensor = LATER  # 3: (B, N)
+    logp: torch.Tensor = LATER  # 3: (B, N), nats
+    entropy: torch.Tensor = LATER  # 3: (B, N), nats
+    logits_std: torch.Tensor = LATER  # 3: scalar, nats; standard deviation over the codes, for a few tokens
+    t: torch.Tensor = LATER  # 4: (R B,) or (R B, N)
+    x_t: torch.Tensor = LATER  # 4: (R B, N), all samples of the first draw of t, then of the second, ...
+    teacher: Prediction = LATER  # 5: at x_t, (R B, N, K)
     aux_losses: list[torch.Tensor] = dataclasses.field(default_factory=list)  # 6: scalars, nats per token
-    aux: Prediction | None = None  # 6: at x_t, (R B, N, K)
+    aux: Prediction = LATER  # 6: at x_t, (R B, N, K)
     student_at_t: Dense | Chunked | None = None  # 7: at x_t, (R B, N, K), if stage 7 runs
     beta: float | torch.Tensor | None = None  # 8: of D_beta, a number or (R B, 1 or N); None: no token-level gradient
     w_policy: float = 0.0  # 8: weight of the policy gradient, multiplied by w_distill
     advantage: torch.Tensor | None = None  # 8: (R B, 1 or N), for the policy gradient
     baseline: torch.Tensor | None = None  # 8: scalar
     gaps: losses.Gaps | None = None  # 9, or 8 if the advantage needs them
-    reward: torch.Tensor | None = None  # 9: (B,), nats per token
-    distill: torch.Tensor | None = None  # 9: scalar
+    reward: torch.Tensor = LATER  # 9: (B,), nats per token
+    distill: torch.Tensor = LATER  # 9: scalar
     kd: torch.Tensor | None = None  # 9: scalar, if stage 7 runs
-    loss: torch.Tensor | None = None  # 9: scalar, carries the gradient
+    loss: torch.Tensor = LATER  # 9: scalar, carries the gradient
 
     def __repr__(self) -> str:
         """Names and shapes of the results so far."""
@@ -185,7 +187,7 @@ def teacher_pass(
     if guidance_scale != 1 and uncond_ids is None:
         raise DimoError("uncond_ids, the ids (1, L) of the negative prompt, are required if guidance_scale is not 1")
     txt_ids = step.txt_ids_at_t
-    if guidance_scale == 1 or not bool((step.t < guidance_trunc).any()):
+    if uncond_ids is None or guidance_scale == 1 or not bool((step.t < guidance_trunc).any()):
         step.teacher = predict(teacher, txt_ids, step.x_t, grid, step.dense)
     else:
         ids = torch.cat([txt_ids, uncond_ids.expand_as(txt_ids)])
@@ -231,7 +233,8 @@ def auxiliary_losses(
     if objective not in ("denoise", "match_teacher"):
         raise DimoError(f"aux_objective must be 'denoise' or 'match_teacher', got {objective!r}")
     batch, device = len(step.txt_ids), step.txt_ids.device
-    draws, kept = step.x_t.split(batch) if share_x_t else (), []
+    draws: Sequence[torch.Tensor] = step.x_t.split(batch) if share_x_t else ()
+    kept: list[Dense | Chunked] = []
     if objective == "match_teacher":
         draws = [step.x_t] * aux_steps  # every update uses all draws
     if len(draws) > aux_steps:

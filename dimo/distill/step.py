@@ -47,8 +47,6 @@ class Distillation(Protocol):
     """What a training step reads and changes; implemented by `dimo.train.trainer.Trainer`."""
 
     networks: Networks
-    student: Learner
-    aux: Learner
     path: MetricPath | MixturePath
     grid: Grid
     num_visual_tokens: int
@@ -60,6 +58,14 @@ class Distillation(Protocol):
     empty_ids: torch.Tensor  # (1, L): the empty prompt
     uncond_ids: torch.Tensor  # (1, L): the negative prompt of guidance
     generator: torch.Generator
+
+    @property
+    def student(self) -> Learner:
+        """The student with its optimizer."""
+
+    @property
+    def aux(self) -> Learner:
+        """The auxiliary with its optimizer."""
 
     def draw_prompts(self) -> torch.Tensor:
         """Stage 1: txt_ids (B, L)."""

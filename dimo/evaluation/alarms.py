@@ -29,7 +29,8 @@ def alarms(rows: list[dict]) -> list[Alarm]:
         for a token can hardly be reversed any more (see `model.train_head`).
     gradient_spike: the student's gradient norm is more than 10 times its median over the last 200 rows.
     """
-    found, on = [], set()
+    found: list[Alarm] = []
+    on: set[str] = set()  # names that ring now
 
     def ring(name: str, now: bool, sentence: str) -> None:
         """Add an alarm when the condition starts to hold, not again while it lasts."""

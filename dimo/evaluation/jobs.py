@@ -20,13 +20,11 @@ from safetensors.torch import load_file
 from dimo.errors import DimoError
 from dimo.evaluation.comparison import Comparison, Job
 from dimo.files import save_file, whole_file, write_text
-from dimo.run.folder import OWN_INSIDE
+from dimo.run.folder import CAN_LOCK, OWN_INSIDE
 from dimo.run.progress import CostBar
 
-try:
+if CAN_LOCK:
     import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 ABOUT = "about.json"
 OWN = OWN_INSIDE["evaluation_jobs"]  # patterns of the files written to that folder
@@ -95,7 +93,7 @@ def alone_in(out: Path) -> Iterator[None]:
     handle = os.open(out, os.O_RDONLY)
     try:
         try:
-            if fcntl is not None:
+            if CAN_LOCK:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise DimoError(

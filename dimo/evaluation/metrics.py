@@ -38,6 +38,12 @@ class Videos:
     entropy: torch.Tensor | None = None
     scores: Scores | None = None
 
+    @property
+    def scored(self) -> Scores:
+        """`scores`, where an oracle has scored."""
+        assert self.scores is not None  # `measure` takes the metrics of SCORED only where they are there
+        return self.scores
+
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
@@ -65,22 +71,22 @@ SECONDS = Metric(
 
 SCORED: dict[str, Metric] = {
     "validity": Metric(
-        "higher", "share of videos that are valid for any prompt", lambda v: _mean(v.scores.valid)
+        "higher", "share of videos that are valid for any prompt", lambda v: _mean(v.scored.valid)
     ),
     "adherence": Metric(
         "higher", "share of videos that are at least as near to a valid video of their own prompt as to any other",
-        lambda v: _mean(v.scores.adherent),
+        lambda v: _mean(v.scored.adherent),
     ),
     "token_accuracy": Metric(
         "higher", "share of tokens equal to those of the nearest valid video of any prompt",
-        lambda v: _mean(v.scores.accuracy),
+        lambda v: _mean(v.scored.accuracy),
     ),
     "coverage": Metric(
         "higher", "entropy of each factor that prompts leave open, over valid videos of the right prompt, relative to "
-        "its maximum; the minimum over factors, pooled and per prompt", lambda v: least_coverage(v.scores),
+        "its maximum; the minimum over factors, pooled and per prompt", lambda v: least_coverage(v.scored),
     ),
     "coverage_detail": Metric(
-        None, "the values of which coverage is the minimum", lambda v: coverage_detail(v.scores)
+        None, "the values of which coverage is the minimum", lambda v: coverage_detail(v.scored)
     ),
     "videos": Metric(None, "number of videos", lambda v: len(v.codes)),
     "seconds_per_video": SECONDS,
@@ -95,7 +101,7 @@ REFERENCE_FREE: dict[str, Metric] = {
     ),
     "teacher_nll": Metric(
         "lower", "negative log-likelihood under the teacher after re-noising, in nats per token",
-        lambda v: v.nll.mean().item(),
+        lambda v: None if v.nll is None else v.nll.mean().item(),
     ),
     "diversity": Metric(
         "higher", "share of tokens in which two videos of a prompt differ",

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from dimo.errors import require_shape
+from dimo.errors import DimoError, require_shape
 from dimo.files import save_file, whole_file
 from dimo.ursa import Ursa, UrsaTransformer, predict
 from dimo.ursa.chunks import tokens_at_once
@@ -38,12 +38,14 @@ def pass_entropy(
     Returns:
         (B, N), in nats.
     """
+    if guidance_scale > 1 and uncond_ids is None:
+        raise DimoError("uncond_ids is needed when guidance_scale is above 1: the ids of the empty prompt, (1, L)")
     codebook_size = network.config.vocab_size - network.config.lm_vocab_size
     videos = max(1, tokens_at_once(codebook_size, x_t.device) // x_t.shape[1])
     parts = []
     for ids, x in zip(txt_ids.split(videos), x_t.split(videos)):
         prediction = predict(network, ids, x, grid)
-        if guidance_scale > 1:
+        if uncond_ids is not None and guidance_scale > 1:
             uncond = predict(network, uncond_ids.expand_as(ids), x, grid)
             prediction = prediction.guided(uncond, guidance_scale)
         parts.append(prediction.entropy())

@@ -26,5 +26,6 @@ def coverage_detail(scores: Scores) -> dict[str, float | None]:
 
 def least_coverage(scores: Scores) -> float | None:
     """The minimum of `coverage_detail`; None if one of its values is None or prompts leave nothing open."""
-    figures = list(coverage_detail(scores).values())
-    return None if not figures or None in figures else min(figures)
+    figures = coverage_detail(scores).values()
+    defined = [figure for figure in figures if figure is not None]
+    return min(defined, default=None) if len(defined) == len(figures) else None

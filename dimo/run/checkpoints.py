@@ -134,7 +134,7 @@ class Checkpoints:
         Raises:
             DimoError: there are checkpoints, but all are damaged.
         """
-        damaged = {}
+        damaged: dict[Path, str] = {}
         for folder in reversed(self.all()):
             wrong = what_is_wrong(folder)
             if wrong is None:
@@ -204,7 +204,8 @@ class _Writing(threading.Thread):
 
     def __init__(self, step: int, partial: Path, whole: dict | None, rank_state: dict, rank: int):
         super().__init__(name=f"checkpoint-{step}", daemon=True)  # a second Ctrl-C must not wait for it
-        self.step, self.partial, self.whole, self.rank_state, self.rank = step, partial, whole, rank_state, rank
+        self.step, self.partial, self.whole, self.rank = step, partial, whole, rank
+        self.rank_state: dict | None = rank_state
         self.entries: dict[str, dict] = {}
         self.error: Exception | None = None
         self._saving = threading.Semaphore(AT_ONCE)

@@ -14,7 +14,7 @@ import socket
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -30,11 +30,15 @@ from dimo.ursa.weights import read_json
 
 try:
     import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
-OWN = ("config.yaml", SOURCES, "environment.json", "status.json", "metrics.jsonl", "events.jsonl", "train.log")
-OWN += ("report.json", "report.html", "sheet.png", "curves.png", "codes.safetensors")
+    CAN_LOCK = True
+except ImportError:  # Windows
+    CAN_LOCK = False
+
+OWN = (
+    "config.yaml", SOURCES, "environment.json", "status.json", "metrics.jsonl", "events.jsonl", "train.log",
+    "report.json", "report.html", "sheet.png", "curves.png", "codes.safetensors",
+)  # fmt: skip
 OWN_INSIDE = {  # glob patterns, since users may keep other files in these folders
     "checkpoints": (STEP, "final", PARTIALS),
     "samples": (f"{STEP}.png", PARTIALS),
@@ -58,7 +62,7 @@ class RunFolder:
 
     def __init__(self, path: str | Path, writes: bool = True):
         self.path, self.writes = Path(path), writes
-        self._lock = None
+        self._lock: TextIO | None = None
 
     @classmethod
     def open(
@@ -119,7 +123,7 @@ class RunFolder:
 
     def _acquire(self) -> None:
         """Lock the folder. The kernel releases the lock when the process dies, even by SIGKILL."""
-        if fcntl is None:
+        if not CAN_LOCK:
             raise DimoError("training runs on Linux and macOS only; on Windows, use WSL")
         self.path.mkdir(parents=True, exist_ok=True)
         lock = open(self.path / LOCK, "a+", encoding="utf-8")
@@ -169,7 +173,7 @@ class RunFolder:
 
     def is_held(self) -> bool:
         """Whether a live process is training in this folder."""
-        if fcntl is None:
+        if not CAN_LOCK:
             return False
         try:
             with open(self.path / LOCK, encoding="utf-8") as lock:

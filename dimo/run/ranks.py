@@ -16,8 +16,9 @@ from dimo.errors import DimoError, reason
 
 LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # torchrun and accelerate set all five
 # any of these makes accelerate assume a multi-process launch
-MISLEADING = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
-MISLEADING += ("MV2_COMM_WORLD_SIZE",)
+MISLEADING = (
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE",
+)  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -127,7 +127,7 @@ def _digest(file: Path, size: int, blocks: int | None) -> str:
 
 
 def _content(about: dict | None) -> tuple | None:
-    return about and (about.get("bytes"), about.get("sha256"))
+    return None if about is None else (about.get("bytes"), about.get("sha256"))
 
 
 def _same_place(key: str, was: str, now: str) -> bool:

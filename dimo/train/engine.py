@@ -123,7 +123,8 @@ class Learner:
         self.model, self.optimizers, self.max_grad_norm = model, optimizers, max_grad_norm
         self.sharded = isinstance(model, FSDPModule)
         self.gradients: list[torch.Tensor] = []  # local shards; averaged over the ranks after `gradient_norm`
-        self.last, self.sending = True, {}
+        self.last = True
+        self.sending: dict[torch.Tensor, dist.Work] = {}
         if self.averages:
             for p in model.parameters():
                 if p.requires_grad and p.numel() >= SENT_ALONE:

@@ -153,7 +153,9 @@ def _train(trainer: Trainer, run: RunFolder, checkpoints: Checkpoints, signals: 
 
 def _resume(trainer: Trainer, run: RunFolder, checkpoints: Checkpoints) -> int:
     """Load the newest valid checkpoint, if any; returns the number of steps done."""
-    folder, damaged, error = None, {}, None
+    folder: Path | None = None
+    damaged: dict[Path, str] = {}
+    error: Exception | None = None
     if run.writes:
         try:
             checkpoints.remove_partials()

@@ -15,6 +15,8 @@ MEASURED = (
 
 def measured(step: Step) -> dict[str, torch.Tensor]:
     """Metrics that need no computation beyond the step itself, as scalar tensors."""
+    gaps = step.gaps
+    assert gaps is not None  # stage 9 has made them
     values = {
         "loss/total": step.loss,
         "loss/distill": step.distill,
@@ -26,9 +28,9 @@ def measured(step: Step) -> dict[str, torch.Tensor]:
         "reward/baseline": step.baseline if step.baseline is not None else step.reward.mean(),
         "t/mean": step.t.mean(),
         "x_init/corrupt_share": step.corrupted.float().mean(),
-        "entropy/teacher": step.gaps.entropy_teacher.mean(),
-        "entropy/aux": step.gaps.entropy_aux.mean(),
-        "gap/aux_teacher_tv": step.gaps.total_variation.mean(),
+        "entropy/teacher": gaps.entropy_teacher.mean(),
+        "entropy/aux": gaps.entropy_aux.mean(),
+        "gap/aux_teacher_tv": gaps.total_variation.mean(),
     }
     return values if step.kd is None else values | {"gap/student_teacher_kl": step.kd}
 

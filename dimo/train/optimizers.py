@@ -36,8 +36,8 @@ class Muon(torch.optim.Optimizer):
             if group["weight_decay"]:
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             order = sorted(range(len(params)), key=lambda i: tuple(params[i].shape))
-            for shape, same in itertools.groupby(order, key=lambda i: tuple(params[i].shape)):
-                same, most = list(same), max(1, STACK_ENTRIES // math.prod(shape))
+            for shape, members in itertools.groupby(order, key=lambda i: tuple(params[i].shape)):
+                same, most = list(members), max(1, STACK_ENTRIES // math.prod(shape))
                 for some in (same[i : i + most] for i in range(0, len(same), most)):
                     step = orthogonalise(torch.stack([updates[i] for i in some]))
                     scale = -group["lr"] * 0.2 * math.sqrt(max(shape))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ class WorldPrompts:
     """All prompts of a world. Batches are drawn with the step's generator, so there is no position to save."""
 
     about = ""
+    held_out: Sequence[str] = ()
 
     def __init__(self, prompts: list[str], ursa: Ursa, max_prompt_length: int):
         self.examples, self.example_ids = prompts, tokenise(ursa.tokenize, prompts, max_prompt_length)
@@ -63,7 +65,7 @@ class StreamedPrompts:
 
     def __init__(
         self, stream: PromptStream, ursa: Ursa, max_prompt_length: int, rank: int = 0, world_size: int = 1,
-        held_out: list[str] = (), about: str = "",
+        held_out: Sequence[str] = (), about: str = "",
     ):  # fmt: skip
         self.stream, self.ursa, self.max_prompt_length = stream, ursa, max_prompt_length
         self.rank, self.world_size = rank, world_size
@@ -79,7 +81,8 @@ class StreamedPrompts:
 
     def batch(self, size: int, generator: torch.Generator) -> torch.Tensor:
         """txt_ids (size, L), the next prompts of the stream; `generator` is not used."""
-        prompts, needed = [], size * self.world_size
+        prompts: list[str] = []
+        needed = size * self.world_size
         while len(prompts) < needed:
             more = self.stream.take(needed - len(prompts))
             prompts += [prompt for prompt in more if _caption(prompt) not in self._never]
@@ -176,7 +179,7 @@ def require_prompts_fit(ursa: Ursa, prompts: list[str], max_prompt_length: int) 
 
 def _caption(prompt: str) -> str:
     """The caption without its motion prefix, which a prompt may have in one epoch and not in the next."""
-    return prompt[PREFIX.match(prompt).end() :]
+    return PREFIX.sub("", prompt, count=1)
 
 
 def _about(wanted: int, held_out: int, different: int) -> str:

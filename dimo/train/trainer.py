@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 from collections.abc import Iterator
 
@@ -23,7 +22,7 @@ from dimo.train.loop import run_training
 from dimo.train.metrics import MEASURED, Averages, measured
 from dimo.train.optimizers import lr_factor, make_optimizers, warm_ema_decay
 from dimo.train.prompts import WorldPrompts, open_prompts
-from dimo.ursa import Ursa, load_ursa
+from dimo.ursa import Ursa, load_ursa, predict
 from dimo.ursa.cpu import keep_memory
 from dimo.worlds import checkpoint_folder, is_world, load_world, require_world
 
@@ -141,7 +140,7 @@ class Trainer:
             norms = dict.fromkeys(norms, math.nan)
             self.student.discard()
             self.aux.discard()
-            if self.baseline:
+            if self.baseline and baseline:
                 self.baseline.load_state_dict(baseline)  # a NaN would stay in the moving average forever
             self.events.append({"step": index + 1, "event": "step_skipped", **self.guard.count(error)})
             self.guard.stop_if_hopeless(c.experiment.output_dir, index, seed, steps)
@@ -208,10 +207,9 @@ class Trainer:
     def _student_teacher_kl(self, step: Step) -> torch.Tensor:
         if step.kd is not None:
             return step.kd
-        at_t = dataclasses.replace(step)
         with self.engine.autocast():
-            stages.distil_knowledge(at_t, self.networks.student, self.grid)
-        return losses.kl(at_t.teacher, at_t.student_at_t)
+            student = predict(self.networks.student, step.txt_ids_at_t, step.x_t, self.grid, step.dense)
+        return losses.kl(step.teacher, student)
 
     def state(self) -> tuple[dict, dict]:
         """The state that all ranks share, unsharded under every engine. Collective.

@@ -34,11 +34,10 @@ def tokens_at_once(codes: int, device: torch.device) -> int:
     return tokens if tokens < 128 else tokens // 128 * 128
 
 
-def chunks(size: int, *tensors: torch.Tensor | None) -> Iterator[tuple[torch.Tensor | None, ...]]:
-    """Yield tuples of `size` rows of each tensor; None stays None."""
-    rows = next(len(x) for x in tensors if x is not None)
-    for start in range(0, rows, size):
-        yield tuple(None if x is None else x[start : start + size] for x in tensors)
+def chunks(size: int, *tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Yield tuples of `size` rows of each tensor."""
+    for start in range(0, len(tensors[0]), size):
+        yield tuple(x[start : start + size] for x in tensors)
 
 
 _compiles = contextvars.ContextVar("compiles", default=True)

@@ -90,7 +90,8 @@ def build_ursa_inputs(
     config = transformer.config
     if len(latents_shape) != 3 or any(int(n) < 1 for n in latents_shape):
         raise DimoError(f"latents_shape must be three positive numbers (T, H, W), got {tuple(latents_shape)}")
-    latents_shape = tuple(int(n) for n in latents_shape)
+    t, h, w = (int(n) for n in latents_shape)
+    latents_shape = t, h, w
     num_visual_tokens = math.prod(latents_shape)
     require_shape("txt_ids", txt_ids, ("B", "L"))
     batch = txt_ids.shape[0]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Self
 
 import torch
 from torch.nn import functional as F
@@ -22,9 +23,16 @@ from dimo.ursa.inputs import build_ursa_inputs, visual_logits
 class Prediction:
     """Distributions over K codes for a batch of tokens (B, N). Flattened to B*N rows, samples follow each other."""
 
-    shape: tuple[int, int]  # (B, N)
     codebook_size: int  # K
-    device: torch.device
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, N)."""
+        raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        raise NotImplementedError
 
     def _rows(self, rows: slice) -> torch.Tensor:
         """Float32 logits (n, K) of some of the B*N tokens."""
@@ -104,6 +112,7 @@ class Prediction:
         return f"{type(self).__name__}({batch} x {tokens} tokens, {self.codebook_size} codes, {self.device})"
 
 
+@dataclasses.dataclass(repr=False, eq=False)
 class _OfNetwork(Prediction):
     """A prediction whose logits are a linear function of states (B, N, ...), through which gradients can flow."""
 
@@ -118,11 +127,11 @@ class _OfNetwork(Prediction):
     def device(self) -> torch.device:
         return self.states.device
 
-    def with_states(self, states: torch.Tensor) -> _OfNetwork:
+    def with_states(self, states: torch.Tensor) -> Self:
         """A prediction with other states and the same head."""
         return dataclasses.replace(self, states=states)
 
-    def guided(self, uncond: _OfNetwork, scale: torch.Tensor | float) -> _OfNetwork:
+    def guided(self, uncond: _OfNetwork, scale: torch.Tensor | float) -> Self:
         """Classifier-free guidance u + scale (c - u), where c is this prediction; `scale` a number or (B, 1 or N, 1).
 
         Computed on the states, in which logits are linear: this saves one of two products with the head.
@@ -131,11 +140,11 @@ class _OfNetwork(Prediction):
         c, u = self.states.float(), uncond.states.float()
         return self.with_states((u + scale * (c - u)).to(self.states.dtype))
 
-    def chunk(self, parts: int) -> list[_OfNetwork]:
+    def chunk(self, parts: int) -> list[Self]:
         """Split along the batch."""
         return [self.with_states(states) for states in self.states.chunk(parts)]
 
-    def repeat(self, times: int) -> _OfNetwork:
+    def repeat(self, times: int) -> Self:
         """The batch repeated `times` times."""
         return self if times == 1 else self.with_states(self.states.repeat(times, 1, 1))
 
@@ -149,10 +158,7 @@ class Dense(_OfNetwork):
 
     def __post_init__(self):
         require_shape("logits", self.states, ("B", "N", "K"))
-
-    @property
-    def codebook_size(self) -> int:
-        return self.states.shape[-1]
+        self.codebook_size = self.states.shape[-1]
 
     def _rows(self, rows: slice) -> torch.Tensor:
         return self.states.flatten(0, 1)[rows].float()
@@ -174,10 +180,7 @@ class Chunked(_OfNetwork):
 
     def __post_init__(self):
         require_shape("hidden", self.states, ("B", "N", self.head.shape[-1]))
-
-    @property
-    def codebook_size(self) -> int:
-        return len(self.head)
+        self.codebook_size = len(self.head)
 
     def _rows(self, rows: slice) -> torch.Tensor:
         return logits_of(self.states.flatten(0, 1)[rows], self.head)

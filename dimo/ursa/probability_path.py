@@ -45,6 +45,14 @@ class _Path:
         self.codebook_size = codebook.shape[0]
         self.device = codebook.device
 
+    def _prob(self, x_1: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """`prob` for codes that have been checked, and t of x_1's shape."""
+        raise NotImplementedError
+
+    def _velocity(self, x_1: torch.Tensor, x_t: torch.Tensor, t: float) -> torch.Tensor:
+        """`velocity` for codes that have been checked."""
+        raise NotImplementedError
+
     def prob(self, x_1: torch.Tensor, t: torch.Tensor | float) -> torch.Tensor:
         """p_t(. | x_1): x_1 (B, ...) in [0, K); t a number, (B,) or x_1's shape -> (B, ..., K), rows sum to 1."""
         require_ids("x_1", x_1, self.codebook_size)
@@ -136,7 +144,7 @@ class MetricPath(_Path):
         self.alpha, self.c, self.eps = float(alpha), float(c), float(eps)
         self.codebook = F.normalize(codebook.float(), dim=-1, eps=eps)
         self._square = self.codebook.square().sum(-1)
-        self._table = None
+        self._table: torch.Tensor | None = None
         if self.codebook_size <= FEW_CODES:  # small enough to precompute the K x K distances
             self._table = self._distance(torch.arange(self.codebook_size, device=self.device))
 

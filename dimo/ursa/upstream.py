@@ -11,6 +11,7 @@ import importlib
 import inspect
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch._dynamo
@@ -64,7 +65,7 @@ def bridge() -> None:
 class UpstreamTransformer(URSATransformer3DModel):
     """diffnext's transformer with the interface of `UrsaTransformer`: same state-dict keys, `config` a UrsaConfig."""
 
-    config: UrsaConfig = None  # replaces diffusers' property
+    config: Any = None  # a UrsaConfig; replaces diffusers' property, which cannot be set
 
     def hidden(self, input_ids: torch.Tensor, rope_pos: torch.Tensor) -> torch.Tensor:
         """Hidden states (B, S, hidden_size) after the final norm, for ids (B, S) at positions (S, 3)."""
@@ -194,7 +195,7 @@ def load_pipeline(folder: str | Path, device="cpu", dtype: torch.dtype = torch.f
     return pipeline.to(torch.device(device))
 
 
-def _pipeline_class() -> type:
+def _pipeline_class() -> type[Any]:
     try:
         from diffnext.pipelines import URSAPipeline
     except Exception as error:  # incompatible versions fail in many ways
@@ -202,8 +203,8 @@ def _pipeline_class() -> type:
     return URSAPipeline
 
 
-def _student_pipeline() -> type:
-    pipeline_class = _pipeline_class()
+def _student_pipeline() -> type[Any]:
+    pipeline_class: Any = _pipeline_class()
     signature = inspect.signature(pipeline_class.__call__)
 
     class StudentPipeline(pipeline_class):
@@ -282,7 +283,8 @@ def compare_layers(native, upstream, input_ids: torch.Tensor, rope_pos: torch.Te
 
 
 def _layer_outputs(transformer, input_ids: torch.Tensor, rope_pos: torch.Tensor) -> dict[str, torch.Tensor]:
-    decoder, outputs = transformer.model, {}
+    decoder = transformer.model
+    outputs: dict[str, torch.Tensor] = {}
     parts = {"embed_tokens": decoder.embed_tokens, "norm": decoder.norm}
     parts |= {f"layers.{i}": layer for i, layer in enumerate(decoder.layers)}
     hooks = [

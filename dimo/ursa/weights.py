@@ -96,7 +96,7 @@ def _shards(index: Path) -> list[Path]:
 
 def read_weights(source: str | Path) -> dict[str, torch.Tensor]:
     """Read a full state dict from a weights file (.safetensors, .bin, .pt), or a folder with one or with its shards."""
-    state = {}
+    state: dict[str, torch.Tensor] = {}
     for file in weight_files(source):
         _join(state, _read_safetensors(file) if file.suffix == ".safetensors" else read_pickle(file), file)
     return state
@@ -112,7 +112,7 @@ def _join(known: dict, more: dict, file: Path) -> None:
 
 def weight_shapes(source: str | Path) -> dict[str, tuple[int, ...]]:
     """{key: shape} of the weights `read_weights` would read; of safetensors files, only the header is read."""
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for file in weight_files(source):
         if file.suffix != ".safetensors":
             _join(shapes, {key: tuple(value.shape) for key, value in read_pickle(file).items()}, file)

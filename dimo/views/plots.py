@@ -44,9 +44,9 @@ def curves(rows: list[dict], smooth: int = 1) -> Figure:
             points = [(r["step"], r[name]) for r in rows if r.get(name) is not None and name not in left_out]
             if points:
                 steps, values = zip(*points)
-                values = _running_mean(values, smooth)
+                means = _running_mean(values, smooth)
                 dot = "o" if len(steps) == 1 else None  # a single point makes no line
-                axis.plot(steps, values, color=colour, label=name, linewidth=1.4, linestyle=style, marker=dot)
+                axis.plot(steps, means, color=colour, label=name, linewidth=1.4, linestyle=style, marker=dot)
         if title.startswith("gradient"):
             axis.set_yscale("log")
         axis.set_title(title, fontsize=9, loc="left")

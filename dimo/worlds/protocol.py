@@ -53,6 +53,7 @@ class World(Protocol):
         name: its key in `dimo.worlds.registry.WORLDS`.
     """
 
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field]]  # every dataclass has them
     name: ClassVar[str]
 
     @property
