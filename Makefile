@@ -10,6 +10,8 @@ test: .venv/installed lint
 
 lint: .venv/installed
 	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy dimo
 
 demo: .venv/installed
 	$(BIN)/dimo run -c shapes -p min_share=0.4 -p min_coverage=0.6 experiment.output_dir=runs/demo
