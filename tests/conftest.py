@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from processes import Ranks
+from forks import python
 
 from dimo.ursa import load_ursa
 from dimo.worlds import checkpoint_folder, load_world
@@ -33,11 +33,11 @@ def ursa():
     return loaded
 
 
-@pytest.fixture(scope="module")
-def ranks():
-    made = Ranks()
-    yield made
-    made.end()
+@pytest.fixture(scope="session", autouse=True)
+def forked():
+    """The processes of forks.py: one server for all modules."""
+    yield
+    python.end()
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import time
 
 import psutil
 import pytest
+from forks import python
 
 from dimo.commands.notebooks import is_done, notebook_folder, run_notebooks
 from dimo.errors import DimoError
@@ -240,9 +241,9 @@ def test_a_short_name_is_the_key(tmp_path):
 def test_a_killed_kernel_is_a_failure_that_status_tells(tmp_path, only, state):
     """In-process training: the kernel is the training."""
     out = tmp_path / "run"
-    words = [sys.executable, "-m", "dimo", "run", "-c", "smoke", "--only", only, f"experiment.output_dir={out}"]
+    words = ["-m", "dimo", "run", "-c", "smoke", "--only", only, f"experiment.output_dir={out}"]
     words += ["experiment.log_every=1", "model.device=cpu", "training.max_train_steps=2000"]
-    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    process = python.start(words, stderr=subprocess.PIPE, text=True)
     started = out / ("metrics.jsonl" if only == "03_train" else f"notebooks/.{only}.partial.ipynb")
     end = time.monotonic() + 60
     kernel = None
