@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from forks import python
+from forks import python, start_kernel
 
 from dimo.ursa import load_ursa
 from dimo.worlds import checkpoint_folder, load_world
@@ -38,6 +38,14 @@ def forked():
     """The processes of forks.py: one server for all modules."""
     yield
     python.end()
+
+
+@pytest.fixture(scope="module")
+def forked_kernels():
+    """Kernels that this process starts import nothing; those of a command are as always."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jupyter_client.provisioning.local_provisioner.launch_kernel", start_kernel)
+        yield
 
 
 @pytest.fixture

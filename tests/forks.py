@@ -143,3 +143,9 @@ class Python:
 
 
 python = Python()
+
+
+def start_kernel(words, env=None, cwd=None, stdin=None, stdout=None, stderr=None, **_):
+    """In place of jupyter_client's `launch_kernel`."""
+    files = {"stdin": DEVNULL if stdin is None else stdin, "stdout": stdout, "stderr": stderr}
+    return python.start(words[1:], env=env, cwd=cwd, start_new_session=True, **files)

@@ -130,7 +130,7 @@ def test_a_disk_that_is_full_from_the_start_is_a_sentence_and_harms_nothing(disk
 
 
 @small(6 * 4096)  # not even the notebook has room; later it has, and its page has not
-def test_a_notebook_that_cannot_be_written_is_a_sentence_and_not_done(disk, capsys):
+def test_a_notebook_that_cannot_be_written_is_a_sentence_and_not_done(disk, capsys, forked_kernels):
     words = ["run", "-c", "smoke", "--only", "01_inputs", *SETTINGS, f"experiment.output_dir={disk.path}/run"]
     assert main(words) == 2
     sentence = (
