@@ -43,6 +43,7 @@ def forked():
 @pytest.fixture(scope="module")
 def forked_kernels():
     """Kernels that this process starts import nothing; those of a command are as always."""
+    python.begin()  # before `dimo run`, which waits for the children that come while a notebook runs
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("jupyter_client.provisioning.local_provisioner.launch_kernel", start_kernel)
         yield

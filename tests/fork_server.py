@@ -14,6 +14,7 @@ import traceback
 import types
 
 import numpy
+import torch
 
 IMPORTED = (  # a second or two each
     "dimo.__main__", "dimo.commands.cli", "dimo.commands.notebooks", "dimo.train.trainer", "dimo.evaluation.evaluate",
@@ -22,7 +23,7 @@ IMPORTED = (  # a second or two each
 
 
 def serve(requests):
-    """Per request two forks: the process itself, and one that reports its process id and then its exit code."""
+    """Per request two forks: the process itself, and one that waits for it and reports its exit code."""
     watching = set()
     while True:
         size, descriptors, *_ = socket.recv_fds(requests, 8, 4)
@@ -43,33 +44,37 @@ def watch(request, descriptors, requests):
     try:
         process = os.fork()
         if process == 0:
-            become(request, streams)
+            become(request, streams, report)
         requests.close()
         for number in (0, 1, 2, *streams):  # a pipe ends with the process
             os.close(number)
-        os.write(report, b"%8d" % process)
         os.write(report, b"%8d" % os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
     finally:
         os._exit(0)
 
 
-def become(request, streams):
-    """Be the process that was asked for as if Python had just started, to its end."""
+def become(request, streams, report):
+    """Be the process that was asked for as if Python had just started, to its end. It is known by its id as soon as it
+    has its session and its signal handlers.
+    """
     code = 1
     try:
         if request["session"]:
             os.setsid()
         handle_signals(request["ignored"])
+        os.write(report, b"%8d" % os.getpid())
         open_streams(streams)
         os.chdir(request["cwd"])
         os.environ.clear()
         os.environ |= request["env"]
         numpy.random.seed()
+        torch.seed()
         code = run(request["words"])
+        code = leave(code)
     except BaseException:
         traceback.print_exc()
     finally:
-        os._exit(leave(code))
+        os._exit(code)
 
 
 def handle_signals(ignored):

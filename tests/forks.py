@@ -110,18 +110,21 @@ class Process:
 
 
 class Python:
-    """The server starts with the first process; conftest.py ends it after the last test."""
+    """The server starts with the first process or by `begin`; conftest.py ends it after the last test."""
 
     def __init__(self):
         self.server = self.requests = None
 
-    def start(self, words, **more):
+    def begin(self):
         if self.server is None:
             self.requests, theirs = socket.socketpair()
             command, env = [sys.executable, str(SERVER), str(theirs.fileno())], os.environ | ENVIRONMENT
             # of the tests' descriptors it has this one, so that it holds none of their pipes open
             self.server = subprocess.Popen(command, stdin=DEVNULL, env=env, pass_fds=[theirs.fileno()])
             theirs.close()
+
+    def start(self, words, **more):
+        self.begin()
         return Process(self.requests, words, **more)
 
     def run(self, words, *, input=None, capture_output=False, timeout=None, **more):
