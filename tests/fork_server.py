@@ -1,6 +1,7 @@
 """The process that those of forks.py are forked from: it imports, and does nothing else."""
 
 import atexit
+import contextlib
 import gc
 import importlib
 import json
@@ -24,24 +25,29 @@ IMPORTED = (  # a second or two each
 
 def serve(requests):
     """Per request two forks: the process itself, and one that waits for it and reports its exit code."""
-    watching = set()
+    signal.signal(signal.SIGCHLD, reap)
     while True:
         size, descriptors, *_ = socket.recv_fds(requests, 8, 4)
-        watching -= {process for process in watching if os.waitpid(process, os.WNOHANG)[0]}
         if not size:  # the tests are over
             os._exit(0)
         request = json.loads(requests.recv(int(size), socket.MSG_WAITALL))
-        process = os.fork()
-        if process == 0:
+        if os.fork() == 0:
             watch(request, descriptors, requests)
-        watching.add(process)
         for number in descriptors:
             os.close(number)
+
+
+def reap(*_):
+    """At once: `dimo run` waits until all that began with a notebook is gone, and a zombie is not."""
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
 
 
 def watch(request, descriptors, requests):
     *streams, report = descriptors
     try:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         process = os.fork()
         if process == 0:
             become(request, streams, report)
