@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -50,14 +51,18 @@ CAPTIONS = [f"{what} rolls over {where}" for what in ("a red ball", "a drum", "a
 CAPTIONS += [f"{what} in the rain" for what in ("two birds", "an old boat", "a small dog", "a bridge", "a cat")]
 
 
-def follow(name: str, folder: Path) -> dict:
-    """Train run `name` into `folder`; returns the trajectory to record or compare."""
+def run_python(words: list[str], **more) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *words], **more)
+
+
+def follow(name: str, folder: Path, run: Callable = run_python) -> dict:
+    """Train run `name` into `folder` by `run`, which takes what follows `python`; returns the trajectory."""
     captions, out = folder / "captions.txt", folder / name
     captions.write_text("\n".join(CAPTIONS), encoding="utf-8")
     words = ["train", *RUNS[name], *ALL]
     given = [word.replace("CAPTIONS", str(captions)) for word in words] + [f"experiment.output_dir={out}"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-m", "dimo", *given], cwd=ROOT, env=env, capture_output=True, text=True)
+    done = run(["-m", "dimo", *given], cwd=ROOT, env=env, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(words)}: exit code {done.returncode}\n{done.stderr[-3000:]}")
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

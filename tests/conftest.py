@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from processes import Ranks
+from forks import python, start_kernel
 
 from dimo.ursa import load_ursa
 from dimo.worlds import checkpoint_folder, load_world
@@ -33,11 +33,20 @@ def ursa():
     return loaded
 
 
+@pytest.fixture(scope="session", autouse=True)
+def forked():
+    """The processes of forks.py: one server for all modules."""
+    yield
+    python.end()
+
+
 @pytest.fixture(scope="module")
-def ranks():
-    made = Ranks()
-    yield made
-    made.end()
+def forked_kernels():
+    """Kernels that this process starts import nothing; those of a command are as always."""
+    python.begin()  # before `dimo run`, which waits for the children that come while a notebook runs
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jupyter_client.provisioning.local_provisioner.launch_kernel", start_kernel)
+        yield
 
 
 @pytest.fixture

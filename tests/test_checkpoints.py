@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import threading
 
 import pytest
 import torch
+from forks import python
 from safetensors.torch import save_file
 
 from dimo.errors import DimoError
@@ -205,7 +205,7 @@ def test_a_folder_of_checkpoints_that_is_not_there_is_no_reason_to_begin_at_step
 def test_killed_while_it_is_written_it_is_absent_or_whole(tmp_path, moment):
     older = save(tmp_path, 4)
     code = IN_A_PROCESS.format(before=MOMENTS[moment])
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    done = python.run(["-c", code, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == -9, done.stderr
     checkpoints = Checkpoints(tmp_path)
     expected = tmp_path / "step-00000008" if moment == "just after" else older
@@ -218,12 +218,9 @@ def test_killed_while_it_is_written_it_is_absent_or_whole(tmp_path, moment):
 def test_a_full_disk_stops_with_a_sentence_and_keeps_the_older_checkpoint(tmp_path):
     """A process whose files may not grow past 1 MB: the kernel refuses the write, as a full disk does."""
     older = save(tmp_path, 4)
-    done = subprocess.run(
-        [sys.executable, "-c", IN_A_PROCESS.format(before=""), str(tmp_path)],
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6)),
-        capture_output=True,
-        text=True,
-    )
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))\n"
+    code = limit + IN_A_PROCESS.format(before="")
+    done = python.run(["-c", code, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 7, done.stderr
     assert "checkpoint of step 8 could not be written to " in done.stdout
     assert "step-00000004 is kept, and the same command continues from it" in done.stdout

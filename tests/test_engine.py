@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from processes import WITH_ZERO2
+from processes import WITH_ZERO2, run_script
 
 from dimo.config import load_config
 from dimo.distill.step import nine_stages
@@ -109,14 +109,14 @@ def assert_gradients(got, model, loss):
 
 
 @pytest.fixture(scope="module")
-def stepped(tmp_path_factory, ranks):
+def stepped(tmp_path_factory):
     """{engine: folder of what two processes did}, made when first asked for."""
     folders = {}
 
     def of(engine):
         if engine not in folders:
             folders[engine] = tmp_path_factory.mktemp(engine)
-            ranks.run_script(folders[engine], ONE_STEP, engine, engine=engine)
+            run_script(folders[engine], ONE_STEP, engine, engine=engine)
         return folders[engine]
 
     return of
@@ -186,10 +186,10 @@ if trainer.engine.rank == 0:
 
 
 @pytest.mark.parametrize("engine", WITH_ZERO2[2:])
-def test_zero2_takes_adamws_steps(tmp_path, engine, ranks):
+def test_zero2_takes_adamws_steps(tmp_path, engine):
     ended = []
     for which in ("ddp", engine):
-        ranks.run_script(tmp_path, SIX_STEPS, which, engine=which)
+        run_script(tmp_path, SIX_STEPS, which, engine=which)
         ended.append(torch.load(tmp_path / "ended.pt"))
     start = load_ursa(checkpoint_folder("shapes")).transformer.state_dict()
     for name in ("student", "aux", "ema"):
@@ -240,8 +240,8 @@ assert all(g.abs().max() > 0 for g in found[0])
 """
 
 
-def test_fsdp2_serves_the_head_apart_from_the_layers(tmp_path, ranks):
-    ranks.run_script(tmp_path, HIDDEN, engine="fsdp2")
+def test_fsdp2_serves_the_head_apart_from_the_layers(tmp_path):
+    run_script(tmp_path, HIDDEN, engine="fsdp2")
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
@@ -319,8 +319,8 @@ with pytest.raises(DimoError, match="muon needs full matrices, but fsdp2 shards 
 """
 
 
-def test_gradients_are_averaged_in_buckets_and_muon_is_refused_where_matrices_are_cut(tmp_path, ranks):
-    ranks.run_script(tmp_path, AVERAGE, engine="fsdp2")
+def test_gradients_are_averaged_in_buckets_and_muon_is_refused_where_matrices_are_cut(tmp_path):
+    run_script(tmp_path, AVERAGE, engine="fsdp2")
     assert average([]) is None
 
 

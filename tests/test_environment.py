@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from forks import python
 
 from dimo.errors import DimoError
 from dimo.run.folder import RunFolder
@@ -24,8 +25,8 @@ def test_a_single_process_trains_whatever_another_program_left(tmp_path):
     words = ["-c", "smoke", "model.device=cpu", "distill.batch_size_per_gpu=2", "training.max_train_steps=1"]
     left = {"LOCAL_RANK": "3", "RANK": "3", "WORLD_SIZE": "8", "OMPI_COMM_WORLD_SIZE": "8", "PMI_SIZE": "8"}
     left |= {"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_LOCALID": "3"}
-    done = subprocess.run(
-        [sys.executable, "-m", "dimo", "train", *words, f"experiment.output_dir={tmp_path}"],
+    done = python.run(
+        ["-m", "dimo", "train", *words, f"experiment.output_dir={tmp_path}"],
         env=os.environ | left, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0 and RunFolder(tmp_path).status()["state"] == "finished", done.stderr

@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from forks import python
 from safetensors.torch import load_file
 
 from dimo.commands.notebooks import notebook_folder
@@ -73,9 +74,9 @@ def test_two_processes_give_the_figures_of_one(student, alone, tmp_path, capfd):
 
 
 def test_a_killed_evaluation_goes_on(student, alone, tmp_path):
-    words = [sys.executable, "-m", "dimo", "evaluate", str(student / "student"), "-c", "distill_dimo"]
+    words = ["-m", "dimo", "evaluate", str(student / "student"), "-c", "distill_dimo"]
     words += ["-o", str(tmp_path), *overrides(student)]
-    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    process = python.start(words, stderr=subprocess.PIPE, text=True)
     folder = tmp_path / PARTS
     while len(list(folder.glob("[!.]*.safetensors"))) < 5:
         assert process.poll() is None
@@ -122,8 +123,8 @@ def test_a_second_evaluation_into_the_same_folder_is_refused(student, tmp_path):
     config = load_config("distill_dimo", overrides(student))
     holds = "import pathlib, sys; from dimo.evaluation.jobs import alone_in\n"
     holds += "with alone_in(pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
-    words = [sys.executable, "-c", holds, str(tmp_path)]
-    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+    words = ["-c", holds, str(tmp_path)]
+    with python.start(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
         with pytest.raises(DimoError, match=f"another process is writing an evaluation to {tmp_path}; wait"):
             evaluate_to_folder(config, student / "student", tmp_path, progress=False)

@@ -1,9 +1,7 @@
 """Flags are other names of configuration keys, and the commands that people type resolve to what they mean."""
 
-import subprocess
-import sys
-
 import pytest
+from forks import python
 
 from dimo.config import config_keys, load_config
 from dimo.config.flags import flags, split_flags
@@ -70,8 +68,7 @@ def test_presets_of_ursa_are_the_resolutions_of_the_design():
 
 def test_python_m_dimo_train_runs_and_refuses(tmp_path):
     def run(*words):
-        command = [sys.executable, "-m", "dimo.train", *words]
-        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        return python.run(["-m", "dimo.train", *words], capture_output=True, text=True, cwd=tmp_path)
 
     done = run("config=smoke", "training.max_train_steps=2", "--batch_size", "2", f"experiment.output_dir={tmp_path}/r")
     assert done.returncode == 0, done.stderr

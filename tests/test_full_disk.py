@@ -1,10 +1,10 @@
 """A disk that is really full: a small tmpfs, filled by the run's own checkpoint, or to the last byte by others."""
 
 import subprocess
-import sys
 
 import pytest
 import torch
+from forks import python
 
 from dimo.commands.cli import main
 from dimo.config import load_config, to_yaml
@@ -54,9 +54,9 @@ NETWORK = sum(f.stat().st_size for f in (checkpoint_folder("shapes") / "transfor
 
 @small(8 * NETWORK)  # a checkpoint holds three networks, and two to four times a network in moments
 def test_a_checkpoint_that_fills_the_disk_ends_the_run_and_the_same_command_continues(disk):
-    words = [sys.executable, "-m", "dimo.commands.cli", "train", "-c", "smoke", *SETTINGS]
+    words = ["-m", "dimo.commands.cli", "train", "-c", "smoke", *SETTINGS]
     words.append(f"experiment.output_dir={disk.path}/run")
-    done = subprocess.run(words, capture_output=True, text=True)
+    done = python.run(words, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     sentence = done.stderr.splitlines()[-1].removeprefix("dimo: ")
     assert sentence.startswith(f"checkpoint of step 8 could not be written to {disk.path}/run/checkpoints: ")
@@ -68,7 +68,7 @@ def test_a_checkpoint_that_fills_the_disk_ends_the_run_and_the_same_command_cont
     assert list(good.parent.iterdir()) == [good] and Checkpoints(good.parent).newest() == (good, {})
     assert not list(run.path.rglob(PARTIALS))
     disk.resize(40 * NETWORK)
-    done = subprocess.run(words, capture_output=True, text=True)
+    done = python.run(words, capture_output=True, text=True)
     assert done.returncode == 0 and run.status()["state"] == "finished", done.stderr
     assert [row["step"] for row in run.metrics()] == list(range(1, 13))
     assert run.events()[0]["checkpoint"] == "step-00000004"
@@ -130,7 +130,7 @@ def test_a_disk_that_is_full_from_the_start_is_a_sentence_and_harms_nothing(disk
 
 
 @small(6 * 4096)  # not even the notebook has room; later it has, and its page has not
-def test_a_notebook_that_cannot_be_written_is_a_sentence_and_not_done(disk, capsys):
+def test_a_notebook_that_cannot_be_written_is_a_sentence_and_not_done(disk, capsys, forked_kernels):
     words = ["run", "-c", "smoke", "--only", "01_inputs", *SETTINGS, f"experiment.output_dir={disk.path}/run"]
     assert main(words) == 2
     sentence = (

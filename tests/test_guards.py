@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from processes import WITH_ZERO2
+from processes import WITH_ZERO2, launch_forked, run_script
 from safetensors.torch import load_file
 
 from dimo.config import load_config
@@ -221,17 +221,17 @@ with pytest.raises(DimoError, match="2 steps in a row"):
 
 
 @pytest.mark.parametrize("engine", WITH_ZERO2)
-def test_nan_in_one_process_updates_none(tmp_path, engine, ranks):
-    ranks.run_script(tmp_path, ONE_RANK, engine, engine=engine)
+def test_nan_in_one_process_updates_none(tmp_path, engine):
+    run_script(tmp_path, ONE_RANK, engine, engine=engine)
     files = sorted(file.name for file in (tmp_path / "run" / "slices").iterdir())
     assert files == [f"replay-00000005-rank{rank}.safetensors" for rank in (0, 1)]
     assert not torch.equal(*(load_file(tmp_path / "run" / "slices" / name)["x_init"] for name in files))
 
 
-def test_a_run_that_never_gets_a_finite_step_fails_in_a_sentence(tmp_path, ranks):
+def test_a_run_that_never_gets_a_finite_step_fails_in_a_sentence(tmp_path):
     words = ["-m", "dimo.train", "config=smoke", *SETTINGS, f"experiment.output_dir={tmp_path / 'run'}"]
     words += ["optim.lr=1e30", "optim.aux_lr=1e30", "optim.warmup_steps=1", "training.max_bad_steps=2"]
-    done = ranks.launch(tmp_path, *words)
+    done = launch_forked(tmp_path, *words)
     assert done.returncode != 0 and "dimo: 2 steps in a row were skipped for values that are not finite" in done.stderr
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
     assert len(list((tmp_path / "run" / "slices").iterdir())) == 2

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from processes import as_in_a_terminal
+from forks import python
 
 from dimo.commands.cli import main
 from dimo.config import load_config
@@ -111,10 +111,9 @@ class StandIn:
         self.tag, self.out, self.mode = uuid.uuid4().hex, folder / "run", mode
         (folder / "worker.py").write_text(WORKER)
         (folder / "launcher.py").write_text(LAUNCHER)
-        words = [sys.executable, str(folder / "launcher.py"), str(self.out), mode, str(folder), str(grace)]
-        self.process = subprocess.Popen(
-            words, env=os.environ | {TAG: self.tag}, stderr=subprocess.PIPE, text=True, preexec_fn=as_in_a_terminal
-        )
+        words = [folder / "launcher.py", str(self.out), mode, str(folder), str(grace)]
+        env = os.environ | {TAG: self.tag}
+        self.process = python.start(words, env=env, stderr=subprocess.PIPE, text=True)
 
     def ready(self):
         return self.both_say("ready")
@@ -312,24 +311,30 @@ def pick(tag, level, first):
     return accelerate if level == "accelerate" else accelerate.children()[-1]
 
 
-def test_a_headless_run_of_two_processes_survives_signals_and_kills_at_every_level(tmp_path):
+@pytest.mark.parametrize(
+    ("command", "stopped_by"),
+    [
+        (
+            ["run", "--only", "03_train"],  # test_notebooks executes the others
+            [("SIGHUP", "dimo run"), ("SIGTERM", "kernel"), ("SIGKILL", "kernel"), ("SIGKILL", "dimo run")],
+        ),
+        (  # below the kernel everything is the same under `dimo train`, which starts sooner
+            ["train"],
+            [("SIGUSR1", "accelerate"), ("SIGUSR2", "worker"), ("SIGKILL", "worker"), ("SIGKILL", "accelerate")],
+        ),
+    ],
+    ids=["run", "train"],
+)
+def test_two_processes_survive_signals_and_kills_at_every_level(tmp_path, command, stopped_by):
     out = tmp_path / "run"
-    same = ["-c", "smoke", f"experiment.output_dir={out}", "--log_every", "1"]
-    same += ["model.device=cpu", "experiment.save_every=4", "experiment.sample_every=99"]
-    same += ["evaluation.videos_per_prompt=1"]
-    headless = [sys.executable, "-m", "dimo.commands.cli", "run", *same, "-p", "num_processes=2"]
-    # below the kernel everything is the same under `dimo train`, which starts sooner
-    alone = [sys.executable, "-m", "dimo.commands.cli", "train", *same, "--num_processes", "2"]
-    for name, level in [
-        ("SIGHUP", "dimo run"), ("SIGTERM", "kernel"), ("SIGUSR1", "accelerate"), ("SIGUSR2", "worker"),
-        ("SIGKILL", "worker"), ("SIGKILL", "accelerate"), ("SIGKILL", "kernel"), ("SIGKILL", "dimo run"),
-    ]:  # fmt: skip
+    words = ["-m", "dimo.commands.cli", *command, "-c", "smoke", f"experiment.output_dir={out}", "--log_every", "1"]
+    words += ["model.device=cpu", "experiment.save_every=4", "experiment.sample_every=99", "--num_processes", "2"]
+    words += ["distill.batch_size_per_gpu=1"]
+    for name, level in stopped_by:
         tag, before = uuid.uuid4().hex, max(steps(out), default=0)
         env = os.environ | {TAG: tag, "CUDA_VISIBLE_DEVICES": ""}
         with open(tmp_path / "printed.txt", "a+") as printed:
-            words = alone if level in ("accelerate", "worker") else [*headless, "--only", "03_train"]
-            words = [*words, ENDLESS]
-            process = subprocess.Popen(words, env=env, stdout=printed, stderr=printed, preexec_fn=as_in_a_terminal)
+            process = python.start([*words, ENDLESS], env=env, stdout=printed, stderr=printed)
             resumed_log = (out / "launch.log").stat().st_size if (out / "launch.log").exists() else 0
             where = f"{name} to {level}"
 
@@ -350,14 +355,12 @@ def test_a_headless_run_of_two_processes_survives_signals_and_kills_at_every_lev
             # whoever was not killed saves; where one of two workers is gone, the other cannot go on
             assert code != 0 and status["state"] == ("failed" if level == "worker" else "preempted"), (where, status)
             assert code == (-9 if level == "dimo run" else 75 if level == "accelerate" else 2), where
-    last = few_steps_more(out)
-    # 01 and 02, which know nothing of processes, are executed in test_notebooks
-    done = subprocess.run([*headless, "--from", "03_train", last], capture_output=True, text=True, timeout=LIMIT_S)
+    done = python.run([*words, few_steps_more(out)], capture_output=True, text=True, timeout=LIMIT_S)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert steps(out) == list(
-        range(1, RunFolder(out).status()["max_steps"] + 1)
-    )  # each once, though nine runs made them
-    assert RunFolder(out).status()["state"] == "finished" and (out / "report.html").exists()
+    # each once, though five runs made them
+    assert steps(out) == list(range(1, RunFolder(out).status()["max_steps"] + 1))
+    assert RunFolder(out).status()["state"] == "finished"
+    assert (out / "report.html").exists() == (command[0] == "run")
 
 
 def test_two_machines_train_one_student_and_a_signal_to_one_stops_both(tmp_path, capsys):
@@ -374,16 +377,9 @@ def test_two_machines_train_one_student_and_a_signal_to_one_stops_both(tmp_path,
         machines = []
         for rank, command in zip((1, 0), commands):
             of_two_machines(tmp_path, rank, main_process_port=port)
-            words = [
-                sys.executable,
-                "-m",
-                "dimo.commands.cli",
-                *command,
-                *settings,
-                last,
-                f"training.engine={tmp_path}/machine{rank}.yaml",
-            ]
-            machines.append(subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+            words = ["-m", "dimo.commands.cli", *command, *settings, last]
+            words.append(f"training.engine={tmp_path}/machine{rank}.yaml")
+            machines.append(python.start(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
         return machines
 
     joining = ["run", "--only", "03_train"]
@@ -411,9 +407,9 @@ def test_two_machines_train_one_student_and_a_signal_to_one_stops_both(tmp_path,
 
 def test_a_run_in_one_process_stops_and_continues_too(tmp_path):
     out = tmp_path / "run"
-    words = [sys.executable, "-m", "dimo.commands.cli", "run", "-c", "smoke", "-p", "batch_size=1"]
+    words = ["-m", "dimo.commands.cli", "run", "-c", "smoke", "-p", "batch_size=1"]
     words += [f"experiment.output_dir={out}", "experiment.log_every=1", "model.device=cpu", "--only", "03_train"]
-    process = subprocess.Popen([*words, ENDLESS], stderr=subprocess.PIPE, text=True)
+    process = python.start([*words, ENDLESS], stderr=subprocess.PIPE, text=True)
     wait_until(lambda: steps(out) or process.poll() is not None)
     process.terminate()
     _, err = process.communicate(timeout=LIMIT_S)
@@ -421,6 +417,6 @@ def test_a_run_in_one_process_stops_and_continues_too(tmp_path):
     assert process.returncode == 75 and "the same command continues" in err
     assert RunFolder(out).status()["state"] == "preempted"
     assert [p.name for p in (out / "checkpoints").iterdir()] == [f"step-{at:08d}"]
-    process = subprocess.Popen([*words, few_steps_more(out)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = python.start([*words, few_steps_more(out)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     process.stdout.close()  # nobody reads what it prints
     assert process.wait(LIMIT_S) == 0 and steps(out) == list(range(1, at + 4))

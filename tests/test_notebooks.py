@@ -8,11 +8,14 @@ import time
 
 import psutil
 import pytest
+from forks import python
+from jupyter_client.launcher import launch_kernel
 
 from dimo.commands.notebooks import is_done, notebook_folder, run_notebooks
 from dimo.errors import DimoError
 from dimo.run.folder import RunFolder
 
+pytestmark = pytest.mark.usefixtures("forked_kernels")
 NAMES = ["01_inputs", "02_losses", "03_train", "04_diagnostics", "05_evaluation"]
 
 
@@ -34,7 +37,7 @@ def test_notebooks_are_thin_and_carry_no_output(name):
 
 
 @pytest.fixture(scope="module")
-def executed(tmp_path_factory):
+def executed(tmp_path_factory, forked_kernels):
     folder = tmp_path_factory.mktemp("run") / "smoke"
     settings = [f"experiment.output_dir={folder}", "model.device=cpu", "distill.batch_size_per_gpu=2"]
     run = run_notebooks("smoke", settings, ["min_share=0.0", "evaluation.seed=3"])
@@ -154,6 +157,7 @@ def test_the_kernel_is_this_python_whatever_is_installed_under_its_name(copied, 
     stale.mkdir(parents=True)
     spec = {"argv": ["/gone/python", "-f", "{connection_file}"], "display_name": "Python 3", "language": "python"}
     (stale / "kernel.json").write_text(json.dumps(spec))
+    monkeypatch.setattr("jupyter_client.provisioning.local_provisioner.launch_kernel", launch_kernel)  # a real one
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
     notebook = json.loads((folder / "01_inputs.ipynb").read_text())
     look = "import sys\nfrom ipykernel.connect import get_connection_info\n"
@@ -240,9 +244,9 @@ def test_a_short_name_is_the_key(tmp_path):
 def test_a_killed_kernel_is_a_failure_that_status_tells(tmp_path, only, state):
     """In-process training: the kernel is the training."""
     out = tmp_path / "run"
-    words = [sys.executable, "-m", "dimo", "run", "-c", "smoke", "--only", only, f"experiment.output_dir={out}"]
+    words = ["-m", "dimo", "run", "-c", "smoke", "--only", only, f"experiment.output_dir={out}"]
     words += ["experiment.log_every=1", "model.device=cpu", "training.max_train_steps=2000"]
-    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    process = python.start(words, stderr=subprocess.PIPE, text=True)
     started = out / ("metrics.jsonl" if only == "03_train" else f"notebooks/.{only}.partial.ipynb")
     end = time.monotonic() + 60
     kernel = None

@@ -9,6 +9,7 @@ import sys
 import termios
 
 import pytest
+from forks import python
 
 from dimo.commands.cli import main
 from dimo.output import LastingStream
@@ -110,10 +111,10 @@ def test_training_outlives_its_terminal(tmp_path, kind):
         termios.tcsetwinsize(writer, (24, 120))  # else the bar has no room
     words = ["train", "-c", "smoke", "model.device=cpu", "distill.batch_size_per_gpu=2", "experiment.log_every=1"]
     words += [f"experiment.output_dir={tmp_path}", "training.max_train_steps=40", "experiment.sample_every=99"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dimo", *words], stdin=subprocess.DEVNULL, stdout=writer, stderr=writer,
+    process = python.start(
+        ["-m", "dimo", *words], stdin=subprocess.DEVNULL, stdout=writer, stderr=writer,
         # as for `nohup` or `disown`: else a terminal's end is a SIGHUP
-        start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+        start_new_session=True, ignored=[signal.SIGHUP],
     )  # fmt: skip
     os.close(writer)
     seen = b""

@@ -3,9 +3,9 @@
 import os
 import signal
 import subprocess
-import sys
 
 import pytest
+from forks import python
 
 from dimo.commands.cli import main
 from dimo.config import load_config, to_yaml
@@ -37,8 +37,8 @@ def test_a_dead_run_is_told_from_a_live_one(tmp_path, capsys):
     ended(tmp_path / "old", "finished", 50, 3 * 86_400).log({"step": 50, "time/step_s": 0.25})
     ended(tmp_path / "sweep" / "a", "failed", 9, 7_300, error="the disk is full")
     (tmp_path / "empty").mkdir()
-    words = [sys.executable, "-c", AT_WORK, str(tmp_path / "now"), str(tmp_path / "c.yaml")]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+    words = ["-c", AT_WORK, str(tmp_path / "now"), str(tmp_path / "c.yaml")]
+    with python.start(words, stdout=subprocess.PIPE, text=True) as process:
         process.stdout.readline()
         assert {run.name: run.state for run in list_runs(tmp_path)} == {
             "old": "finished", "sweep/a": "failed", "now": "running"

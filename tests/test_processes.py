@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from processes import WITH_ZERO2, launch
+from processes import WITH_ZERO2, launch, launch_forked, run_script
 from safetensors.torch import load_file
 
 SMALL = ["--batch_size", "2", "experiment.save_every=3", "experiment.log_every=1", "optim.optimizer=adamw"]
@@ -32,11 +32,11 @@ if e.rank == 0:
 """
 
 
-def test_weights_and_baseline_stay_equal_and_samples_differ(tmp_path, ranks):
-    assert "RESULT True True False" in ranks.run_script(tmp_path, EQUAL)
+def test_weights_and_baseline_stay_equal_and_samples_differ(tmp_path):
+    assert "RESULT True True False" in run_script(tmp_path, EQUAL)
 
 
-def run(folder, out, *more, **where):
+def run(folder, out, *more, launch=launch, **where):
     words = ["-m", "dimo.train", "config=smoke", *SMALL, f"experiment.output_dir={out}", *more]
     done = launch(folder, *words, **where)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -55,7 +55,8 @@ def test_a_run_of_two_processes_writes_one_folder_and_ends_with_one_student(tmp_
     student = torch.load(out / "checkpoints" / "final" / "student.pt", weights_only=True)
     assert student.keys() == ema.keys() and all(torch.equal(student[key], ema[key]) for key in ema)
     if engine == "ddp":  # nothing is left to do, and nothing is done twice
-        assert run(tmp_path, out, "training.max_train_steps=4", "experiment.sample_every=4", engine=engine) == rows
+        same = ["training.max_train_steps=4", "experiment.sample_every=4"]
+        assert run(tmp_path, out, *same, launch=launch_forked) == rows
 
 
 DIFFERENT = """
@@ -81,8 +82,8 @@ for own in ("optim.warmup_steps=20", "distill.prompt_source=captions.txt", "expe
 """
 
 
-def test_ranks_of_different_commands_or_folders_are_refused(tmp_path, ranks):
-    lines = ranks.run_script(tmp_path, DIFFERENT).splitlines()
+def test_ranks_of_different_commands_or_folders_are_refused(tmp_path):
+    lines = run_script(tmp_path, DIFFERENT).splitlines()
     assert lines[0].startswith("rank 1: the configuration differs from rank 0's: optim.warmup_steps is 20, not ")
     assert lines[1] == "one run" and lines[2].endswith("rank 0's: experiment.log_every is 7, not 5")
     assert lines[3].startswith("rank 1: elsewhere on ") and lines[3].endswith(" the folder that rank 0 writes to")
@@ -123,6 +124,6 @@ trainer.step(2)
 
 
 @pytest.mark.parametrize("engine", WITH_ZERO2[1:])
-def test_a_checkpoint_is_taken_up_by_another_number_of_processes(tmp_path, engine, ranks):
-    ranks.run_script(tmp_path, TAKE_UP, "0", engine=engine)
-    ranks.run_script(tmp_path, TAKE_UP, "1", engine=engine, processes=3)
+def test_a_checkpoint_is_taken_up_by_another_number_of_processes(tmp_path, engine):
+    run_script(tmp_path, TAKE_UP, "0", engine=engine)
+    run_script(tmp_path, TAKE_UP, "1", engine=engine, processes=3)

@@ -1,13 +1,13 @@
 """A run that was killed and continued is the run, also on another number of processes."""
 
 import json
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
 import pytest
 import torch
+from forks import python
+from processes import launch_forked
 
 from dimo.config import load_config
 from dimo.errors import DimoError
@@ -19,24 +19,25 @@ from dimo.train.trainer import Trainer
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 
-@pytest.mark.parametrize("processes", ["1", "2"])
-def test_killed_runs_end_in_the_same_bits(processes):
-    words = [sys.executable, str(SCRIPTS / "kill.py"), "--points", "2", "--steps", "9", "--processes", processes]
-    done = subprocess.run(words, capture_output=True, text=True)
+@pytest.mark.parametrize(("processes", "points"), [("1", 1), ("2", 2)])  # the first while a checkpoint is written
+def test_killed_runs_end_in_the_same_bits(processes, points):
+    """test_trainer kills one process after a checkpoint."""
+    words = [SCRIPTS / "kill.py", "--points", str(points), "--steps", "9", "--processes", processes]
+    done = python.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("bit-equal") == 2 and done.stdout.count("-9") >= 2
+    assert done.stdout.count("bit-equal") == points and done.stdout.count("-9") >= points
 
 
-def launch(ranks, folder, processes, steps):
+def launch(folder, processes, steps):
     words = ["-m", "dimo.train", "config=smoke", "model.device=cpu", "--batch_size", "2", "--p_corrupt", "0.5"]
     words += [f"experiment.output_dir={folder}", f"training.max_train_steps={steps}"]
-    return ranks.launch(folder, *words, processes=processes)
+    return launch_forked(folder, *words, processes=processes)
 
 
-def test_another_number_of_processes_goes_on_and_says_so(tmp_path, ranks):
-    assert launch(ranks, tmp_path, 2, 3).returncode == 0
+def test_another_number_of_processes_goes_on_and_says_so(tmp_path):
+    assert launch(tmp_path, 2, 3).returncode == 0
     before = Checkpoints(tmp_path / "checkpoints", rank=0).load(tmp_path / "checkpoints" / "step-00000003")
-    done = launch(ranks, tmp_path, 1, 5)
+    done = launch(tmp_path, 1, 5)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "dimo: step-00000003 was written by 2 processes and is continued by 1: 2 samples per step" in done.stderr
     changed = [e for e in RunFolder(tmp_path).events() if e["event"] == "processes_changed"]

@@ -3,10 +3,10 @@
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 
 import pytest
+from forks import python
 
 from dimo.config import load_config, to_yaml
 from dimo.errors import DimoError
@@ -178,8 +178,8 @@ time.sleep(60)
 
 def test_a_second_run_in_a_folder_is_refused_until_the_first_is_dead(tmp_path):
     (tmp_path / "c.yaml").write_text(CONFIG)
-    words = [sys.executable, "-c", HOLDER, str(tmp_path / "run"), str(tmp_path / "c.yaml")]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as holder:
+    words = ["-c", HOLDER, str(tmp_path / "run"), str(tmp_path / "c.yaml")]
+    with python.start(words, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "held\n"
         run = RunFolder(tmp_path / "run")
         assert run.is_held()
@@ -213,8 +213,8 @@ sys.exit(main(["train", "-c", "smoke", "model.device=cpu", "experiment.output_di
 def test_a_read_only_folder_is_a_sentence():
     with tempfile.TemporaryDirectory() as parent:  # tmp_path lies where only its owner may look
         os.chmod(parent, 0o555)
-        words = [sys.executable, "-c", READ_ONLY, f"{parent}/run"]
-        done = subprocess.run(words, capture_output=True, text=True)
+        words = ["-c", READ_ONLY, f"{parent}/run"]
+        done = python.run(words, capture_output=True, text=True)
         os.chmod(parent, 0o755)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert f"dimo: {parent}/run: Permission denied" in done.stderr

@@ -289,11 +289,11 @@ def test_a_head_that_stays_has_no_gradient_to_count():
 
 def test_bf16_losses_follow_the_float32_ones(tmp_path):
     """The mean of the first losses; `python scripts/numerics.py` compares 200, compiled, on a GPU."""
-    many = ["distill.batch_size_per_gpu=16", "distill.w_kd=0.1", "optim.warmup_steps=1"]
+    many = ["distill.batch_size_per_gpu=8", "distill.w_kd=0.1", "optim.warmup_steps=1"]
     plain, fast = trainer_for(tmp_path, *many), trainer_for(tmp_path, *many, "training.mixed_precision=bf16")
     assert plain.dense and not fast.dense
     assert fast.networks.teacher.lm_head.weight.dtype == torch.bfloat16
-    want, got = run(plain, 6), run(fast, 6)
+    want, got = run(plain), run(fast)
     assert not torch.equal(got, want)
     for name in ("loss/aux", "entropy/student", "entropy/aux"):
         column = MEASURED.index(name)

@@ -5,13 +5,12 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
-from processes import as_in_a_terminal
+from forks import python
 
 from dimo.config import load_config
 from dimo.run import signals as signals_module
@@ -40,13 +39,12 @@ sys.exit(command.main(sys.argv[1:]))
 """
 
 
-def start(folder, inside="pass", steps=200, saves=1000, before=as_in_a_terminal, **environment):
+def start(folder, inside="pass", steps=200, saves=1000, ignored=(), **environment):
     words = ["config=smoke", *SETTINGS, f"experiment.output_dir={folder}", f"training.max_train_steps={steps}"]
     words += [f"experiment.save_every={saves}"]
-    return subprocess.Popen(
-        [sys.executable, "-c", WATCHED.format(inside=inside), *words],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | environment,
-        preexec_fn=before,
+    return python.start(
+        ["-c", WATCHED.format(inside=inside), *words],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | environment, ignored=ignored,
     )  # fmt: skip
 
 
@@ -102,7 +100,7 @@ def test_a_signal_to_one_of_two_ranks_stops_both_after_the_same_step(tmp_path):
 
 def test_nohup_is_respected(tmp_path):
     """SIGHUP was ignored before; what stops the run is what comes after it."""
-    process = start(tmp_path, before=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    process = start(tmp_path, ignored=[signal.SIGHUP])
     wait_for(process, "step 1")
     process.send_signal(signal.SIGHUP)
     wait_for(process, "step 4")
@@ -175,10 +173,8 @@ MAINS = {
 @pytest.mark.parametrize("main, number", [("dimo", "SIGTERM"), ("dimo", "SIGINT"), ("a worker", "SIGUSR1")])
 def test_a_signal_while_the_teacher_is_loaded_ends_it_as_a_later_one_would(tmp_path, main, number):
     words = ["smoke" if main == "dimo" else "config=smoke", *SETTINGS, f"experiment.output_dir={tmp_path}"]
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOW_START.format(main=MAINS[main]), *words],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=as_in_a_terminal,
-    )  # fmt: skip
+    code = SLOW_START.format(main=MAINS[main])
+    process = python.start(["-c", code, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for(process, "loading")
     process.send_signal(getattr(signal, number))
     _, errors = process.communicate(timeout=LIMIT_S)
@@ -232,9 +228,7 @@ def test_a_full_disk_stops_the_run_with_a_sentence_and_the_last_good_checkpoint(
     def run(inside):
         words = ["config=smoke", *SETTINGS, f"experiment.output_dir={tmp_path}", "experiment.save_every=4"]
         words += ["training.max_train_steps=12"]
-        return subprocess.run(
-            [sys.executable, "-c", WATCHED.format(inside=inside), *words], capture_output=True, text=True
-        )
+        return python.run(["-c", WATCHED.format(inside=inside), *words], capture_output=True, text=True)
 
     done = run(NO_SPACE.strip())
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr

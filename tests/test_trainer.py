@@ -6,13 +6,13 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from forks import python
 from safetensors.torch import load_file
 
 from dimo.config import load_config
@@ -134,7 +134,7 @@ COMMAND = "import sys, torch; torch.set_num_threads(1); from dimo.commands.cli i
 
 def start(folder):
     arguments = ["train", "-c", "smoke", *SMALL, f"experiment.output_dir={folder}"]
-    return subprocess.Popen([sys.executable, "-c", COMMAND, *arguments], stderr=subprocess.PIPE, text=True)
+    return python.start(["-c", COMMAND, *arguments], stderr=subprocess.PIPE, text=True)
 
 
 @pytest.mark.parametrize(("sign", "code", "after"), [(signal.SIGKILL, -9, 8), (signal.SIGINT, 75, 4)])

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from forks import python
 from trajectories import EVERYWHERE, RECORDED, RUNS, TOLERANCE, compare, follow, numbers
 
 
@@ -10,7 +11,7 @@ from trajectories import EVERYWHERE, RECORDED, RUNS, TOLERANCE, compare, follow,
 def test_the_first_steps_are_the_recorded_ones(name, tmp_path):
     want = json.loads((RECORDED / f"{name}.json").read_text())
     assert len(numbers(want, EVERYWHERE)) > 100
-    assert compare(want, follow(name, tmp_path), EVERYWHERE, TOLERANCE.get(name, 1e-4)) == []
+    assert compare(want, follow(name, tmp_path, python.run), EVERYWHERE, TOLERANCE.get(name, 1e-4)) == []
 
 
 def test_a_number_that_is_off_missing_or_new_is_said():

@@ -1,0 +1,157 @@
+"""The process that those of forks.py are forked from: it imports, and does nothing else."""
+
+import atexit
+import contextlib
+import gc
+import importlib
+import json
+import os
+import runpy
+import signal
+import socket
+import sys
+import threading
+import traceback
+import types
+
+import numpy
+import torch
+
+IMPORTED = (  # a second or two each
+    "dimo.__main__", "dimo.commands.cli", "dimo.commands.notebooks", "dimo.train.trainer", "dimo.evaluation.evaluate",
+    "dimo.views.sheets", "torch._dynamo", "transformers.models.auto", "papermill", "nbconvert", "ipykernel.kernelapp",
+)  # fmt: skip
+
+
+def serve(requests):
+    """Per request two forks: the process itself, and one that waits for it and reports its exit code."""
+    signal.signal(signal.SIGCHLD, reap)
+    while True:
+        size, descriptors, *_ = socket.recv_fds(requests, 8, 4)
+        if not size:  # the tests are over
+            os._exit(0)
+        request = json.loads(requests.recv(int(size), socket.MSG_WAITALL))
+        if os.fork() == 0:
+            watch(request, descriptors, requests)
+        for number in descriptors:
+            os.close(number)
+
+
+def reap(*_):
+    """At once: `dimo run` waits until all that began with a notebook is gone, and a zombie is not."""
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
+def watch(request, descriptors, requests):
+    *streams, report = descriptors
+    try:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        process = os.fork()
+        if process == 0:
+            become(request, streams, report)
+        requests.close()
+        for number in (0, 1, 2, *streams):  # a pipe ends with the process
+            os.close(number)
+        os.write(report, b"%8d" % os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
+    finally:
+        os._exit(0)
+
+
+def become(request, streams, report):
+    """Be the process that was asked for as if Python had just started, to its end. It is known by its id as soon as it
+    has its session and its signal handlers.
+    """
+    code = 1
+    try:
+        if request["session"]:
+            os.setsid()
+        handle_signals(request["ignored"])
+        os.write(report, b"%8d" % os.getpid())
+        open_streams(streams)
+        os.chdir(request["cwd"])
+        os.environ.clear()
+        os.environ |= request["env"]
+        numpy.random.seed()
+        torch.seed()
+        code = run(request["words"])
+        code = leave(code)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def handle_signals(ignored):
+    """Those of a fresh Python, whatever is ignored where the tests run, under nohup or in CI."""
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def open_streams(streams):
+    for number, descriptor in enumerate(streams):
+        os.dup2(descriptor, number)
+    os.closerange(3, 4096)
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        buffering = 1 if name == "stderr" else -1  # by lines; stdout is so only in a terminal
+        errors = "backslashreplace" if name == "stderr" else "strict"
+        stream = open(number, "w" if number else "r", buffering, errors=errors, closefd=False)
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
+
+
+def run(words):
+    """`python -m module ...`, `python -c code ...` or `python script ...`; returns the exit code."""
+    kind, words = (words[0], words[1:]) if words[0] in ("-m", "-c") else ("", words)
+    sys.argv = ["-c", *words[1:]] if kind == "-c" else words
+    sys.path[0] = "" if kind == "-c" else os.getcwd() if kind == "-m" else os.path.dirname(os.path.abspath(words[0]))
+    try:
+        if kind == "-c":
+            sys.modules["__main__"] = types.ModuleType("__main__")
+            exec(compile(words[0], "<string>", "exec"), vars(sys.modules["__main__"]))
+        elif kind == "-m":
+            runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as end:
+        if end.code is None or isinstance(end.code, int):
+            return (end.code or 0) % 256
+        print(end.code, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        traceback.print_exc()
+        return -signal.SIGINT
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        return 1
+    return 0
+
+
+def leave(code):
+    """What an interpreter does at its end, but for unloading its modules, which takes a second."""
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            code = 120
+    if code == -signal.SIGINT:  # so that a shell sees why it ended
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    return code
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is the tests' to answer
+    requests = socket.socket(fileno=int(sys.argv[1]))
+    for name in IMPORTED:
+        importlib.import_module(name)
+    assert threading.active_count() == 1, "a fork would lose the other threads"
+    gc.collect()
+    gc.freeze()
+    serve(requests)
