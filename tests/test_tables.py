@@ -212,5 +212,5 @@ def test_scores_are_finite_numbers_in_plain_digits(tmp_path):
     scores = ["inf", "Infinity", "1_0", "1e999", "nan", "", "7", " 8.25 "]
     rows = "".join(f"{i},{score}\n" for i, score in enumerate(scores))
     file = make(tmp_path, "a.csv", f"caption,motion_score\n{rows}".encode())
-    stream = PromptStream(file, minimum={"motion_score": 1}, motion="score")
+    stream = PromptStream(file, minimum={"motion_score": 1}, motion="score", motion_share=1)
     assert sorted(stream.take(2)) == ["motion=7.0, 6", "motion=8.2, 7"] and stream.counts()["filtered"] == 6
