@@ -108,7 +108,8 @@ def run(words):
     """`python -m module ...`, `python -c code ...` or `python script ...`; returns the exit code."""
     kind, words = (words[0], words[1:]) if words[0] in ("-m", "-c") else ("", words)
     sys.argv = ["-c", *words[1:]] if kind == "-c" else words
-    sys.path[0] = "" if kind == "-c" else os.getcwd() if kind == "-m" else os.path.dirname(os.path.abspath(words[0]))
+    own = "" if kind == "-c" else os.getcwd() if kind == "-m" else os.path.dirname(os.path.abspath(words[0]))
+    sys.path.insert(0, own)  # before the folder of this file: scripts of tests import from it
     try:
         if kind == "-c":
             sys.modules["__main__"] = types.ModuleType("__main__")
