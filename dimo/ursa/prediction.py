@@ -249,31 +249,55 @@ class Sparse(Prediction):
     def detach(self, copy: bool = False) -> Sparse:
         return self
 
+    def guided(self, uncond: Sparse, scale: torch.Tensor | float) -> Sparse:
+        """u + scale (c - u) on log-probabilities, normalised and floored; both must know the same codes."""
+        if not torch.equal(self.codes, uncond.codes) or self.floor != uncond.floor:
+            raise DimoError("guidance needs two predictions with the same codes and the same floor")
+        log_p = (uncond.log_p + scale * (self.log_p - uncond.log_p)).log_softmax(-1).clamp(min=self.floor)
+        return dataclasses.replace(self, log_p=log_p)
+
+    def chunk(self, parts: int) -> list[Sparse]:
+        """Split along the batch."""
+        both = zip(self.codes.chunk(parts), self.log_p.chunk(parts))
+        return [dataclasses.replace(self, codes=codes, log_p=log_p) for codes, log_p in both]
+
 
 def predict(
-    transformer, txt_ids: torch.Tensor, visual_tokens: torch.Tensor, latents_shape, dense: bool = False
-) -> Dense | Chunked:
-    """One forward pass of a transformer.
+    network,
+    txt_ids: torch.Tensor,
+    visual_tokens: torch.Tensor,
+    latents_shape,
+    dense: bool = False,
+    t: torch.Tensor | float | None = None,
+) -> Prediction:
+    """One forward pass of a network: of a `UrsaTransformer`, or of anything that has a method `predict`.
+
+    That method is the door for a teacher that is no transformer. It is called as
+    `network.predict(txt_ids, visual_tokens, latents_shape, t)` and returns a `Prediction`.
 
     Args:
         txt_ids: (B, L) left-padded text ids.
         visual_tokens: (B, N) codes in [0, K).
         latents_shape: (T, H, W) with N = T*H*W.
-        dense: compute all logits at once.
+        dense: compute all logits of a transformer at once.
+        t: times of `visual_tokens`, a number, (B,) or (B, N), where the caller knows them. A transformer does not read
+            them: it infers t from the tokens.
 
     Returns:
-        The prediction of the clean codes.
+        The prediction of the clean codes; a transformer's is `Dense` or `Chunked`.
     """
+    if hasattr(network, "predict"):
+        return network.predict(txt_ids, visual_tokens, latents_shape, t)
     if dense:
-        return Dense(visual_logits(transformer, txt_ids, visual_tokens, latents_shape))
-    spliced, config = build_ursa_inputs(transformer, txt_ids, visual_tokens, latents_shape), transformer.config
-    hidden = transformer.hidden(spliced.input_ids, spliced.rope_pos)
+        return Dense(visual_logits(network, txt_ids, visual_tokens, latents_shape))
+    spliced, config = build_ursa_inputs(network, txt_ids, visual_tokens, latents_shape), network.config
+    hidden = network.hidden(spliced.input_ids, spliced.rope_pos)
     # the slice that logits get, by its name in its module, so that one that is replaced there is replaced here too
     hidden = inputs.extract_visual_logits(hidden, spliced.num_visual_tokens, hidden.shape[-1])
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))
-    weight, codes = transformer.lm_head.weight, config.vocab_size - config.lm_vocab_size
+    weight, codes = network.lm_head.weight, config.vocab_size - config.lm_vocab_size
     return Chunked(hidden, weight if len(weight) == codes else weight[-codes:])  # slicing costs a copy of the gradient
 
 
