@@ -180,6 +180,13 @@ def test_the_posterior_is_bayes_rule(tiny, everything, path, teacher, kind, gene
         assert (got[b][want < 1e-12] == FLOOR).all()
 
 
+def test_no_probability_is_negative_by_rounding(tiny, path, teacher, generator):
+    x_t, t = torch.randint(16, (600, N), generator=generator), torch.rand(600, generator=generator) * 0.999
+    got = teacher.predict(torch.zeros(600, 4, dtype=torch.long), x_t, GRID, t)  # of all prompts
+    assert got.log_p.isfinite().all() and got.log_p.min() >= FLOOR and got.log_p.max() < 1e-6
+    assert torch.allclose(got.log_p.double().exp().sum(-1), torch.ones(600, N).double(), atol=1e-6)
+
+
 def test_the_posterior_does_not_depend_on_how_many_samples_go_at_once(tiny, path, teacher, generator, monkeypatch):
     prompt, codes = tiny.draw(3, generator)
     t = times("frame", 3, generator)

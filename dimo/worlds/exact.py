@@ -8,6 +8,8 @@ over up to 33,280 tokens, and a difference of one nat between two of them must n
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch.nn import functional as F
 
@@ -99,7 +101,7 @@ class ExactTeacher:
             values = self.log_likelihood(x_t, t).requires_grad_()
             evidence = self.log_posterior(values, prompts).logsumexp(-1).sum()
             (shares,) = torch.autograd.grad(evidence, values)
-        return shares.log().clamp(min=FLOOR)
+        return shares.clamp(min=math.exp(FLOOR)).log()
 
     def _prompts(self, txt_ids: torch.Tensor) -> torch.Tensor:
         """(B, prompts) bool: the prompts whose videos count."""

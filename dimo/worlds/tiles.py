@@ -197,8 +197,7 @@ class TilesWorld:
         tokens = values.gather(-1, shade).view(batch, t, BLOCKS, h // BLOCKS, BLOCKS, w // BLOCKS, -1)
         blocks = tokens.sum((3, 5)).flatten(1, 3)  # (B, T * 16, hues * textures * phases)
         masks = self.masks.view(directions * PLACES, -1).to(blocks)
-        inside = masks @ blocks
-        outside = blocks.sum(1, keepdim=True) - inside
+        inside, outside = masks @ blocks, (1 - masks) @ blocks  # no difference of the two, which would cancel digits
         roles = (batch, directions, PLACES, len(SUBJECTS), self.palettes, 2, textures, s)
         background, objects = outside.view(roles)[:, :, :, :, :, 0], inside.view(roles)[:, :, :, :, :, 1]
         both = objects[..., :, None] + background[..., None, :]  # (B, directions, places, subjects, palettes, ...)
