@@ -191,7 +191,7 @@ def teacher_pass(
         step.teacher = predict(teacher, txt_ids, step.x_t, grid, step.dense, step.t)
     else:
         ids = torch.cat([txt_ids, uncond_ids.expand_as(txt_ids)])
-        x_t, t = (x.repeat(2, *[1] * (x.dim() - 1)) for x in (step.x_t, step.t))
+        x_t, t = (torch.cat([x, x]) for x in (step.x_t, step.t))
         cond, uncond = predict(teacher, ids, x_t, grid, step.dense, t).chunk(2)
         w = torch.where(step.t < guidance_trunc, guidance_scale, 1.0)
         step.teacher = cond.guided(uncond, w.view(len(w), -1, 1))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Self
+from typing import Any, Self, overload
 
 import torch
 from torch.nn import functional as F
@@ -18,6 +18,7 @@ from dimo.errors import DimoError, require_ids, require_shape
 from dimo.ursa import inputs
 from dimo.ursa.chunks import on_device, pick, tokens_at_once
 from dimo.ursa.inputs import build_ursa_inputs, visual_logits
+from dimo.ursa.transformer import UrsaTransformer
 
 
 class Prediction:
@@ -262,29 +263,24 @@ class Sparse(Prediction):
         return [dataclasses.replace(self, codes=codes, log_p=log_p) for codes, log_p in both]
 
 
-def predict(
-    network,
-    txt_ids: torch.Tensor,
-    visual_tokens: torch.Tensor,
-    latents_shape,
-    dense: bool = False,
-    t: torch.Tensor | float | None = None,
-) -> Prediction:
-    """One forward pass of a network: of a `UrsaTransformer`, or of anything that has a method `predict`.
+@overload
+def predict(network: UrsaTransformer, txt_ids, visual_tokens, latents_shape, dense=..., t=...) -> Dense | Chunked: ...
+@overload
+def predict(network, txt_ids, visual_tokens, latents_shape, dense=..., t=...) -> Any: ...
+def predict(network, txt_ids: torch.Tensor, visual_tokens: torch.Tensor, latents_shape, dense: bool = False, t=None):
+    """One forward pass of a transformer, or of any network that has a method `predict`, such as an exact teacher.
 
-    That method is the door for a teacher that is no transformer. It is called as
-    `network.predict(txt_ids, visual_tokens, latents_shape, t)` and returns a `Prediction`.
+    That method is called as `network.predict(txt_ids, visual_tokens, latents_shape, t)` and returns a `Prediction`.
 
     Args:
         txt_ids: (B, L) left-padded text ids.
         visual_tokens: (B, N) codes in [0, K).
         latents_shape: (T, H, W) with N = T*H*W.
         dense: compute all logits of a transformer at once.
-        t: times of `visual_tokens`, a number, (B,) or (B, N), where the caller knows them. A transformer does not read
-            them: it infers t from the tokens.
+        t: time of `visual_tokens`, a number, (B,) or (B, N), if known. A transformer infers it from the tokens.
 
     Returns:
-        The prediction of the clean codes; a transformer's is `Dense` or `Chunked`.
+        The prediction of the clean codes.
     """
     if hasattr(network, "predict"):
         return network.predict(txt_ids, visual_tokens, latents_shape, t)
