@@ -188,10 +188,11 @@ def teacher_pass(
         raise DimoError("uncond_ids, the ids (1, L) of the negative prompt, are required if guidance_scale is not 1")
     txt_ids = step.txt_ids_at_t
     if uncond_ids is None or guidance_scale == 1 or not bool((step.t < guidance_trunc).any()):
-        step.teacher = predict(teacher, txt_ids, step.x_t, grid, step.dense)
+        step.teacher = predict(teacher, txt_ids, step.x_t, grid, step.dense, step.t)
     else:
         ids = torch.cat([txt_ids, uncond_ids.expand_as(txt_ids)])
-        cond, uncond = predict(teacher, ids, step.x_t.repeat(2, 1), grid, step.dense).chunk(2)
+        x_t, t = (torch.cat([x, x]) for x in (step.x_t, step.t))
+        cond, uncond = predict(teacher, ids, x_t, grid, step.dense, t).chunk(2)
         w = torch.where(step.t < guidance_trunc, guidance_scale, 1.0)
         step.teacher = cond.guided(uncond, w.view(len(w), -1, 1))
     _require_finite("the teacher's logits", step.teacher)

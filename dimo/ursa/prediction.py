@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Self
+from typing import Any, Self, overload
 
 import torch
 from torch.nn import functional as F
@@ -18,6 +18,7 @@ from dimo.errors import DimoError, require_ids, require_shape
 from dimo.ursa import inputs
 from dimo.ursa.chunks import on_device, pick, tokens_at_once
 from dimo.ursa.inputs import build_ursa_inputs, visual_logits
+from dimo.ursa.transformer import UrsaTransformer
 
 
 class Prediction:
@@ -249,31 +250,50 @@ class Sparse(Prediction):
     def detach(self, copy: bool = False) -> Sparse:
         return self
 
+    def guided(self, uncond: Sparse, scale: torch.Tensor | float) -> Sparse:
+        """u + scale (c - u) on log-probabilities, normalised and floored; both must know the same codes."""
+        if not torch.equal(self.codes, uncond.codes) or self.floor != uncond.floor:
+            raise DimoError("guidance needs two predictions with the same codes and the same floor")
+        log_p = (uncond.log_p + scale * (self.log_p - uncond.log_p)).log_softmax(-1).clamp(min=self.floor)
+        return dataclasses.replace(self, log_p=log_p)
 
-def predict(
-    transformer, txt_ids: torch.Tensor, visual_tokens: torch.Tensor, latents_shape, dense: bool = False
-) -> Dense | Chunked:
-    """One forward pass of a transformer.
+    def chunk(self, parts: int) -> list[Sparse]:
+        """Split along the batch."""
+        both = zip(self.codes.chunk(parts), self.log_p.chunk(parts))
+        return [dataclasses.replace(self, codes=codes, log_p=log_p) for codes, log_p in both]
+
+
+@overload
+def predict(network: UrsaTransformer, txt_ids, visual_tokens, latents_shape, dense=..., t=...) -> Dense | Chunked: ...
+@overload
+def predict(network, txt_ids, visual_tokens, latents_shape, dense=..., t=...) -> Any: ...
+def predict(network, txt_ids: torch.Tensor, visual_tokens: torch.Tensor, latents_shape, dense: bool = False, t=None):
+    """One forward pass of a transformer, or of any network that has a method `predict`, such as an exact teacher.
+
+    That method is called as `network.predict(txt_ids, visual_tokens, latents_shape, t)` and returns a `Prediction`.
 
     Args:
         txt_ids: (B, L) left-padded text ids.
         visual_tokens: (B, N) codes in [0, K).
         latents_shape: (T, H, W) with N = T*H*W.
-        dense: compute all logits at once.
+        dense: compute all logits of a transformer at once.
+        t: time of `visual_tokens`, a number, (B,) or (B, N), if known. A transformer infers it from the tokens.
 
     Returns:
         The prediction of the clean codes.
     """
+    if hasattr(network, "predict"):
+        return network.predict(txt_ids, visual_tokens, latents_shape, t)
     if dense:
-        return Dense(visual_logits(transformer, txt_ids, visual_tokens, latents_shape))
-    spliced, config = build_ursa_inputs(transformer, txt_ids, visual_tokens, latents_shape), transformer.config
-    hidden = transformer.hidden(spliced.input_ids, spliced.rope_pos)
+        return Dense(visual_logits(network, txt_ids, visual_tokens, latents_shape))
+    spliced, config = build_ursa_inputs(network, txt_ids, visual_tokens, latents_shape), network.config
+    hidden = network.hidden(spliced.input_ids, spliced.rope_pos)
     # the slice that logits get, by its name in its module, so that one that is replaced there is replaced here too
     hidden = inputs.extract_visual_logits(hidden, spliced.num_visual_tokens, hidden.shape[-1])
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))
-    weight, codes = transformer.lm_head.weight, config.vocab_size - config.lm_vocab_size
+    weight, codes = network.lm_head.weight, config.vocab_size - config.lm_vocab_size
     return Chunked(hidden, weight if len(weight) == codes else weight[-codes:])  # slicing costs a copy of the gradient
 
 

@@ -26,7 +26,7 @@ def categorical(prob: torch.Tensor, generator: torch.Generator | None = None) ->
     return inverse_cdf(prob, torch.rand(prob.shape[:-1], generator=generator, device=prob.device, dtype=torch.float64))
 
 
-def _time_like(t: torch.Tensor | float, x: torch.Tensor) -> torch.Tensor:
+def time_like(t: torch.Tensor | float, x: torch.Tensor) -> torch.Tensor:
     """Expand t, which is a number, (B,) or of x's shape (B, ...), to a float32 tensor of x's shape."""
     require_time("t", t)
     t = torch.as_tensor(t, dtype=torch.float32, device=x.device)
@@ -56,12 +56,12 @@ class _Path:
     def prob(self, x_1: torch.Tensor, t: torch.Tensor | float) -> torch.Tensor:
         """p_t(. | x_1): x_1 (B, ...) in [0, K); t a number, (B,) or x_1's shape -> (B, ..., K), rows sum to 1."""
         require_ids("x_1", x_1, self.codebook_size)
-        return self._prob(x_1, _time_like(t, x_1))
+        return self._prob(x_1, time_like(t, x_1))
 
     def sample(self, x_1: torch.Tensor, t: torch.Tensor | float, generator: torch.Generator | None = None):
         """Draw x_t ~ p_t(. | x_1), of x_1's shape; arguments as in `prob`. Independent of the chunk size."""
         require_ids("x_1", x_1, self.codebook_size)
-        t = _time_like(t, x_1)
+        t = time_like(t, x_1)
         u = torch.rand(x_1.numel(), generator=generator, device=x_1.device, dtype=torch.float64)
         parts = chunks(tokens_at_once(self.codebook_size, x_1.device), x_1.flatten(), t.flatten(), u)
         return torch.cat([self._draw(*part) for part in parts]).view(x_1.shape)

@@ -129,11 +129,11 @@ def sample(
     dense = path.codebook_size <= FEW_CODES
     for i, t in enumerate(times):
         if guidance_scale > 1 and t < guidance_trunc:
-            both = predict(transformer, torch.cat([txt_ids, uncond_ids]), x_t.repeat(2, 1), latents_shape, dense)
+            both = predict(transformer, torch.cat([txt_ids, uncond_ids]), x_t.repeat(2, 1), latents_shape, dense, t)
             cond, uncond = both.chunk(2)
             prediction = cond.guided(uncond, guidance_scale)
         else:
-            prediction = predict(transformer, txt_ids, x_t, latents_shape, dense)
+            prediction = predict(transformer, txt_ids, x_t, latents_shape, dense, t)
         t_next = times[i + 1] if i + 1 < steps else None
         x_next, x_1 = jump(path, prediction, x_t, t, t_next, generator, argmax)
         if trajectory is not None:

@@ -2,7 +2,9 @@
 
 from dimo.worlds.protocol import World
 from dimo.worlds.shapes import ShapesWorld
+from dimo.worlds.tiles import TilesWorld
 
 WORLDS: dict[str, type[World]] = {
     "shapes": ShapesWorld,
+    "tiles": TilesWorld,
 }
