@@ -265,7 +265,7 @@ def test_bench_measures_what_runs(tmp_path):
     write_report(report, tmp_path / "deep" / "bench.json")
     assert json.loads((tmp_path / "deep" / "bench.json").read_text())["tokens"] == 8
     assert [f.name for f in (tmp_path / "deep").iterdir()] == ["bench.json"]
-    with pytest.raises(DimoError, match="nothing called 'stepp' to measure; did you mean 'step'"):
+    with pytest.raises(DimoError, match="unknown name 'stepp'; did you mean 'step'"):
         bench(config, "tiny", parts=("stepp",))
     with pytest.raises(DimoError, match="size must be one of"):
         bench(config, "7B", repeats=1, warmup=0)
