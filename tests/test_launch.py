@@ -16,6 +16,7 @@ import yaml
 from forks import python
 
 from dimo.commands.cli import main
+from dimo.commands.train import train
 from dimo.config import load_config
 from dimo.errors import DimoError
 from dimo.run import launch as launching
@@ -275,9 +276,9 @@ def test_train_says_how_it_ended(tmp_path, monkeypatch):
     config = load_config("smoke", ["training.num_processes=2", f"experiment.output_dir={tmp_path}"])
     RunFolder(tmp_path).write_status(state="failed", error="the disk is full")
     for code, error, sentence in [(75, Preempted, "same command"), (1, DimoError, "the disk is full")]:
-        monkeypatch.setattr(launching, "launch", lambda config, code=code: code)
+        monkeypatch.setattr("dimo.commands.train.launch", lambda config, code=code: code)
         with pytest.raises(error, match=sentence):
-            launching.train(config)
+            train(config)
 
 
 # ------------------------------------------------------------------ the whole chain, through papermill
