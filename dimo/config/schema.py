@@ -1,4 +1,7 @@
-"""The configuration as dataclasses. Every field is a key with a type, a default and a help text."""
+"""The configuration as dataclasses: every field is a key with a type, a default and a help text.
+
+Its range or its choices are in `RANGES` and `validate` of `dimo.config.load`.
+"""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""The nine stages of a training step, one function each, and the `Step` that carries their results.
+"""The nine stages of a training step, one function each (stage 6 has two), and the `Step` that carries their results.
 
 `dimo.distill.step` calls them in order; a notebook can call them one by one and inspect every tensor. Shapes: B
 samples, L text tokens, N visual tokens, K codes, R draws of t per sample. Source: Di[M]O, arXiv 2503.15457.
 
-Stages 7 and 8 only collect the inputs of the student's loss. Stage 9 computes all its terms and gradients in one pass
-over chunks of tokens (`losses.student_loss`), so the logits over 64,000 codes are never held for all tokens at once.
+Stages 7 and 8 compute no loss; they prepare what stage 9 needs. It computes all terms and gradients in one pass over
+chunks of tokens (`losses.student_loss`), so the logits over 64,000 codes are never held for all tokens at once.
 """
 
 from __future__ import annotations
@@ -106,14 +106,14 @@ def tokenise(tokenize, prompts: list[str], max_prompt_length: int) -> torch.Tens
 
 
 def draw_x_init(step: Step, x_init: XInit, num_visual_tokens: int, generator=None) -> None:
-    """Stage 2: x_init, uniform codes or a corrupted earlier sample, which also replaces the prompt by its own."""
+    """Stage 2: x_init, uniform codes or a corrupted earlier sample, together with the prompt it was made for."""
     step.x_init, step.txt_ids, step.corrupted = x_init(step.txt_ids, num_visual_tokens, generator)
 
 
 def student_pass(step: Step, student: UrsaTransformer, grid: Grid, generator=None) -> None:
     """Stage 3: one student pass at x_init; draws x_hat ~ softmax(z_S), with log-probability and entropy per token."""
     step.student = predict(student, step.txt_ids, step.x_init, grid, step.dense)
-    fixed = step.student.detach()  # casts the head once, for both uses
+    fixed = step.student.detach()  # so that the head is cast once, for sampling and for logits_std
     step.x_hat, step.logp, step.entropy = fixed.sample(generator)
     step.logits_std = fixed.logits(slice(0, min(LOOKED_AT, step.x_hat.shape[1]))).std(-1).mean()
     require_finite("the student's logits", step.entropy)
@@ -176,8 +176,8 @@ def teacher_pass(
 ) -> None:
     """Stage 5: the frozen teacher at x_t with classifier-free guidance, u + w (c - u).
 
-    Conditional and unconditional passes form one batch. The unconditional half is skipped only if no t of the batch is
-    guided, so that a compiled teacher sees just two batch sizes.
+    Conditional and unconditional passes form one batch. If any t < guidance_trunc the unconditional half runs for all
+    rows, not just the guided ones: a compiled teacher then sees only two batch sizes.
 
     Args:
         guidance_scale: w; 1 is no guidance.
@@ -219,7 +219,7 @@ def auxiliary_losses(
             re-noised x_hat. "match_teacher" (preset `literal`) fits it to the teacher: Jeffreys' divergence at x_t.
         aux_steps: number of updates.
         label_smoothing: of the cross-entropy.
-        empty_share: probability that a prompt is replaced by the empty one, except at x_t itself.
+        empty_share: probability that a prompt is replaced by the empty one; never in an update at x_t itself.
         empty_ids: (1, L) ids of the empty prompt.
         share_x_t: run the first update at x_t itself (with several draws of t: one update per draw) and keep its
             prediction, made before the update, as the auxiliary's prediction at x_t. Saves `auxiliary_pass`.
@@ -254,7 +254,7 @@ def auxiliary_losses(
         if share_x_t and at_x_t:
             fixed = prediction.detach(copy=True)
             kept = [fixed] if objective == "match_teacher" else [*kept, fixed]
-            # join the draws in one prediction; if the head is trained, it is the current one
+            # the draws as one prediction, under the latest head, should heads be trained
             step.aux = fixed if len(kept) == 1 else fixed.with_states(torch.cat([one.states for one in kept]))
         if objective == "match_teacher":
             loss = losses.jeffreys(step.teacher, prediction)
@@ -286,7 +286,7 @@ def distillation_signal(
     """Stage 8: choose the gradient that stage 9 applies to the student's logits z_S, averaged over the draws of t.
 
     Args:
-        estimator: "dimo" uses the exact gradient of D_beta with respect to the auxiliary's logits, per token (Di[M]O,
+        estimator: "dimo" takes the exact gradient of D_beta on the auxiliary's logits for that of z_S, per token (Di[M]O,
             arXiv 2503.15457, eq. 8-10). "reinforce" uses a policy gradient with reward -Jeffreys(p_T, p_A) per sample.
         beta: of D_beta, a number in [0, 1], or "time" for beta = t: forward KL near the noise, where mode coverage is
             decided, reverse KL near the data, where tokens must be consistent. Used by "dimo" only.
@@ -317,8 +317,8 @@ def _reinforce(step: Step, beta: float | str, baseline: Baseline | None, w_reinf
     step.w_policy, step.advantage = 1.0, for_each_draw(advantage[:, None], step.x_t)
 
 
-# Values of `distill.estimator`. Each sets the step's `beta` (None omits the token-level gradient) and, for a policy
-# gradient, its `w_policy`, `advantage` and `baseline`.
+# Values of `distill.estimator`. Each may set the step's `beta` (left at None: no token-level gradient) and, for a
+# policy gradient, its `w_policy`, `advantage` and `baseline`. The key's help in dimo/config/schema.py lists them.
 ESTIMATORS = {"dimo": _dimo, "reinforce": _reinforce}
 
 
@@ -338,7 +338,7 @@ def total_loss(step: Step, w_distill: float = 1.0, w_kd: float = 0.0, lambda_ent
 
     L_8 is the distillation loss chosen by stage 8, L_7 is KL(p_T || p_St) at x_t, H is the mean token entropy.
     """
-    # repeat the student's prediction for each draw of t, so that the means over rows include the draws
+    # once per draw of t: rows of the student then match those of x_t, and a mean over rows is one over draws too
     draws = len(step.x_t) // len(step.x_hat)
     x_hat, logp, entropy = (for_each_draw(x, step.x_t) for x in (step.x_hat, step.logp, step.entropy))
     made = losses.student_loss(

@@ -87,11 +87,12 @@ class Distillation(Protocol):
 
 
 def nine_stages(run: Distillation, index: int, steps: list[Step], norms: dict[str, torch.Tensor]) -> Iterator[tuple]:
-    """Run training step `index`, pausing after each stage; yields (stage number 1 to 9, the `Step` so far).
+    """Run training step `index`, pausing after each stage; yields (stage number, the `Step` so far).
 
-    `steps` has one empty `Step` per micro-batch of gradient accumulation: stages 1 to 5 run for each of them, then the
-    auxiliary is updated, then stages 6 to 9 run for each, then the student is updated. `norms` receives
-    grad_norm/student and grad_norm/aux. Autocast is active only inside the stages, so it does not leak to the caller.
+    `steps` has one empty `Step` per micro-batch of gradient accumulation. Stages 1 to 5 run for each; then stage 6
+    updates the auxiliary on all; then its prediction and stages 7 to 9 run for each; then the student is updated.
+    Numbers 1 to 8 come once per micro-batch, 9 once, with the last. `norms` receives grad_norm/student and
+    grad_norm/aux. Autocast is active only inside the stages, so it does not leak to the caller.
     Raises NonFiniteError if any process meets a value that is not finite.
     """
     d, n, g, grid = run.settings, run.networks, run.generator, run.grid
@@ -107,7 +108,7 @@ def nine_stages(run: Distillation, index: int, steps: list[Step], norms: dict[st
             # 2 x_init
             stages.draw_x_init(step, run.x_init, run.num_visual_tokens, g)
             yield 2, step
-            # 3 student pass; with several micro-batches only x_hat is kept, and the pass is repeated before stage 7
+            # 3 student pass; of several micro-batches only x_hat stays, and the pass is repeated after stage 6's updates
             if parts > 1:
                 before_pass.append(g.get_state())
             passed = step if parts == 1 else dataclasses.replace(step)
