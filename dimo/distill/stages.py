@@ -286,8 +286,8 @@ def distillation_signal(
     """Stage 8: choose the gradient that stage 9 applies to the student's logits z_S, averaged over the draws of t.
 
     Args:
-        estimator: "dimo" takes the exact gradient of D_beta on the auxiliary's logits for that of z_S, per token (Di[M]O,
-            arXiv 2503.15457, eq. 8-10). "reinforce" uses a policy gradient with reward -Jeffreys(p_T, p_A) per sample.
+        estimator: "dimo" takes the exact gradient of D_beta on the auxiliary's logits as that of z_S, per token
+            (arXiv 2503.15457, eq. 8-10). "reinforce" uses a policy gradient with reward -Jeffreys(p_T, p_A) per sample.
         beta: of D_beta, a number in [0, 1], or "time" for beta = t: forward KL near the noise, where mode coverage is
             decided, reverse KL near the data, where tokens must be consistent. Used by "dimo" only.
         baseline: EMA baseline of "reinforce"; None means leave-one-out.

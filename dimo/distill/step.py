@@ -108,7 +108,7 @@ def nine_stages(run: Distillation, index: int, steps: list[Step], norms: dict[st
             # 2 x_init
             stages.draw_x_init(step, run.x_init, run.num_visual_tokens, g)
             yield 2, step
-            # 3 student pass; of several micro-batches only x_hat stays, and the pass is repeated after stage 6's updates
+            # 3 student pass; of several micro-batches only x_hat stays, and the pass is repeated after the updates of 6
             if parts > 1:
                 before_pass.append(g.get_state())
             passed = step if parts == 1 else dataclasses.replace(step)
