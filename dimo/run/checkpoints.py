@@ -61,7 +61,7 @@ class Checkpoints:
         Args:
             tensors: {network: full state dict}; used on rank 0 only.
             state: state shared by all ranks, such as optimizer states; used on rank 0 only.
-            rank_state: this rank's own state, such as the memory of x_hat; no generators, since draws follow from the step.
+            rank_state: this rank's own state, such as the memory of x_hat; no generators: draws follow from the step.
 
         Raises:
             DimoError: this checkpoint or the previous one could not be written; older checkpoints are kept.
