@@ -16,11 +16,15 @@ print(sorted(os.listdir("/proc/self/fd")), sys.stdout.isatty(), sys.stderr.error
 """
 
 
+def as_in_a_terminal():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def both(words, **more):
-    """(exit code, stdout, last line of stderr) of a forked and of a started process."""
-    found = []
-    for run, prefix in ((python.run, []), (subprocess.run, [sys.executable])):
-        done = run([*prefix, *words], capture_output=True, text=True, **more)
+    """(exit code, stdout, last line of stderr) of a forked process and of one that is started as in a terminal."""
+    found, started = [], {"preexec_fn": as_in_a_terminal}  # tests in the background hand an ignored SIGINT on
+    for run, prefix, how in ((python.run, [], {}), (subprocess.run, [sys.executable], started)):
+        done = run([*prefix, *words], capture_output=True, text=True, **how, **more)
         found.append((done.returncode, done.stdout, done.stderr.splitlines()[-1:]))
     return found
 

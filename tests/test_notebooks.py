@@ -209,7 +209,7 @@ def test_parameters_are_read_by_their_last_part_and_refused_before_anything_star
         ("num_processes=0", "training.num_processes must be at least 1"),
         ("engine=fsdp9", "training.engine 'fsdp9' is neither"),
         ("teacher_ckpt=/nowhere", "/nowhere"),
-        ("prompt_file=/nowhere/captions.txt", "distill.prompt_source '/nowhere/captions.txt' is neither"),
+        ("prompt_file=/nowhere/captions.txt", "distill.prompt_source must be world.*'/nowhere/captions.txt' does not"),
     ]:
         with pytest.raises(DimoError, match=sentence):
             run_notebooks("smoke", [f"experiment.output_dir={tmp_path}/new"], [parameter])
