@@ -15,7 +15,7 @@ from dimo.distill.stages import Step
 from dimo.errors import DimoError
 from dimo.train.engine import Engine
 from dimo.train.trainer import Trainer
-from dimo.ursa import Chunked, UrsaConfig, UrsaTransformer, load_ursa, predict, transformer, visual_logits
+from dimo.ursa import Chunked, UrsaConfig, UrsaTransformer, load_ursa, predict, sampler, transformer, visual_logits
 from dimo.ursa.inputs import rope_positions
 from dimo.ursa.loading import load_transformer
 from dimo.worlds import checkpoint_folder
@@ -99,7 +99,8 @@ def test_a_step_of_hidden_states_can_be_looked_at(tmp_path, monkeypatch):
 def test_no_unconditional_pass_where_no_t_asks_for_guidance(ursa, generator, monkeypatch):
     ids, empty = ursa.tokenize(["blue bar moving up", "pink square moving left"], 4), ursa.tokenize([""], 4)
     x, sizes = torch.randint(10, (2, 48), generator=generator), []
-    monkeypatch.setattr(stages, "predict", lambda n, i, *r: (sizes.append(len(i)), predict(n, i, *r))[1])
+    for module in (stages, sampler):
+        monkeypatch.setattr(module, "predict", lambda n, i, *r: (sizes.append(len(i)), predict(n, i, *r))[1])
     for t in ([0.95, 0.91], [0.95, 0.2]):
         step = Step(txt_ids=ids, x_t=x, t=torch.tensor(t))
         stages.teacher_pass(step, ursa.transformer, GRID, 3.0, 0.9, empty)

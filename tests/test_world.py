@@ -139,15 +139,15 @@ def test_collapse_within_prompts_shows_per_prompt_and_not_pooled():
     assert scores.valid.all() and scores.adherent.all()
     assert list(detail) == ["positions", "positions_per_prompt", "shades", "shades_per_prompt"]
     assert detail["positions"] == pytest.approx(1.0, abs=0.01)
-    assert detail["positions_per_prompt"] < 0.02 and least_coverage(scores) == min(detail.values())
+    assert detail["positions_per_prompt"] < 0.02 and least_coverage(detail) == min(detail.values())
 
 
 def test_coverage_is_undefined_rather_than_zero_without_valid_videos(world, generator):
     codes = torch.randint(world.codebook_size, (48, world.num_visual_tokens), generator=generator)
     scores = score(world, codes, world.prompts)
-    assert not scores.valid.any() and least_coverage(scores) is None
+    assert not scores.valid.any() and least_coverage(coverage_detail(scores)) is None
     scores.free = {}
-    assert least_coverage(scores) is None  # of a world whose prompts leave nothing free
+    assert least_coverage(coverage_detail(scores)) is None  # of a world whose prompts leave nothing free
 
 
 def test_the_codebook_is_a_metric_with_meaning(world):

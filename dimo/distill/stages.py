@@ -18,7 +18,7 @@ import torch
 from dimo.distill import losses
 from dimo.distill.schedules import Baseline, XInit, sample_t_curriculum
 from dimo.errors import DimoError, require_finite
-from dimo.ursa import Chunked, Dense, MetricPath, MixturePath, Prediction, UrsaTransformer, predict
+from dimo.ursa import Chunked, Dense, MetricPath, MixturePath, Prediction, UrsaTransformer, predict, predict_guided
 
 Grid = tuple[int, int, int]
 LOOKED_AT = 128  # number of tokens of the first sample over which `logits_std` is measured
@@ -190,11 +190,8 @@ def teacher_pass(
     if uncond_ids is None or guidance_scale == 1 or not bool((step.t < guidance_trunc).any()):
         step.teacher = predict(teacher, txt_ids, step.x_t, grid, step.dense, step.t)
     else:
-        ids = torch.cat([txt_ids, uncond_ids.expand_as(txt_ids)])
-        x_t, t = (torch.cat([x, x]) for x in (step.x_t, step.t))
-        cond, uncond = predict(teacher, ids, x_t, grid, step.dense, t).chunk(2)
-        w = torch.where(step.t < guidance_trunc, guidance_scale, 1.0)
-        step.teacher = cond.guided(uncond, w.view(len(w), -1, 1))
+        w = torch.where(step.t < guidance_trunc, guidance_scale, 1.0).view(len(step.t), -1, 1)
+        step.teacher = predict_guided(teacher, txt_ids, uncond_ids, step.x_t, grid, w, step.dense, step.t)
     _require_finite("the teacher's logits", step.teacher)
 
 

@@ -6,6 +6,7 @@ To add a metric, write a function of `Videos` in a file beside this one, and add
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -37,6 +38,11 @@ class Videos:
     nll: torch.Tensor | None = None
     entropy: torch.Tensor | None = None
     scores: Scores | None = None
+
+    @functools.cached_property
+    def coverage_detail(self) -> dict[str, float | None]:
+        """`coverage_detail` of the scores, which two metrics report."""
+        return coverage_detail(self.scored)
 
     @property
     def scored(self) -> Scores:
@@ -83,10 +89,10 @@ SCORED: dict[str, Metric] = {
     ),
     "coverage": Metric(
         "higher", "entropy of each factor that prompts leave open, over valid videos of the right prompt, relative to "
-        "its maximum; the minimum over factors, pooled and per prompt", lambda v: least_coverage(v.scored),
+        "its maximum; the minimum over factors, pooled and per prompt", lambda v: least_coverage(v.coverage_detail),
     ),
     "coverage_detail": Metric(
-        None, "the values of which coverage is the minimum", lambda v: coverage_detail(v.scored)
+        None, "the values of which coverage is the minimum", lambda v: v.coverage_detail
     ),
     "videos": Metric(None, "number of videos", lambda v: len(v.codes)),
     "seconds_per_video": SECONDS,

@@ -24,8 +24,8 @@ def coverage_detail(scores: Scores) -> dict[str, float | None]:
     return detail
 
 
-def least_coverage(scores: Scores) -> float | None:
-    """The minimum of `coverage_detail`; None if one of its values is None or prompts leave nothing open."""
-    figures = coverage_detail(scores).values()
+def least_coverage(detail: dict[str, float | None]) -> float | None:
+    """The minimum of a `coverage_detail`; None if one of its values is None or prompts leave nothing open."""
+    figures = detail.values()
     defined = [figure for figure in figures if figure is not None]
     return min(defined, default=None) if len(defined) == len(figures) else None

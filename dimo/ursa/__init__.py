@@ -10,7 +10,7 @@ from dimo.ursa.inputs import (
 from dimo.ursa.loading import Ursa, load_ursa, save_student
 from dimo.ursa.prediction import Chunked, Dense, Prediction, Sparse, predict
 from dimo.ursa.probability_path import MetricPath, MixturePath, categorical
-from dimo.ursa.sampler import jump, sample, timesteps
+from dimo.ursa.sampler import jump, predict_guided, sample, timesteps
 from dimo.ursa.transformer import UrsaConfig, UrsaTransformer
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "latents_shape_for",
     "load_ursa",
     "predict",
+    "predict_guided",
     "sample",
     "save_student",
     "timesteps",

@@ -77,6 +77,30 @@ def jump(
     return (x_1 if t_next is None else path.jump(x_1, x_t, t, t_next - t, generator)), x_1
 
 
+def predict_guided(
+    network,
+    txt_ids: torch.Tensor,
+    uncond_ids: torch.Tensor,
+    x_t: torch.Tensor,
+    latents_shape: tuple[int, int, int],
+    scale: torch.Tensor | float,
+    dense: bool = False,
+    t: torch.Tensor | float | None = None,
+):
+    """Classifier-free guidance with both passes in one batch: the prediction u + scale (c - u) at x_t (B, N).
+
+    Args:
+        txt_ids: (B, L) prompts, of c.
+        uncond_ids: (1 or B, L) the empty or negative prompt, of u.
+        scale: a number or (B, 1 or N, 1).
+        dense, t: as in `predict`.
+    """
+    ids = torch.cat([txt_ids, uncond_ids.expand_as(txt_ids)])
+    twice = torch.cat([t, t]) if isinstance(t, torch.Tensor) else t
+    cond, uncond = predict(network, ids, x_t.repeat(2, 1), latents_shape, dense, twice).chunk(2)
+    return cond.guided(uncond, scale)
+
+
 @torch.no_grad()
 def sample(
     transformer,
@@ -128,10 +152,8 @@ def sample(
     x_t, times = x_init, timesteps(steps, shift)
     dense = path.codebook_size <= FEW_CODES
     for i, t in enumerate(times):
-        if guidance_scale > 1 and t < guidance_trunc:
-            both = predict(transformer, torch.cat([txt_ids, uncond_ids]), x_t.repeat(2, 1), latents_shape, dense, t)
-            cond, uncond = both.chunk(2)
-            prediction = cond.guided(uncond, guidance_scale)
+        if uncond_ids is not None and guidance_scale > 1 and t < guidance_trunc:
+            prediction = predict_guided(transformer, txt_ids, uncond_ids, x_t, latents_shape, guidance_scale, dense, t)
         else:
             prediction = predict(transformer, txt_ids, x_t, latents_shape, dense, t)
         t_next = times[i + 1] if i + 1 < steps else None

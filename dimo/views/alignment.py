@@ -72,8 +72,7 @@ def moved_targets(codes: torch.Tensor, latents_shape: Grid, codebook_size: int) 
         found[name] = (f"has its {name}", video.flip(axis).flatten(1))
     for by in (1, 2, -1, -2):
         found[f"ids {by:+d}"] = (f"has its ids shifted by {by:+d}", (codes + by) % codebook_size)
-    if len(codes) > 1:
-        found["samples shifted"] = ("belongs to the sample after", codes.roll(-1, 0))
+    found["samples shifted"] = ("belongs to the sample after", codes.roll(-1, 0))
     return {
         name: (says, moved)
         for name, (says, moved) in found.items()
@@ -103,7 +102,7 @@ def find_misalignment(prediction: Prediction, codes: torch.Tensor, latents_shape
         latents_shape: (T, H, W).
 
     Raises:
-        DimoError: shapes that do not fit each other, ids out of range, or fewer than two clips.
+        DimoError: shapes that do not fit each other, ids out of range, or fewer than FEWEST clips.
     """
     require_shape("codes", codes, prediction.shape)
     require_ids("codes", codes, prediction.codebook_size)

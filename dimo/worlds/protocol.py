@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -85,6 +85,18 @@ class World(Protocol):
 
     def decoder(self) -> Decoder | None:
         """The decoder of its codes, such as a `PaletteDecoder`; None if the codes cannot be shown as pictures."""
+
+
+def size_field(default: int, help: str) -> Any:
+    """A field of a world that is one of its sizes."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def require_whole_sizes(world: World) -> None:
+    """Raise unless every size is an int; a world.json may hold anything."""
+    for name, value in dataclasses.asdict(world).items():
+        if type(value) is not int:
+            raise DimoError(f"the {world.name} world's {name} must be a whole number, got {value!r}")
 
 
 def prompt_index(world: World, prompts: list[str]) -> torch.Tensor:

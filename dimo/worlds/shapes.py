@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from dimo.errors import DimoError
 from dimo.ursa.palette import PaletteDecoder
-from dimo.worlds.protocol import Scores
+from dimo.worlds.protocol import Scores, require_whole_sizes, size_field
 
 # Cells (y, x) of each shape relative to its anchor, and the step (y, x) of each direction.
 SHAPES = {
@@ -41,10 +41,6 @@ COLOURS = {
 SHADE_SPREAD = 0.8  # extent of the codebook's shade axis; shades of one colour are nearer than other colours
 
 
-def _size(default: int, help: str):
-    return dataclasses.field(default=default, metadata={"help": help})
-
-
 @dataclasses.dataclass(frozen=True)
 class ShapesWorld:
     """Coloured shapes that move over a background; the defaults are the sizes of the built-in world.
@@ -54,16 +50,14 @@ class ShapesWorld:
 
     name: ClassVar[str] = "shapes"
 
-    frames: int = _size(3, "latent frames of a video")
-    height: int = _size(4, "cells")
-    width: int = _size(4, "cells")
-    object_shades: int = _size(2, "number of shades of each colour; a video shows one")
-    background_shades: int = _size(2, "number of shades of the background; a video shows one")
+    frames: int = size_field(3, "latent frames of a video")
+    height: int = size_field(4, "cells")
+    width: int = size_field(4, "cells")
+    object_shades: int = size_field(2, "number of shades of each colour; a video shows one")
+    background_shades: int = size_field(2, "number of shades of the background; a video shows one")
 
     def __post_init__(self):
-        for name, value in dataclasses.asdict(self).items():
-            if type(value) is not int:
-                raise DimoError(f"the shapes world's {name} must be a whole number, got {value!r}")
+        require_whole_sizes(self)
         if self.frames < 2 or self.height < 4 or self.width < 4:
             raise DimoError(
                 "the shapes world needs at least 2 frames of 4x4 cells (a smaller torus makes shapes ambiguous), "

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from dimo.errors import DimoError, require_shape
 from dimo.ursa.palette import PaletteDecoder
 from dimo.worlds.fsq import LEVELS, fsq_codebook
-from dimo.worlds.protocol import Scores
+from dimo.worlds.protocol import Scores, require_whole_sizes, size_field
 
 SUBJECTS = ("meadow", "harbour")  # each has palettes of its own
 TEXTURES = {"stripes": (0, 1), "checks": (1, 1)}  # shades to go on per row and per column
@@ -48,27 +48,21 @@ SIZES = {  # latents_shape by the number of tokens
 MOST_VIDEOS = 4096  # per prompt: the exact posterior has a number for each, per sample
 
 
-def _size(default: int, help: str):
-    return dataclasses.field(default=default, metadata={"help": help})
-
-
 @dataclasses.dataclass(frozen=True)
 class TilesWorld:
     """Textured objects that move over a textured background, of any size."""
 
     name: ClassVar[str] = "tiles"
 
-    frames: int = _size(3, "latent frames of a video")
-    height: int = _size(4, "tokens, a multiple of 4")
-    width: int = _size(4, "tokens, a multiple of 4")
-    codes: int = _size(256, f"codes of the codebook: {', '.join(map(str, LEVELS))}")
-    palettes: int = _size(2, "palettes of every subject, one per video")
-    shades: int = _size(2, "shades of a texture, and so its phases")
+    frames: int = size_field(3, "latent frames of a video")
+    height: int = size_field(4, "tokens, a multiple of 4")
+    width: int = size_field(4, "tokens, a multiple of 4")
+    codes: int = size_field(256, f"codes of the codebook: {', '.join(map(str, LEVELS))}")
+    palettes: int = size_field(2, "palettes of every subject, one per video")
+    shades: int = size_field(2, "shades of a texture, and so its phases")
 
     def __post_init__(self):
-        for name, value in dataclasses.asdict(self).items():
-            if type(value) is not int:
-                raise DimoError(f"the tiles world's {name} must be a whole number, got {value!r}")
+        require_whole_sizes(self)
         if self.frames < 2 or min(self.height, self.width) < BLOCKS or self.height % BLOCKS or self.width % BLOCKS:
             raise DimoError(
                 "the tiles world needs at least 2 frames, and a height and a width that are multiples of 4, got "
@@ -132,13 +126,12 @@ class TilesWorld:
         """
         first = (LEVELS[self.codes][0] - self.shades) // 2
         rows = torch.arange(self.codes).view(-1, LEVELS[self.codes][0])[:, first : first + self.shades]
-        points = F.normalize(self.codebook().double(), dim=-1)[rows]  # (hues there are, shades, D)
+        sphere = F.normalize(self.codebook().double(), dim=-1)
+        points = sphere[rows]  # (hues there are, shades, D)
         rows = rows[(points.diff(dim=1).square().sum(-1) > 1e-9).all(1)]  # else its shades are one point
-        points = F.normalize(self.codebook().double(), dim=-1)[rows]
-        hues, found = len(SUBJECTS) * self.palettes * 2, _far_apart(points[:, self.shades // 2])
+        hues, found = len(SUBJECTS) * self.palettes * 2, _far_apart(sphere[rows[:, self.shades // 2]])
         used = rows[list(itertools.islice(found, hues))].flatten()
-        apart = torch.pdist(F.normalize(self.codebook().double(), dim=-1)[used])
-        if len(used) < hues * self.shades or apart.min() < 1e-4:
+        if len(used) < hues * self.shades or torch.pdist(sphere[used]).min() < 1e-4:
             raise DimoError(f"{self.codes} codes have fewer hues than the {hues} of {self.palettes} palettes a subject")
         return used
 
