@@ -134,8 +134,10 @@ function panel(about, top, pane, patches, other) {
       picture.getContext("2d").putImageData(image, 0, 0);
     }
     const own = code === pane.x_hat;
-    return make("div", { className: own ? "row x_hat" : "row", title: own ? "x_hat" : "" },
-      [patches ? picture : make("span"), make("span", { textContent: (own ? "▸" : "") + code }), track, make("span", { textContent: likely(top.p[i]) })]);
+    const row = make("div", { className: own ? "row x_hat" : "row", title: own ? "x_hat" : "" }, [patches ? picture : make("span"),
+      make("span", { textContent: (own ? "▸" : "") + code }), track, make("span", { textContent: likely(top.p[i]) })]);
+    Object.assign(row.dataset, { code, p: top.p[i] });
+    return row;
   });
   const node = make("div", { className: "panel", title: `entropy ${short(top.entropy)} nats; x_hat has rank ${top.rank}` }, [
     make("h4", { textContent: about.titles[top.of] }),
