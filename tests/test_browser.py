@@ -28,7 +28,7 @@ CELL = """from dimo.views.explorer import explore
 from dimo.worlds import SHIPPED_STUDENT
 explorer = explore("shapes", student=SHIPPED_STUDENT)
 explorer"""
-PIXELS = """(canvas) => { // [columns, rows, cell] are asked of the mosaic's own geometry
+PIXELS = """(canvas) => {
   const pen = canvas.getContext("2d"), all = pen.getImageData(0, 0, canvas.width, canvas.height).data, found = {};
   for (let i = 0; i < all.length; i += 4) if (all[i + 3] === 255) {
     const key = [all[i], all[i + 1], all[i + 2]].join(); found[key] = (found[key] || 0) + 1;
@@ -59,15 +59,12 @@ def page_of(browser):
 
 
 def cell_of(canvas, frame, row, column, grid=(3, 4, 4)):
-    """Where a token is on a map, in CSS pixels: frames side by side, as at this width."""
-    box = canvas.bounding_box()
-    wide = canvas.evaluate("(c) => c.width / (window.devicePixelRatio || 1)")
-    cell = (wide / grid[0] - 8) / grid[2]
-    scale = box["width"] / wide
-    return {
-        "x": (frame * (cell * grid[2] + 8) + 2 + (column + 0.5) * cell) * scale,
-        "y": (15 + (row + 0.5) * cell) * scale,
-    }
+    """The middle of a token on a map, in CSS pixels."""
+    across, cell, gap, head = (int(canvas.get_attribute(f"data-{n}")) for n in ("across", "cell", "gap", "head"))
+    x = frame % across * (cell * grid[2] + gap) + 2 + (column + 0.5) * cell
+    y = frame // across * (cell * grid[1] + head + gap) + head + (row + 0.5) * cell
+    ratio = canvas.evaluate("(c) => c.getBoundingClientRect().width / c.width")
+    return {"x": x * ratio, "y": y * ratio}
 
 
 def colours_shown(canvas):
@@ -92,7 +89,7 @@ def same_top(shown, top):
 def same_pixels(canvas, explorer, request):
     """Every colour of the twin's map covers at least a third of a cell; nothing else but frame and labels is drawn."""
     shown = colours_shown(canvas)
-    least = canvas.evaluate("(c) => (c.width / 3 / 4) ** 2 / 3")
+    least = int(canvas.get_attribute("data-cell")) ** 2 / 3
     return all(shown.get(colour, 0) > least for colour in expected(explorer, request))
 
 
@@ -143,7 +140,7 @@ ASK = """async (code) => { let said = ""; const kernel = jupyterapp.shell.curren
 def test_in_jupyterlab_a_click_and_a_key_reach_python(browser, lab):
     page, wrong = page_of(browser)
     page.goto(lab)
-    page.wait_for_function("() => window.jupyterapp", timeout=60_000)
+    page.wait_for_function("() => window.jupyterapp?.shell.currentWidget?.context", timeout=60_000)
     page.evaluate(READY)
     page.evaluate(RUN)
     page.wait_for_selector(".dimo .panel .row", timeout=60_000)
@@ -151,6 +148,8 @@ def test_in_jupyterlab_a_click_and_a_key_reach_python(browser, lab):
     explorer = ExplorerView([open_models("shapes", student=SHIPPED_STUDENT)])
     canvas.scroll_into_view_if_needed()
     first = explorer.first_request()
+    if os.environ.get("SHOT"):
+        page.screenshot(path=os.environ["SHOT"])
     assert same_pixels(canvas, explorer, first)
 
     before = page.evaluate(TOP)

@@ -64,7 +64,7 @@ class Mosaic {
     for (let across = 1; across <= this.frames; across++) {
       const lines = Math.ceil(this.frames / across);
       const cell = Math.floor(Math.min((most / across - this.gap) / this.columns, (budget / lines - this.head - this.gap) / this.rows, 40 * ratio));
-      if (cell > best) { best = cell; this.across = across; }
+      if (cell >= 0.75 * best || !best) { best = cell; this.across = across; } // in few lines rather than a little larger
     }
     if (!best) { best = 1; this.across = Math.max(1, Math.floor(most / (this.columns + this.gap))); }
     this.cell = best;
@@ -72,6 +72,7 @@ class Mosaic {
     this.canvas.width = this.across * (this.columns * best + this.gap);
     this.canvas.height = lines * (this.rows * best + this.head + this.gap);
     this.canvas.style.width = `${this.canvas.width / ratio}px`;
+    Object.assign(this.canvas.dataset, { across: this.across, cell: best, gap: this.gap, head: this.head }); // device pixels
   }
 
   corner(frame) {
