@@ -17,7 +17,7 @@ from dimo.paths import user_path
 from dimo.run.signals import PREEMPTED, Preempted
 from dimo.worlds import SHIPPED_STUDENT, checkpoint_folder
 
-NAMES = ("config", "folder", "out", "out_dir", "prompt_file", "student", "student_ckpt", "teacher_ckpt")
+NAMES = ("config", "file", "folder", "out", "out_dir", "prompt_file", "student", "student_ckpt", "teacher_ckpt")
 RESUMING = ("train", "run", "ablate")
 
 
@@ -158,6 +158,24 @@ def _sample(args) -> None:
         print(f"written: {file}, {file.with_suffix('.json').name}")
 
 
+def _report(args) -> None:
+    from dimo.commands.report import write_run_report
+    from dimo.run.folder import RunFolder
+
+    print(f"written: {write_run_report(RunFolder(args.folder))}")
+
+
+def _replay(args) -> None:
+    from dimo.views.slices import replay
+
+    outcome = replay(args.file, device=args.device, backend=args.backend, dtype=args.dtype)
+    for name, off in outcome.differences.items():
+        print(f"{name:36}{off:.3g}")
+    if not outcome.agrees:
+        raise DimoError(outcome.sentence)
+    print(outcome.sentence)
+
+
 def _runs(args) -> None:
     from dimo.run.overview import format_runs, list_runs
 
@@ -198,6 +216,8 @@ COMMANDS = {
     "ablate": _ablate,
     "inspect": _inspect,
     "sample": _sample,
+    "report": _report,
+    "replay": _replay,
     "runs": _runs,
     "bench": _bench,
     "config": _config,

@@ -22,6 +22,11 @@ EXAMPLES = {
     "ablate": {
         "-c shapes --method recipe --method reinforce --lrs 1e-3,2e-3": "two methods at two learning rates",
     },
+    "report": {"runs/shapes": "runs/shapes/report.html, one file to send to a colleague"},
+    "replay": {
+        "runs/shapes/slices/NAME.json": "ask the networks of a saved slice again",
+        "runs/shapes/slices/NAME.json --dtype bfloat16": "the same in bfloat16, within its rounding",
+    },
     "runs": {"": "all runs in runs/, with state, steps, speed and age"},
     "inspect": {
         "FOLDER": "what a checkpoint folder contains and lacks",

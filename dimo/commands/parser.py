@@ -118,6 +118,20 @@ def _add_results(command: Callable) -> None:
         kind = {"int": _integer, "float": _number}.get(field.type.split(" ")[0], str)
         sub.add_argument(f"--{field.name}", type=kind, default=field.default, help=field.metadata["help"])
 
+    sub = command("report", "a run as one page, which works by click and key without a kernel or network",
+                  "Write report.html into the run folder: metrics, the explorer over stored values, curves, alarms, "
+                  "clips, settings and environment.", configurable=False)  # fmt: skip
+    sub.add_argument("folder", help="a run folder")
+
+    sub = command("replay", "ask the networks of a saved slice again, and compare",
+                  "Recompute what the explorer saved by `save slice`: hidden states after every layer, and "
+                  "log-probabilities. Prints the largest difference of each; exit code 2, and where it first "
+                  "differs, if one is larger than rounding explains.", configurable=False)  # fmt: skip
+    sub.add_argument("file", help="the slice's .json or .safetensors, in slices/ of a run folder")
+    sub.add_argument("--device", help="auto, cpu or cuda (default: auto)")
+    sub.add_argument("--dtype", help="auto, float32, bfloat16 or float16 (default: the run's)")
+    sub.add_argument("--backend", help="native or upstream (default: the run's)")
+
     sub = command("runs", "list the runs in a folder: state, steps, speed, age",
                   "Print one line per run; `dead` is a run whose status is running but which has no process.",
                   configurable=False)  # fmt: skip
