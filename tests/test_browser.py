@@ -213,10 +213,10 @@ def test_a_report_works_from_a_file_by_click_and_key(browser, report):
     assert "frame 2, row 1, column 0" in page.inner_text(".dimo") and page.evaluate(TOP) != before
     colours = colours_shown(canvas)
     canvas.press(".")
-    assert "t 0.4" in page.inner_text(".dimo") and colours_shown(canvas) != colours
+    assert "t 0.5" in page.inner_text(".dimo") and colours_shown(canvas) != colours
     explorer = ExplorerView([open_models(report.parent)])
     live = explorer.first_request()
-    live["panes"][0] |= {"t": 0.4, "prompt": page.input_value(".dimo select.prompt")}
+    live["panes"][0] |= {"t": 0.5, "prompt": page.input_value(".dimo select.prompt")}
     live["token"] = [2, 1, 0]
     assert same_top(page.evaluate(TOP), explorer.view(live)["panes"][0]["top"])
     canvas.press("a")

@@ -19,7 +19,7 @@ from dimo.evaluation.metrics import columns_of, legend
 from dimo.files import write_text
 from dimo.run.folder import RunFolder
 from dimo.views.explorer import HERE, PAGE, STYLE
-from dimo.views.explorer_stored import stored
+from dimo.views.explorer_stored import BYTES, stored
 from dimo.views.explorer_view import ExplorerView
 from dimo.views.models import open_models
 from dimo.views.plots import curves
@@ -35,10 +35,13 @@ td:first-child { text-align: left; } pre { font-size: 12px; background: #f6f6f6;
 """
 
 
-def write_run_report(run: RunFolder) -> Path:
+def write_run_report(run: RunFolder, most: int = BYTES) -> Path:
     """Write report.html of a run: table, explorer, curves, alarms, clips, settings and environment.
 
     Pictures, clips and the explorer's data are in the file itself; only the links to the executed notebooks are not.
+
+    Args:
+        most: bytes that the explorer's stored values may take; the fewer, the fewer settings there are.
 
     Raises:
         DimoError: the folder is no run.
@@ -51,7 +54,7 @@ def write_run_report(run: RunFolder) -> Path:
     except DimoError as error:
         parts.append(f"<h2>Explorer</h2><p>There is none: {html.escape(str(error))}.</p>")
     else:
-        data = json.dumps(stored(explorer)).replace("<", "\\u003c")
+        data = json.dumps(stored(explorer, most)).replace("<", "\\u003c")
         script = PAGE.read_text(encoding="utf-8") + (HERE / "explorer_stored.js").read_text(encoding="utf-8")
         parts.append(
             f"<h2>Explorer: {html.escape(explorer.models[0].label)}</h2>"

@@ -15,7 +15,7 @@ from dimo.views.explorer_view import PICTURES, ExplorerView
 
 BYTES = 6_000_000  # most of the page that stored values may take
 PER_TOKEN = 420  # bytes of one state per token, in base64
-TIMES, PROMPTS, SEEDS = (0.0, 0.2, 0.4, 0.6, 0.8, 0.95), 4, (0, 1)
+TIMES, PROMPTS, SEEDS = (0.0, 0.2, 0.5, 0.8, 0.95), 3, (0, 1)
 NATS = 2048  # a log-probability is kept as a whole number of 1/2048 nats, up to 32
 
 
