@@ -61,7 +61,7 @@ def student_loss(
     w_distill: float = 1.0,
     w_policy: float = 0.0,
     w_kd: float = 0.0,
-    lambda_ent: float = 0.0,
+    lambda_ent: float | torch.Tensor = 0.0,
 ) -> StudentLoss:
     """The losses of stages 7 to 9 and their gradients, in one pass over the tokens.
 
@@ -81,6 +81,7 @@ def student_loss(
         student_at_t: the student's prediction at x_t, with the same head as `student`.
         advantage: (B, 1 or N), for the policy gradient.
         known: the result of `gaps`, if it was computed for the advantage; saves comparing again if beta is None.
+        lambda_ent: a number, or a scalar tensor, whose value is not read back.
 
     Returns:
         The loss; call `total.backward()`.
@@ -101,11 +102,18 @@ def student_loss(
     def per_token(value):
         if value is None:
             return None
-        return torch.as_tensor(value, device=x_hat.device).float().expand(x_hat.shape).flatten()
+        if not isinstance(value, torch.Tensor):
+            value = torch.full((), value, device=x_hat.device)  # no copy from the host: CUDA graphs cannot repeat one
+        return value.float().expand(x_hat.shape).flatten()
 
+    bonus = None
+    if isinstance(lambda_ent, torch.Tensor):
+        bonus, lambda_ent = lambda_ent.double(), lambda_ent.to(entropy.dtype)
+    elif lambda_ent:
+        bonus = torch.full((), lambda_ent, dtype=torch.float64, device=x_hat.device)
     settings = _Settings(
         x_hat.flatten(), per_token(beta), per_token(advantage if w_policy else None), w_distill, w_policy, w_kd,
-        torch.full((), lambda_ent, dtype=torch.float64, device=x_hat.device) if lambda_ent else None,
+        bonus,
     )  # fmt: skip
     fixed = student.detach()  # casts the head to the states' dtype once, for both predictions
     at_t = None if student_at_t is None else fixed.with_states(student_at_t.states.detach())
