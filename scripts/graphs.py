@@ -12,6 +12,7 @@ first compared with itself: a second run of the ordinary steps gives the noise, 
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 import tempfile
 import time
@@ -268,6 +269,8 @@ def main() -> None:
             good = False
         print(f"    {time.perf_counter() - begin:.0f} s", flush=True)
         failed += [] if good else [name]
+        gc.collect()
+        torch.cuda.empty_cache()
     print(f"FAILED: {', '.join(failed)}" if failed else "all good", flush=True)
     sys.exit(bool(failed))
 

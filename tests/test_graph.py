@@ -21,13 +21,13 @@ from dimo.errors import DimoError
 from dimo.run.folder import RunFolder
 from dimo.run.signals import Preempted
 from dimo.train import graph
-from dimo.train.graph import ORDINARY, StepGraphs
+from dimo.train.graph import ORDINARY
 from dimo.train.together import train_together
 from dimo.train.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
-    "model.device=cpu", "distill.batch_size_per_gpu=4", "distill.t_draws=1", "distill.aux_steps=1",
+    "distill.batch_size_per_gpu=4", "distill.t_draws=1", "distill.aux_steps=1",
     "optim.warmup_steps=1", "optim.weight_decay=0.1", "training.max_train_steps=40", "distill.p_corrupt=0.5",
     "experiment.sample_every=1000",
 ]  # fmt: skip
@@ -47,14 +47,15 @@ def recorded(monkeypatch):
     """What is captured: the functions, which are not called, as capturing runs nothing."""
     functions = []
     monkeypatch.setattr(graph, "record", lambda function, *_: (functions.append(function), function)[1])
+    monkeypatch.setattr("dimo.train.trainer.require_capturable", lambda trainer: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     return functions
 
 
 def trainer_for(folder, *more, graphs=True):
-    trainer = Trainer(load_config("smoke", [*SMALL, f"experiment.output_dir={folder}", *more]))
+    keys = [*SMALL, f"experiment.output_dir={folder}", f"training.cuda_graph={str(graphs).lower()}", *more]
+    trainer = Trainer(load_config("smoke", keys))
     trainer.x_init.capacity = 8  # full after two steps
-    if graphs:
-        trainer.graphs = StepGraphs(trainer)
     return trainer
 
 
@@ -197,7 +198,8 @@ def test_one_signal_saves_all_and_one_failure_leaves_the_others(tmp_path, monkey
     assert RunFolder(tmp_path / "e").status()["state"] == "preempted" and not (tmp_path / "e/metrics.jsonl").exists()
 
 
-def test_what_cannot_be_captured_is_refused_in_a_sentence(tmp_path):
+def test_what_cannot_be_captured_is_refused_in_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr("dimo.train.trainer.require_capturable", graph.require_capturable)
     load = functools.partial(load_config, "shapes_long")
     load(["training.cuda_graph=true", "distill.guidance_scale=3", "distill.lambda_ent=0.1", "model.compile=true"])
     for key, needed in (
@@ -208,9 +210,8 @@ def test_what_cannot_be_captured_is_refused_in_a_sentence(tmp_path):
     ):
         with pytest.raises(DimoError, match=f"^training.cuda_graph=true needs {needed}"):
             load(["training.cuda_graph=true", key])
-    if not torch.cuda.is_available():
-        with pytest.raises(DimoError, match="training.cuda_graph=true needs a GPU"):
-            Trainer(load(["training.cuda_graph=true", f"experiment.output_dir={tmp_path}"]))
+    with pytest.raises(DimoError, match="training.cuda_graph=true needs a GPU"):
+        Trainer(load(["training.cuda_graph=true", f"experiment.output_dir={tmp_path}"]))
     for seeds, sentence in (([1, 1], "must differ, got 1, 1"), ([1, -2], r"seed must lie in \[0, 2\^63\), got -2")):
         with pytest.raises(DimoError, match=sentence):
             command.train_seeds(config_for(tmp_path), seeds)

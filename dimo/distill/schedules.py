@@ -127,7 +127,9 @@ class XInit:
         return {"x_hat": self.x_hat, "txt_ids": self.txt_ids}
 
     def load_state_dict(self, state: dict) -> None:
-        self.x_hat, self.txt_ids = state["x_hat"], state["txt_ids"]
+        self.x_hat, self.txt_ids = (
+            None if kept is None else kept.clone() for kept in (state["x_hat"], state["txt_ids"])
+        )
 
 
 class EntropyController:

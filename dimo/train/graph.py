@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -112,8 +113,8 @@ class StepGraphs:
                 self._note_switch()
             self.latest = index
             if kind not in self.captured and (self.ordinary[kind] < ORDINARY or not trainer.x_init.full):
-                self.ordinary[kind] += 1
                 *_, (_, step, values) = trainer.walk(index)
+                self.ordinary[kind] += trainer.guard.in_a_row == 0  # a skipped step may have created nothing
                 self._note_switch()
                 return step, values
             if kind not in self.captured:
@@ -190,6 +191,7 @@ def record(function: Callable[[], None], stream, generator: torch.Generator) -> 
     Returns:
         What replays it on the current stream; it waits until all but the last AHEAD replays have ended.
     """
+    gc.collect()  # graphs of earlier trainers must not be destroyed during the capture
     graph, queued = torch.cuda.CUDAGraph(), deque[torch.cuda.Event]()
     graph.register_generator_state(generator)
     # relaxed, since chunks query free memory; an own stream, since concurrent graphs must not share a workspace

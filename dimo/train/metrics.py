@@ -76,5 +76,5 @@ class Averages:
         return {"sums": {name: self.sums[name] for name in self.counts}, "counts": dict(self.counts)}
 
     def load_state_dict(self, state: dict, device: torch.device) -> None:
-        self.sums = {name: value.to(device) for name, value in state["sums"].items()}
+        self.sums = {name: value.to(device, copy=True) for name, value in state["sums"].items()}
         self.counts = dict(state["counts"])
