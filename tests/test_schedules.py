@@ -123,7 +123,7 @@ def test_bad_input_is_refused_in_a_sentence():
         XInit(5, p_corrupt=1.1, corrupt_ratio=0.2)
     with pytest.raises(DimoError, match=r"x_hat must lie in \[0, 5\)"):
         XInit(5, 0.2, 0.2).remember(torch.full((1, 2), 5), torch.zeros(1, 1))
-    with pytest.raises(DimoError, match="entropy must be finite"):
-        EntropyController(0.01, 0.05, 0.3)(torch.tensor(float("nan")))
+    with pytest.raises(DimoError, match=r"entropy must have shape \(\), got \(2,\)"):
+        EntropyController(0.01, 0.05, 0.3)(torch.ones(2))
     with pytest.raises(DimoError, match="baseline decay"):
         Baseline(1.0)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from dimo.errors import DimoError, require_finite, require_ids, require_shape
+from dimo.errors import DimoError, require_ids, require_shape
 
 T_MAX = 0.999  # beta_t is infinite at t = 1
 
@@ -160,9 +160,8 @@ class EntropyController:
         self.start = torch.zeros((), dtype=torch.float64, device=device)
 
     def __call__(self, entropy: torch.Tensor) -> torch.Tensor:
-        """lambda_ent for this step, a float64 scalar, given its mean token entropy in nats, a scalar."""
+        """lambda_ent for this step, a float64 scalar, given its mean token entropy in nats, a finite scalar."""
         require_shape("entropy", entropy, ())
-        require_finite("entropy", entropy)
         entropy = entropy.double()
         counts = self.seen < self.WARMUP
         self.seen += counts

@@ -80,8 +80,7 @@ class Trainer:
         self.student = self.engine.learner(student, lambda net: make_optimizers(net, o.lr, o.muon_lr, o))
         self.aux = self.engine.learner(aux, lambda net: make_optimizers(net, o.aux_lr, o.muon_lr * o.aux_lr / o.lr, o))
         self.x_init = XInit(self.path.codebook_size, d.p_corrupt, d.corrupt_ratio)
-        controller = self.device if config.training.cuda_graph else "cpu"
-        self.entropy_bonus = EntropyController(d.lambda_ent, d.lambda_ent_high, d.entropy_floor, controller)
+        self.entropy_bonus = EntropyController(d.lambda_ent, d.lambda_ent_high, d.entropy_floor, self.device)
         self.baseline = Baseline(d.baseline_decay) if d.baseline == "ema" else None
         self.beta = d.beta()
         self.generator = torch.Generator(self.device)
@@ -182,15 +181,18 @@ class Trainer:
 
     def set_entropy_bonus(self, index: int, entropy: torch.Tensor) -> None:
         """Set lambda_ent from the mean token entropy over all ranks; a switch between its two values is an event."""
-        entropy = self.engine.mean(entropy)
-        if isinstance(self.lambda_ent, torch.Tensor):
-            self.lambda_ent.copy_(self.entropy_bonus(entropy))  # `StepGraphs.look` notices the switch
+        entropy, bonus, before = self.engine.mean(entropy), self.entropy_bonus, self.lambda_ent
+        was = bonus.raised.clone()
+        weight = bonus(entropy)
+        if isinstance(before, torch.Tensor):
+            before.copy_(weight)  # `StepGraphs.look` notices a switch
             return
-        entropy, before, raised = entropy.cpu(), self.lambda_ent, bool(self.entropy_bonus.raised)
-        self.lambda_ent = self.entropy_bonus(entropy).item()
-        if bool(self.entropy_bonus.raised) != raised:
-            event = "entropy_bonus_lowered" if raised else "entropy_bonus_raised"
-            change = {"was": before, "is": self.lambda_ent, "entropy": entropy.item()}
+        self.lambda_ent, raised, switched, entropy = torch.stack(
+            [weight, bonus.raised, was ^ bonus.raised, entropy]
+        ).tolist()
+        if switched:
+            event = "entropy_bonus_raised" if raised else "entropy_bonus_lowered"
+            change = {"was": before, "is": self.lambda_ent, "entropy": entropy}
             self.events.append({"step": index + 1, "event": event, **change})
 
     @torch.no_grad()
