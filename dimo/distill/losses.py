@@ -99,21 +99,9 @@ def student_loss(
     if known is None and beta is None:
         known = gaps(teacher, aux, x_hat)
 
-    def per_token(value):
-        if value is None:
-            return None
-        if not isinstance(value, torch.Tensor):
-            value = torch.full((), value, device=x_hat.device)  # no copy from the host: CUDA graphs cannot repeat one
-        return value.float().expand(x_hat.shape).flatten()
-
-    bonus = None
-    if isinstance(lambda_ent, torch.Tensor):
-        bonus, lambda_ent = lambda_ent.double(), lambda_ent.to(entropy.dtype)
-    elif lambda_ent:
-        bonus = torch.full((), lambda_ent, dtype=torch.float64, device=x_hat.device)
     settings = _Settings(
-        x_hat.flatten(), per_token(beta), per_token(advantage if w_policy else None), w_distill, w_policy, w_kd,
-        bonus,
+        x_hat.flatten(), _per_token(beta, x_hat), _per_token(advantage if w_policy else None, x_hat),
+        w_distill, w_policy, w_kd, _bonus(lambda_ent, x_hat.device),
     )  # fmt: skip
     fixed = student.detach()  # casts the head to the states' dtype once, for both predictions
     at_t = None if student_at_t is None else fixed.with_states(student_at_t.states.detach())
@@ -123,7 +111,7 @@ def student_loss(
     )  # fmt: skip
     known = known or Gaps(*rows.view(-1, *x_hat.shape))
     distill = token - w_policy * (advantage * logp).mean() if w_policy else token
-    total = w_distill * distill + w_kd * kd - lambda_ent * entropy.mean()
+    total = w_distill * distill + w_kd * kd - (entropy.mean() * lambda_ent).float()
     try:
         require_finite("the student's loss", total)  # a single check; its cause is searched for only if it fails
     except NonFiniteError:
@@ -131,6 +119,22 @@ def student_loss(
         require_finite("the auxiliary's logits", known.entropy_aux)
         raise
     return StudentLoss(felt + total.detach(), distill, None if at_t is None else kd, known)
+
+
+def _per_token(value: float | torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
+    """A number or (B, 1 or N), as (B N,) float32 for tokens `like` (B, N)."""
+    if value is None:
+        return None
+    if not isinstance(value, torch.Tensor):
+        value = torch.full((), value, device=like.device)  # not a copy from the host, which no CUDA graph can contain
+    return value.float().expand(like.shape).flatten()
+
+
+def _bonus(lambda_ent: float | torch.Tensor, device: torch.device) -> torch.Tensor | None:
+    """The weight as a float64 scalar; None for the number 0."""
+    if isinstance(lambda_ent, torch.Tensor):
+        return lambda_ent.double()
+    return torch.full((), lambda_ent, dtype=torch.float64, device=device) if lambda_ent else None
 
 
 @torch.no_grad()
