@@ -111,7 +111,7 @@ def student_loss(
     )  # fmt: skip
     known = known or Gaps(*rows.view(-1, *x_hat.shape))
     distill = token - w_policy * (advantage * logp).mean() if w_policy else token
-    total = w_distill * distill + w_kd * kd - (entropy.mean() * lambda_ent).float()
+    total = w_distill * distill + w_kd * kd - torch.mul(entropy.mean(), lambda_ent).float()
     try:
         require_finite("the student's loss", total)  # a single check; its cause is searched for only if it fails
     except NonFiniteError:
