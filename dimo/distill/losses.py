@@ -111,7 +111,7 @@ def student_loss(
     )  # fmt: skip
     known = known or Gaps(*rows.view(-1, *x_hat.shape))
     distill = token - w_policy * (advantage * logp).mean() if w_policy else token
-    total = w_distill * distill + w_kd * kd - torch.mul(entropy.mean(), lambda_ent).float()
+    total = w_distill * distill + w_kd * kd - (lambda_ent * entropy.mean()).float()
     try:
         require_finite("the student's loss", total)  # a single check; its cause is searched for only if it fails
     except NonFiniteError:
@@ -121,8 +121,8 @@ def student_loss(
     return StudentLoss(felt + total.detach(), distill, None if at_t is None else kd, known)
 
 
-def _per_token(value: float | torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
-    """A number or (B, 1 or N), as (B N,) float32 for tokens `like` (B, N)."""
+def _per_token(value, like: torch.Tensor) -> torch.Tensor | None:
+    """A number or (B, 1 or N), as (B N,) float32 for tokens `like` (B, N); None stays None."""
     if value is None:
         return None
     if not isinstance(value, torch.Tensor):
