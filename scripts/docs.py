@@ -48,9 +48,10 @@ def configuration() -> str:
     """Every key with its type, default and meaning, and what the presets set."""
     lines = [
         "# Configuration\n",
-        "Every key, as `dimo config` lists them. On the command line: `key=value`, or the last part of the key as a flag",
-        "(`--lr 5e-4` is `optim.lr=5e-4`). Texts are kept as they are written (quotes around the whole text are taken off), numbers are",
-        "decimal (`0x10`, `1_000` and `1,5` are refused), a path may begin with `~`, and `${group.key}` stands for another key's value.\n",
+        "Every key, as `dimo config` lists them. On the command line: `key=value`, or the last part of the key as a",
+        "flag (`--lr 5e-4` is `optim.lr=5e-4`). Texts are kept as they are written (quotes around the whole text are",
+        "taken off), numbers are decimal (`0x10`, `1_000` and `1,5` are refused), a path may begin with `~`, and",
+        "`${group.key}` stands for another key's value.\n",
     ]
     group = None
     for key, field in config_keys().items():
@@ -58,7 +59,8 @@ def configuration() -> str:
             group = key.split(".")[0]
             lines += [f"\n## {group}\n", "| key | type | default | meaning |", "|---|---|---|---|"]
         help = field.metadata["help"].replace("|", "\\|")
-        lines.append(f"| `{key.split('.')[1]}` | {kind_of(field).replace('|', 'or')} | `{default_of(field)}` | {help} |")
+        kind = kind_of(field).replace("|", "or")
+        lines.append(f"| `{key.split('.')[1]}` | {kind} | `{default_of(field)}` | {help} |")
     lines += ["\n## Presets\n", "What each preset sets; everything else is the default.\n"]
     for path in sorted(PRESETS.glob("*.yaml")):
         about = [line[2:] for line in path.read_text().splitlines() if line.startswith("# ")]
@@ -82,7 +84,9 @@ def notebooks(folder: Path) -> dict[str, str | bytes]:
     made: dict[str, str | bytes] = {}
     found = sorted(folder.glob("*.ipynb"))
     rows = [f"- [{path.stem}]({path.stem}.md)" for path in found]
-    about = f"As `make demo` executed them, from `{folder}`." if found else "`make docs` executes them and shows them here."
+    about = (
+        f"Executed, from `{folder}`." if found else f"`make demo` executes them into `{NOTEBOOKS}`, then `make docs`."
+    )
     made["notebooks/index.md"] = "\n".join(["# Notebooks\n", about, "", *rows, ""])
     if found:
         from nbconvert import MarkdownExporter
