@@ -21,7 +21,7 @@ def site(tmp_path_factory):
     image = nbformat.v4.new_output("display_data", {"image/png": PIXEL})
     cell = nbformat.v4.new_code_cell("show()", outputs=[image], execution_count=1)
     nbformat.write(nbformat.v4.new_notebook(cells=[cell]), folder / "01_inputs.ipynb")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder / "site")]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder / "site")]
     env = {"DIMO_NOTEBOOKS": str(folder), "NO_MKDOCS_2_WARNING": "1", "PATH": ""}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
