@@ -151,7 +151,7 @@ def draw_t(
     if t_per != "frame":
         raise DimoError(f"t_per must be 'sample' or 'frame', got {t_per!r}")
     t = sample_t_curriculum((batch, grid[0]), step_index, curriculum_steps, generator, device, draws) ** t_power
-    return t.repeat_interleave(grid[1] * grid[2], 1)
+    return t.unsqueeze(-1).expand(-1, -1, grid[1] * grid[2]).flatten(1)
 
 
 def renoise(step: Step, path: MetricPath | MixturePath, t: torch.Tensor, generator=None) -> None:

@@ -21,7 +21,8 @@ def train_together(trainers: Sequence[Trainer], progress: bool = True) -> list[R
     """Train every run to its end, resuming those that have begun.
 
     Under training.cuda_graph the steps run side by side on one GPU, each trainer's on its own stream. A signal stops
-    all runs, each saved. If one cannot start, none does; if one fails later, the others go on.
+    all runs, each saved. If one cannot start, none does; if one fails later, the others go on. The metric time/step_s
+    is the time of a step of all.
 
     Args:
         trainers: each with its own experiment.output_dir.
