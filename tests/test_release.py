@@ -24,7 +24,10 @@ def installed(tmp_path_factory):
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
     subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", str(made), str(source)], check=True)
     wheel = next(made.glob("dimo-*.whl"))
-    subprocess.run([*pip, "install", "--no-deps", "--no-compile", "--prefix", str(site.parent), str(wheel)], check=True)
+    subprocess.run(
+        [*pip, "install", "--ignore-installed", "--no-deps", "--no-compile", "--prefix", str(site.parent), str(wheel)],
+        check=True,
+    )
     packages = next(site.glob("python*/site-packages"))
     return wheel, packages
 
