@@ -12,7 +12,19 @@ from dimo.worlds import checkpoint_folder, load_world
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # also in the kernels and processes that tests start
 
-LONG = ("launch", "notebooks", "signals", "resume", "plan", "evaluation", "processes", "trainer", "engine", "keys")
+LONG = (
+    "launch",
+    "browser",
+    "notebooks",
+    "signals",
+    "resume",
+    "plan",
+    "evaluation",
+    "processes",
+    "trainer",
+    "engine",
+    "keys",
+)
 
 
 def pytest_collection_modifyitems(items):

@@ -59,14 +59,14 @@ class Mosaic {
   place(width) { // the widest cells: as many frames in a row as that takes
     const ratio = window.devicePixelRatio || 1, most = Math.max(60, Math.floor(width * ratio));
     this.gap = Math.round(8 * ratio), this.head = Math.round(15 * ratio);
-    const budget = 330 * ratio;
-    let best = 0;
+    const fits = []; // the widest cells with 1, 2, ... frames beside each other
     for (let across = 1; across <= this.frames; across++) {
-      const lines = Math.ceil(this.frames / across);
-      const cell = Math.floor(Math.min((most / across - this.gap) / this.columns, (budget / lines - this.head - this.gap) / this.rows, 40 * ratio));
-      if (cell >= 0.75 * best || !best) { best = cell; this.across = across; } // in few lines rather than a little larger
+      const lines = Math.ceil(this.frames / across), tall = (420 * ratio) / lines - this.head - this.gap;
+      fits.push(Math.max(1, Math.floor(Math.min((most / across - this.gap) / this.columns, tall / this.rows, 40 * ratio))));
     }
-    if (!best) { best = 1; this.across = Math.max(1, Math.floor(most / (this.columns + this.gap))); }
+    const widest = Math.max(...fits);
+    this.across = fits.findLastIndex((cell, i) => cell >= 0.8 * widest && (i + 1) * (this.columns * cell + this.gap) <= most) + 1 || 1;
+    const best = fits[this.across - 1];
     this.cell = best;
     const lines = Math.ceil(this.frames / this.across);
     this.canvas.width = this.across * (this.columns * best + this.gap);

@@ -37,12 +37,10 @@ def stored(explorer: ExplorerView, most: int = BYTES) -> dict[str, Any]:
     states = max(1, most // (PER_TOKEN * math.prod(models.grid)))
     for key in ("seed", "guidance_scale", "prompt", "t"):
         while len(choices[key]) > 1 and math.prod(map(len, choices.values())) > states:
-            choices[key] = choices[key][:-1] if key != "t" else choices[key][::2]
+            choices[key] = choices[key][:-1] if key != "t" else choices[key][1::2]
     about: dict[str, Any] = explorer.about()
     first = explorer.first_request()
-    pane = first["panes"][0] | {
-        key: values[min(1, len(values) - 1) if key == "t" else 0] for key, values in choices.items()
-    }
+    pane = first["panes"][0] | {key: values[len(values) // 3 if key == "t" else 0] for key, values in choices.items()}
     made, codes, pool = {}, set[int](), dict[str, dict]()
     for prompt in choices["prompt"]:
         for seed in choices["seed"]:

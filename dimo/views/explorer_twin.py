@@ -56,6 +56,7 @@ def twin(view: dict, about: dict) -> Figure:
         axis.invert_yaxis()
         axis.set_xlim(0, 1)
         axis.tick_params(axis="x", labelsize=7)
+        axis.set_xlabel("probability", fontsize=7)
         axis.set_title(f"{about['titles'][top['of']]}: H {top['entropy']:.3g} nats", fontsize=8, loc="left")
     for axis in right.axes[len(pane["top"]) :]:
         axis.set_visible(False)
@@ -68,7 +69,7 @@ def _mosaic(axis, frames: np.ndarray, grid: list[int], token: list[int] | None) 
     across = min(count, max(1, round(math.sqrt(2.2 * count * height / width))))
     if across < count:
         across = math.ceil(count / math.ceil(count / across))
-    gap = max(1, round(width / 8))
+    gap = max(1, width // 4)
     lines = math.ceil(count / across)
     shown = np.full((lines * (height + gap) - gap, across * (width + gap) - gap, 3), 255, np.uint8)
     for i, frame in enumerate(frames):
