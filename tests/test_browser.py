@@ -28,10 +28,6 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None and not REQUIRED, reason="chrom
 if not REQUIRED:
     pytest.importorskip("anywidget")
 playwright = importlib.import_module("playwright.sync_api") if REQUIRED else pytest.importorskip("playwright.sync_api")
-CELL = """from dimo.views.explorer import explore
-from dimo.worlds import SHIPPED_STUDENT
-explorer = explore("shapes", student=SHIPPED_STUDENT)
-explorer"""
 PIXELS = """(canvas) => {
   const pen = canvas.getContext("2d"), all = pen.getImageData(0, 0, canvas.width, canvas.height).data, found = {};
   for (let i = 0; i < all.length; i += 4) if (all[i + 3] === 255) {
@@ -100,11 +96,12 @@ def same_pixels(canvas, explorer, request):
 
 @pytest.fixture
 def lab(tmp_path):
-    """JupyterLab on a notebook with one cell, in a process of its own; yields the notebook's address."""
-    cell = {"cell_type": "code", "id": "one", "metadata": {}, "source": CELL, "outputs": [], "execution_count": None}
-    kernel = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+    """JupyterLab on the tour, with few videos, in a process of its own; yields the notebook's address."""
     (tmp_path / "root").mkdir()
-    notebook = {"cells": [cell], "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}
+    notebook = json.loads((Path(__file__).parents[1] / "notebooks" / "00_tour.ipynb").read_text())
+    for cell in notebook["cells"]:
+        if "parameters" in cell["metadata"].get("tags", []):
+            cell["source"] = "prompts_shown, videos_per_prompt, seed = 2, 4, 0"
     (tmp_path / "root" / "x.ipynb").write_text(json.dumps(notebook))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -151,6 +148,10 @@ def test_in_jupyterlab_a_click_and_a_key_reach_python(browser, lab):
     canvas = page.query_selector_all(".dimo canvas.map")[1]
     explorer = ExplorerView([open_models("shapes", student=SHIPPED_STUDENT)])
     canvas.scroll_into_view_if_needed()
+    page.wait_for_function("() => document.querySelector('.jp-Notebook').innerText.includes('ok   every prompt has')")
+    assert "FAIL" not in page.inner_text(".jp-Notebook")
+    if os.environ.get("SHOT"):
+        page.screenshot(path=os.environ["SHOT"])
     first = explorer.first_request()
     assert same_pixels(canvas, explorer, first)
 
