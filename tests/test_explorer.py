@@ -56,7 +56,9 @@ def test_it_can_be_moved_from_python(widget, tmp_path):
     widget.send = told.append
     widget._told(None, {"kind": "test"}, [])
     assert told[0]["copy"] and "assert outcome.agrees" in told[0]["text"]
+    before, widget.alignment = widget.alignment, {}
     widget._told(None, {"kind": "check"}, [])
+    assert widget.alignment == before  # of so few tokens it is there from the first
     assert widget.alignment["found"] == "right" and len(widget.alignment["readings"]) > 10
 
 

@@ -65,7 +65,7 @@ class Mosaic {
       fits.push(Math.max(1, Math.floor(Math.min((most / across - this.gap) / this.columns, tall / this.rows, 40 * ratio))));
     }
     const widest = Math.max(...fits);
-    this.across = fits.findLastIndex((cell, i) => cell >= 0.8 * widest && (i + 1) * (this.columns * cell + this.gap) <= most) + 1 || 1;
+    this.across = fits.findLastIndex((cell, i) => cell >= 0.7 * widest && (i + 1) * (this.columns * cell + this.gap) <= most) + 1 || 1;
     const best = fits[this.across - 1];
     this.cell = best;
     const lines = Math.ceil(this.frames / this.across);

@@ -6,6 +6,7 @@ import base64
 import copy
 import functools
 import io
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,9 +18,11 @@ from dimo.views.explorer_twin import twin
 from dimo.views.explorer_view import ExplorerView
 from dimo.views.models import Models, open_models
 from dimo.views.slices import save_slice, test_of
+from dimo.worlds import is_world
 
 HERE = Path(__file__).parent
 PAGE, STYLE = HERE / "explorer.js", HERE / "explorer.css"
+FEW_TOKENS = 256  # of so few, the slice is checked at once; of more, at a click
 INSTALL = "dimo: anywidget is missing, so this is a picture; pip install -e '.[notebooks]' makes it an explorer"
 
 
@@ -75,6 +78,8 @@ def _widget_class() -> type[Any]:
             first = explorer.first_request()
             super().__init__(about=explorer.about() | {"live": True}, request=first, view=explorer.view(first))
             self.explorer, self.asked = explorer, first
+            if is_world(explorer.models[0].ursa.folder) and math.prod(explorer.grid) <= FEW_TOKENS:
+                self.check()
             self.on_msg(self._told)
             self.observe(lambda change: self._ask(change["new"]), names="request")
 
