@@ -10,7 +10,9 @@ from forks import python
 from safetensors.torch import load_file, save_file
 
 from dimo.commands.cli import main
+from dimo.distill.stages import Step
 from dimo.errors import DimoError
+from dimo.train.guards import save_replay
 from dimo.ursa import build_ursa_inputs, visual_logits
 from dimo.views.explorer_data import Setting, ask
 from dimo.views.models import open_models
@@ -111,6 +113,23 @@ def test_another_model_and_damaged_files_are_sentences(models, saved, tmp_path):
         replay(alone)
     with pytest.raises(DimoError, match="token must lie in latents_shape"):
         save_slice(models, Setting("p"), ask(models, models.prompts[0]), (0, 4, 0))
+
+
+def test_the_batch_of_a_skipped_step_says_where_it_is_not_finite(models, tmp_path):
+    file, n = tmp_path / "slices" / "replay-00000006-rank0.safetensors", 48
+    draw = lambda rows: torch.randint(10, (rows, n), generator=torch.Generator().manual_seed(rows))  # noqa: E731
+    txt_ids = models.ursa.tokenize(models.prompts[:2], models.max_prompt_length)
+    save_replay(file, Step(txt_ids=txt_ids, x_init=draw(2), x_hat=draw(2), x_t=draw(4), t=torch.rand(4)), 5, 17)
+    fine = replay(file, models)
+    assert fine.agrees and "on the batch of step 5 all networks are finite" in fine.sentence
+    for name, key, where in (
+        ("student", "model.layers.1.mlp.down_proj.weight", "student, layer 01"),
+        ("teacher", "lm_head.weight", "teacher, the logits"),
+    ):
+        outcome = replay(file, changed(models, name, key, float("nan")))
+        assert not outcome.agrees and outcome.first == where and where in outcome.sentence
+    with pytest.raises(DimoError, match="is the batch of a training step, but not in slices/ of a run folder"):
+        replay(file)
 
 
 def test_the_command_and_the_test_that_is_copied(models, saved, capsys):

@@ -20,12 +20,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from dimo.distill.stages import for_each_draw
 from dimo.errors import DimoError
 from dimo.files import save_file, whole_file, write_text
 from dimo.run.origin import run_of
+from dimo.ursa import predict
 from dimo.ursa.weights import read_json
 from dimo.views.explorer_data import Answer, Setting, answers_at, token_at, top_codes
-from dimo.views.models import Models, open_models
+from dimo.views.models import Models, checkpoints_of, open_models
 
 TOKENS = 16  # tokens of a slice: the one that was looked at, and others spread evenly
 TOP = 8  # codes of each, with their log-probabilities
@@ -87,13 +89,17 @@ def replay(file: str | Path, models: Models | None = None, **how: Any) -> Replay
     """Ask the networks again with the codes of a slice, and compare.
 
     Args:
-        file: the JSON or safetensors file.
+        file: the JSON or safetensors file; or one of a training step that was skipped too often (`dimo.train.guards`),
+            whose networks are asked where they are not finite.
         models: networks to ask; None: those that the slice names, in its run folder.
         how: device, dtype and backend, as in `open_models`.
 
     Raises:
         DimoError: the files are damaged, or belong to another model than these networks.
     """
+    alone = not Path(file).with_suffix(".json").exists() and Path(file).with_suffix(".safetensors").exists()
+    if alone and "step" in (batch := _read_tensors(Path(file))):
+        return _replay_of_step(Path(file), batch, models, how)
     about, tensors = read_slice(file)
     if models is None:
         models = _open(Path(file), about, how)
@@ -122,13 +128,19 @@ def read_slice(file: str | Path) -> tuple[dict, dict[str, torch.Tensor]]:
     if missing:
         raise DimoError(f"{file} is no slice of dimo: it lacks {', '.join(sorted(missing))}")
     data = file.with_suffix(".safetensors")
-    try:
-        tensors = load_file(data)
-    except (OSError, SafetensorError) as error:
-        raise DimoError(f"{data}, the tensors of this slice, cannot be read: {error}") from error
+    tensors = _read_tensors(data)
     if set(CODES) - tensors.keys():
         raise DimoError(f"{data} lacks {', '.join(sorted(set(CODES) - tensors.keys()))}")
     return about, tensors
+
+
+def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(file.with_suffix(".safetensors"))
+    except (OSError, SafetensorError) as error:
+        raise DimoError(
+            f"{file.with_suffix('.safetensors')}, the tensors of this slice, cannot be read: {error}"
+        ) from error
 
 
 def test_of(file: Path) -> str:
@@ -178,10 +190,11 @@ def _computed(
 
 
 @contextlib.contextmanager
-def _layers(models: Models, rows: list[int], into: dict[str, torch.Tensor]) -> Iterator[None]:
+def _layers(models: Models, rows: list[int], into: dict[str, torch.Tensor], whole: bool = False) -> Iterator[None]:
     """In this context, hidden states after every layer go into `into` as "NETWORK.hidden.LAYER", (tokens, D) float32.
 
-    A network that runs twice, the teacher, has them of its first pass, which is the unconditional one.
+    `whole` is for those of all samples, (B, tokens, D). A network that runs twice, the teacher, has them of its first
+    pass, which is the unconditional one.
     """
     handles = []
     for name, network in models.networks.items():
@@ -193,7 +206,7 @@ def _layers(models: Models, rows: list[int], into: dict[str, torch.Tensor]) -> I
             def keep(_, args, output, key=f"{'unconditional' if name == 'teacher' else name}.hidden.{i:02d}"):
                 states = output[0] if isinstance(output, tuple) else output
                 if key not in into:
-                    into[key] = states[0, rows].float().cpu()
+                    into[key] = (states if whole else states[0])[..., rows, :].float().cpu()
 
             handles.append(layer.register_forward_hook(keep))
     try:
@@ -234,6 +247,34 @@ def _compared(about: dict, models: Models, want: dict, got: dict, limits: dict[s
     if first:
         return Replay(False, first, differences, f"the slice differs, first at {first}; {by}{weights}")
     return Replay(True, "", differences, f"the slice is reproduced: {by}{weights}")
+
+
+@torch.no_grad()
+def _replay_of_step(file: Path, batch: dict, models: Models | None, how: dict[str, Any]) -> Replay:
+    """Where the networks are not finite on the batch of a skipped step; they are those of the newest checkpoint."""
+    if models is None:
+        run = run_of(file.resolve().parent.parent)
+        if run is None:
+            raise DimoError(f"{file} is the batch of a training step, but not in slices/ of a run folder")
+        given = {key: value for key, value in how.items() if value is not None}
+        models = open_models(run, None if checkpoints_of(run) else 0, **given)
+    step, found = int(batch["step"]), []
+    for name, codes in (("student", "x_init"), ("teacher", "x_t"), ("auxiliary", "x_t")):
+        if codes not in batch or name not in models.networks:
+            continue
+        x, states = batch[codes].to(models.device), dict[str, torch.Tensor]()
+        ids = for_each_draw(batch["txt_ids"], batch[codes]).to(models.device)
+        alone = dataclasses.replace(models, networks={"teacher": models.networks[name]})
+        with _layers(alone, list(range(-x.shape[1] - 1, -1)), states, whole=True):
+            entropy = predict(models.networks[name], ids, x, models.grid).entropy()
+        places = {f"layer {key[-2:]}": value for key, value in states.items()} | {"the logits": entropy}
+        bad = next((place for place, value in places.items() if not value.isfinite().all()), None)
+        if bad is not None:
+            found.append(f"{name}, {bad}")
+    if found:
+        return Replay(False, found[0], {}, f"on the batch of step {step} these are not finite: {'; '.join(found)} "
+                      f"({models.label})")  # fmt: skip
+    return Replay(True, "", {}, f"on the batch of step {step} all networks are finite ({models.label})")
 
 
 def _open(file: Path, about: dict, how: dict[str, Any]) -> Models:
