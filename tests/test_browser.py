@@ -150,8 +150,6 @@ def test_in_jupyterlab_a_click_and_a_key_reach_python(browser, lab):
     canvas.scroll_into_view_if_needed()
     page.wait_for_function("() => document.querySelector('.jp-Notebook').innerText.includes('ok   every prompt has')")
     assert "FAIL" not in page.inner_text(".jp-Notebook")
-    if os.environ.get("SHOT"):
-        page.screenshot(path=os.environ["SHOT"])
     first = explorer.first_request()
     assert same_pixels(canvas, explorer, first)
 
@@ -221,9 +219,13 @@ def test_a_report_works_from_a_file_by_click_and_key(browser, report):
     live["panes"][0] |= {"t": 0.5, "prompt": page.input_value(".dimo select.prompt")}
     live["token"] = [2, 1, 0]
     assert same_top(page.evaluate(TOP), explorer.view(live)["panes"][0]["top"])
-    canvas.press("a")
-    canvas.press("n")
+    for key in "ans":  # pin A; the next network; the next statistic, which A's network, the teacher, does not have
+        canvas.press(key)
     assert len([c for c in page.query_selector_all(".dimo canvas.map") if c.is_visible()]) == 3
+    assert "A: KL(teacher || network), student, t 0.5" in page.inner_text(".dimo")
+    same_colours = colours_shown(canvas)
+    canvas.press("l")
+    assert colours_shown(canvas) != same_colours and "log scale" in page.inner_text(".dimo")
     assert all(page.evaluate("() => [...document.images].map((i) => i.alt && i.naturalWidth > 0)"))
     assert len(page.query_selector_all("video[aria-label]")) == 4
     assert wrong == []

@@ -3,11 +3,14 @@
 import base64
 import io
 import json
+import re
 
 import matplotlib.image
+import nbformat
 import numpy as np
 import pytest
 
+from dimo.commands.notebooks import _write_html
 from dimo.errors import DimoError
 from dimo.views import explorer as front
 from dimo.views.explorer_data import token_map
@@ -135,3 +138,21 @@ def test_models_of_different_sizes_are_refused(view):
         ExplorerView([*view.models, other])
     with pytest.raises(DimoError, match="models must hold at least one"):
         ExplorerView([])
+
+
+def test_an_exported_notebook_shows_the_figure_and_loads_nothing(widget, tmp_path):
+    """As papermill leaves a notebook: the widget's output, and the state of all widgets in the metadata."""
+    ipywidgets = pytest.importorskip("ipywidgets")
+    data, about = widget._repr_mimebundle_()
+    output = nbformat.v4.new_output("execute_result", data, metadata=about, execution_count=1)
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("explore(run)", outputs=[output])])
+    state = ipywidgets.Widget.get_manager_state()
+    notebook.metadata["widgets"] = {"application/vnd.jupyter.widget-state+json": state}
+    assert data["application/vnd.jupyter.widget-view+json"]["model_id"] in state["state"]
+    nbformat.write(notebook, tmp_path / "x.ipynb")
+    _write_html(tmp_path / "x.ipynb", tmp_path / "x.html")
+    page = (tmp_path / "x.html").read_text()
+    assert page.count('src="data:image/png') == 1 and data["image/png"][:200] in page
+    assert 'alt="Explorer(' in page
+    assert re.findall(r'<(?:script|link|img|iframe)[^>]*(?:src|href)="(?!data:)([^"]+)"', page) == []
+    assert "http" not in "".join(re.findall(r"<script[^>]*>(.*?)</script>", page, re.S))

@@ -32,6 +32,9 @@ from dimo.worlds import DEFAULT_WORLD, SHIPPED_STUDENT
 
 NAMES = ("01_inputs", "02_losses", "03_train", "04_diagnostics", "05_evaluation")
 SHARED = ("config", "overrides")  # parameters of every notebook
+# scripts that nbconvert's pages would load from elsewhere; one of them cannot be left out, only replaced
+FROM_ELSEWHERE = dict.fromkeys(("mathjax_url", "require_js_url", "jquery_url", "mermaid_layout_elk_js_url"), "")
+NO_DIAGRAMS = "data:text/javascript,export default {initialize() {}}"
 SOCKET_PATH = 100  # length in bytes that a socket's path may have on every system
 
 
@@ -269,7 +272,7 @@ def _write_html(notebook: Path, page: Path) -> None:
     import nbformat
 
     try:
-        exporter = nbconvert.HTMLExporter(template_name="classic", mathjax_url="", require_js_url="")
+        exporter = nbconvert.HTMLExporter(template_name="classic", mermaid_js_url=NO_DIAGRAMS, **FROM_ELSEWHERE)
         content = nbformat.read(notebook, as_version=4)
         content.metadata.pop("widgets", None)  # with a widget's state the exporter leaves out its picture
         text, _ = exporter.from_notebook_node(content, {"metadata": {"name": page.stem}})

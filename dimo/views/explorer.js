@@ -193,9 +193,13 @@ function render({ model, el }) {
   }
   const change = (values) => { Object.assign(now(), values); send(); };
 
-  const fillOf = () => {
-    const of = about.offered[now().model][wanted.statistic] || [];
-    if (!of.includes(now().of)) now().of = of.at(-1);
+  const fillOf = () => { // a statistic that a pane's network does not have is shown of one that has it
+    for (const pane of wanted.panes) {
+      const there = about.offered[pane.model];
+      if (!there[wanted.statistic]) wanted.statistic = Object.keys(there)[0];
+      if (!there[wanted.statistic].includes(pane.of)) pane.of = there[wanted.statistic].at(-1);
+    }
+    const of = about.offered[now().model][wanted.statistic];
     network.fill(Object.fromEntries(of.map((name) => [name, about.titles[name]])), now().of);
   };
   const known = () => Object.fromEntries(Object.keys(about.offered[now().model]).map((name) => [name, about.statistics[name].title]));
@@ -223,7 +227,7 @@ function render({ model, el }) {
   const logged = make("input", { type: "checkbox", onchange: () => { log = logged.checked; draw(); } });
   const pin = make("button", { textContent: "pin A", title: "keep this state as A and go on as B (key a)", onclick: pinned });
   const swap = make("button", { textContent: "swap", onclick: () => { wanted.panes.reverse(); refill(); send(); } });
-  const refill = () => { statistic.fill(known(), wanted.statistic); fillOf(); put(); };
+  const refill = () => { fillOf(); statistic.fill(known(), wanted.statistic); put(); };
   function pinned() {
     wanted.panes = wanted.panes.length > 1 ? [now()] : [structuredClone(now()), now()];
     send();

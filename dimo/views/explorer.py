@@ -139,6 +139,6 @@ def _widget_class() -> type[Any]:
             pane = self.view["panes"][-1]["asked"]
             data["image/png"] = base64.b64encode(picture.getvalue()).decode()
             data["text/plain"] = f"Explorer({pane['prompt']!r}, seed {pane['seed']}, t {pane['t']:g})"
-            return data, metadata
+            return data, metadata | {"image/png": {"alt": f"{data['text/plain']}: a map of {self.view['statistic']}"}}
 
     return Explorer
