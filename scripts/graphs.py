@@ -146,7 +146,8 @@ def eager(folder: Path) -> bool:
 
 def resume(folder: Path) -> bool:
     """A run that fails between two checkpoints and goes on, against one that does not."""
-    more = [*CASES["stabilisers"], "training.max_train_steps=24"]
+    # not "stabilisers": its bonus switches at a threshold that rounding can cross
+    more = [*CASES["stabilisers, guidance 3, a time per frame"], "training.max_train_steps=24"]
     for name in ("whole", "twice"):
         trainer_for(folder / name, *more).train(progress=False)
     broken = trainer_for(folder / "resumed", *more)

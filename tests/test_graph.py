@@ -64,6 +64,19 @@ def weights_of(trainer):
     return torch.cat([p.detach().flatten() for net in (n.student, n.aux, n.ema) for p in net.parameters()])
 
 
+def read_by_graphs(trainer):
+    """{what: a tensor}: where a graph reads and writes, so that no step may put another tensor in its place."""
+    bonus, mix = trainer.entropy_bonus, trainer.x_init
+    held = {"mix": mix.fade, "x_hat": mix.x_hat, "txt_ids": mix.txt_ids, "ema": trainer.ema_weight, "bonus": bonus.fade}
+    held |= {"raised": bonus.raised, "seen": bonus.seen, "start": bonus.start, "lambda_ent": trainer.lambda_ent}
+    held |= {"baseline": trainer.baseline.value, **trainer.averages.sums}
+    for learner in (trainer.student, trainer.aux):
+        for i, optimizer in enumerate(learner.optimizers):
+            held[learner, i, "lr"] = optimizer.param_groups[0]["lr"]  # there is one group
+            held |= {(p, name): x for p in optimizer.state for name, x in optimizer.state[p].items()}
+    return held
+
+
 def last_weights(folder):
     last = sorted(Path(folder, "checkpoints").glob("step-*"))[-1]
     return {f.stem: load_file(f) for f in last.glob("*.safetensors")}
@@ -80,9 +93,13 @@ def test_replays_make_the_trainers_steps(tmp_path, recorded, case):
     start = weights_of(plain)
     for index in range(12):
         step, _ = plain.step(index)
+        before = read_by_graphs(replayed)
         again, extra = replayed.step(index)
         replayed.look()
     assert len(recorded) == kinds
+    after = read_by_graphs(replayed)
+    assert before.keys() == after.keys() and [name for name in after if after[name] is not before[name]] == []
+    assert all(isinstance(after[name], torch.Tensor) for name in ("mix", "bonus", "ema"))
     moved, differ = (weights_of(plain) - start).norm(), (weights_of(plain) - weights_of(replayed)).norm()
     assert moved > 0.1 and differ < 1e-3 * moved  # sums in another order
     assert torch.equal(plain.x_init.x_hat, replayed.x_init.x_hat)
