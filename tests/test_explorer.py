@@ -72,6 +72,9 @@ def test_two_states_share_one_scale_and_the_figure_has_the_pages_pixels(view):
     low, high = scale_of(made, about)
     values = [np.frombuffer(pane["values"], "<f4") for pane in made["panes"]]
     assert low == 0 and high == max(v.max() for v in values) and values[0].max() != values[1].max()
+    alike = view.view(first | {"statistic": "kl_to_teacher", "panes": [a | {"of": "student"}]})
+    alike["panes"][0]["values"] = np.full(48, 1e-7, "<f4").tobytes()
+    assert scale_of(alike, about) == (0, 1e-3)  # rounding is one colour
     figure = twin(made, about)
     images = [axis.images[0].get_array() for axis in figure.axes if axis.images]
     assert len(images) == 3  # decoded frames, A, B

@@ -283,7 +283,7 @@ function render({ model, el }) {
     const about_map = about.statistics[view.statistic], count = view.panes.length;
     values = view.panes.map((pane) => floats(pane.values));
     const high = Math.max(...values.map((v) => v.reduce((a, b) => Math.max(a, b), -Infinity)));
-    range = [about_map.least, high > about_map.least ? high : about_map.least + 1];
+    range = [about_map.least, Math.max(high, about_map.least + about.narrowest)];
     const width = Math.max(240, left.clientWidth || 520), token = wanted.token, last = view.panes.at(-1);
     const shown = Boolean(last.picture);
     film.canvas.hidden = pictured.hidden = !shown;

@@ -23,6 +23,7 @@ from dimo.worlds.protocol import prompt_index
 
 KEPT = 6  # answers kept: hidden states of so many (checkpoint, prompt, seed, t)
 PATCH, PIXELS = 8, 2**17  # pixels of a code's patch, and the most of all decoded pictures together
+NARROWEST = 1e-3  # range of a colour scale, in the unit of the statistic
 CLIPS, NEAR_DATA, MOST_TOKENS = 64, 0.95, 2**16  # of the alignment strip
 PICTURES = {"x_hat": "decoded x_hat", "x_t": "decoded x_t", "x_init": "decoded x_init"}
 COLOURS = np.round(matplotlib.colormaps["cividis"](np.arange(256))[:, :3] * 255).astype(np.uint8)
@@ -72,6 +73,7 @@ class ExplorerView:
             "pictures": PICTURES if first.ursa.vae is not None else {},
             "no_pictures": first.ursa.no_vae,
             "colours": COLOURS.tobytes(),
+            "narrowest": NARROWEST,
         }
 
     def view(self, request: dict) -> dict:
@@ -187,10 +189,13 @@ def _aligned(models: Models) -> Alignment:
 
 
 def scale_of(view: dict, about: dict) -> tuple[float, float]:
-    """The common range of a view's maps, as the page has it: from the statistic's least value to the largest one."""
+    """The common range of a view's maps, as the page has it: from the statistic's least value to the largest one.
+
+    It is never narrower than NARROWEST, so that rounding is not shown as structure.
+    """
     least = about["statistics"][view["statistic"]]["least"]
     high = max(float(np.frombuffer(pane["values"], "<f4").max()) for pane in view["panes"])
-    return least, high if high > least else least + 1.0
+    return least, max(high, least + about["narrowest"])
 
 
 def colours_of(values: np.ndarray, low: float, high: float) -> np.ndarray:
