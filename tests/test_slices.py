@@ -16,8 +16,7 @@ from dimo.train.guards import save_replay
 from dimo.ursa import build_ursa_inputs, visual_logits
 from dimo.views.explorer_data import Setting, ask
 from dimo.views.models import open_models
-from dimo.views.slices import replay, save_slice
-from dimo.views.slices import test_of as as_test
+from dimo.views.slices import replay, save_slice, write_test
 from dimo.worlds import SHIPPED_STUDENT
 
 TINY = Path(__file__).parent / "data" / "tiny-ursa"
@@ -108,6 +107,10 @@ def test_another_model_and_damaged_files_are_sentences(models, saved, tmp_path):
     save_file({"x": torch.zeros(1)}, alone.with_suffix(".safetensors"))
     with pytest.raises(DimoError, match="alone.safetensors lacks txt_ids, uncond_ids, x_hat, x_init, x_t"):
         replay(alone)
+    about = json.loads(saved.read_text())
+    alone.write_text(json.dumps(about | {"setting": about["setting"] | {"tee": 1}}))
+    with pytest.raises(DimoError, match="alone.json is damaged: .*unexpected keyword argument 'tee'"):
+        replay(alone)
     alone.write_text("{}")
     with pytest.raises(DimoError, match="is no slice of dimo: it lacks dtype, grid"):
         replay(alone)
@@ -134,7 +137,7 @@ def test_the_batch_of_a_skipped_step_says_where_it_is_not_finite(models, tmp_pat
 
 def test_the_command_and_the_test_that_is_copied(models, saved, capsys):
     assert main(["replay", str(saved)]) == 0 and "the slice is reproduced" in capsys.readouterr().out
-    text = as_test(saved)
+    text = write_test(saved)
     (file,) = saved.parent.glob("test_*.py")
     assert file.read_text() == text
     words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]

@@ -17,7 +17,7 @@ from dimo.run.folder import RunFolder
 from dimo.views.explorer_twin import twin
 from dimo.views.explorer_view import ExplorerView
 from dimo.views.models import Models, open_models
-from dimo.views.slices import save_slice, test_of
+from dimo.views.slices import save_slice, write_test
 from dimo.worlds import is_world
 
 HERE = Path(__file__).parent
@@ -122,7 +122,7 @@ def _widget_class() -> type[Any]:
                     self.check()
                 elif message.get("kind") in ("save", "test"):
                     file, test = self.save(), message["kind"] == "test"
-                    text = test_of(file) if test else f"saved: {file}\nagain:  dimo replay {file}"
+                    text = write_test(file) if test else f"saved: {file}\nagain:  dimo replay {file}"
                     self.send({"kind": "text", "text": text, "copy": test})
             except (DimoError, OSError) as error:
                 self.send({"kind": "text", "text": str(error), "copy": False})

@@ -127,6 +127,11 @@ def read_slice(file: str | Path) -> tuple[dict, dict[str, torch.Tensor]]:
     missing = {"setting", "tokens", "grid", "dtype", "origin", "model", "weights"} - about.keys()
     if missing:
         raise DimoError(f"{file} is no slice of dimo: it lacks {', '.join(sorted(missing))}")
+    try:
+        Setting(**about["setting"])
+        LIMITS[f"torch.{about['dtype']}"]
+    except (TypeError, KeyError) as error:
+        raise DimoError(f"{file} is damaged: {error}") from error
     data = file.with_suffix(".safetensors")
     tensors = _read_tensors(data)
     if set(CODES) - tensors.keys():
@@ -143,7 +148,7 @@ def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
         ) from error
 
 
-def test_of(file: Path) -> str:
+def write_test(file: Path) -> str:
     """Write a pytest file beside a slice that replays it; returns its text."""
     name = re.sub(r"\W+", "_", file.stem)
     text = f'''"""A slice saved by dimo's explorer: the networks still say what they said."""
@@ -159,9 +164,6 @@ def test_{name}():
 '''
     write_text(file.with_name(f"test_{name}.py"), text)
     return text
-
-
-test_of.__test__ = False  # type: ignore[attr-defined]  # no test by itself, whatever pytest makes of its name
 
 
 @torch.no_grad()
