@@ -107,7 +107,7 @@ def _clips(explorer: ExplorerView) -> str:
         return f"<h2>Clips</h2><p>There are none: {html.escape(models.ursa.no_vae)}.</p>"
     shown, first = [], explorer.first_request()["panes"][0]
     with tempfile.TemporaryDirectory() as folder:
-        for prompt in models.prompts[:: max(1, len(models.prompts) // CLIPS)][:CLIPS]:
+        for prompt in models.some_prompts(CLIPS):
             answer = explorer.answer(first | {"prompt": prompt})[2]
             frames = models.ursa.decode(answer.x_hat.view(-1, *models.grid))[0].cpu()
             try:

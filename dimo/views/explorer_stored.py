@@ -26,9 +26,8 @@ def stored(explorer: ExplorerView, most: int = BYTES) -> dict[str, Any]:
     """
     models = explorer.models[0]
     guides = sorted({1.0, models.guidance_scale if models.guidance_scale != 1 else 3.0})
-    prompts = models.prompts[:: max(1, len(models.prompts) // PROMPTS)][:PROMPTS]
     choices: dict[str, list[Any]] = {
-        "prompt": prompts,
+        "prompt": models.some_prompts(PROMPTS),
         "seed": list(SEEDS),
         "t": list(TIMES),
         "guidance_scale": guides,

@@ -57,6 +57,11 @@ class Models:
     def device(self) -> torch.device:
         return self.ursa.path.device
 
+    def some_prompts(self, count: int) -> list[str]:
+        """Up to `count` of the prompts, the first and the last among them."""
+        places = torch.linspace(0, len(self.prompts) - 1, min(count, len(self.prompts))).round().long()
+        return [self.prompts[i] for i in places.tolist()]
+
 
 def open_models(
     source: str | Path | RunFolder,
