@@ -2,13 +2,17 @@
 
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 from dimo.config import load_config
 from dimo.errors import DimoError
-from dimo.train.watch import SHARE, passes_of_step, plan_for
+from dimo.train.prompts import WorldPrompts
+from dimo.train.watch import make_reference
+from dimo.ursa import predict
+from dimo.ursa.loading import load_student
 from dimo.ursa.prediction import Chunked, Dense
 from dimo.ursa.probability_path import MetricPath, MixturePath
 from dimo.views.collapse import (
@@ -16,11 +20,17 @@ from dimo.views.collapse import (
     beside_teacher,
     choose_tokens,
     distinct,
+    has_collapsed,
     over_noises,
     sampled_entropy,
     spread,
     student_over_noises,
 )
+from dimo.views.collapse_figures import collapse_curves, collapse_maps
+from dimo.worlds import SHIPPED_STUDENT
+from dimo.worlds.oracle import score
+
+TINY = Path(__file__).parent / "data" / "tiny-ursa"
 
 
 def measured(prob, batch=3, tokens=None):
@@ -112,10 +122,35 @@ def test_chosen_tokens_are_a_small_video_evenly_spaced(grid):
     place = torch.stack(torch.unravel_index(tokens, grid)).view(3, t, h, w)
     for axis, size in enumerate(grid):
         along = place[axis].unique()
-        assert torch.equal(place[axis].movedim(axis, 0).flatten(1), along[:, None].expand(-1, len(tokens) // len(along)))
+        assert torch.equal(
+            place[axis].movedim(axis, 0).flatten(1), along[:, None].expand(-1, len(tokens) // len(along))
+        )
         gaps = along.diff()
         assert len(along) == 1 or gaps.max() - gaps.min() <= 1
         assert abs(along.float().mean() - (size - 1) / 2) <= 1
+
+
+def test_figures_draw_what_was_measured():
+    rows = [
+        {"step": 10 * i, "collapse/mutual_information": 0.1 * i, "collapse/mean_entropy": 1 - 0.1 * i,
+         "collapse/teacher_entropy": 1.2, "collapse/spread": 0.4 * i, "collapse/teacher_spread": 1.6,
+         "collapse/distinct": 0.5, "collapse/teacher_distinct": 0.9}
+        for i in (1, 2, 3)
+    ]  # fmt: skip
+    drawn = [[list(line.get_ydata()) for line in axis.lines] for axis in collapse_curves([{"step": 5}, *rows]).axes]
+    assert drawn[0][0] == pytest.approx([0.1, 0.2, 0.3]) and drawn[0][2] == [1.2] * 3
+    assert drawn[1] == [pytest.approx([0.25, 0.5, 0.75])] and drawn[2] == [[0.5] * 3, [0.9] * 3]
+    with pytest.raises(DimoError, match="at least one measurement"):
+        collapse_curves([{"step": 5}])
+    student = OverNoises(torch.rand(2, 6) + 1, torch.rand(2, 6), torch.randint(5, (2, 8, 6)))
+    teacher = torch.randint(5, (2, 4, 6))
+    figure = collapse_maps(student, teacher, (1, 2, 3))
+    shown = [torch.tensor(axis.images[0].get_array().data) for axis in figure.axes if axis.images]
+    want = [student.entropy_of_mean, student.mean_entropy, student.mutual_information]
+    want += [sampled_entropy(student.codes[:, :4]), sampled_entropy(teacher)]
+    assert len(shown) == len(want) and all(torch.equal(a, b.mean(0).view(2, 3)) for a, b in zip(shown, want))
+    with pytest.raises(DimoError, match=r"teacher must have shape \(2, m, 6\)"):
+        collapse_maps(student, teacher[:1], (1, 2, 3))
 
 
 def test_wrong_shapes_are_refused():
@@ -129,3 +164,35 @@ def test_wrong_shapes_are_refused():
         spread(torch.zeros(1, 1, 3, dtype=torch.long), MixturePath(torch.empty(5, 0)))
     with pytest.raises(DimoError, match="latents_shape must be .T, H, W. and most at least 1"):
         choose_tokens((3, 4, 4), 0)
+
+
+class Deaf:
+    """A network that gets the same noise every time."""
+
+    def __init__(self, network):
+        self.network = network
+
+    def predict(self, txt_ids, visual_tokens, latents_shape, t):
+        return predict(self.network, txt_ids, torch.zeros_like(visual_tokens), latents_shape, True)
+
+
+def test_information_tells_the_shipped_student_from_the_same_made_deaf_to_its_noise(ursa, world):
+    """Both are decided, which their entropy says of both."""
+    student, config = load_student(ursa, SHIPPED_STUDENT), load_config("smoke")
+    reference = make_reference(ursa, WorldPrompts(world.prompts, ursa, 4), config, 2, 8)
+    assert reference.prompts == [world.prompts[0], world.prompts[-1]] and reference.codes.shape == (2, 8, 48)
+    assert score(
+        world, reference.codes.flatten(0, 1).long(), [p for p in reference.prompts for _ in range(8)]
+    ).valid.all()
+    tokens, found = choose_tokens(world.latents_shape)[0], {}
+    for name, network in (("shipped", student), ("deaf", Deaf(student)), ("untrained", ursa.transformer)):
+        made = student_over_noises(network, ursa.path, reference.txt_ids, world.latents_shape, tokens, 32, 16)
+        found[name] = beside_teacher(made, reference.codes.long(), ursa.path)
+    information = {name: one["mutual_information"] for name, one in found.items()}
+    assert information["shipped"] > 1 > 0.3 > information["untrained"] and abs(information["deaf"]) < 1e-5
+    assert (
+        max(found[name]["mean_entropy"] for name in ("shipped", "deaf")) < 0.05 < 1 < found["untrained"]["mean_entropy"]
+    )
+    fallen = {name: has_collapsed(one["spread"], one["teacher_spread"]) for name, one in found.items()}
+    assert fallen == {"shipped": False, "deaf": True, "untrained": False}
+    assert found["deaf"]["distinct"] < 0.2 and found["shipped"]["distinct"] > 0.5

@@ -126,13 +126,23 @@ def rows_with(count=40, **changes):
     return rows
 
 
+WATCHED = {
+    f"collapse__{name}": lambda i, value=value: value
+    for name, value in {"spread": 0.7, "teacher_spread": 1.0, "mutual_information": 0.1, "distinct": 0.5}.items()
+}
+
+
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
         (None, {}),
         ("entropy_floor", {"lambda_ent": lambda i: 0.05 if i >= 20 else 0.01}),
         ("aux_lags", {"loss__aux": lambda i: 0.5 if i < 15 else 0.9}),
-        ("codes_lost", {"codes__used": lambda i: 10 if i < 20 else 4}),
+        (None, {"loss__aux": lambda i: 1e-3 if i < 15 else 9e-3}),  # of an auxiliary that has nothing left to predict
+        ("codes_lost", {"codes__used": lambda i: 10 if i < 20 else (4, 5, 6)[i % 3]}),
+        ("collapsed", WATCHED | {"collapse__spread": lambda i: (1.0, 0.51, 0.4)[i // 15] if i % 3 == 0 else None}),
+        ("collapsed", WATCHED | {"collapse__mutual_information": lambda i: (0.1, 0.9, 0.4)[i // 15]}),
+        (None, WATCHED | {"collapse__mutual_information": lambda i: 0.1 + 0.02 * i}),
         ("logits_run_away", {"logits__std": lambda i: 5.0 if i < 9 else 160.0}),
         ("gradient_spike", {"grad_norm__student": lambda i: 30.0 if i == 25 else 1.0}),
         ("steps_skipped", {"guard__skipped": lambda i: 0 if i < 7 else 2}),
@@ -143,7 +153,15 @@ def test_each_alarm_rings_once_for_its_own_reason(name, changes):
     found = alarms(rows_with(**changes))
     assert [a.name for a in found] == ([name] if name else [])
     if name:
+        over = {"non_finite", "steps_skipped", "gradient_spike"} & {name}
+        assert over or found[0].over is None
         assert any(ch.isdigit() or "/" in ch for ch in found[0].sentence) and found[0].step > 0
+
+
+def test_an_alarm_is_over_when_what_it_says_holds_no_longer():
+    falls = {"collapse__spread": lambda i: 0.1 if 20 <= i < 30 else 1.0}
+    (alarm,) = alarms(rows_with(**(WATCHED | falls)))
+    assert (alarm.name, alarm.step, alarm.over) == ("collapsed", 210, 310)
 
 
 @pytest.fixture

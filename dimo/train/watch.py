@@ -16,11 +16,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from dimo.config import Config
-from dimo.errors import DimoError, reason
+from dimo.errors import DimoError, reason, require_shape
 from dimo.files import save_file, whole_file
 from dimo.run.folder import TEACHER_SAMPLES, RunFolder
 from dimo.run.ranks import everywhere, raise_everywhere
-from dimo.ursa import sample
+from dimo.train.prompts import StreamedPrompts, WorldPrompts
+from dimo.ursa import Ursa, sample
 from dimo.ursa.chunks import without_compiling
 from dimo.ursa.sampler import timesteps
 from dimo.views.collapse import NOISES, beside_teacher, choose_tokens, student_over_noises
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
     from dimo.train.trainer import Trainer
 
 SHARE = 0.03  # of a run's passes that watching it may take
-SIZES = ((4, 16), (2, 16), (2, 8), (2, 4))  # (prompts, teacher's samples of each), the largest that fits is taken
-STUDENT_NOISES = (NOISES, 32, 16, 8)  # of each prompt
+# (prompts, the student's noises for each, the teacher's samples for each), of which the first that fits is taken
+SIZES = ((4, NOISES, 16), (2, NOISES, 16), (2, 32, 16), (2, 16, 16), (2, 16, 8), (2, 8, 4))
 TEACHER_STEPS = 25
 
 
@@ -70,28 +71,27 @@ def passes_of_step(config: Config) -> float:
 def plan_for(config: Config, prompts: int, processes: int, passes_per_sample: int) -> Plan | None:
     """The largest measurement that takes at most SHARE of the run's passes; None if the run is too short for any.
 
-    Teacher samples take up to two thirds of it and are divided over the processes. The student is measured with what is
-    left at the stops of experiment.sample_every, or, if they are too many for it, at every second or third of them.
+    The teacher's samples are divided over the processes, while every process measures the student, whose weights may be
+    sharded. Where even the smallest measurement is too much at every stop of experiment.sample_every, the student is
+    measured at every second or third of them, and so on.
 
     Args:
         prompts: number of prompts there are.
         passes_per_sample: of the teacher, guidance included.
     """
     last, stop = config.training.max_train_steps, config.experiment.sample_every
-    whole = passes_of_step(config) * last
-    for p, m in SIZES:
+    whole, stops = passes_of_step(config) * last, math.ceil(last / stop)
+    budget = SHARE * whole
+    for p, n, m in SIZES:
         p = min(p, prompts)
         of_teacher = math.ceil(p * m / processes) * passes_per_sample
-        if of_teacher <= 2 / 3 * SHARE * whole:
+        if of_teacher + stops * p * n <= budget:
             break
-    left, stops = SHARE * whole - of_teacher, math.ceil(last / stop)
-    sizes = [n for n in STUDENT_NOISES if n >= m]
-    n = next((n for n in sizes if p * n * stops <= left), sizes[-1])
-    if p * n > left:
+    measurements = min(stops, int((budget - of_teacher) // (p * n)))
+    if measurements < 1:
         return None
-    every = stop * math.ceil(stops / (left // (p * n)))
-    share = (of_teacher + p * n * math.ceil(last / every)) / whole
-    return Plan(p, n, m, every, share)
+    every = stop * math.ceil(stops / measurements)
+    return Plan(p, n, m, every, (of_teacher + math.ceil(last / every) * p * n) / whole)
 
 
 @dataclasses.dataclass
@@ -108,23 +108,29 @@ class Reference:
     txt_ids: torch.Tensor
     prompts: list[str]
 
+    def to(self, device: torch.device) -> Reference:
+        """On another device, with codes as int64."""
+        return Reference(self.codes.to(device).long(), self.txt_ids.to(device), self.prompts)
 
-def read_reference(run: Path, device: torch.device | str = "cpu") -> Reference | None:
+
+def read_reference(run: Path, num_visual_tokens: int) -> Reference | None:
     """The teacher's samples in a run folder; None if there are none.
 
     Raises:
-        DimoError: the file is damaged.
+        DimoError: the file is damaged, or its videos have another number of tokens.
     """
     file = run / TEACHER_SAMPLES
     if not file.exists():
         return None
     try:
         with safe_open(file, "pt") as read:
-            codes, txt_ids = (read.get_tensor(name).to(device) for name in ("codes", "txt_ids"))
+            codes, txt_ids = (read.get_tensor(name) for name in ("codes", "txt_ids"))
             prompts = json.loads(read.metadata()["prompts"])
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise DimoError(f"{file} is not readable: {reason(error)}; delete it, and it is made again") from error
-    return Reference(codes.long(), txt_ids, prompts)
+        raise DimoError(f"{file} is not readable: {reason(error)}") from error
+    require_shape(f"codes in {file}", codes, (len(prompts), "m", num_visual_tokens))
+    require_shape(f"txt_ids in {file}", txt_ids, (len(prompts), "L"))
+    return Reference(codes, txt_ids, prompts)
 
 
 class Watch:
@@ -166,48 +172,58 @@ class Watch:
 
     def _reference(self, run: RunFolder, plan: Plan) -> Reference:
         """That of the run folder, so that a resumed run compares with the same; made once, each rank its share."""
-        trainer, found, error = self.trainer, None, None
+        trainer, found = self.trainer, None
         if run.writes:
             try:
-                found = read_reference(run.path)
+                found = read_reference(run.path, trainer.num_visual_tokens)
             except DimoError as damaged:
-                error = damaged
-        raise_everywhere(error)
+                run.say(f"the teacher is sampled again: {damaged}", aloud=True)
         found = everywhere(found)[0]
         if found is None:
-            found = self._sample(plan)
+            with trainer.engine.autocast():  # the teacher is whole on every rank
+                found = make_reference(
+                    trainer.ursa, trainer.prompts, trainer.config, plan.prompts, plan.samples,
+                    trainer.accelerator.process_index, trainer.accelerator.num_processes,
+                )  # fmt: skip
             _write(run, found)
-        device = trainer.device
-        return Reference(found.codes.to(device), found.txt_ids.to(device), found.prompts)
+        return found.to(trainer.device)
 
-    @torch.no_grad()
-    def _sample(self, plan: Plan) -> Reference:
-        t, d = self.trainer, self.trainer.settings
-        rank, processes = t.accelerator.process_index, t.accelerator.num_processes
-        prompts = torch.linspace(0, len(t.prompts.examples) - 1, plan.prompts).long().tolist()
-        txt_ids = t.prompts.example_ids[prompts]
-        g = torch.Generator(t.device).manual_seed(rank)
-        mine = txt_ids.repeat_interleave(plan.samples, 0)[rank::processes]
-        guidance = {"guidance_scale": d.guidance_scale, "guidance_trunc": d.guidance_trunc}
-        made = [torch.empty(0, t.num_visual_tokens, dtype=torch.int32)]
-        with t.engine.autocast(), without_compiling():  # the teacher is whole on every rank
-            for ids in mine.split(d.batch_size_per_gpu):
-                uncond_ids = t.uncond_ids.expand_as(ids)
-                codes = sample(t.networks.teacher, t.path, ids, t.grid, TEACHER_STEPS, shift=t.ursa.shift, generator=g,
-                               uncond_ids=uncond_ids, **guidance)  # fmt: skip
-                made.append(codes.int().cpu())
-        codes = torch.empty(len(txt_ids) * plan.samples, t.num_visual_tokens, dtype=torch.int32)
-        for other, part in enumerate(everywhere(torch.cat(made))):
-            codes[other::processes] = part
-        shown = [t.prompts.examples[i] for i in prompts]
-        return Reference(codes.view(plan.prompts, plan.samples, -1).long(), txt_ids.cpu(), shown)
+
+@torch.no_grad()
+def make_reference(
+    ursa: Ursa, prompts: WorldPrompts | StreamedPrompts, config: Config, shown: int = 2, samples: int = 8,
+    rank: int = 0, processes: int = 1,
+) -> Reference:  # fmt: skip
+    """Sample the teacher for `shown` of the example prompts, `samples` times each. Collective: every rank does a part.
+
+    What is drawn depends on the number of processes.
+    """
+    d, examples = config.distill, prompts.examples
+    grid = ursa.latents_shape(d.num_frames, d.height, d.width)
+    chosen = torch.linspace(0, len(examples) - 1, min(shown, len(examples))).long()
+    txt_ids = prompts.example_ids[chosen.to(prompts.example_ids.device)]
+    g = torch.Generator(txt_ids.device).manual_seed(rank)
+    uncond_ids = ursa.tokenize([d.negative_prompt], d.max_prompt_length)
+    mine = txt_ids.repeat_interleave(samples, 0)[rank::processes]
+    made = [torch.empty(0, math.prod(grid), dtype=torch.int32)]
+    with without_compiling():
+        for ids in mine.split(d.batch_size_per_gpu):
+            codes = sample(
+                ursa.transformer, ursa.path, ids, grid, TEACHER_STEPS, guidance_scale=d.guidance_scale, generator=g,
+                guidance_trunc=d.guidance_trunc, uncond_ids=uncond_ids.expand_as(ids), shift=ursa.shift,
+            )  # fmt: skip
+            made.append(codes.int().cpu())
+    every = torch.empty(len(chosen) * samples, math.prod(grid), dtype=torch.int32)
+    for other, part in enumerate(everywhere(torch.cat(made))):
+        every[other::processes] = part
+    return Reference(every.view(len(chosen), samples, -1), txt_ids.cpu(), [examples[i] for i in chosen.tolist()])
 
 
 def _write(run: RunFolder, reference: Reference) -> None:
     """Write the reference on rank 0; collective."""
     error = None
     if run.writes:
-        tensors = {"codes": reference.codes.int(), "txt_ids": reference.txt_ids}
+        tensors = {"codes": reference.codes, "txt_ids": reference.txt_ids}
         try:
             with whole_file(run.path / TEACHER_SAMPLES) as beside:
                 save_file(tensors, beside, {"prompts": json.dumps(reference.prompts)})

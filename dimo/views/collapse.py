@@ -26,6 +26,9 @@ from dimo.ursa.probability_path import MetricPath, MixturePath
 from dimo.ursa.transformer import UrsaTransformer
 
 TOKENS, NOISES = 256, 64  # of a video's N tokens; of a prompt
+# A student has collapsed where the videos of a prompt differ by less than this share of the teacher's spread. One that
+# has learnt nothing yet is at .7 or above, at every `model.logit_gain`; healthy runs are near 1 (docs/experiments.md).
+COLLAPSED = 0.5
 Grid = tuple[int, int, int]
 
 
@@ -150,11 +153,12 @@ def beside_teacher(student: OverNoises, teacher: torch.Tensor, path: MetricPath 
 
     Args:
         student: of P prompts and n noises.
-        teacher: its codes in many passes, (P, m, M) with m <= n. What is sampled is compared at m samples of each.
+        teacher: its codes in many passes, (P, m, M) with m <= n.
 
     Returns:
-        mutual_information, mean_entropy, sampled_entropy, teacher_entropy and their bound log_m in nats per token;
-        spread and teacher_spread as squared distances; distinct and teacher_distinct, the shares of distinct videos.
+        mutual_information and mean_entropy over all n noises; sampled_entropy and teacher_entropy over m samples, and
+        their bound log_m, all in nats per token; spread and teacher_spread, squared distances, over all there are; and
+        distinct and teacher_distinct, the shares of distinct videos among m.
     """
     prompts, samples, _ = student.codes.shape if student.codes.dim() == 3 else (0, 0, 0)
     require_shape("teacher", teacher, (prompts, "m", student.codes.shape[-1]))
@@ -168,11 +172,16 @@ def beside_teacher(student: OverNoises, teacher: torch.Tensor, path: MetricPath 
         "sampled_entropy": sampled_entropy(codes).mean().item(),
         "teacher_entropy": sampled_entropy(teacher).mean().item(),
         "log_m": math.log(m),
-        "spread": spread(codes, path).mean().item(),
+        "spread": spread(student.codes, path).mean().item(),
         "teacher_spread": spread(teacher, path).mean().item(),
         "distinct": distinct(codes),
         "teacher_distinct": distinct(teacher),
     }
+
+
+def has_collapsed(spread: float, teacher_spread: float) -> bool:
+    """Whether the videos of a prompt differ by less than COLLAPSED of what the teacher's differ by."""
+    return spread < COLLAPSED * teacher_spread
 
 
 def sampled_entropy(codes: torch.Tensor) -> torch.Tensor:
