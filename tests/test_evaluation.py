@@ -128,8 +128,11 @@ def rows_with(count=40, **changes):
 
 WATCHED = {
     f"collapse__{name}": lambda i, value=value: value
-    for name, value in {"spread": 0.7, "teacher_spread": 1.0, "mutual_information": 0.1, "distinct": 0.5}.items()
-}
+    for name, value in {
+        "spread": 0.7, "teacher_spread": 1.0, "sampled_entropy": 0.7, "teacher_entropy": 1.0,
+        "mutual_information": 0.1, "distinct": 0.5,
+    }.items()
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -140,7 +143,8 @@ WATCHED = {
         ("aux_lags", {"loss__aux": lambda i: 0.5 if i < 15 else 0.9}),
         (None, {"loss__aux": lambda i: 1e-3 if i < 15 else 9e-3}),  # of an auxiliary that has nothing left to predict
         ("codes_lost", {"codes__used": lambda i: 10 if i < 20 else (4, 5, 6)[i % 3]}),
-        ("collapsed", WATCHED | {"collapse__spread": lambda i: (1.0, 0.51, 0.4)[i // 15] if i % 3 == 0 else None}),
+        ("collapsed", WATCHED | {"collapse__spread": lambda i: (1.0, 0.41, 0.39)[i // 15] if i % 3 == 0 else None}),
+        ("collapsed", WATCHED | {"collapse__sampled_entropy": lambda i: (1.0, 0.41, 0.39)[i // 15]}),
         ("collapsed", WATCHED | {"collapse__mutual_information": lambda i: (0.1, 0.9, 0.4)[i // 15]}),
         (None, WATCHED | {"collapse__mutual_information": lambda i: 0.1 + 0.02 * i}),
         ("logits_run_away", {"logits__std": lambda i: 5.0 if i < 9 else 160.0}),

@@ -150,9 +150,9 @@ def test_processes_measure_what_one_does(tmp_path, ursa, engine):
 def collapsed(tmp_path_factory):
     """Settings and folder of a run that makes one video of every prompt: a policy gradient at four times the rates."""
     settings = [
-        "distill.estimator=reinforce", "optim.muon_lr=3e-2", "optim.lr=6e-3", "optim.aux_lr=1.6e-2",
+        "distill.estimator=reinforce", "optim.muon_lr=6e-2", "optim.lr=1.2e-2", "optim.aux_lr=1.6e-2",
         "optim.warmup_steps=1", "optim.decay=constant", "distill.t_draws=1", "distill.aux_steps=1", "model.device=cpu",
-        "distill.batch_size_per_gpu=16", "training.max_train_steps=60", "experiment.sample_every=15",
+        "distill.batch_size_per_gpu=24", "training.max_train_steps=40", "experiment.sample_every=10",
         "evaluation.teacher_steps=[25]", f"experiment.output_dir={tmp_path_factory.mktemp('run') / 'collapsed'}",
     ]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
@@ -163,7 +163,7 @@ def collapsed(tmp_path_factory):
 def test_the_alarm_rings_early_in_a_run_that_collapses(collapsed):
     _, run = collapsed
     rung = [alarm for alarm in alarms(run.metrics()) if alarm.name == "collapsed"]
-    assert [(alarm.step, alarm.over) for alarm in rung] == [(30, None)]
+    assert [(alarm.step, alarm.over) for alarm in rung] == [(10, None)]
     assert "the teacher's 1." in rung[0].sentence and "of them are distinct" in rung[0].sentence
 
 

@@ -31,8 +31,8 @@ def alarms(rows: list[dict]) -> list[Alarm]:
     non_finite: a metric was NaN or infinite.
     steps_skipped: steps were skipped for values that are not finite, in this row or between rows.
     entropy_floor: the entropy bonus was raised.
-    collapsed: the videos of a prompt spread less than half as far as the teacher's, or I(x_hat; noise) is below half of
-        the highest value that the run has had (`dimo.views.collapse`).
+    collapsed: the videos of a prompt spread, or their codes vary, less than 40% as much as the teacher's, or
+        I(x_hat; noise) is below half of the highest value that the run has had (`dimo.views.collapse`).
     aux_lags: the smoothed loss of the auxiliary is 30% and 0.05 nats above its minimum, so it no longer follows the
         student.
     codes_lost: a batch uses less than half as many codes as the first one; again only after three quarters were used.
@@ -49,7 +49,8 @@ def alarms(rows: list[dict]) -> list[Alarm]:
             on[name] = len(found)
             found.append(Alarm(step, name, sentence))
         elif name in on and (not now if over is None else over):
-            found[on[name]] = dataclasses.replace(found[on.pop(name)], over=step)
+            at = on.pop(name)
+            found[at] = dataclasses.replace(found[at], over=step)
 
     least, skipped, most = float("inf"), 0, 0.0
     for i, row in enumerate(rows):
@@ -63,11 +64,10 @@ def alarms(rows: list[dict]) -> list[Alarm]:
         if bonus is not None and first is not None:
             ring("entropy_floor", bonus > first, f"lambda_ent rose from {first:g} to {bonus:g}")
         if row.get("collapse/spread") is not None:
-            spread, teacher, information = (
-                row[f"collapse/{name}"] for name in ("spread", "teacher_spread", "mutual_information")
-            )
-            most = max(most, information)
-            ring("collapsed", has_collapsed(spread, teacher) or information < DEAF * most, _of_collapse(row, most))
+            figures = {key.removeprefix("collapse/"): value for key, value in row.items()}
+            most = max(most, figures["mutual_information"])
+            deaf = figures["mutual_information"] < DEAF * most
+            ring("collapsed", has_collapsed(figures) or deaf, _of_collapse(figures, most))
         aux = _mean(window, "loss/aux")
         if aux is not None and i + 1 >= WINDOW:
             lags = f"loss/aux is {aux:.3g} nats per token, its minimum was {least:.3g}"
@@ -91,11 +91,12 @@ def alarms(rows: list[dict]) -> list[Alarm]:
     return found
 
 
-def _of_collapse(row: dict, most: float) -> str:
+def _of_collapse(figures: dict, most: float) -> str:
     return (
-        f"videos of a prompt spread {row['collapse/spread']:.3g} in the codebook's space, the teacher's "
-        f"{row['collapse/teacher_spread']:.3g}; I(x_hat; noise) is {row['collapse/mutual_information']:.3g} nats per "
-        f"token, its maximum was {most:.3g}; {row['collapse/distinct']:.0%} of them are distinct"
+        f"videos of a prompt spread {figures['spread']:.3g} in the codebook's space, the teacher's "
+        f"{figures['teacher_spread']:.3g}; their codes have an entropy of {figures['sampled_entropy']:.3g} nats, "
+        f"the teacher's {figures['teacher_entropy']:.3g}; I(x_hat; noise) is {figures['mutual_information']:.3g}, its "
+        f"maximum was {most:.3g}; {figures['distinct']:.0%} of the videos are distinct"
     )
 
 

@@ -26,9 +26,9 @@ from dimo.ursa.probability_path import MetricPath, MixturePath
 from dimo.ursa.transformer import UrsaTransformer
 
 TOKENS, NOISES = 256, 64  # of a video's N tokens; of a prompt
-# A student has collapsed where the videos of a prompt differ by less than this share of the teacher's spread. One that
-# has learnt nothing yet is at .7 or above, at every `model.logit_gain`; healthy runs are near 1 (docs/experiments.md).
-COLLAPSED = 0.5
+# The share of the teacher's spread, or of its samples' entropy, below which a student has collapsed. One that has not
+# learnt anything yet has .7 of both or more, at every gain, and healthy ones have .9 (docs/experiments.md).
+COLLAPSED = 0.4
 Grid = tuple[int, int, int]
 
 
@@ -179,9 +179,16 @@ def beside_teacher(student: OverNoises, teacher: torch.Tensor, path: MetricPath 
     }
 
 
-def has_collapsed(spread: float, teacher_spread: float) -> bool:
-    """Whether the videos of a prompt differ by less than COLLAPSED of what the teacher's differ by."""
-    return spread < COLLAPSED * teacher_spread
+def far_below(value: float, teachers: float) -> bool:
+    """Whether a spread or a sampled entropy is below COLLAPSED times the teacher's."""
+    return value < COLLAPSED * teachers
+
+
+def has_collapsed(figures: dict[str, float]) -> bool:
+    """Whether spread or sampled entropy, of the figures of `beside_teacher`, is far below the teacher's."""
+    return far_below(figures["spread"], figures["teacher_spread"]) or far_below(
+        figures["sampled_entropy"], figures["teacher_entropy"]
+    )
 
 
 def sampled_entropy(codes: torch.Tensor) -> torch.Tensor:

@@ -23,16 +23,17 @@ def collapse_maps(student: OverNoises, teacher: torch.Tensor, latents_shape: Gri
     m = teacher.shape[1]
     maps = {
         "H(mean p)": student.entropy_of_mean,
-        "mean H(p): left open": student.mean_entropy,
-        "I: decided by the noise": student.mutual_information,
-        f"student, {m} samples": sampled_entropy(student.codes[:, :m]),
-        f"teacher, {m} samples": sampled_entropy(teacher),
+        "mean H(p)": student.mean_entropy,
+        "I": student.mutual_information,
+        "student": sampled_entropy(student.codes[:, :m]),
+        "teacher": sampled_entropy(teacher),
     }
-    return token_maps({name: values.mean(0).view(latents_shape) for name, values in maps.items()}, "nats per token")
+    unit = f"nats per token (student and teacher: of {m} samples)"
+    return token_maps({name: values.mean(0).view(latents_shape) for name, values in maps.items()}, unit)
 
 
 def collapse_curves(rows: list[dict]) -> Figure:
-    """Three panels over steps: entropies, spread relative to the teacher's, and the share of distinct videos.
+    """Three panels over steps: entropies, variety relative to the teacher's, and the share of distinct videos.
 
     Args:
         rows: rows of metrics.jsonl, of which those with a measurement of collapse are drawn.
@@ -63,11 +64,17 @@ def collapse_curves(rows: list[dict]) -> Figure:
         "entropy of the teacher's samples": of("teacher_entropy"),
     })  # fmt: skip
     entropies.set_title("entropy (nats per token)", fontsize=10, loc="left")
-    share = [spread / max(teacher, 1e-9) for spread, teacher in zip(of("spread"), of("teacher_spread"))]
-    draw(spreads, {"spread of a prompt's videos / the teacher's": share})
+    share = {
+        name: [value / max(teacher, 1e-9) for value, teacher in zip(of(own), of(teachers))]
+        for name, own, teachers in (
+            ("squared distance of two videos of a prompt", "spread", "teacher_spread"),
+            ("entropy of the samples", "sampled_entropy", "teacher_entropy"),
+        )
+    }
+    draw(spreads, share)
     spreads.axhspan(0, COLLAPSED, color="0.85", zorder=0)
     spreads.text(0.02, COLLAPSED / 2, "collapsed", transform=spreads.get_yaxis_transform(), va="center", fontsize=9)
-    spreads.set_title("spread in the codebook's space (share)", fontsize=10, loc="left")
+    spreads.set_title("variety (share of the teacher's)", fontsize=10, loc="left")
     draw(videos, {"student": of("distinct"), "teacher": of("teacher_distinct")})
     videos.set_title("distinct videos of a prompt (share)", fontsize=10, loc="left")
     return figure
