@@ -105,8 +105,13 @@ def test_student_and_teacher_are_compared_at_equally_many_samples():
     found = beside_teacher(student, codes[:, :4], path)
     entropies = [found[name] for name in ("sampled_entropy", "teacher_entropy", "log_m")]
     assert entropies == pytest.approx([math.log(4)] * 3)
-    assert found["spread"] == pytest.approx(2) == found["teacher_spread"]
+    assert found["spread"] == pytest.approx(2) == found["teacher_spread"] and found["least_share"] == pytest.approx(1)
     assert (found["mutual_information"], found["mean_entropy"], found["distinct"]) == (2, 1, 1)
+    one_dead = torch.cat([codes, torch.zeros_like(codes)])
+    two = OverNoises(torch.ones(2, 2), torch.ones(2, 2), one_dead)
+    found = beside_teacher(two, codes[:, :4].expand(2, -1, -1), path)
+    assert found["spread"] == pytest.approx(1) and found["least_share"] == pytest.approx(0, abs=1e-6)
+    assert has_collapsed(found)
     with pytest.raises(DimoError, match="teacher must hold 2 to 16 samples"):
         beside_teacher(student, codes[:, :1], path)
     with pytest.raises(DimoError, match=r"teacher must have shape \(1, m, 2\)"):
@@ -133,14 +138,15 @@ def test_chosen_tokens_are_a_small_video_evenly_spaced(grid):
 def test_figures_draw_what_was_measured():
     rows = [
         {"step": 10 * i, "collapse/mutual_information": 0.1 * i, "collapse/mean_entropy": 1 - 0.1 * i,
-         "collapse/sampled_entropy": 0.6, "collapse/teacher_entropy": 1.2, "collapse/spread": 0.4 * i,
+         "collapse/sampled_entropy": 0.6, "collapse/least_share": 0.1, "collapse/teacher_entropy": 1.2,
+         "collapse/spread": 0.4 * i,
          "collapse/teacher_spread": 1.6,
          "collapse/distinct": 0.5, "collapse/teacher_distinct": 0.9}
         for i in (1, 2, 3)
     ]  # fmt: skip
     drawn = [[list(line.get_ydata()) for line in axis.lines] for axis in collapse_curves([{"step": 5}, *rows]).axes]
     assert drawn[0][0] == pytest.approx([0.1, 0.2, 0.3]) and drawn[0][2] == [1.2] * 3
-    assert drawn[1] == [pytest.approx([0.25, 0.5, 0.75]), [0.5] * 3] and drawn[2] == [[0.5] * 3, [0.9] * 3]
+    assert drawn[1] == [pytest.approx([0.25, 0.5, 0.75]), [0.1] * 3, [0.5] * 3] and drawn[2] == [[0.5] * 3, [0.9] * 3]
     with pytest.raises(DimoError, match="at least one measurement"):
         collapse_curves([{"step": 5}])
     student = OverNoises(torch.rand(2, 6) + 1, torch.rand(2, 6), torch.randint(5, (2, 8, 6)))

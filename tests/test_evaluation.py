@@ -129,7 +129,7 @@ def rows_with(count=40, **changes):
 WATCHED = {
     f"collapse__{name}": lambda i, value=value: value
     for name, value in {
-        "spread": 0.7, "teacher_spread": 1.0, "sampled_entropy": 0.7, "teacher_entropy": 1.0,
+        "spread": 0.7, "teacher_spread": 1.0, "least_share": 0.6, "sampled_entropy": 0.7, "teacher_entropy": 1.0,
         "mutual_information": 0.1, "distinct": 0.5,
     }.items()
 }  # fmt: skip
@@ -143,10 +143,11 @@ WATCHED = {
         ("aux_lags", {"loss__aux": lambda i: 0.5 if i < 15 else 0.9}),
         (None, {"loss__aux": lambda i: 1e-3 if i < 15 else 9e-3}),  # of an auxiliary that has nothing left to predict
         ("codes_lost", {"codes__used": lambda i: 10 if i < 20 else (4, 5, 6)[i % 3]}),
-        ("collapsed", WATCHED | {"collapse__spread": lambda i: (1.0, 0.41, 0.39)[i // 15] if i % 3 == 0 else None}),
+        ("collapsed", WATCHED | {"collapse__least_share": lambda i: (1.0, 0.41, 0.39)[i // 15]}),
         ("collapsed", WATCHED | {"collapse__sampled_entropy": lambda i: (1.0, 0.41, 0.39)[i // 15]}),
         ("collapsed", WATCHED | {"collapse__mutual_information": lambda i: (0.1, 0.9, 0.4)[i // 15]}),
         (None, WATCHED | {"collapse__mutual_information": lambda i: 0.1 + 0.02 * i}),
+        (None, WATCHED | {"collapse__spread": lambda i: 1.0 if i % 3 == 0 else None}),  # measured now and then
         ("logits_run_away", {"logits__std": lambda i: 5.0 if i < 9 else 160.0}),
         ("gradient_spike", {"grad_norm__student": lambda i: 30.0 if i == 25 else 1.0}),
         ("steps_skipped", {"guard__skipped": lambda i: 0 if i < 7 else 2}),
@@ -163,7 +164,7 @@ def test_each_alarm_rings_once_for_its_own_reason(name, changes):
 
 
 def test_an_alarm_is_over_when_what_it_says_holds_no_longer():
-    falls = {"collapse__spread": lambda i: 0.1 if 20 <= i < 30 else 1.0}
+    falls = {"collapse__least_share": lambda i: 0.1 if 20 <= i < 30 else 1.0}
     (alarm,) = alarms(rows_with(**(WATCHED | falls)))
     assert (alarm.name, alarm.step, alarm.over) == ("collapsed", 210, 310)
 

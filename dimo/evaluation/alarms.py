@@ -31,7 +31,7 @@ def alarms(rows: list[dict]) -> list[Alarm]:
     non_finite: a metric was NaN or infinite.
     steps_skipped: steps were skipped for values that are not finite, in this row or between rows.
     entropy_floor: the entropy bonus was raised.
-    collapsed: the videos of a prompt spread, or their codes vary, less than 40% as much as the teacher's, or
+    collapsed: the videos of one prompt spread, or the codes of all vary, less than 40% as much as the teacher's, or
         I(x_hat; noise) is below half of the highest value that the run has had (`dimo.views.collapse`).
     aux_lags: the smoothed loss of the auxiliary is 30% and 0.05 nats above its minimum, so it no longer follows the
         student.
@@ -94,9 +94,10 @@ def alarms(rows: list[dict]) -> list[Alarm]:
 def _of_collapse(figures: dict, most: float) -> str:
     return (
         f"videos of a prompt spread {figures['spread']:.3g} in the codebook's space, the teacher's "
-        f"{figures['teacher_spread']:.3g}; their codes have an entropy of {figures['sampled_entropy']:.3g} nats, "
-        f"the teacher's {figures['teacher_entropy']:.3g}; I(x_hat; noise) is {figures['mutual_information']:.3g}, its "
-        f"maximum was {most:.3g}; {figures['distinct']:.0%} of the videos are distinct"
+        f"{figures['teacher_spread']:.3g}, those of one prompt {figures['least_share']:.0%} of its; their codes have an "
+        f"entropy of {figures['sampled_entropy']:.3g} nats, the teacher's {figures['teacher_entropy']:.3g}; "
+        f"I(x_hat; noise) is {figures['mutual_information']:.3g}, its maximum was {most:.3g}; "
+        f"{figures['distinct']:.0%} of the videos are distinct"
     )
 
 

@@ -106,7 +106,7 @@ def _train(trainer: Trainer, run: RunFolder, checkpoints: Checkpoints, signals: 
     run.write_environment()
     run.write_status(state="running", step=first, max_steps=last)
     open_trackers(trainer.accelerator, trainer.config, run)
-    watch = Watch(trainer, run)
+    watch = Watch(trainer, run, first)
     bar = Progress(first, last, shown=progress and run.writes)
     clock, since = time.perf_counter(), first
     for index in bar:

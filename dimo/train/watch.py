@@ -134,9 +134,9 @@ def read_reference(run: Path, num_visual_tokens: int) -> Reference | None:
 
 
 class Watch:
-    """Measures the EMA student of a run. All methods are collective: the networks may be sharded."""
+    """Measures the EMA student of a run that has done `done` steps. Collective: the networks may be sharded."""
 
-    def __init__(self, trainer: Trainer, run: RunFolder):
+    def __init__(self, trainer: Trainer, run: RunFolder, done: int = 0):
         d, ursa = trainer.settings, trainer.ursa
         guided = d.guidance_scale > 1
         times = timesteps(TEACHER_STEPS, ursa.shift)
@@ -149,7 +149,8 @@ class Watch:
             run.say(f"not watched for collapse: it would take more than {SHARE:.0%} of so short a run")
             return
         run.say(self.plan.sentence)
-        self.reference = self._reference(run, self.plan)
+        if done < trainer.config.training.max_train_steps:
+            self.reference = self._reference(run, self.plan)
 
     def is_due(self, done: int) -> bool:
         """Whether to measure after step `done`."""
@@ -180,12 +181,14 @@ class Watch:
                 run.say(f"the teacher is sampled again: {damaged}", aloud=True)
         found = everywhere(found)[0]
         if found is None:
+            start = time.perf_counter()
             with trainer.engine.autocast():  # the teacher is whole on every rank
                 found = make_reference(
                     trainer.ursa, trainer.prompts, trainer.config, plan.prompts, plan.samples,
                     trainer.accelerator.process_index, trainer.accelerator.num_processes,
                 )  # fmt: skip
             _write(run, found)
+            run.say(f"sampled the teacher in {time.perf_counter() - start:.3g} s, for comparison")
         return found.to(trainer.device)
 
 

@@ -157,23 +157,25 @@ def beside_teacher(student: OverNoises, teacher: torch.Tensor, path: MetricPath 
 
     Returns:
         mutual_information and mean_entropy over all n noises; sampled_entropy and teacher_entropy over m samples, and
-        their bound log_m, all in nats per token; spread and teacher_spread, squared distances, over all there are; and
-        distinct and teacher_distinct, the shares of distinct videos among m.
+        their bound log_m, all in nats per token; spread and teacher_spread, squared distances, over all there are;
+        least_share, the smallest over prompts of spread / teacher_spread; distinct and teacher_distinct, the shares of
+        distinct videos among m.
     """
     prompts, samples, _ = student.codes.shape if student.codes.dim() == 3 else (0, 0, 0)
     require_shape("teacher", teacher, (prompts, "m", student.codes.shape[-1]))
     m = teacher.shape[1]
     if not 2 <= m <= samples:
         raise DimoError(f"teacher must hold 2 to {samples} samples of a prompt, as many as the student's, got {m}")
-    codes = student.codes[:, :m]
+    codes, own, teachers = student.codes[:, :m], spread(student.codes, path).mean(1), spread(teacher, path).mean(1)
     return {
         "mutual_information": student.mutual_information.mean().item(),
         "mean_entropy": student.mean_entropy.mean().item(),
         "sampled_entropy": sampled_entropy(codes).mean().item(),
         "teacher_entropy": sampled_entropy(teacher).mean().item(),
         "log_m": math.log(m),
-        "spread": spread(student.codes, path).mean().item(),
-        "teacher_spread": spread(teacher, path).mean().item(),
+        "spread": own.mean().item(),
+        "teacher_spread": teachers.mean().item(),
+        "least_share": torch.where(teachers > 0, own / teachers, 1.0).min().item(),
         "distinct": distinct(codes),
         "teacher_distinct": distinct(teacher),
     }
@@ -185,10 +187,8 @@ def far_below(value: float, teachers: float) -> bool:
 
 
 def has_collapsed(figures: dict[str, float]) -> bool:
-    """Whether spread or sampled entropy, of the figures of `beside_teacher`, is far below the teacher's."""
-    return far_below(figures["spread"], figures["teacher_spread"]) or far_below(
-        figures["sampled_entropy"], figures["teacher_entropy"]
-    )
+    """Whether one prompt's spread, or the sampled entropy of all, is far below the teacher's (see `beside_teacher`)."""
+    return far_below(figures["least_share"], 1.0) or far_below(figures["sampled_entropy"], figures["teacher_entropy"])
 
 
 def sampled_entropy(codes: torch.Tensor) -> torch.Tensor:

@@ -65,11 +65,9 @@ def collapse_curves(rows: list[dict]) -> Figure:
     })  # fmt: skip
     entropies.set_title("entropy (nats per token)", fontsize=10, loc="left")
     share = {
-        name: [value / max(teacher, 1e-9) for value, teacher in zip(of(own), of(teachers))]
-        for name, own, teachers in (
-            ("squared distance of two videos of a prompt", "spread", "teacher_spread"),
-            ("entropy of the samples", "sampled_entropy", "teacher_entropy"),
-        )
+        "spread of the videos of a prompt": [a / max(b, 1e-9) for a, b in zip(of("spread"), of("teacher_spread"))],
+        "the same, of the least varied prompt": of("least_share"),
+        "entropy of the samples": [a / max(b, 1e-9) for a, b in zip(of("sampled_entropy"), of("teacher_entropy"))],
     }
     draw(spreads, share)
     spreads.axhspan(0, COLLAPSED, color="0.85", zorder=0)
