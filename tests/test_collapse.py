@@ -138,14 +138,15 @@ def test_chosen_tokens_are_a_small_video_evenly_spaced(grid):
 def test_figures_draw_what_was_measured():
     rows = [
         {"step": 10 * i, "collapse/mutual_information": 0.1 * i, "collapse/mean_entropy": 1 - 0.1 * i,
-         "collapse/sampled_entropy": 0.6, "collapse/least_share": 0.1, "collapse/teacher_entropy": 1.2,
+         "collapse/log_m": 1.4, "collapse/sampled_entropy": 0.6, "collapse/least_share": 0.1,
+         "collapse/teacher_entropy": 1.2,
          "collapse/spread": 0.4 * i,
          "collapse/teacher_spread": 1.6,
          "collapse/distinct": 0.5, "collapse/teacher_distinct": 0.9}
         for i in (1, 2, 3)
     ]  # fmt: skip
     drawn = [[list(line.get_ydata()) for line in axis.lines] for axis in collapse_curves([{"step": 5}, *rows]).axes]
-    assert drawn[0][0] == pytest.approx([0.1, 0.2, 0.3]) and drawn[0][2] == [1.2] * 3
+    assert drawn[0][0] == pytest.approx([0.1, 0.2, 0.3]) and drawn[0][2:] == [[1.2] * 3, [1.4, 1.4]]
     assert drawn[1] == [pytest.approx([0.25, 0.5, 0.75]), [0.1] * 3, [0.5] * 3] and drawn[2] == [[0.5] * 3, [0.9] * 3]
     with pytest.raises(DimoError, match="at least one measurement"):
         collapse_curves([{"step": 5}])

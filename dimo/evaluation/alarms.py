@@ -94,8 +94,8 @@ def alarms(rows: list[dict]) -> list[Alarm]:
 def _of_collapse(figures: dict, most: float) -> str:
     return (
         f"videos of a prompt spread {figures['spread']:.3g} in the codebook's space, the teacher's "
-        f"{figures['teacher_spread']:.3g}, those of one prompt {figures['least_share']:.0%} of its; their codes have an "
-        f"entropy of {figures['sampled_entropy']:.3g} nats, the teacher's {figures['teacher_entropy']:.3g}; "
+        f"{figures['teacher_spread']:.3g}, those of one prompt {figures['least_share']:.0%} of its; the entropy of "
+        f"their codes is {figures['sampled_entropy']:.3g} nats, the teacher's {figures['teacher_entropy']:.3g}; "
         f"I(x_hat; noise) is {figures['mutual_information']:.3g}, its maximum was {most:.3g}; "
         f"{figures['distinct']:.0%} of the videos are distinct"
     )

@@ -63,6 +63,11 @@ def collapse_curves(rows: list[dict]) -> Figure:
         "mean H(p): left open": of("mean_entropy"),
         "entropy of the teacher's samples": of("teacher_entropy"),
     })  # fmt: skip
+    bound = rows[-1]["collapse/log_m"]
+    entropies.axhline(bound, color="0.6", linewidth=1)
+    entropies.set_ylim(0, 1.05 * max(bound, *(value for line in entropies.lines[:3] for value in line.get_ydata())))
+    across = entropies.get_yaxis_transform()
+    entropies.text(0.02, 0.99 * bound, "log m, the bound of m samples", transform=across, va="top", fontsize=9)
     entropies.set_title("entropy (nats per token)", fontsize=10, loc="left")
     share = {
         "spread of the videos of a prompt": [a / max(b, 1e-9) for a, b in zip(of("spread"), of("teacher_spread"))],
