@@ -40,7 +40,11 @@ def test_rows_are_what_the_samplers_and_the_oracle_give(world, ursa):
     # the teacher as its own student, from the same noise and with the same draws
     assert torch.equal(codes["student_1"], codes["teacher_1"]) and torch.equal(codes["student_1"], codes["untrained_1"])
     assert not torch.equal(codes["student_1"], codes["student_1_argmax"])
+    first, second = ursa.path.codebook[again.view(48, 2, 48)].unbind(1)
+    assert rows["teacher_3"]["spread"] == pytest.approx((first - second).square().sum(-1).mean().item(), rel=1e-4)
+    assert rows["teacher_3"]["distinct"] == 1 - (again[::2] == again[1::2]).all(1).float().mean().item() / 2
     keys = ["validity", "adherence", "token_accuracy", "coverage", "coverage_detail", "videos", "seconds_per_video"]
+    keys += ["spread", "distinct"]
     assert all(list(row) == keys for row in rows.values()) and "undefined" in format_table(rows)
     assert columns_of(rows) == [key for key in keys if key not in ("coverage_detail", "videos")]
 

@@ -97,7 +97,8 @@ SPREAD = Metric(
 )  # fmt: skip
 
 DISTINCT = Metric(
-    "higher", "share of distinct videos among those of a prompt", lambda v: distinct(v.by_prompt)
+    "higher", "share of distinct videos among those of a prompt",
+    lambda v: distinct(v.by_prompt) if v.copies > 1 else None,
 )  # fmt: skip
 
 SCORED: dict[str, Metric] = {
@@ -116,17 +117,19 @@ SCORED: dict[str, Metric] = {
         "higher", "entropy of each factor that prompts leave open, over valid videos of the right prompt, relative to "
         "its maximum; the minimum over factors, pooled and per prompt", lambda v: least_coverage(v.coverage_detail),
     ),
-    "spread": SPREAD,
-    "distinct": DISTINCT,
     "coverage_detail": Metric(
         None, "the values of which coverage is the minimum", lambda v: v.coverage_detail
     ),
     "videos": Metric(None, "number of videos", lambda v: len(v.codes)),
     "seconds_per_video": SECONDS,
+    "spread": SPREAD,
+    "distinct": DISTINCT,
 }  # fmt: skip
 
 REFERENCE_FREE: dict[str, Metric] = {
     "seconds_per_video": SECONDS,
+    "spread": SPREAD,
+    "distinct": DISTINCT,
     "codes_used": Metric("higher", "number of distinct codes in all videos", lambda v: v.codes.unique().numel()),
     "token_entropy": Metric(
         "lower", "entropy of the prediction of a single pass, in nats per token",
@@ -140,8 +143,6 @@ REFERENCE_FREE: dict[str, Metric] = {
         "higher", "share of tokens in which two videos of a prompt differ",
         lambda v: diversity(v.by_prompt),
     ),
-    "spread": SPREAD,
-    "distinct": DISTINCT,
 }  # fmt: skip
 
 
