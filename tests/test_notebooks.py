@@ -70,7 +70,7 @@ def test_every_figure_is_shown_as_a_picture(executed):
         assert all("image/png" in d for d in figures[name]) and len(set(pictures)) == len(pictures)
         page = (run.path / "notebooks" / f"{name}.html").read_text()
         assert page.count('src="data:image/png') == len(pictures)
-    assert [len(shown) for shown in figures.values()] == [3, 3, 1, 2, 0]
+    assert [len(shown) for shown in figures.values()] == [3, 3, 1, 3, 0]
 
 
 def test_a_second_time_nothing_is_executed_again(executed, capsys):

@@ -76,7 +76,7 @@ def token_maps(maps: dict[str, torch.Tensor], unit: str) -> Figure:
         require_shape(f"maps[{name!r}]", values, (frames, "H", "W"))
     everything = torch.cat([m.flatten().float() for m in maps.values()])
     low, high = min(0.0, everything.min().item()), everything.max().item()
-    figure = Figure(figsize=(2.3 + 1.7 * frames, 0.4 + 1.6 * len(maps)), layout="constrained")
+    figure = Figure(figsize=(2.8 + 1.7 * frames, 0.4 + 1.6 * len(maps)), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12)  # inches; the layout does not expect square axes
     axes = figure.subplots(len(maps), frames, squeeze=False)
     for r, (name, values) in enumerate(maps.items()):
