@@ -106,10 +106,13 @@ def check_slice(
     def predictions(network) -> Iterator[Prediction]:
         g = torch.Generator(codes.device).manual_seed(1)
         for ids, x_1 in zip(txt_ids.split(size), codes.split(size)):
+            x_t = ursa.path.sample(x_1, t, g)
             try:
-                yield predict(network, ids, ursa.path.sample(x_1, t, g), clean.latents_shape, dense)
-            except DimoError as error:
-                raise DimoError(f"the slice cannot be read: {error}") from error
+                one = predict(network, ids, x_t, clean.latents_shape, dense)
+            except DimoError as error:  # a Reader says so itself
+                about = "" if isinstance(network, Reader) else "the slice that training reads through fails: "
+                raise DimoError(f"{about}{error}") from error
+            yield one
 
     asked = ursa.transformer if slice_ is None else Reader(ursa.transformer, slice_, dense)
     with torch.no_grad(), without_compiling(), _eager(codes.device):
