@@ -26,7 +26,8 @@ would have them: late or early by a position, a row or a frame, axes exchanged o
 this checks the function that training reads through. Clean tokens are a world's own videos; of a URSA folder, which has
 none, they are the teacher's own samples, made once and kept in RUNS/clean_tokens.
 
-exit code: {RIGHT} the slice is right, {MISREAD} it is misread, {UNDECIDED} undecided (the sentence says why), 2 bad input
+exit code: {RIGHT} the slice is right, {MISREAD} it is misread, {UNDECIDED} undecided (the sentence says why),
+2 bad input
 
 --slice names a function of yours, in a module or a file, that is called and returns as `extract_visual_logits` does:
 
@@ -106,7 +107,9 @@ def ask(q: Question) -> tuple[Alignment, str]:
     dense = logits_fit(ursa, grid, length)
     alignment = check_slice(ursa, clean, length, dense, slice_, q.t)
     read = "logits" if dense else "hidden states, since logits are never made whole at this size: ids are not checked"
-    about = f"{len(clean.codes)} clips of {clean.codes.shape[1]} tokens at t = {q.t:g}, {clean.source}; read from {read}"
+    about = (
+        f"{len(clean.codes)} clips of {clean.codes.shape[1]} tokens at t = {q.t:g}, {clean.source}; read from {read}"
+    )
     return alignment, about
 
 

@@ -80,7 +80,7 @@ def watch(run: RunFolder, every_s: float = 5.0) -> None:
 
 @contextlib.contextmanager
 def following(output_dir: str | Path, every_s: float = 5.0) -> Iterator[bool]:
-    """In this context the curves of a training are drawn below the cell; for `with following(...) as shown: train(...)`.
+    """In this context the curves of a training are drawn below the cell while it runs.
 
     Yields whether they are. Headless they are not, and the training should print its progress.
     """

@@ -17,7 +17,11 @@ from dimo.views.figure import Figure
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 STYLES = ("-", (0, (5, 4)), (0, (1.5, 2)))  # dashes, so that coinciding lines remain visible
 PANELS = {  # {title: {metric: label}}
-    "entropy (nats per token)": {"entropy/student": "student", "entropy/aux": "auxiliary", "entropy/teacher": "teacher"},
+    "entropy (nats per token)": {
+        "entropy/student": "student",
+        "entropy/aux": "auxiliary",
+        "entropy/teacher": "teacher",
+    },
     "loss (nats per token)": {"loss/aux": "auxiliary", "loss/distill": "distillation"},
     "reward: minus Jeffreys' divergence (nats)": {"reward/mean": "mean", "reward/baseline": "baseline"},
     "auxiliary to teacher (total variation)": {"gap/aux_teacher_tv": "gap"},
