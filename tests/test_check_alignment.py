@@ -32,7 +32,7 @@ def of_video(change):
 PLANTED = {
     "is read one position late": lambda z, n, k: z[:, z.shape[1] - n :, -k:],
     "has height and width exchanged": of_video(lambda z: z.transpose(2, 3)),
-    "takes height for width": lambda z, n, k: slice_as_written(z, n, k).unflatten(1, (T, W, H)).transpose(2, 3).flatten(1, 3),
+    "takes height for width": of_video(lambda z: z.reshape(-1, T, W, H, z.shape[-1]).transpose(2, 3)),
 }  # fmt: skip
 
 
@@ -136,7 +136,7 @@ def test_training_on_such_a_checkpoint_checks_by_kept_samples_and_never_makes_th
     assert f"dimo check-alignment {TINY} --num_frames 5 --height 8 --width 16 --runs {tmp_path}/runs" in said
     assert not is_right
     monkeypatch.undo()
-    sampled_clean_tokens(trainer.ursa, trainer.grid, tmp_path / "runs", 8, 1, 9, progress=False)
+    sampled_clean_tokens(trainer.ursa, trainer.grid, tmp_path / "runs", 9, 8, 1, progress=False)
     said, is_right = trainer.require_aligned()
     assert said.startswith("undecided between") and not is_right
 
@@ -159,7 +159,7 @@ class Largest(TorchDispatchMode):
 def test_logits_are_never_whole_where_they_are_large(tmp_path, monkeypatch):
     ursa, grid = load_ursa(TINY), (5, 4, 8)
     ursa.transformer.requires_grad_(False)
-    clean = sampled_clean_tokens(ursa, grid, tmp_path, 8, 1, 9, progress=False)
+    clean = sampled_clean_tokens(ursa, grid, tmp_path, 9, 8, 1, progress=False)
     monkeypatch.setitem(chunks.ENTRIES, "cpu", 16 * 240)
     with Largest(240) as seen:
         check_slice(ursa, clean, 9, dense=False, slice_=slice_as_written)
@@ -180,7 +180,7 @@ def test_training_refuses_a_slice_that_is_misread_in_either_way(says, precision,
     ("precision", "says"), [("no", "ids shifted by .1"), ("bf16", "wrong in a way that has no name here")]
 )
 def test_shifted_ids_stop_training_too(precision, says, wide, tmp_path, monkeypatch):
-    """Of hidden states it is columns that are shifted: nothing fits then, though the pass itself is known to be fine."""
+    """Of hidden states it is columns that are shifted: nothing fits then, though the pass itself is fine."""
     monkeypatch.setattr(inputs, "extract_visual_logits", shifted_ids)
     trainer = Trainer(load_config("smoke", keys(wide, tmp_path, f"training.mixed_precision={precision}")))
     with pytest.raises(DimoError, match=says):

@@ -103,7 +103,7 @@ def ask(q: Question) -> tuple[Alignment, str]:
         if clean is None or clean.latents_shape != grid:
             raise DimoError(f"the videos of {folder.name} have no other size than theirs; leave out the sizes")
     else:
-        clean = sampled_clean_tokens(ursa, grid, q.runs, q.clips, q.passes, length)
+        clean = sampled_clean_tokens(ursa, grid, q.runs, length, q.clips, q.passes)
     dense = logits_fit(ursa, grid, length)
     alignment = check_slice(ursa, clean, length, dense, slice_, q.t)
     read = "logits" if dense else "hidden states, since logits are never made whole at this size: ids are not checked"

@@ -59,8 +59,8 @@ def known_clean_tokens(ursa: Ursa, latents_shape: Grid, runs: str | Path, clips:
 
 
 def sampled_clean_tokens(
-    ursa: Ursa, latents_shape: Grid, runs: str | Path, clips: int = CLIPS, passes: int = PASSES,
-    max_prompt_length: int = 320, progress: bool = True,
+    ursa: Ursa, latents_shape: Grid, runs: str | Path, max_prompt_length: int, clips: int = CLIPS,
+    passes: int = PASSES, progress: bool = True,
 ) -> CleanTokens:  # fmt: skip
     """A URSA checkpoint's own samples, from `runs`/PLACE if they are there, else sampled and kept there.
 

@@ -54,6 +54,7 @@ def curves(rows: list[dict], smooth: int = 1) -> Figure:
     axes = list(figure.subplots(lines, 2, squeeze=False).flat)
     for axis in axes[len(shown) :]:
         axis.remove()
+    figure.supxlabel("step" if smooth == 1 else f"step (means of {smooth} logged rows)", fontsize=READABLE)
     for axis, (title, points) in zip(axes, shown.items()):
         for (name, label), colour, style in zip(PANELS[title].items(), COLOURS, STYLES):
             if name in points:
@@ -64,7 +65,6 @@ def curves(rows: list[dict], smooth: int = 1) -> Figure:
         if title.startswith("gradient"):
             axis.set_yscale("log")
         axis.set_title(title, fontsize=READABLE + 1, loc="left")
-        axis.set_xlabel("step" if smooth == 1 else f"step (means of {smooth} logged rows)", fontsize=READABLE)
         axis.tick_params(which="both", labelsize=READABLE)
         axis.grid(alpha=0.3)
         if len(axis.lines) > 1:

@@ -12,8 +12,8 @@ from dimo.errors import DimoError, NonFiniteError
 from dimo.run.folder import RunFolder
 from dimo.run.overview import existing_run, newest_student, progress_of
 from dimo.run.signals import Preempted
-from dimo.views import notebook
-from dimo.views.notebook import HEADLESS, describe_settings, following, watch, work_in_repository
+from dimo.views import live
+from dimo.views.live import HEADLESS, describe_settings, following, watch, work_in_repository
 
 
 class Place:
@@ -29,7 +29,7 @@ class Place:
 @pytest.fixture
 def places(monkeypatch):
     made = []
-    monkeypatch.setattr(notebook, "_display", lambda text: made.append(Place(text)) or made[-1])
+    monkeypatch.setattr(live, "_display", lambda text: made.append(Place(text)) or made[-1])
     monkeypatch.delenv(HEADLESS, raising=False)
     return made
 
@@ -44,7 +44,7 @@ def titles(place):
 
 
 def test_kernels_leave_the_folder_of_notebooks_and_no_other(monkeypatch, tmp_path):
-    monkeypatch.setattr(notebook, "ROOT", tmp_path)
+    monkeypatch.setattr(live, "ROOT", tmp_path)
     (tmp_path / "notebooks" / "mine").mkdir(parents=True)
     monkeypatch.setenv(HEADLESS, "1")  # `dimo run` was started there on purpose
     monkeypatch.chdir(tmp_path / "notebooks")
@@ -107,7 +107,7 @@ def test_watching_draws_until_the_training_ends_and_an_interrupt_ends_only_the_w
         run.close()
         run.write_status(state="finished", step=9)
 
-    monkeypatch.setattr(notebook.time, "sleep", sleep)
+    monkeypatch.setattr(live.time, "sleep", sleep)
     watch(run)
     assert titles(places[0]) == [
         f"{tmp_path.name}: still training, step 5 of 9",
