@@ -149,7 +149,7 @@ def test_training_refuses_to_start_on_a_misread_slice(precision, monkeypatch, tm
     keys = ["training.max_train_steps=1", "distill.batch_size_per_gpu=2", "model.device=cpu"]
     keys += [f"training.mixed_precision={precision}", f"experiment.output_dir={tmp_path}"]
     trainer = Trainer(load_config("smoke", keys))
-    assert "the slice is right" in trainer.require_aligned()
+    assert "the slice is right" in trainer.require_aligned()[0]
     monkeypatch.setattr(inputs, "extract_visual_logits", PLANTED["position late"])
     with pytest.raises(DimoError, match="the slice is read one position late: .*extract_visual_logits"):
         trainer.train(progress=False)

@@ -1,5 +1,6 @@
 """A slice misread by whatever function, planted as a user would: command, notebooks and training name it."""
 
+import dataclasses
 import json
 
 import pytest
@@ -12,10 +13,11 @@ from dimo.commands.notebooks import notebook_folder
 from dimo.config import load_config
 from dimo.errors import DimoError
 from dimo.train.trainer import Trainer
-from dimo.ursa import chunks, inputs, load_ursa
+from dimo.ursa import MetricPath, UrsaConfig, UrsaTransformer, chunks, inputs, load_ursa
 from dimo.views import clean_tokens
 from dimo.views.clean_tokens import known_clean_tokens, sampled_clean_tokens
 from dimo.views.reading import check_slice, slice_as_written
+from dimo.worlds.fsq import LEVELS, fsq_codebook
 from dimo.worlds.teacher import TeacherRecipe, train_teacher, write_checkpoint
 from dimo.worlds.tiles import TilesWorld
 
@@ -164,6 +166,20 @@ def test_logits_are_never_whole_where_they_are_large(tmp_path, monkeypatch):
     with Largest(240) as seen:
         check_slice(ursa, clean, 9, dense=False, slice_=slice_as_written)
     assert 0 < seen.entries <= 16 * 240
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_random_weights_of_64000_codes_are_undecided(scale, tmp_path):
+    tiny, grid, g = load_ursa(TINY), (2, 4, 4), torch.Generator().manual_seed(0)
+    sizes = tiny.transformer.config.to_dict() | {"vocab_size": 64_272, "lm_head_size": 64_000}
+    network = UrsaTransformer(UrsaConfig.from_dict(sizes)).requires_grad_(False)
+    for weight in network.parameters():
+        if weight.dim() == 2:
+            weight.copy_(torch.randn(weight.shape, generator=g) * scale * weight.shape[1] ** -0.5)
+    path = MetricPath(fsq_codebook(LEVELS[64_000]), 0.9, 3.0)
+    fresh = dataclasses.replace(tiny, transformer=network, path=path)
+    clean = sampled_clean_tokens(fresh, grid, tmp_path, 9, 16, 1, progress=False)
+    assert check_slice(fresh, clean, 9, dense=False).found is None
 
 
 @pytest.mark.parametrize("says", PLANTED)

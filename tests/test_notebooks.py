@@ -87,7 +87,9 @@ def test_a_failed_check_is_a_sentence_and_leaves_the_executed_copy(executed):
         DimoError, match="notebook 05_evaluation failed: DimoError: 1 of .* checks failed: the student reaches 500%"
     ):
         run_notebooks("smoke", settings, ["min_share=5", "evaluation.seed=3"], only=["05_evaluation"])
-    assert (run.path / "notebooks" / "05_evaluation.failed.ipynb").exists()
+    failed = json.loads((run.path / "notebooks" / "05_evaluation.failed.ipynb").read_text())
+    (error,) = [o for c in failed["cells"] for o in c.get("outputs", []) if o["output_type"] == "error"]
+    assert len(error["traceback"]) == 1 and error["traceback"][0].startswith("DimoError: 1 of ")
 
 
 def test_a_folder_of_another_configuration_is_refused_before_anything_starts(executed):
