@@ -24,11 +24,17 @@ from dimo.worlds.tiles import TilesWorld
 TINY = notebook_folder().parent / "tests" / "data" / "tiny-ursa"
 SIZE = ["--num_frames", "5", "--height", "8", "--width", "16", "--max_prompt_length", "9"]
 T, H, W = 3, 4, 8
+LONG = (5, 8, 32)  # 1,280 tokens
 
 
-def of_video(change):
+def of_video(change, grid=(T, H, W)):
     """A misreading of the slice as a video (B, T, H, W, K)."""
-    return lambda z, n, k: change(slice_as_written(z, n, k).unflatten(1, (T, H, W))).flatten(1, 3)
+    return lambda z, n, k: change(slice_as_written(z, n, k).unflatten(1, grid)).flatten(1, 3)
+
+
+def later(by):
+    """The slice `by` positions later, wrapped around."""
+    return lambda z, n, k: slice_as_written(z, n, k).roll(-by, 1)
 
 
 PLANTED = {
@@ -42,15 +48,17 @@ def shifted_ids(z, n, k):
     return slice_as_written(z, n, k).roll(1, -1)
 
 
+def trained(folder, world, **recipe):
+    """The checkpoint folder of a world with a teacher that knows a little near the data."""
+    recipe = TeacherRecipe(layers=1, hidden=32, intermediate=32, heads=2, **recipe)
+    return write_checkpoint(folder, world, train_teacher(world, recipe, progress=False), recipe.alpha, recipe.c)
+
+
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
-    """A world whose height is not its width, with a teacher that knows most of it near the data."""
-    torch.manual_seed(0)
-    world = TilesWorld(T, H, W, shades=3)
-    recipe = TeacherRecipe(layers=1, hidden=32, intermediate=32, heads=2, batch_size=32, steps=150, lr=5e-3)
+    """A world whose height is not its width."""
     folder = tmp_path_factory.mktemp("wide") / "wide"
-    write_checkpoint(folder, world, train_teacher(world, recipe, progress=False), recipe.alpha, recipe.c)
-    return folder
+    return trained(folder, TilesWorld(T, H, W, shades=3), batch_size=32, steps=150, lr=5e-3)
 
 
 def keys(folder, out, *more):
@@ -111,6 +119,20 @@ def test_a_slice_that_is_not_there_is_told(name, sentence):
         load_slice(name)
 
 
+@pytest.mark.parametrize(
+    ("flag", "sentence"),
+    [
+        ("--clips=7", "--clips must be at least 8"), ("--t=1", "--t must lie in [0, 1)"),
+        ("--max_prompt_length=-1", "must not be negative"), ("--passes=0", "passes must be at least 1"),
+        ("--height=5", "height must be a multiple of"), ("--backend=other", "backend must be one of"),
+    ],
+)  # fmt: skip
+def test_bad_flags_are_refused_before_anything_is_sampled(flag, sentence, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(clean_tokens, "sample", None)
+    assert main(["check-alignment", str(TINY), *SIZE, "--runs", str(tmp_path), flag]) == 2
+    assert sentence in capsys.readouterr().err
+
+
 def test_a_checkpoint_without_truth_is_read_by_its_own_samples_which_are_kept(tmp_path, monkeypatch, capsys):
     words = ["check-alignment", str(TINY), *SIZE, "--clips", "16", "--passes", "2", "--runs", str(tmp_path)]
     assert main(words) == 3
@@ -166,6 +188,23 @@ def test_logits_are_never_whole_where_they_are_large(tmp_path, monkeypatch):
     with Largest(240) as seen:
         check_slice(ursa, clean, 9, dense=False, slice_=slice_as_written)
     assert 0 < seen.entries <= 16 * 240
+
+
+def test_each_misreading_of_1280_tokens_is_named(tmp_path):
+    """Forty steps on two videos each teach a network enough."""
+    ursa = load_ursa(trained(tmp_path / "long", TilesWorld(*LONG, shades=3), batch_size=2, steps=40, lr=1e-2))
+    ursa.transformer.requires_grad_(False)
+    clean = known_clean_tokens(ursa, LONG, tmp_path, 32)
+    planted = {
+        "right": slice_as_written, "position late": later(1), "position early": later(-1),
+        "two positions late": later(2), "row late": later(LONG[2]), "frame early": later(-LONG[1] * LONG[2]),
+        "height and width exchanged": of_video(lambda z: z.transpose(2, 3), LONG),
+        "frames last": of_video(lambda z: z.permute(0, 2, 3, 1, 4), LONG),
+        "frames reversed": of_video(lambda z: z.flip(1), LONG), "rows reversed": of_video(lambda z: z.flip(2), LONG),
+        "columns reversed": of_video(lambda z: z.flip(3), LONG), "ids +1": shifted_ids,
+    }  # fmt: skip
+    found = {name: check_slice(ursa, clean, 4, True, slice_).found for name, slice_ in planted.items()}
+    assert found == {name: name for name in planted}
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from dimo.commands.sample import pick_device, pick_dtype
 from dimo.config import default_prompt_length
-from dimo.errors import DimoError, nearest, reason
+from dimo.errors import DimoError, nearest, reason, require_time
 from dimo.ursa import load_ursa
 from dimo.ursa.loading import DTYPES
-from dimo.views.alignment import Alignment
+from dimo.views.alignment import FEWEST, Alignment
 from dimo.views.clean_tokens import CLIPS, PASSES, known_clean_tokens, sampled_clean_tokens
 from dimo.views.reading import NEAR_DATA, Slice, check_slice, logits_fit
 from dimo.worlds import checkpoint_folder, is_world, video_size
@@ -91,6 +91,11 @@ def ask(q: Question) -> tuple[Alignment, str]:
     Raises:
         DimoError: the checkpoint, a size or the slice cannot be used.
     """
+    if q.clips < FEWEST:
+        raise DimoError(f"--clips must be at least {FEWEST}, over which standard errors are taken, got {q.clips}")
+    if q.max_prompt_length is not None and q.max_prompt_length < 0:
+        raise DimoError(f"--max_prompt_length must not be negative, got {q.max_prompt_length}")
+    require_time("--t", q.t)
     slice_ = load_slice(q.slice) if q.slice else None
     folder, device = checkpoint_folder(q.folder), pick_device(q.device)
     ursa = load_ursa(folder, device, DTYPES[pick_dtype(q.dtype, device)], q.backend)
