@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import threading
 import time
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 
 HEADLESS = "DIMO_HEADLESS"  # set in the kernels that `dimo run` starts
 ROOT = Path(__file__).parents[2]
-PATIENCE = 20  # a drawing is followed by a pause of so many times its duration, so that training is not slowed down
+PATIENCE = 10  # a drawing is followed by a pause of so many times its duration, so that training is not slowed down
+CLOCK_S = 0.1  # by which the time of a file may lag behind the clock
 
 
 def is_live() -> bool:
@@ -89,6 +91,7 @@ def following(output_dir: str | Path, every_s: float = 5.0) -> Iterator[bool]:
         return
     run, shown, over = RunFolder(output_dir, writes=False), _display("starting"), threading.Event()
     begun = time.time()
+    importlib.import_module("dimo.views.plots")  # matplotlib takes a second, which would count as drawing
 
     def follow() -> None:
         pause = every_s
@@ -102,17 +105,17 @@ def following(output_dir: str | Path, every_s: float = 5.0) -> Iterator[bool]:
     finally:
         over.set()
         thread.join()
-        _redraw(run, shown, begun)
+        _redraw(run, shown, 0)  # also what was finished before
 
 
 def _redraw(run: RunFolder, shown, begun: float) -> float:
     """Draw again, unless the run folder is still that of an earlier training; returns the seconds that it took."""
     begin = time.monotonic()
     with contextlib.suppress(DimoError, OSError, ValueError):  # a file that is being written; the next time is soon
-        figure = draw_run(run)
-        file = run.path / "metrics.jsonl"
-        if figure and file.stat().st_mtime >= begun:
-            shown.update(figure)
+        if (run.path / "metrics.jsonl").stat().st_mtime > begun - CLOCK_S:
+            figure = draw_run(run)
+            if figure:
+                shown.update(figure)
     return time.monotonic() - begin
 
 
