@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-upstream upstream-source lint lab clean
+.PHONY: demo docs test test-upstream upstream-source lint lab clean
 
 # two files side by side; conftest.py says which come first
 test: .venv/installed lint
@@ -16,6 +16,10 @@ lint: .venv/installed
 demo: .venv/installed
 	$(BIN)/dimo run -c shapes -p min_share=0.4 -p min_coverage=0.6 experiment.output_dir=runs/demo
 
+# the documentation, with the demo's executed notebooks: build/site/index.html
+docs: .venv/installed
+	$(BIN)/mkdocs build --strict
+
 # the notebooks, to open and change; JupyterLab prints its address
 lab: .venv/installed
 	$(BIN)/jupyter lab --notebook-dir=. notebooks/01_inputs.ipynb
@@ -24,7 +28,7 @@ lab: .venv/installed
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --disable-pip-version-check torch==2.13.0
-	$(BIN)/pip install --disable-pip-version-check -e ".[notebooks,dev]"
+	$(BIN)/pip install --disable-pip-version-check -e ".[notebooks,dev,docs]"
 	touch $@
 
 # beside URSA's own code: make test-upstream SOURCE=folder, one of baaivision/URSA at 29284bb

@@ -73,7 +73,7 @@ def require_ids(name: str, ids: torch.Tensor, upper: int) -> None:
     """Raise DimoError unless `ids` is an integer tensor with all values in [0, upper)."""
     if ids.is_floating_point() or ids.dtype == torch.bool:
         raise DimoError(f"{name} must hold integer ids, got {ids.dtype}")
-    if ids.numel() and not _trusted.get() and not _capturing(ids):
+    if ids.numel() and not _trusted.get() and not capturing(ids):
         low, high = torch.stack(ids.aminmax()).tolist()
         if low < 0 or high >= upper:
             raise DimoError(f"{name} must lie in [0, {upper}), got values from {low} to {high}")
@@ -81,7 +81,7 @@ def require_ids(name: str, ids: torch.Tensor, upper: int) -> None:
 
 def require_time(name: str, t: torch.Tensor | float) -> None:
     """Raise DimoError unless every time lies in [0, 1): 0 is noise, 1 (excluded) is data."""
-    if isinstance(t, torch.Tensor) and (_trusted.get() or _capturing(t)):
+    if isinstance(t, torch.Tensor) and (_trusted.get() or capturing(t)):
         return
     inside = (t >= 0) & (t < 1) if isinstance(t, torch.Tensor) else 0 <= t < 1
     if not bool(inside.all() if isinstance(inside, torch.Tensor) else inside):
@@ -104,7 +104,7 @@ def trusted_values() -> Iterator[None]:
 
 def require_finite(name: str, tensor: torch.Tensor) -> None:
     """Raise NonFiniteError if `tensor` holds NaN or infinity."""
-    if _capturing(tensor) or not tensor.numel():
+    if capturing(tensor) or not tensor.numel():
         return
     if not bool(torch.isfinite(torch.stack(tensor.detach().aminmax())).all()):  # aminmax propagates NaN
         bad = int((~torch.isfinite(tensor)).sum())
@@ -117,7 +117,7 @@ def are_finite(weights: torch.Tensor) -> bool:
     return bool(weights.sum(dtype=wide).isfinite())
 
 
-def _capturing(tensor: torch.Tensor) -> bool:
+def capturing(tensor: torch.Tensor) -> bool:
     """Whether a CUDA graph is being captured: values cannot be read back then; the warm-up steps have checked them."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 

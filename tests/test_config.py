@@ -66,6 +66,7 @@ def test_every_key_says_what_it_means():
         (None, "distill.height=30", "height must be a multiple of 8, got 30; the nearest are 24 or 32"),
         (None, "evaluation.teacher_steps=[]", "evaluation.teacher_steps must list"),
         (None, "experiment.log_every=0", "experiment.log_every must be at least 1"),
+        ("distill_dimo", "training.cuda_graph=true", "cuda_graph=true needs distill.prompt_source=world, got"),
     ],
 )
 def test_bad_input_is_refused_in_a_sentence(config, override, sentence):

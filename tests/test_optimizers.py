@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dimo.config import Optim
-from dimo.train.optimizers import Muon, lr_factor, make_optimizers, orthogonalise, set_lr_factor
+from dimo.train.optimizers import Muon, lr_factor, make_capturable, make_optimizers, orthogonalise, set_lr_factor
 from dimo.ursa import UrsaConfig, UrsaTransformer
 
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -72,6 +72,32 @@ def test_every_parameter_is_stepped_once(optimizer):
     set_lr_factor(made, 0.5)
     set_lr_factor(made, 0.25)  # of the initial rate, not of the last one
     assert [o.param_groups[0]["lr"] for o in made] == pytest.approx([2.5e-4, 2.5e-3][: len(made)])
+
+
+def test_rates_in_tensors_make_the_steps_of_rates_that_are_numbers():
+    torch.manual_seed(0)
+    start = UrsaTransformer(UrsaConfig.from_dict(SMALL))
+    moved = []
+    for in_tensors in (False, True):
+        model = UrsaTransformer(UrsaConfig.from_dict(SMALL))
+        model.load_state_dict(start.state_dict())
+        made = make_optimizers(model, 1e-3, 1e-2, Optim(weight_decay=0.1, muon_weight_decay=0.1))
+        if in_tensors:
+            make_capturable(made, torch.device("cpu"))
+        held = [group["lr"] for o in made for group in o.param_groups]
+        g = torch.Generator().manual_seed(1)
+        for factor in (0.5, 0.25, 1.0):
+            set_lr_factor(made, factor)
+            for p in model.parameters():
+                p.grad = torch.randn(p.shape, generator=g)
+            for optimizer in made:
+                optimizer.step()
+        if in_tensors:
+            assert [group["lr"] for o in made for group in o.param_groups] == pytest.approx([1e-3, 1e-2])
+            assert all(a is b["lr"] for a, b in zip(held, (group for o in made for group in o.param_groups)))
+        moved.append([(p - q).detach() for p, q in zip(model.parameters(), start.parameters())])
+    for plain, tensors in zip(*moved):
+        assert plain.norm() > 1e-4 and (plain - tensors).norm() < 1e-5 * plain.norm()
 
 
 def test_schedules():

@@ -68,29 +68,40 @@ def test_x_init_keeps_the_newest_and_survives_a_checkpoint(generator):
     mix = XInit(9, p_corrupt=1.0, corrupt_ratio=0.0, capacity=3)
     for code in range(4):
         mix.remember(torch.full((2, 4), code), torch.full((2, 1), code))
-    assert mix.x_hat[:, 0].tolist() == [3, 3, 2]
+    assert mix.x_hat[:, 0].tolist() == [3, 3, 2] and mix.full
+    kept = mix.x_hat, mix.txt_ids  # where a CUDA graph would read them
+    mix.remember(torch.full((2, 4), 4), torch.full((2, 1), 4))
+    assert mix.x_hat is kept[0] and mix.txt_ids is kept[1]
+    assert mix.x_hat[:, 0].tolist() == mix.txt_ids[:, 0].tolist() == [4, 4, 3]
     again = XInit(9, p_corrupt=1.0, corrupt_ratio=0.0, capacity=3)
     again.load_state_dict(mix.state_dict())
     x, ids, _ = again(torch.zeros(50, 1, dtype=torch.long), 4, generator)
-    assert (x == ids).all() and set(ids.flatten().tolist()) == {2, 3}
+    assert (x == ids).all() and set(ids.flatten().tolist()) == {3, 4}
 
 
 def test_entropy_bonus_rises_under_its_floor_and_falls_back_with_hysteresis():
+    nats = torch.tensor
     bonus = EntropyController(0.01, 0.05, floor=0.5)
-    for step in range(EntropyController.WARMUP):
-        assert bonus(2.0, step) == 0.01
-    assert bonus(1.01, 30) == 0.01
-    assert bonus(0.99, 31) == 0.05
-    assert bonus(1.05, 32) == 0.05  # above the floor, but not by a tenth
+    for _ in range(EntropyController.WARMUP):
+        assert bonus(nats(2.0)) == 0.01
+    assert bonus(nats(1.01)) == 0.01
+    assert bonus(nats(0.99)) == 0.05
+    assert bonus(nats(1.05)) == 0.05  # above the floor, but not by a tenth
     again = EntropyController(0.01, 0.05, floor=0.5)
     again.load_state_dict(bonus.state_dict())
-    assert again(1.05, 33) == 0.05
-    assert again(1.11, 34) == 0.01
+    assert again(nats(1.05)) == 0.05
+    assert again(nats(1.11)) == 0.01
+    again.fade = 0.5
+    assert again(nats(0.99)) == 0.025
 
 
-def test_entropy_bonus_fades_to_zero():
-    bonus = EntropyController(0.01, 0.05, floor=0.0, anneal_from=100, anneal_to=200)
-    assert [bonus(1.0, s) for s in (0, 100, 150, 200, 300)] == pytest.approx([0.01, 0.01, 0.005, 0.0, 0.0])
+def test_the_scale_of_the_entropy_is_its_mean_over_the_first_steps():
+    bonus, first = EntropyController(0.01, 0.05, floor=0.5), torch.linspace(2, 4, EntropyController.WARMUP)
+    for entropy in (*first, torch.tensor(100.0)):  # the last is not one of them
+        bonus(entropy)
+    state = bonus.state_dict()
+    assert state == {"raised": False, "seen": EntropyController.WARMUP, "start": pytest.approx(3.0)}
+    assert [type(value) for value in state.values()] == [bool, int, float]  # as checkpoints hold them
 
 
 def test_a_fade_of_no_length_is_a_step_and_none_at_all_without_an_end():
@@ -112,7 +123,7 @@ def test_bad_input_is_refused_in_a_sentence():
         XInit(5, p_corrupt=1.1, corrupt_ratio=0.2)
     with pytest.raises(DimoError, match=r"x_hat must lie in \[0, 5\)"):
         XInit(5, 0.2, 0.2).remember(torch.full((1, 2), 5), torch.zeros(1, 1))
-    with pytest.raises(DimoError, match="entropy must be finite"):
-        EntropyController(0.01, 0.05, 0.3)(float("nan"), 0)
+    with pytest.raises(DimoError, match=r"entropy must have shape \(\), got \(2,\)"):
+        EntropyController(0.01, 0.05, 0.3)(torch.ones(2))
     with pytest.raises(DimoError, match="baseline decay"):
         Baseline(1.0)

@@ -11,6 +11,7 @@ from dimo.commands.parser import CONFIGURABLE, make_parser
 from dimo.commands.sample import Request, read_prompts, sample_to_folder
 from dimo.commands.world_train import world_train
 from dimo.config.flags import split_flags
+from dimo.config.values import read_value
 from dimo.errors import DimoError, reason
 from dimo.output import lasting_output
 from dimo.paths import user_path
@@ -94,11 +95,16 @@ def _is_override(word: str) -> bool:
 
 
 def _train(args) -> None:
-    from dimo.commands.train import train
+    from dimo.commands.train import train, train_seeds
     from dimo.config import load_config
 
-    run = train(load_config(args.config, args.overrides))
-    print(f"finished: {run.path}/checkpoints/final; next: dimo evaluate {run.path}")
+    # argparse takes every word after --seeds for one, up to the next flag
+    words = [word for given in args.seeds for word in given.split(",") if word and "=" not in given]
+    keys = [word for word in args.seeds if "=" in word]
+    config = load_config(args.config, [*args.overrides, *keys])
+    seeds = [read_value("--seeds", "int", word) for word in words]
+    for run in train_seeds(config, seeds) if seeds else [train(config)]:
+        print(f"finished: {run.path}/checkpoints/final; next: dimo evaluate {run.path}")
 
 
 def _run(args) -> None:

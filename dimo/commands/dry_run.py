@@ -100,7 +100,8 @@ def dry_run(config: Config, size: str | None = None, num_processes: int = 1) -> 
 
     on_gpu = config.model.device != "cpu"
     model = dataclasses.replace(config.model, device="cpu", backend="native", compile=False)
-    config = dataclasses.replace(config, model=model)
+    training = dataclasses.replace(config.training, cuda_graph=False)
+    config = dataclasses.replace(config, model=model, training=training)
     processes, meter = _fake_processes(num_processes, engine_kind(config.training.engine)), _Meter()
     with processes, _without_values(), _as_on_a_gpu(on_gpu), _Fake(allow_non_fake_inputs=True), meter.with_resizing():
         ursa = empty_ursa(size, config.distill.teacher_ckpt)

@@ -9,6 +9,7 @@ EXAMPLES = {
     },
     "train": {
         "-c shapes optim.lr=5e-4 experiment.name=slow": "a preset with two keys changed, into runs/slow",
+        "-c shapes_long training.cuda_graph=true --seeds 1 2 3": "three seeds side by side on one GPU",
         "--teacher_ckpt FOLDER --prompt_file captions.csv --out_dir runs/ursa": "URSA with default settings",
     },
     "plan": {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import html
+import importlib.metadata
 import json
 import os
 import sys
@@ -37,11 +38,15 @@ SOCKET_PATH = 100  # length in bytes that a socket's path may have on every syst
 
 
 def notebook_folder() -> Path:
-    """notebooks/ beside the package (a source checkout), or in the working directory."""
-    for folder in (Path(__file__).parents[2] / "notebooks", Path("notebooks")):
+    """notebooks/ beside the package (a source checkout), where pip put them, or in the working directory."""
+    places = [Path(__file__).parents[2] / "notebooks", Path("notebooks")]
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        installed = importlib.metadata.files("dimo") or []
+        places[1:1] = [Path(str(file.locate())).parent for file in installed if file.name == f"{NAMES[0]}.ipynb"]
+    for folder in places:
         if any((folder / f"{name}.ipynb").exists() for name in NAMES):
-            return folder
-    raise DimoError("notebooks/ was found neither beside the package nor here; run from a clone of the repository")
+            return folder.resolve()
+    raise DimoError("the notebooks were found neither beside the package nor here; install dimo again")
 
 
 def run_notebooks(

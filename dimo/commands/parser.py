@@ -60,6 +60,8 @@ def _overrides(sub) -> None:
 def _add_training(command: Callable) -> None:
     """Commands that train, or plan training."""
     sub = command("train", "distil a student into a run folder; repeating the command resumes the run")
+    sub.add_argument("--seeds", nargs="+", default=[], metavar="SEED",
+                     help="a run per seed, in <output_dir>-<seed>, in one process, a step of each in turn")  # fmt: skip
     _overrides(sub)
 
     sub = command("run", "execute the five notebooks headless, in order, and write report.html")

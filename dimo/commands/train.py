@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 from dimo.config import Config
+from dimo.config.load import validate
 from dimo.data.listing import list_files
 from dimo.distill.stages import require_estimator
 from dimo.errors import DimoError
@@ -40,6 +43,40 @@ def train(config: Config, progress: bool = True) -> RunFolder:
         reason = run.status().get("error") or "see its output"
         raise DimoError(f"training ended with exit code {code}: {reason} ({launch_file(config, 'log')})")
     return run
+
+
+def train_seeds(config: Config, seeds: Sequence[int]) -> list[RunFolder]:
+    """Train one run per seed, all in this process, a step of each in turn: see `dimo.train.together`.
+
+    Args:
+        config: of all runs, but for the seed and for the run folder, which is <experiment.output_dir>-<seed>.
+
+    Raises:
+        Preempted: a signal asked to stop, and checkpoints were saved.
+        DimoError: bad input, or a training failed; its run folder has the details.
+    """
+    if len(set(seeds)) < len(seeds):
+        raise DimoError(f"--seeds must differ, got {', '.join(map(str, seeds))}")
+    if needs_launch(config):
+        raise DimoError(
+            f"--seeds trains in a single process, but training.num_processes is {config.training.num_processes}"
+        )
+    configs = [_with_seed(config, seed) for seed in seeds]
+    for each in configs:
+        validate(each)
+        refuse_early(each)
+    from dimo.train.together import train_together
+    from dimo.train.trainer import Trainer
+
+    with stopping_at_once():
+        trainers = [Trainer(each) for each in configs]
+    return train_together(trainers)
+
+
+def _with_seed(config: Config, seed: int) -> Config:
+    e, folder = config.experiment, Path(config.experiment.output_dir)
+    own = dataclasses.replace(e, seed=seed, name=f"{e.name}-{seed}", output_dir=f"{folder}-{seed}")
+    return dataclasses.replace(config, experiment=own)
 
 
 def refuse_early(config: Config) -> None:

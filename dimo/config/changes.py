@@ -17,7 +17,7 @@ from dimo.errors import DimoError
 FREE_KEYS = {f"experiment.{k}" for k in ("name", "output_dir", "log_every", "save_every", "sample_every", "keep_last")}
 FREE_KEYS |= {f"experiment.{k}" for k in ("resume", "overwrite", "student_dtype", "trackers")}
 FREE_KEYS |= {"model.device", "model.compile", "model.activation_checkpointing"}
-FREE_KEYS |= {"training.num_processes", "training.engine", "training.max_bad_steps"}
+FREE_KEYS |= {"training.num_processes", "training.engine", "training.max_bad_steps", "training.cuda_graph"}
 FREE_KEYS |= {"distill.teacher_ckpt", "distill.prompt_source"}  # paths; dimo.run.sources compares the content
 GROWING_KEYS = {"training.max_train_steps"}
 SILENT_KEYS = {"experiment.resume", "experiment.overwrite"}

@@ -61,6 +61,14 @@ RANGES = {  # {phrase: (test, keys)}; null values are not tested
     ),
     "lie in [0, 2^63)": (lambda value: 0 <= value < 2**63, "experiment.seed evaluation.seed"),
 }
+CAPTURABLE = {  # what training.cuda_graph needs; `dimo.train.graph` checks the rest
+    "model.device": ("auto", "cuda"),
+    "model.backend": ("native",),
+    "distill.prompt_source": ("world",),
+    "training.num_processes": (1,),
+    "training.gradient_accumulation_steps": (1,),
+    "training.mixed_precision": ("no",),
+}
 
 
 def load_config(config: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -217,6 +225,9 @@ def validate(config: Config) -> None:
         )
     d.beta()
     _grid(config)
+    for key, values in CAPTURABLE.items() if config.training.cuda_graph else ():
+        if flat[key] not in values:
+            raise DimoError(f"training.cuda_graph=true needs {key}={values[0]}, got {flat[key]}")
 
 
 def _grid(config: Config) -> tuple[int, int, int]:

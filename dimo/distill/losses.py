@@ -61,7 +61,7 @@ def student_loss(
     w_distill: float = 1.0,
     w_policy: float = 0.0,
     w_kd: float = 0.0,
-    lambda_ent: float = 0.0,
+    lambda_ent: float | torch.Tensor = 0.0,
 ) -> StudentLoss:
     """The losses of stages 7 to 9 and their gradients, in one pass over the tokens.
 
@@ -81,6 +81,7 @@ def student_loss(
         student_at_t: the student's prediction at x_t, with the same head as `student`.
         advantage: (B, 1 or N), for the policy gradient.
         known: the result of `gaps`, if it was computed for the advantage; saves comparing again if beta is None.
+        lambda_ent: a number, or a scalar tensor, whose value is not read back.
 
     Returns:
         The loss; call `total.backward()`.
@@ -98,14 +99,9 @@ def student_loss(
     if known is None and beta is None:
         known = gaps(teacher, aux, x_hat)
 
-    def per_token(value):
-        if value is None:
-            return None
-        return torch.as_tensor(value, device=x_hat.device).float().expand(x_hat.shape).flatten()
-
     settings = _Settings(
-        x_hat.flatten(), per_token(beta), per_token(advantage if w_policy else None), w_distill, w_policy, w_kd,
-        torch.full((), lambda_ent, dtype=torch.float64, device=x_hat.device) if lambda_ent else None,
+        x_hat.flatten(), _per_token(beta, x_hat), _per_token(advantage if w_policy else None, x_hat),
+        w_distill, w_policy, w_kd, _bonus(lambda_ent, x_hat.device),
     )  # fmt: skip
     fixed = student.detach()  # casts the head to the states' dtype once, for both predictions
     at_t = None if student_at_t is None else fixed.with_states(student_at_t.states.detach())
@@ -115,7 +111,7 @@ def student_loss(
     )  # fmt: skip
     known = known or Gaps(*rows.view(-1, *x_hat.shape))
     distill = token - w_policy * (advantage * logp).mean() if w_policy else token
-    total = w_distill * distill + w_kd * kd - lambda_ent * entropy.mean()
+    total = w_distill * distill + w_kd * kd - (lambda_ent * entropy.mean()).float()
     try:
         require_finite("the student's loss", total)  # a single check; its cause is searched for only if it fails
     except NonFiniteError:
@@ -123,6 +119,22 @@ def student_loss(
         require_finite("the auxiliary's logits", known.entropy_aux)
         raise
     return StudentLoss(felt + total.detach(), distill, None if at_t is None else kd, known)
+
+
+def _per_token(value, like: torch.Tensor) -> torch.Tensor | None:
+    """A number or (B, 1 or N), as (B N,) float32 for tokens `like` (B, N); None stays None."""
+    if value is None:
+        return None
+    if not isinstance(value, torch.Tensor):
+        value = torch.full((), value, device=like.device)  # not a copy from the host, which no CUDA graph can contain
+    return value.float().expand(like.shape).flatten()
+
+
+def _bonus(lambda_ent: float | torch.Tensor, device: torch.device) -> torch.Tensor | None:
+    """The weight as a float64 scalar; None for the number 0."""
+    if isinstance(lambda_ent, torch.Tensor):
+        return lambda_ent.double()
+    return torch.full((), lambda_ent, dtype=torch.float64, device=device) if lambda_ent else None
 
 
 @torch.no_grad()

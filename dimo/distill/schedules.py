@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -61,9 +60,10 @@ class XInit:
     Corrupted samples help early in training. But the loss matches the teacher's distribution for fresh and corrupted
     rows together: fresh rows may collapse to one mode while corrupted rows make up for it. Since inference uses only
     fresh rows, the share of corrupted ones should fade to zero before training ends. The trainer sets `fade`, a factor
-    of `p_corrupt`, before every step.
+    of `p_corrupt` (a number or a scalar tensor), before every step.
 
-    The memory of earlier samples is part of a checkpoint (`state_dict`), so resuming is exact.
+    The memory of earlier samples is part of a checkpoint (`state_dict`), so resuming is exact. Once it is full it is
+    updated in place.
 
     Args:
         p_corrupt: probability that a row starts from a remembered x_hat, together with the prompt of that sample.
@@ -76,9 +76,15 @@ class XInit:
             if not 0 <= value <= 1:
                 raise DimoError(f"{name} must lie in [0, 1], got {value}")
         self.codebook_size, self.p_corrupt, self.corrupt_ratio = codebook_size, p_corrupt, corrupt_ratio
-        self.capacity, self.fade = capacity, 1.0
+        self.capacity = capacity
+        self.fade: float | torch.Tensor = 1.0
         self.x_hat: torch.Tensor | None = None
         self.txt_ids: torch.Tensor | None = None
+
+    @property
+    def full(self) -> bool:
+        """Whether the memory no longer grows."""
+        return self.p_corrupt == 0 or (self.x_hat is not None and len(self.x_hat) == self.capacity)
 
     def __call__(
         self, txt_ids: torch.Tensor, num_visual_tokens: int, generator: torch.Generator | None = None
@@ -108,72 +114,94 @@ class XInit:
             return
         require_shape("x_hat", x_hat, (len(txt_ids), "N"))
         require_ids("x_hat", x_hat, self.codebook_size)
-        if self.x_hat is not None:
+        if self.x_hat is not None and self.txt_ids is not None:
             x_hat, txt_ids = torch.cat([x_hat, self.x_hat]), torch.cat([txt_ids, self.txt_ids])
-        self.x_hat, self.txt_ids = x_hat[: self.capacity].detach().clone(), txt_ids[: self.capacity].clone()
+        x_hat, txt_ids = x_hat[: self.capacity].detach(), txt_ids[: self.capacity]
+        if self.x_hat is None or self.txt_ids is None or not self.full:
+            self.x_hat, self.txt_ids = x_hat.clone(), txt_ids.clone()
+        else:
+            self.x_hat.copy_(x_hat)
+            self.txt_ids.copy_(txt_ids)
 
     def state_dict(self) -> dict:
         return {"x_hat": self.x_hat, "txt_ids": self.txt_ids}
 
     def load_state_dict(self, state: dict) -> None:
-        self.x_hat, self.txt_ids = state["x_hat"], state["txt_ids"]
+        self.x_hat, self.txt_ids = (
+            None if kept is None else kept.clone() for kept in (state["x_hat"], state["txt_ids"])
+        )
 
 
 class EntropyController:
     """Controls lambda_ent, the weight of the entropy bonus: `low`, or `high` while the entropy is below the floor.
 
-    The weight returns to `low` only when the entropy exceeds the floor by 10%, so that it does not flicker.
+    The weight returns to `low` only when the entropy exceeds the floor by 10%, so that it does not flicker. A one-step
+    student should end with almost no entropy per token, and a lasting bonus costs quality: the trainer sets `fade`, a
+    factor of the weight (a number or a scalar tensor), before every step.
+
+    The state consists of tensors that are updated in place, so that a CUDA graph can contain the controller.
 
     Args:
+        low, high: the two weights.
         floor: lower limit of the mean token entropy, as a share of its mean over the first `WARMUP` steps.
-        anneal_from, anneal_to: steps between which the weight decays to zero (see `fade`). A one-step student should
-            end with almost no entropy per token, and a lasting bonus costs quality.
+        device: of the state, and of the entropies that are given.
     """
 
     WARMUP = 20  # steps over which the initial entropy is averaged
 
-    def __init__(self, low: float, high: float, floor: float, anneal_from: int = 0, anneal_to: int = 0):
+    def __init__(self, low: float, high: float, floor: float, device: torch.device | str = "cpu"):
         if min(low, high, floor) < 0:
             raise DimoError(f"lambda_ent, lambda_ent_high and entropy_floor must be >= 0, got {low}, {high}, {floor}")
-        self.low, self.high, self.floor = low, high, floor
-        self.anneal_from, self.anneal_to = anneal_from, anneal_to
-        self.raised, self.seen, self.start = False, 0, 0.0
+        self.floor = floor
+        self.fade: float | torch.Tensor = 1.0
+        self.low, self.high = (torch.tensor(weight, dtype=torch.float64, device=device) for weight in (low, high))
+        self.raised = torch.zeros((), dtype=torch.bool, device=device)
+        self.seen = torch.zeros((), dtype=torch.int64, device=device)
+        self.start = torch.zeros((), dtype=torch.float64, device=device)
 
-    def __call__(self, entropy: float, step: int) -> float:
-        """lambda_ent for this step, given its mean token entropy in nats."""
-        if not math.isfinite(entropy):
-            raise DimoError(f"entropy must be finite, got {entropy}")
-        if self.seen < self.WARMUP:
-            self.seen += 1
-            self.start += (entropy - self.start) / self.seen
-        limit = self.floor * self.start * (1.1 if self.raised else 1.0)
-        self.raised = entropy < limit
-        return fade(step, self.anneal_from, self.anneal_to) * (self.high if self.raised else self.low)
+    def __call__(self, entropy: torch.Tensor) -> torch.Tensor:
+        """lambda_ent for this step, a float64 scalar, given its mean token entropy in nats, a finite scalar."""
+        require_shape("entropy", entropy, ())
+        entropy = entropy.double()
+        counts = self.seen < self.WARMUP
+        self.seen += counts
+        self.start += torch.where(counts, (entropy - self.start) / self.seen, 0.0)
+        limit = self.floor * self.start * (1 + 0.1 * self.raised.double())
+        self.raised.copy_(entropy < limit)
+        return self.fade * torch.where(self.raised, self.high, self.low)
 
     def state_dict(self) -> dict:
-        return {"raised": self.raised, "seen": self.seen, "start": self.start}
+        return {"raised": self.raised.item(), "seen": self.seen.item(), "start": self.start.item()}
 
     def load_state_dict(self, state: dict) -> None:
-        self.raised, self.seen, self.start = state["raised"], state["seen"], state["start"]
+        for name in ("raised", "seen", "start"):
+            getattr(self, name).fill_(state[name])
 
 
 class Baseline:
-    """Exponential moving average of the reward, initialised with the first reward."""
+    """Exponential moving average of the reward, initialised with the first reward and then updated in place."""
 
     def __init__(self, decay: float = 0.99):
         if not 0 <= decay < 1:
             raise DimoError(f"baseline decay must lie in [0, 1), got {decay}")
-        self.decay, self.value = decay, None
+        self.decay = decay
+        self.value: torch.Tensor | None = None
 
     def __call__(self, reward: torch.Tensor) -> torch.Tensor:
         """Return the baseline before this reward (of any shape) enters it, a scalar; then update the average."""
         mean = reward.mean().detach()
-        now = mean if self.value is None else self.value.to(mean.device)
-        self.value = now * self.decay + mean * (1 - self.decay)
+        if self.value is None:
+            self.value = mean.clone()
+        self.value = self.value.to(mean.device)  # a checkpoint is loaded on the CPU
+        now = self.value.clone()
+        self.value.copy_(now * self.decay + mean * (1 - self.decay))
         return now
 
     def state_dict(self) -> dict:
-        return {"value": self.value}
+        return {"value": None if self.value is None else self.value.clone()}
 
     def load_state_dict(self, state: dict) -> None:
-        self.value = state["value"]
+        if self.value is not None and state["value"] is not None:
+            self.value.copy_(state["value"])
+        else:
+            self.value = state["value"]

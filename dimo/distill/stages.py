@@ -17,7 +17,7 @@ import torch
 
 from dimo.distill import losses
 from dimo.distill.schedules import Baseline, XInit, sample_t_curriculum
-from dimo.errors import DimoError, require_finite
+from dimo.errors import DimoError, capturing, require_finite
 from dimo.ursa import Chunked, Dense, MetricPath, MixturePath, Prediction, UrsaTransformer, predict, predict_guided
 
 Grid = tuple[int, int, int]
@@ -151,7 +151,7 @@ def draw_t(
     if t_per != "frame":
         raise DimoError(f"t_per must be 'sample' or 'frame', got {t_per!r}")
     t = sample_t_curriculum((batch, grid[0]), step_index, curriculum_steps, generator, device, draws) ** t_power
-    return t.repeat_interleave(grid[1] * grid[2], 1)
+    return t.unsqueeze(-1).expand(-1, -1, grid[1] * grid[2]).flatten(1)
 
 
 def renoise(step: Step, path: MetricPath | MixturePath, t: torch.Tensor, generator=None) -> None:
@@ -177,7 +177,7 @@ def teacher_pass(
     """Stage 5: the frozen teacher at x_t with classifier-free guidance, u + w (c - u).
 
     Conditional and unconditional passes form one batch. If any t < guidance_trunc the unconditional half runs for all
-    rows, not just the guided ones: a compiled teacher then sees only two batch sizes.
+    rows, not just the guided ones: a compiled teacher then sees only two batch sizes. In a CUDA graph it always runs.
 
     Args:
         guidance_scale: w; 1 is no guidance.
@@ -187,11 +187,12 @@ def teacher_pass(
     if guidance_scale != 1 and uncond_ids is None:
         raise DimoError("uncond_ids, the ids (1, L) of the negative prompt, are required if guidance_scale is not 1")
     txt_ids = step.txt_ids_at_t
-    if uncond_ids is None or guidance_scale == 1 or not bool((step.t < guidance_trunc).any()):
-        step.teacher = predict(teacher, txt_ids, step.x_t, grid, step.dense, step.t)
-    else:
+    guided = uncond_ids is not None and guidance_scale != 1
+    if guided and (capturing(step.t) or bool((step.t < guidance_trunc).any())):
         w = torch.where(step.t < guidance_trunc, guidance_scale, 1.0).view(len(step.t), -1, 1)
         step.teacher = predict_guided(teacher, txt_ids, uncond_ids, step.x_t, grid, w, step.dense, step.t)
+    else:
+        step.teacher = predict(teacher, txt_ids, step.x_t, grid, step.dense, step.t)
     _require_finite("the teacher's logits", step.teacher)
 
 
@@ -341,7 +342,7 @@ def total_loss(step: Step, w_distill: float = 1.0, w_kd: float = 0.0, lambda_ent
     made = losses.student_loss(
         step.student.repeat(draws), step.teacher, step.aux, x_hat, logp, entropy, beta=step.beta,
         student_at_t=step.student_at_t, advantage=step.advantage, known=step.gaps, w_distill=w_distill,
-        w_policy=step.w_policy, w_kd=w_kd, lambda_ent=float(lambda_ent),
+        w_policy=step.w_policy, w_kd=w_kd, lambda_ent=lambda_ent,
     )  # fmt: skip
     step.loss, step.distill, step.kd, step.gaps = made.total, made.distill, made.kd, made.gaps
     step.reward = reward_of(made.gaps, len(step.x_hat))

@@ -54,7 +54,7 @@ class Distillation(Protocol):
     beta: float | str  # of D_beta
     x_init: XInit
     baseline: Baseline | None
-    lambda_ent: float  # changed during the step by `set_entropy_bonus`
+    lambda_ent: float | torch.Tensor  # changed during the step by `set_entropy_bonus`
     empty_ids: torch.Tensor  # (1, L): the empty prompt
     uncond_ids: torch.Tensor  # (1, L): the negative prompt of guidance
     generator: torch.Generator
@@ -73,7 +73,7 @@ class Distillation(Protocol):
     def set_entropy_bonus(self, index: int, entropy: torch.Tensor) -> None:
         """Set `lambda_ent` according to the student's mean token entropy, a scalar in nats."""
 
-    def update_ema(self, index: int) -> None:
+    def update_ema(self) -> None:
         """Update the student's moving average."""
 
     def mean(self, value: torch.Tensor) -> torch.Tensor:
@@ -161,9 +161,9 @@ def nine_stages(run: Distillation, index: int, steps: list[Step], norms: dict[st
             stages.total_loss(step, d.w_distill, d.w_kd, run.lambda_ent)
         run.student.backward(step.loss / parts, last=part == parts - 1)
     norms["grad_norm/student"] = _update(run.student, "student")
-    run.update_ema(index)
+    run.update_ema()
     if run.baseline and run.baseline.value is not None:
-        run.baseline.value = run.mean(run.baseline.value)  # all processes share one baseline
+        run.baseline.value.copy_(run.mean(run.baseline.value))  # all processes share one baseline
     yield 9, steps[-1]
 
 

@@ -7,6 +7,7 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,6 @@ from safetensors import SafetensorError
 from dimo.config import to_flat, to_yaml
 from dimo.errors import DimoError, are_finite
 from dimo.files import save_torch, whole_file, write_text
-from dimo.output import lasting_output
 from dimo.run.checkpoints import Checkpoints
 from dimo.run.folder import RunFolder
 from dimo.run.progress import Progress
@@ -37,27 +37,28 @@ OWN_TO_A_MACHINE = {"experiment.output_dir", "experiment.resume", "experiment.ov
 OWN_TO_A_MACHINE |= {"distill.teacher_ckpt", "distill.prompt_source"}
 
 
-def run_training(trainer: Trainer, progress: bool = True) -> RunFolder:
+def training(trainer: Trainer, signals: Signals, progress: bool = True) -> Generator[None, None, RunFolder]:
     """Train to max_train_steps, resuming from the newest valid checkpoint of the run folder; write checkpoints/final.
+
+    Pauses before the first step and after each, and returns the run folder; `dimo.train.together` goes through it.
 
     Raises:
         Preempted: a signal asked to stop; the step was finished and saved, and the run's status is "preempted".
         DimoError: the run folder or its checkpoints cannot be used, or writing failed.
     """
     c = trainer.config.experiment
-    with lasting_output(), Signals() as signals:
-        run = _open(trainer)
-        checkpoints = Checkpoints(run.path / "checkpoints", c.keep_last, trainer.accelerator.process_index)
-        try:
-            _train(trainer, run, checkpoints, signals, progress)
-        except BaseException as error:  # Ctrl-C, too: the run folder must record how the run ended
-            if isinstance(error, Exception) and trainer.accelerator.num_processes == 1:  # else a rank may be missing
-                with contextlib.suppress(DimoError):
-                    _say_saved(run, checkpoints.finish())
-            _record_end(c.output_dir, error, trainer.accelerator.process_index)
-            raise
-        finally:
-            run.close()
+    run = _open(trainer)
+    checkpoints = Checkpoints(run.path / "checkpoints", c.keep_last, trainer.accelerator.process_index)
+    try:
+        yield from _train(trainer, run, checkpoints, signals, progress)
+    except BaseException as error:  # Ctrl-C, too: the run folder must record how the run ended
+        if isinstance(error, Exception) and trainer.accelerator.num_processes == 1:  # else a rank may be missing
+            with contextlib.suppress(DimoError):
+                _say_saved(run, checkpoints.finish())
+        _record_end(c.output_dir, error, trainer.accelerator.process_index)
+        raise
+    finally:
+        run.close()
     return run
 
 
@@ -94,7 +95,9 @@ def _require_one_run(trainer: Trainer) -> None:
     raise_everywhere(error)
 
 
-def _train(trainer: Trainer, run: RunFolder, checkpoints: Checkpoints, signals: Signals, progress: bool) -> None:
+def _train(
+    trainer: Trainer, run: RunFolder, checkpoints: Checkpoints, signals: Signals, progress: bool
+) -> Iterator[None]:
     c, last = trainer.config.experiment, trainer.config.training.max_train_steps
     _require_one_run(trainer)
     first = _resume(trainer, run, checkpoints)
@@ -105,6 +108,7 @@ def _train(trainer: Trainer, run: RunFolder, checkpoints: Checkpoints, signals: 
     run.write_environment()
     run.write_status(state="running", step=first, max_steps=last)
     open_trackers(trainer.accelerator, trainer.config, run)
+    yield
     bar = Progress(first, last, shown=progress and run.writes)
     clock, since = time.perf_counter(), first
     for index in bar:
@@ -119,6 +123,7 @@ def _train(trainer: Trainer, run: RunFolder, checkpoints: Checkpoints, signals: 
             _say_saved(run, checkpoints.finish())
         if done % c.log_every == 0 or done == last:
             values = trainer.metrics(step) | {k: float(v) for k, v in extra.items()}
+            _drain_events(trainer, run)
             seconds = (time.perf_counter() - clock) / (done - since)
             values["time/step_s"] = seconds
             values["tokens_per_s"] = trainer.tokens_per_step / seconds
@@ -142,6 +147,7 @@ def _train(trainer: Trainer, run: RunFolder, checkpoints: Checkpoints, signals: 
             name = next(name for name in everywhere(signals.received) if name)
             run.write_status(step=done)
             raise Preempted(f"{name} after step {done}, which is saved; the same command continues")
+        yield
     _say_saved(run, checkpoints.finish())
     write_student(trainer, run)
     if trainer.guard.skipped:
@@ -258,6 +264,7 @@ def write_samples(trainer: Trainer, run: RunFolder, done: int) -> None:
     """
     if trainer.ursa.vae is None:
         return
+    trainer.look()
     g = torch.Generator(trainer.device).manual_seed(trainer.config.experiment.seed)
     examples, ids = trainer.prompts.examples, trainer.prompts.example_ids
     rows = torch.linspace(0, len(ids) - 1, min(8, len(ids))).long().to(trainer.device)

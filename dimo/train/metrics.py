@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from dimo.distill.stages import Step
@@ -36,7 +38,10 @@ def measured(step: Step) -> dict[str, torch.Tensor]:
 
 
 class Averages:
-    """Running means since the last `take`. The sums stay on the device, so `add` does not synchronise."""
+    """Running means since the last `take`. The sums stay on the device, so `add` does not synchronise.
+
+    `add` is `accumulate`, which a CUDA graph can contain, and `count`, which its replay must be followed by.
+    """
 
     def __init__(self):
         self.sums: dict[str, torch.Tensor] = {}
@@ -44,19 +49,32 @@ class Averages:
 
     def add(self, values: dict[str, torch.Tensor]) -> None:
         """Add the scalars of one step or micro-batch."""
+        self.accumulate(values)
+        self.count(values)
+
+    def accumulate(self, values: dict[str, torch.Tensor]) -> None:
+        """Add scalars to the sums, in place."""
         for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach().float()
+            if name not in self.sums:
+                self.sums[name] = torch.zeros((), device=value.device)
+        torch._foreach_add_([self.sums[name] for name in values], [v.detach().float() for v in values.values()])
+
+    def count(self, names: Iterable[str]) -> None:
+        """Count what `accumulate` has added."""
+        for name in names:
             self.counts[name] = self.counts.get(name, 0) + 1
 
     def take(self) -> dict[str, torch.Tensor]:
         """Return {name: mean} and reset."""
-        means = {name: total / self.counts[name] for name, total in self.sums.items()}
-        self.sums, self.counts = {}, {}
+        means = {name: self.sums[name] / count for name, count in self.counts.items()}
+        for total in self.sums.values():
+            total.zero_()
+        self.counts = {}
         return means
 
     def state_dict(self) -> dict:
-        return {"sums": self.sums, "counts": self.counts}
+        return {"sums": {name: self.sums[name] for name in self.counts}, "counts": dict(self.counts)}
 
     def load_state_dict(self, state: dict, device: torch.device) -> None:
-        self.sums = {name: value.to(device) for name, value in state["sums"].items()}
+        self.sums = {name: value.to(device, copy=True) for name, value in state["sums"].items()}
         self.counts = dict(state["counts"])

@@ -18,7 +18,8 @@ class Muon(torch.optim.Optimizer):
 
     The update of a matrix (m, n) is lr 0.2 sqrt(max(m, n)) U, with U from five Newton-Schulz iterations (Jordan et al.
     2024; scale: arXiv 2502.16982, eq. 4). Equals `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"`, but
-    matrices of equal shape are processed as one batch, several times as fast for small networks.
+    matrices of equal shape are processed as one batch, several times as fast for small networks, and the learning rate
+    may be a scalar tensor.
     """
 
     def __init__(self, params, lr: float, momentum: float = 0.9, weight_decay: float = 0.0):
@@ -30,7 +31,9 @@ class Muon(torch.optim.Optimizer):
             momentum, updates = group["momentum"], []
             params = [p for p in group["params"] if p.grad is not None]
             for p in params:
-                buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p.grad))
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
+                buffer = self.state[p]["momentum_buffer"]
                 buffer.lerp_(p.grad, 1 - momentum)
                 updates.append(p.grad.lerp(buffer, momentum))
             if group["weight_decay"]:
@@ -41,6 +44,8 @@ class Muon(torch.optim.Optimizer):
                 for some in (same[i : i + most] for i in range(0, len(same), most)):
                     step = orthogonalise(torch.stack([updates[i] for i in some]))
                     scale = -group["lr"] * 0.2 * math.sqrt(max(shape))
+                    if isinstance(scale, torch.Tensor):  # which `alpha` would read back
+                        step, scale = step * scale, 1.0
                     torch._foreach_add_([params[i] for i in some], list(step.unbind()), alpha=scale)
 
 
@@ -85,7 +90,21 @@ def set_lr_factor(optimizers: list[torch.optim.Optimizer], factor: float) -> Non
     """Set the learning rate of every parameter group to initial_lr * factor."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
+            group["lr"] = assign(group["lr"], group["initial_lr"] * factor)
+
+
+def assign(held: float | torch.Tensor, value: float | torch.Tensor) -> float | torch.Tensor:
+    """`value`, to be held in place of `held`; a scalar tensor is filled instead, since a CUDA graph reads it there."""
+    return held.fill_(value) if isinstance(held, torch.Tensor) else value
+
+
+def make_capturable(optimizers: list[torch.optim.Optimizer], device: torch.device) -> None:
+    """Hold learning rates in scalar tensors, so that a CUDA graph can contain the update."""
+    for optimizer in optimizers:
+        optimizer._warned_capturable_if_run_uncaptured = True  # the first steps are not captured
+        for group in optimizer.param_groups:
+            group["lr"] = torch.tensor(group["lr"], dtype=torch.float32, device=device)
+            group["capturable"] = True
 
 
 def warm_ema_decay(decay: float, step: int) -> float:

@@ -18,11 +18,12 @@ from dimo.distill.step import Networks, nine_stages
 from dimo.errors import DimoError, NonFiniteError, trusted_values
 from dimo.run.folder import RunFolder
 from dimo.train.engine import Engine, load_full_state, reshard, to_local
+from dimo.train.graph import StepGraphs, require_capturable
 from dimo.train.guards import Guard
-from dimo.train.loop import run_training
 from dimo.train.metrics import MEASURED, Averages, measured
-from dimo.train.optimizers import lr_factor, make_optimizers, warm_ema_decay
+from dimo.train.optimizers import assign, lr_factor, make_optimizers, warm_ema_decay
 from dimo.train.prompts import WorldPrompts, open_prompts
+from dimo.train.together import train_together
 from dimo.ursa import Ursa, load_ursa, predict
 from dimo.ursa.cpu import keep_memory
 from dimo.views.clean_tokens import known_clean_tokens
@@ -82,33 +83,39 @@ class Trainer:
         self.student = self.engine.learner(student, lambda net: make_optimizers(net, o.lr, o.muon_lr, o))
         self.aux = self.engine.learner(aux, lambda net: make_optimizers(net, o.aux_lr, o.muon_lr * o.aux_lr / o.lr, o))
         self.x_init = XInit(self.path.codebook_size, d.p_corrupt, d.corrupt_ratio)
-        self.entropy_bonus = EntropyController(
-            d.lambda_ent, d.lambda_ent_high, d.entropy_floor, d.ent_anneal_from, d.ent_anneal_to
-        )
+        self.entropy_bonus = EntropyController(d.lambda_ent, d.lambda_ent_high, d.entropy_floor, self.device)
         self.baseline = Baseline(d.baseline_decay) if d.baseline == "ema" else None
         self.beta = d.beta()
         self.generator = torch.Generator(self.device)
-        self.lambda_ent = d.lambda_ent
+        self.lambda_ent: float | torch.Tensor = d.lambda_ent
+        self.ema_weight: float | torch.Tensor = 0.0  # of the student in an update of its moving average
         # logits are stored only if a batch's take at most 128 MiB and are not rounded to bf16
         large = d.t_draws * d.batch_size_per_gpu * self.num_visual_tokens * self.path.codebook_size > 2**25
         self.dense = not large and config.training.mixed_precision == "no"
         self.guard = Guard(self.engine, config.training.max_bad_steps)
         self.averages = Averages()
         self.events: list[dict] = []  # {"step", "event", ...}; drained by the training loop
+        self.graphs: StepGraphs | None = None
+        if config.training.cuda_graph:
+            require_capturable(self)
+            self.graphs = StepGraphs(self)
 
     def step(self, index: int) -> tuple[Step, dict[str, float]]:
         """Run training step `index`, the nine stages in order.
 
-        If any rank meets a value that is not finite, all ranks skip the rest of the step.
+        If any rank meets a value that is not finite, all ranks skip the rest of the step. With training.cuda_graph most
+        steps are replays of a CUDA graph, which cannot skip anything (see `dimo.train.graph`).
 
         Returns:
             (results of the stages, of the last micro-batch under gradient accumulation; metrics grad_norm/student,
-            grad_norm/aux, optim/lr and guard/skipped).
+            grad_norm/aux, optim/lr and guard/skipped). Those of a replay are overwritten by the next one.
 
         Raises:
             DimoError: training.max_bad_steps steps in a row were skipped; the last batch is saved for replay.
         """
         with trusted_values():  # ids come from a tokenizer checked at loading, and from the step's own draws
+            if self.graphs is not None:
+                return self.graphs.step(index)
             *_, (_, step, values) = self.walk(index)
         return step, values
 
@@ -121,14 +128,8 @@ class Trainer:
         Yields:
             (stage number 1 to 9, results so far, metrics as in `step` for stage 9, else {}).
         """
-        c, g = self.config, self.generator
-        seed = self.seed_of(index)
-        g.manual_seed(seed)
-        last = c.training.max_train_steps
-        factor = lr_factor(c.optim, index, last, c.optim.min_lr_share)
-        self.student.set_lr_factor(factor)
-        self.aux.set_lr_factor(lr_factor(c.optim, index, last, c.optim.aux_min_lr_share))
-        self.x_init.fade = fade(index, 0, c.distill.p_corrupt_fade * last)
+        c = self.config
+        values = self.prepare(index)
         steps = [Step(dense=self.dense) for _ in range(c.training.gradient_accumulation_steps)]
         norms = {"grad_norm/student": math.nan, "grad_norm/aux": math.nan}
         baseline = self.baseline.state_dict() if self.baseline else None
@@ -146,8 +147,20 @@ class Trainer:
             if self.baseline and baseline:
                 self.baseline.load_state_dict(baseline)  # a NaN would stay in the moving average forever
             self.events.append({"step": index + 1, "event": "step_skipped", **self.guard.count(error)})
-            self.guard.stop_if_hopeless(c.experiment.output_dir, index, seed, steps)
-        yield 9, steps[-1], norms | {"optim/lr": c.optim.lr * factor, "guard/skipped": self.guard.skipped}
+            self.guard.stop_if_hopeless(c.experiment.output_dir, index, self.seed_of(index), steps)
+        yield 9, steps[-1], norms | values | {"guard/skipped": self.guard.skipped}
+
+    def prepare(self, index: int) -> dict[str, float]:
+        """Seed the generator and set what a schedule changes from step to step; returns the metric optim/lr."""
+        o, d, last = self.config.optim, self.config.distill, self.config.training.max_train_steps
+        self.generator.manual_seed(self.seed_of(index))
+        factor = lr_factor(o, index, last, o.min_lr_share)
+        self.student.set_lr_factor(factor)
+        self.aux.set_lr_factor(lr_factor(o, index, last, o.aux_min_lr_share))
+        self.x_init.fade = assign(self.x_init.fade, fade(index, 0, d.p_corrupt_fade * last))
+        self.entropy_bonus.fade = assign(self.entropy_bonus.fade, fade(index, d.ent_anneal_from, d.ent_anneal_to))
+        self.ema_weight = assign(self.ema_weight, 1 - warm_ema_decay(o.ema_decay, index))
+        return {"optim/lr": o.lr * factor}
 
     def seed_of(self, index: int) -> int:
         """Generator seed from (seed, rank, step), so that a resumed run draws the same numbers."""
@@ -171,22 +184,40 @@ class Trainer:
 
     def set_entropy_bonus(self, index: int, entropy: torch.Tensor) -> None:
         """Set lambda_ent from the mean token entropy over all ranks; a switch between its two values is an event."""
-        raised, before = self.entropy_bonus.raised, self.lambda_ent
-        entropy = self.engine.mean(entropy).item()
-        self.lambda_ent = self.entropy_bonus(entropy, index)
-        if self.entropy_bonus.raised != raised:
-            event = "entropy_bonus_lowered" if raised else "entropy_bonus_raised"
+        entropy, bonus, before = self.engine.mean(entropy), self.entropy_bonus, self.lambda_ent
+        was = bonus.raised.clone()
+        weight = bonus(entropy)
+        if isinstance(before, torch.Tensor):
+            before.copy_(weight)  # `StepGraphs.look` notices a switch
+            return
+        self.lambda_ent, raised, switched, entropy = torch.stack(
+            [weight, bonus.raised, was ^ bonus.raised, entropy]
+        ).tolist()
+        if switched:
+            event = "entropy_bonus_raised" if raised else "entropy_bonus_lowered"
             change = {"was": before, "is": self.lambda_ent, "entropy": entropy}
             self.events.append({"step": index + 1, "event": event, **change})
 
     @torch.no_grad()
-    def update_ema(self, index: int) -> None:
+    def update_ema(self) -> None:
         """Update the student's moving average."""
-        decay = warm_ema_decay(self.config.optim.ema_decay, index)
         reshard(self.networks.ema)
         pairs = zip(self.networks.ema.parameters(), self.networks.student.parameters())
         ema, student = zip(*((to_local(e), to_local(s)) for e, s in pairs if s.requires_grad))
-        torch._foreach_lerp_(ema, student, 1 - decay)
+        if isinstance(self.ema_weight, torch.Tensor):
+            torch._foreach_add_(ema, torch._foreach_mul(torch._foreach_sub(student, ema), self.ema_weight))
+        else:
+            torch._foreach_lerp_(ema, student, self.ema_weight)
+
+    def look(self) -> None:
+        """Raise DimoError if a replayed CUDA graph met a value that is not finite (see `StepGraphs.look`)."""
+        if self.graphs is not None:
+            self.graphs.look()
+
+    def stream(self) -> contextlib.AbstractContextManager:
+        """The context in which the training loop runs this trainer: its own CUDA stream, if it has one."""
+        own = self.graphs.stream if self.graphs is not None else None
+        return contextlib.nullcontext() if own is None else torch.cuda.stream(own)
 
     @torch.no_grad()
     def metrics(self, step: Step) -> dict[str, float]:
@@ -195,6 +226,7 @@ class Trainer:
         codes/used, and gap/student_teacher_kl if stage 7 did not run (one more student pass), are computed for `step`,
         the latest one, only. NaN if no step, or for these two the latest step, was finite.
         """
+        self.look()
         means = dict.fromkeys([*MEASURED, "reward/square"], torch.tensor(math.nan, device=self.device))
         if not self.guard.in_a_row:
             means["gap/student_teacher_kl"] = self._student_teacher_kl(step)
@@ -205,7 +237,7 @@ class Trainer:
         means = dict(zip(means, values))
         means["reward/std"] = math.sqrt(max(means.pop("reward/square") - means["reward/mean"] ** 2, 0.0))
         means["loss/kd"] = means["gap/student_teacher_kl"]
-        return means | {"lambda_ent": self.lambda_ent} | self.prompts.metrics()
+        return means | {"lambda_ent": float(self.lambda_ent)} | self.prompts.metrics()
 
     def _student_teacher_kl(self, step: Step) -> torch.Tensor:
         if step.kd is not None:
@@ -220,6 +252,7 @@ class Trainer:
         Returns:
             ({network: full state dict}, optimizers and everything else). If the engine shards, only rank 0 holds them.
         """
+        self.look()
         n = self.networks
         networks = {"student": n.student, "aux": n.aux, "ema": n.ema}
         return {name: self.engine.full_state_dict(net) for name, net in networks.items()}, {
@@ -254,6 +287,8 @@ class Trainer:
             rank_state: from `rank_state`; None for a rank that the checkpoint does not have, which then starts with an
                 empty memory. This is recorded as an event.
         """
+        if self.graphs is not None:
+            self.graphs.forget()
         self.student.load_state(tensors["student"], state["optimizers"]["student"])
         self.aux.load_state(tensors["aux"], state["optimizers"]["aux"])
         load_full_state(self.networks.ema, tensors["ema"])
@@ -292,7 +327,7 @@ class Trainer:
 
     def train(self, progress: bool = True) -> RunFolder:
         """Train to max_train_steps, resuming from the newest checkpoint of the run folder; write checkpoints/final."""
-        return run_training(self, progress)
+        return train_together([self], progress)[0]
 
 
 def step_through(trainer: Trainer, steps: int) -> Iterator[tuple[int, Step, dict[str, float]]]:

@@ -1,0 +1,208 @@
+"""Training steps as CUDA graphs (`training.cuda_graph`): a step of a small world is bound by its kernel launches.
+
+The first steps of a run are ordinary ones: they fill the memory of x_init and create the optimizers' states. Then the
+nine stages, both updates and the sums of metrics are captured once and replayed. Random draws, learning rates and all
+else that a schedule changes are set before each replay, in tensors that the graph reads, so a replay makes the step
+that the trainer would make, up to rounding. Steps of another kind (after the time curriculum, or with stage 7 if
+distill.kd_every leaves it out of some) have a graph of their own.
+
+What differs from training without a graph:
+
+- A replay cannot stop at a value that is not finite. It records the step, and `look`, which everything that reads the
+  run's state calls first, then stops the run: no metrics, no checkpoint and no picture contain such a step or a later
+  one. Steps are not skipped, and training.max_bad_steps counts the ordinary ones only.
+- A switch of the entropy bonus takes effect in its step, as ever, but the event has the step at which it was noticed,
+  that of the next line of metrics.jsonl.
+- The unconditional half of a guided teacher always runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from dimo.distill.stages import Step
+from dimo.distill.step import nine_stages
+from dimo.errors import DimoError
+from dimo.run.checkpoints import Checkpoints
+from dimo.train.metrics import measured
+from dimo.train.optimizers import make_capturable
+
+if TYPE_CHECKING:
+    from dimo.train.trainer import Trainer
+
+ORDINARY = 3  # steps of a kind before its capture: libraries set up their workspaces, and compilers compile
+AHEAD = 2  # replays that may be queued, so that the time between steps is that of the GPU
+COMPILED = 64  # graphs of torch.compile for one function: the networks of each seed have their own
+CHECKED = ("loss/total", "entropy/student", "entropy/teacher", "entropy/aux")
+
+
+def require_capturable(trainer: Trainer) -> None:
+    """Raise DimoError if the trainer's step cannot become a CUDA graph; `dimo.config.load` has checked the keys."""
+    if trainer.device.type != "cuda":
+        raise DimoError("training.cuda_graph=true needs a GPU, and PyTorch finds none")
+    if trainer.engine.world_size > 1:
+        raise DimoError(f"training.cuda_graph=true needs a single process, got {trainer.engine.world_size}")
+    if not trainer.dense:
+        raise DimoError(
+            "training.cuda_graph=true is for small worlds, whose logits are stored whole: t_draws * batch_size_per_gpu "
+            f"* visual tokens * codes must be at most {2**25}; this teacher has {trainer.path.codebook_size} codes"
+        )
+
+
+@dataclasses.dataclass
+class _Captured:
+    """A captured step: what replays it, and its results, which each replay overwrites."""
+
+    replay: Callable[[], None] = lambda: None
+    step: Step = dataclasses.field(default_factory=Step)
+    norms: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    names: tuple[str, ...] = ()  # of the metrics that it adds to the sums
+
+
+class StepGraphs:
+    """The CUDA graphs of a trainer's step, one for each kind of step, on a stream of their own.
+
+    Until a kind is captured its steps are those of `Trainer.walk`. Changes the trainer: everything that a schedule sets
+    becomes a scalar tensor.
+    """
+
+    def __init__(self, trainer: Trainer):
+        self.trainer, device = trainer, trainer.device
+        self.stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self.stream = torch.cuda.Stream(device)
+            self.stream.wait_stream(torch.cuda.current_stream(device))  # the networks were made there
+        for learner in (trainer.student, trainer.aux):
+            make_capturable(learner.optimizers, device)
+        trainer.x_init.fade = torch.zeros((), device=device)
+        trainer.entropy_bonus.fade = torch.zeros((), dtype=torch.float64, device=device)
+        if trainer.lambda_ent > 0:
+            trainer.lambda_ent = torch.tensor(trainer.lambda_ent, dtype=torch.float64, device=device)
+        trainer.ema_weight = torch.zeros((), device=device)
+        self.index = torch.zeros((), dtype=torch.int64, device=device)
+        self.bad = torch.full((), -1, dtype=torch.int64, device=device)  # the first step that was not finite
+        self.latest = 0
+        self.forget()
+        if trainer.config.model.compile:
+            torch._dynamo.config.recompile_limit = max(COMPILED, torch._dynamo.config.recompile_limit)
+
+    def forget(self) -> None:
+        """Drop all graphs, since tensors that they read were replaced."""
+        self.captured: dict[tuple, _Captured] = {}
+        self.ordinary: Counter[tuple] = Counter()
+        self.noticed: tuple[bool, float] | None = None  # of the entropy bonus: raised, lambda_ent
+
+    def kind(self, index: int) -> tuple[bool, bool]:
+        """What in step `index` is decided by the step's number: (time curriculum, stage 7)."""
+        d = self.trainer.settings
+        return index < d.t_curriculum_steps, d.w_kd > 0 and index % d.kd_every == 0
+
+    def step(self, index: int) -> tuple[Step, dict[str, torch.Tensor | float]]:
+        """Run training step `index` without waiting for it; returns what `Trainer.step` does."""
+        trainer, kind = self.trainer, self.kind(index)
+        with self._on_stream():
+            if self.noticed is None:
+                self._note_switch()
+            self.latest = index
+            if kind not in self.captured and (self.ordinary[kind] < ORDINARY or not trainer.x_init.full):
+                *_, (_, step, values) = trainer.walk(index)
+                self.ordinary[kind] += trainer.guard.in_a_row == 0  # a skipped step may have created nothing
+                self._note_switch()
+                return step, values
+            if kind not in self.captured:
+                self.captured[kind] = self._capture(index)
+            captured = self.captured[kind]
+            values = trainer.prepare(index)
+            self.index.fill_(index)
+            captured.replay()
+            trainer.averages.count(captured.names)
+        return captured.step, captured.norms | values | {"guard/skipped": trainer.guard.skipped}
+
+    def _capture(self, index: int) -> _Captured:
+        """Capture the step; this runs nothing. Of `index` only its kind matters."""
+        captured = _Captured()
+        captured.replay = record(lambda: self._run(index, captured), self.stream, self.trainer.generator)
+        return captured
+
+    def _run(self, index: int, into: _Captured) -> None:
+        trainer, step, norms = self.trainer, Step(dense=self.trainer.dense), dict[str, torch.Tensor]()
+        for _ in nine_stages(trainer, index, [step], norms):
+            pass
+        values = measured(step)
+        trainer.averages.accumulate(values)
+        finite = torch.stack([*norms.values(), *(values[name].detach() for name in CHECKED)]).isfinite().all()
+        self.bad.copy_(torch.where(finite | (self.bad >= 0), self.bad, self.index))
+        into.step, into.norms, into.names = step, norms, tuple(values)
+
+    def look(self) -> None:
+        """Read back what replays could not report. Waits for the GPU.
+
+        Raises:
+            DimoError: a replayed step was not finite; the run's state is worthless since then.
+        """
+        with self._on_stream():
+            bad = int(self.bad)
+            self._note_switch()
+        if bad < 0:
+            return
+        saved = Checkpoints(Path(self.trainer.config.experiment.output_dir) / "checkpoints").all()
+        last = f"the last checkpoint is {saved[-1].name}" if saved else "there is no checkpoint yet"
+        raise DimoError(
+            f"step {bad + 1} met a value that is not finite, and a CUDA graph cannot skip a step, so nothing since "
+            f"then was saved; {last}. Continue with training.cuda_graph=false, which skips such steps, or lower "
+            "optim.lr or optim.aux_lr"
+        )
+
+    def _note_switch(self) -> None:
+        """Make an event of a switch of the entropy bonus since the last call."""
+        trainer, before = self.trainer, self.noticed
+        if trainer.settings.lambda_ent == 0:
+            return
+        raised, now = bool(trainer.entropy_bonus.raised), float(trainer.lambda_ent)
+        self.noticed = raised, now
+        if before is not None and before[0] != raised:
+            event = "entropy_bonus_raised" if raised else "entropy_bonus_lowered"
+            trainer.events.append({"step": self.latest + 1, "event": event, "was": before[1], "is": now})
+
+    @contextlib.contextmanager
+    def _on_stream(self) -> Iterator[None]:
+        """In this context the own stream is the current one; what comes before and after on another waits for it."""
+        outside = torch.cuda.current_stream(self.trainer.device) if self.stream is not None else None
+        if self.stream is None or outside is None or outside == self.stream:
+            yield
+            return
+        self.stream.wait_stream(outside)
+        with torch.cuda.stream(self.stream):
+            yield
+        outside.wait_stream(self.stream)
+
+
+def record(function: Callable[[], None], stream, generator: torch.Generator) -> Callable[[], None]:
+    """Capture the kernels of `function`, and of the generator that it draws from, as a CUDA graph.
+
+    Returns:
+        What replays it on the current stream; it waits until all but the last AHEAD replays have ended.
+    """
+    gc.collect()  # graphs of earlier trainers must not be destroyed during the capture
+    graph, queued = torch.cuda.CUDAGraph(), deque[torch.cuda.Event]()
+    graph.register_generator_state(generator)
+    # relaxed, since chunks query free memory; an own stream, since concurrent graphs must not share a workspace
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="relaxed"):
+        function()
+
+    def replay() -> None:
+        graph.replay()
+        queued.append(torch.cuda.Event(blocking=True))
+        queued[-1].record()
+        if len(queued) > AHEAD:
+            queued.popleft().synchronize()
+
+    return replay

@@ -1,0 +1,63 @@
+"""The documentation as a site: it builds without a warning, and what is made at build time is there."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from dimo.config import config_keys
+
+ROOT = Path(__file__).parent.parent
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The built site, with one executed notebook."""
+    folder = tmp_path_factory.mktemp("docs")
+    image = nbformat.v4.new_output("display_data", {"image/png": PIXEL})
+    cell = nbformat.v4.new_code_cell("show()", outputs=[image], execution_count=1)
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), folder / "01_inputs.ipynb")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder / "site")]
+    env = {"DIMO_NOTEBOOKS": str(folder), "NO_MKDOCS_2_WARNING": "1", "PATH": ""}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "site"
+
+
+def test_every_key_and_every_command_has_its_place(site):
+    page = (site / "reference/configuration.html").read_text()
+    assert [key for key in config_keys() if f"<code>{key.split('.')[1]}</code>" not in page] == []
+    commands = (site / "reference/commands.html").read_text()
+    assert all(f"usage: dimo {name}" in commands for name in ("train", "run", "evaluate", "sample", "world"))
+
+
+def test_an_executed_notebook_is_shown_with_its_picture(site):
+    page = (site / "notebooks/01_inputs.html").read_text()
+    picture = re.search(r'src="(01_inputs_files/[^"]+\.png)"', page)
+    assert picture and (site / "notebooks" / picture[1]).read_bytes().startswith(b"\x89PNG")
+
+
+def test_equations_are_drawn_without_a_script(site):
+    page = (site / "concepts.html").read_text()
+    assert page.count("<math") > 10 and "$$" not in page and "KL" in page
+
+
+def test_no_page_loads_anything_from_elsewhere(site):
+    loads = re.compile(r'<(?:script|img|link)[^>]*?(?:src|href)="(https?://[^"]+)"')
+    assert [(page.name, found) for page in site.rglob("*.html") for found in loads.findall(page.read_text())] == []
+
+
+def test_links_of_the_readme_lead_somewhere():
+    text = (ROOT / "README.md").read_text()
+    targets = [link.split("#")[0] for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("http")]
+    assert len(targets) > 15
+    assert [target for target in targets if not (ROOT / target).exists()] == []
+
+
+def test_the_readme_stays_short():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) < 150
