@@ -23,7 +23,10 @@ RESUMING = ("train", "run", "ablate")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0; 2 for bad input, with a one-sentence message; 75 for a stopped run; 130 for Ctrl-C."""
+    """Returns the exit code: 0; 2 for bad input, with a one-sentence message; 75 for a stopped run; 130 for Ctrl-C.
+
+    Those of `check-alignment` are in its help.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     with lasting_output() as lost:
         code = _main(argv)
@@ -36,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
 def _main(argv: list[str]) -> int:
     try:
         args = parse(argv)
-        COMMANDS[args.command](args)
+        return COMMANDS[args.command](args) or 0
     except DimoError as error:
         print(f"dimo: {error}", file=sys.stderr)
         return 2
@@ -50,7 +53,6 @@ def _main(argv: list[str]) -> int:
         again = "; the same command resumes from the last checkpoint" if argv and argv[0] in RESUMING else ""
         print(f"dimo: interrupted{again}", file=sys.stderr)
         return 130
-    return 0
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -157,6 +159,12 @@ def _inspect(args) -> None:
         raise DimoError(f"{len(missing)} part(s) of {folder} are missing or damaged")
 
 
+def _check_alignment(args) -> int:
+    from dimo.commands.check_alignment import check_alignment
+
+    return check_alignment(args)
+
+
 def _sample(args) -> None:
     prompts = args.prompt + (read_prompts(args.prompt_file) if args.prompt_file else [])
     request = Request(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Request)})
@@ -203,6 +211,7 @@ COMMANDS = {
     "evaluate": _evaluate,
     "ablate": _ablate,
     "inspect": _inspect,
+    "check-alignment": _check_alignment,
     "sample": _sample,
     "runs": _runs,
     "bench": _bench,

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from dimo.commands.check_alignment import add_check_alignment
 from dimo.commands.examples import EXAMPLES, examples
 from dimo.commands.sample import Request
 from dimo.commands.world_train import add_world
@@ -137,6 +138,8 @@ def _add_looking(command: Callable) -> None:
     sub.add_argument(
         "--max_prompt_length", type=_integer, help="number of text tokens (default: a world's longest prompt, else 320)"
     )
+
+    add_check_alignment(command, _integer, _number)
 
     sub = command("bench", "time a training step and its stages, generation, path sampling and losses",
                   "Measure the median of several calls after a warm-up, peak memory, and TFLOP/s compared with a "

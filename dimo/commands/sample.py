@@ -93,8 +93,8 @@ def sample_to_folder(request: Request, prompts: list[str], out: str | Path) -> l
     run = run_of(r.student_ckpt) if r.student_ckpt else None
     trained = run_config(run).distill if run else None
     r.teacher_ckpt = r.teacher_ckpt or (trained.teacher_ckpt if trained else DEFAULT_WORLD)
-    folder, device = checkpoint_folder(r.teacher_ckpt), _device(r.device)
-    r.device, r.dtype = device.type, _dtype(r.dtype, device)
+    folder, device = checkpoint_folder(r.teacher_ckpt), pick_device(r.device)
+    r.device, r.dtype = device.type, pick_dtype(r.dtype, device)
     size = (trained.num_frames, trained.height, trained.width) if trained else video_size(folder)
     given = zip((r.num_frames, r.height, r.width), size)
     r.num_frames, r.height, r.width = (default if size is None else size for size, default in given)
@@ -244,7 +244,8 @@ def _cut_to(ursa: Ursa, prompt: str, max_prompt_length: int) -> str | None:
     return kept
 
 
-def _device(name: str) -> torch.device:
+def pick_device(name: str) -> torch.device:
+    """The device that --device names."""
     if name not in ("auto", "cpu", "cuda"):
         raise DimoError(f"device must be one of auto, cpu, cuda, got {name!r}")
     if name == "cuda" and not torch.cuda.is_available():
@@ -252,7 +253,8 @@ def _device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def _dtype(name: str, device: torch.device) -> str:
+def pick_dtype(name: str, device: torch.device) -> str:
+    """The name of the dtype that --dtype names, auto resolved."""
     if name not in ("auto", *DTYPES):
         raise DimoError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {name!r}")
     return ("bfloat16" if device.type == "cuda" else "float32") if name == "auto" else name

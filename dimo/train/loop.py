@@ -104,7 +104,7 @@ def _train(
     first = _resume(trainer, run, checkpoints)
     if trainer.prompts.about:
         run.say(trainer.prompts.about)
-    run.say(trainer.require_aligned())
+    _say_alignment(trainer, run)
     run.cut_at(first)
     run.write_environment()
     run.write_status(state="running", step=first, max_steps=last)
@@ -161,6 +161,17 @@ def _train(
     run.say(f"finished: step {last}")
     run.write_status(state="finished", step=last, max_steps=last)
     close_trackers(trainer.accelerator)
+
+
+def _say_alignment(trainer: Trainer, run: RunFolder) -> None:
+    """Raise on all ranks if the logits slice is misread; the machines of a run may keep different clean tokens."""
+    error = None
+    try:
+        sentence, is_right = trainer.require_aligned()
+        run.say(sentence, aloud=not is_right)
+    except DimoError as misread:
+        error = misread
+    raise_everywhere(error)
 
 
 def _resume(trainer: Trainer, run: RunFolder, checkpoints: Checkpoints) -> int:
