@@ -27,7 +27,7 @@ from dimo.ursa.transformer import UrsaTransformer
 
 TOKENS, NOISES = 256, 64  # of a video's N tokens; of a prompt
 # The share of the teacher's spread, or of its samples' entropy, below which a student has collapsed. One that has not
-# learnt anything yet has .7 of both or more, at every gain, and healthy ones have .9 (docs/experiments.md).
+# learnt anything yet has .59 or more of each, at every gain, and healthy ones have .9 (docs/experiments.md).
 COLLAPSED = 0.4
 Grid = tuple[int, int, int]
 
