@@ -191,7 +191,7 @@ def test_what_upstreams_pipeline_cannot_run_is_refused_before_anything_is_loaded
         (checkpoint_folder("shapes"), "needs head_dim = 128, but this checkpoint's config.json has head_dim = 16"),
         (bare, "model_index.json is missing"),
         (edited("vae/config.json", _class_name="PaletteDecoder"), "cannot run the VAE in .*, of class 'Palette"),
-        (edited("transformer/config.json", lm_head_size=512), "lm_head_size in .* is 512 for 240 codes"),
+        (edited("transformer/config.json", lm_head_size=512), "over the codebook alone, .* lm_head_size = 512 for 240"),
     ):
         with pytest.raises(DimoError, match=sentence):
             upstream.load_pipeline(folder)

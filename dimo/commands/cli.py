@@ -17,7 +17,10 @@ from dimo.paths import user_path
 from dimo.run.signals import PREEMPTED, Preempted
 from dimo.worlds import SHIPPED_STUDENT, checkpoint_folder
 
-NAMES = ("config", "folder", "out", "out_dir", "prompt_file", "student", "student_ckpt", "teacher_ckpt")
+NAMES = (
+    "captions", "config", "folder", "out", "out_dir", "prompt_file", "prompts", "run", "student", "student_ckpt",
+    "teacher_ckpt",
+)  # fmt: skip
 RESUMING = ("train", "run", "ablate")
 
 
@@ -158,6 +161,13 @@ def _sample(args) -> None:
         print(f"written: {file}, {file.with_suffix('.json').name}")
 
 
+def _export(args) -> None:
+    from dimo.commands.export import export
+
+    print(export(args.run, args.out, args.step, args.teacher_ckpt, args.overwrite))
+    print(f"written: {args.out}")
+
+
 def _runs(args) -> None:
     from dimo.run.overview import format_runs, list_runs
 
@@ -198,6 +208,7 @@ COMMANDS = {
     "ablate": _ablate,
     "inspect": _inspect,
     "sample": _sample,
+    "export": _export,
     "runs": _runs,
     "bench": _bench,
     "config": _config,

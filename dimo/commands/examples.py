@@ -31,6 +31,10 @@ EXAMPLES = {
         '--teacher_ckpt shapes --prompt "blue bar moving up" --steps 25': "a teacher's video, into runs/samples",
         '--student_ckpt runs/shapes --prompt "blue bar moving up"': "a student's, in one pass",
     },
+    "export": {
+        "runs/ursa exported": "the finished run's student, for URSAPipeline.from_pretrained",
+        "runs/ursa exported --step newest": "the moving average in the newest checkpoint",
+    },
     "bench": {"-c shapes --against naive": "small enough for a CPU, compared with a naive step"},
     "config": {
         "": "all keys with their defaults and meanings",

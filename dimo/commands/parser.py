@@ -118,6 +118,18 @@ def _add_results(command: Callable) -> None:
         kind = {"int": _integer, "float": _number}.get(field.type.split(" ")[0], str)
         sub.add_argument(f"--{field.name}", type=kind, default=field.default, help=field.metadata["help"])
 
+    sub = command("export", "write a run's student as a checkpoint folder that URSA's own pipeline loads",
+                  "Write the teacher's folder with the student's weights in the place of the teacher's, a README that "
+                  "says how upstream's pipeline is called, and dimo_export.json with run, step and configuration. "
+                  "Everything but the weights is a copy: nothing is linked to the teacher.",
+                  configurable=False)  # fmt: skip
+    sub.add_argument("run", help="a run folder")
+    sub.add_argument("out", help="the folder to write")
+    sub.add_argument("--step", help="a checkpoint's step, or newest, for the moving average in it (default: "
+                     "checkpoints/final)")  # fmt: skip
+    sub.add_argument("--teacher_ckpt", help="where the run's teacher is now, if it has moved")
+    sub.add_argument("--overwrite", action="store_true", help="replace an older export in OUT")
+
     sub = command("runs", "list the runs in a folder: state, steps, speed, age",
                   "Print one line per run; `dead` is a run whose status is running but which has no process.",
                   configurable=False)  # fmt: skip

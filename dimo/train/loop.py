@@ -273,13 +273,16 @@ def write_student(trainer: Trainer, run: RunFolder) -> None:
     weights = trainer.final_weights()  # collective
     if not run.writes:
         return
-    final, name = run.path / "checkpoints" / "final", trainer.config.experiment.student_dtype
-    if name == "auto":
-        name = "float32" if is_world(trainer.ursa.folder) else "bfloat16"
-    dtype = DTYPES[name]
+    final = run.path / "checkpoints" / "final"
+    dtype = student_dtype(trainer.config.experiment.student_dtype, trainer.ursa.folder)
     try:
         save_student(final / "student", trainer.networks.ema, state=weights, dtype=dtype)
         with whole_file(final / "student.pt") as beside:
             save_torch(plain_state(weights, dtype), beside)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise DimoError(f"{final} could not be written: {error}; the last checkpoint is kept") from error
+
+
+def student_dtype(name: str, teacher: Path) -> torch.dtype:
+    """The dtype of a student's file for `experiment.student_dtype`; auto is bfloat16, or float32 in a world."""
+    return DTYPES[("float32" if is_world(teacher) else "bfloat16") if name == "auto" else name]
