@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dimo.commands.parser import CONFIGURABLE, make_parser
 from dimo.commands.sample import Request, read_prompts, sample_to_folder
+from dimo.commands.suite_files import SuiteRequest
 from dimo.commands.world_train import world_train
 from dimo.config.flags import split_flags
 from dimo.errors import DimoError, reason
@@ -155,8 +156,19 @@ def _inspect(args) -> None:
 
 
 def _sample(args) -> None:
-    prompts = args.prompt + (read_prompts(args.prompt_file) if args.prompt_file else [])
     request = Request(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Request)})
+    asked = SuiteRequest(**{f.name: getattr(args, f.name) for f in dataclasses.fields(SuiteRequest)})
+    if asked.suite is not None:
+        if args.prompt or args.prompt_file:
+            raise DimoError("a suite's prompts are given by --prompts, without --prompt and --prompt_file")
+        from dimo.commands.suite import sample_suite
+
+        print(sample_suite(request, asked, args.out_dir))
+        return
+    for name, value in vars(asked).items():
+        if value is not None:
+            raise DimoError(f"--{name} is a flag of --suite vbench or geneval")
+    prompts = args.prompt + (read_prompts(args.prompt_file) if args.prompt_file else [])
     for file in sample_to_folder(request, prompts, args.out_dir):
         print(f"written: {file}, {file.with_suffix('.json').name}")
 

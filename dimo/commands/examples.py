@@ -30,6 +30,7 @@ EXAMPLES = {
     "sample": {
         '--teacher_ckpt shapes --prompt "blue bar moving up" --steps 25': "a teacher's video, into runs/samples",
         '--student_ckpt runs/shapes --prompt "blue bar moving up"': "a student's, in one pass",
+        "--student_ckpt runs/ursa --suite vbench --prompts all_dimension.txt": "what VBench scores of a student",
     },
     "export": {
         "runs/ursa exported": "the finished run's student, for URSAPipeline.from_pretrained",

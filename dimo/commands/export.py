@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import dimo
+from dimo.commands.suite_files import DISTRIBUTED
 from dimo.config import Config, to_flat
 from dimo.config.load import read_groups
 from dimo.errors import DimoError
@@ -36,10 +37,6 @@ from dimo.worlds import checkpoint_folder, is_world
 MARKER = "dimo_export.json"  # in an exported folder: where its student comes from
 NEWEST = "newest"
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*")
-DISTRIBUTED = (
-    "URSA's evaluations/vbench/sample.py pairs captions with the file names of other prompts when it is given "
-    "--distributed (baaivision/URSA at 29284bb): run it without, or use `dimo sample --suite vbench`"
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +102,8 @@ def _teacher(run: Path, config: Config) -> Path:
     teacher = checkpoint_folder(config.distill.teacher_ckpt)
     if is_world(teacher):
         raise DimoError(
-            f"{run} was trained on the world {teacher.name}, which URSA's pipeline cannot load: its attention heads are "
-            "too small, and its VAE is dimo's own; `dimo sample` and `dimo evaluate` take the run as it is"
+            f"{run} was trained on the world {teacher.name}, which URSA's pipeline cannot load: its attention heads "
+            "are too small, and its VAE is dimo's own; `dimo sample` and `dimo evaluate` take the run as it is"
         )
     require_upstream_layout(teacher, "an export, which is for URSA's pipeline,")
     own = read_groups(run / "config.yaml")
@@ -200,7 +197,7 @@ def readme_of(out: Path, config: Config, student: Student) -> str:
     """What a user of upstream's pipeline has to know about the exported student, as Markdown."""
     d, dtype = config.distill, str(next(iter(student.state.values())).dtype)
     length = "" if d.max_prompt_length == 320 else f", max_prompt_length={d.max_prompt_length}"
-    trained = "" if student.step is None else f", after {student.step:,} steps"
+    trained = "" if student.step is None else f", at step {student.step:,}"
     size = f"num_frames={d.num_frames}, height={d.height}, width={d.width}"
     return f"""\
 # {out.resolve().name}: a one-step student in URSA's layout

@@ -10,6 +10,7 @@ from typing import Any
 
 from dimo.commands.examples import EXAMPLES, examples
 from dimo.commands.sample import Request
+from dimo.commands.suite_files import SuiteRequest
 from dimo.commands.world_train import add_world
 from dimo.config.flags import RENAMED
 from dimo.config.values import read_value
@@ -110,11 +111,13 @@ def _add_results(command: Callable) -> None:
 
     sub = command("sample", "generate videos with a student or a teacher",
                   "Write 0000.mp4 (.png for one frame) per prompt, and 0000.json with prompt, seed and settings. If "
-                  "the VAE cannot be run, the codes are written as safetensors.", configurable=False)  # fmt: skip
+                  "the VAE cannot be run, the codes are written as safetensors. With --suite: what VBench or GenEval "
+                  "scores, in its folders and names; the same command goes on after a kill.",
+                  configurable=False)  # fmt: skip
     sub.add_argument("--prompt", action="append", default=[], help="a prompt; may be repeated")
     sub.add_argument("--prompt_file", help="a txt, jsonl, csv or parquet file of captions, or a folder of them")
     sub.add_argument("--out_dir", default="runs/samples", help="default: %(default)s")
-    for field in dataclasses.fields(Request):
+    for field in (*dataclasses.fields(Request), *dataclasses.fields(SuiteRequest)):
         kind = {"int": _integer, "float": _number}.get(field.type.split(" ")[0], str)
         sub.add_argument(f"--{field.name}", type=kind, default=field.default, help=field.metadata["help"])
 

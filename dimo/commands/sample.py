@@ -14,6 +14,7 @@ import torch
 
 import dimo
 from dimo.config import default_prompt_length
+from dimo.config.schema import Distill
 from dimo.data.listing import list_files
 from dimo.data.readers import caption_column, caption_text, read_rows
 from dimo.errors import DimoError, reason, require_shape
@@ -121,9 +122,8 @@ def open_sampler(request: Request, prompts: list[str], size: tuple[int, int, int
         raise DimoError(f"seed must lie in [0, 2**63), got {r.seed}")
     if r.max_prompt_length is not None and r.max_prompt_length < 0:
         raise DimoError(f"max_prompt_length must not be negative, got {r.max_prompt_length}")
-    run = run_of(r.student_ckpt) if r.student_ckpt else None
-    trained = run_config(run).distill if run else None
-    r.teacher_ckpt = r.teacher_ckpt or (trained.teacher_ckpt if trained else DEFAULT_WORLD)
+    trained = _trained(r)
+    r.teacher_ckpt = teacher_of(r)
     folder, device = checkpoint_folder(r.teacher_ckpt), _device(r.device)
     r.device, r.dtype = device.type, _dtype(r.dtype, device)
     if trained:
@@ -151,6 +151,18 @@ def open_sampler(request: Request, prompts: list[str], size: tuple[int, int, int
     if ursa.vae is not None:
         _require_writer(video=grid[0] > 1)
     return Sampler(r, ursa, network, grid, uncond_ids, length)
+
+
+def teacher_of(request: Request) -> str:
+    """`teacher_ckpt` of a request, of its student's run if it is left open, or the default world's."""
+    trained = _trained(request)
+    return request.teacher_ckpt or (trained.teacher_ckpt if trained else DEFAULT_WORLD)
+
+
+def _trained(request: Request) -> Distill | None:
+    """The settings that the student was trained with, if it is in a run folder."""
+    run = run_of(request.student_ckpt) if request.student_ckpt else None
+    return run_config(run).distill if run else None
 
 
 def sample_to_folder(request: Request, prompts: list[str], out: str | Path) -> list[Path]:
