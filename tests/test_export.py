@@ -167,6 +167,9 @@ def test_what_cannot_be_exported_is_a_sentence(run, tmp_path):
     refused(f"other is not the teacher that {run} was trained with; give the folder that is", teacher_ckpt=str(other))
     (other / "model_index.json").unlink()
     refused("model_index.json is missing", teacher_ckpt=str(other))
+    torn = shutil.copytree(TINY, tmp_path / "torn")
+    (torn / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    refused("the teacher is not whole, and .*torn/vae/diffusion_pytorch_model.* does not exist", teacher_ckpt=str(torn))
     moved = shutil.copytree(TINY, tmp_path / "moved")
     export(run, tmp_path / "out", teacher_ckpt=str(moved))
 

@@ -81,13 +81,13 @@ def test_vbench_finds_five_videos_of_each_prompt_by_its_name(videos):
     assert all(video.shape == (5, 64, 64, 3) for video in frames)
     assert len({video.tobytes() for video in frames}) == 5  # each from its own noise
     assert f"vbench evaluate --videos_path {folder}" in videos[1] and "--distributed" in videos[1]
-    assert "the whole suite has 946 lines" in videos[1]
+    assert "the whole suite has 944 prompts, these are 2" in videos[1]
 
 
 def test_each_video_is_the_one_that_dimo_sample_makes_with_its_seed(place, videos, tmp_path):
     out = videos[0]
     settings = json.loads((out / "settings.json").read_text())
-    entry = settings["entries"][1]
+    entry = settings["prompts"][1]
     assert entry["caption"] == "motion=9.0, a dog, running: fast" and len(set(entry["seeds"])) == 5
     (file,) = sample_to_folder(student(place, seed=entry["seeds"][2]), [entry["caption"]], tmp_path)
     assert file.read_bytes() == (out / "videos" / "a dog, running: fast-2.mp4").read_bytes()
@@ -170,7 +170,7 @@ def test_a_teacher_is_sampled_as_ursas_results_were_made(place):
     assert [SUITES[name].size for name in ("vbench", "geneval")] == [(49, 320, 512), (1, 1024, 1024)]
 
 
-def test_captions_take_the_place_of_prompts_and_a_doubled_prompt_is_sampled_once(place, tmp_path):
+def test_captions_take_the_place_of_prompts_and_a_doubled_prompt_is_sampled_once(place, tmp_path, caplog):
     """VBench's own all_dimension.txt has two of its 946 lines twice."""
     (tmp_path / "p.txt").write_text("a cow\na bus\na cow\n")
     (tmp_path / "c.txt").write_text("A brown cow grazes.\nA bus stops.\nA white cow lies.\n")
@@ -178,7 +178,7 @@ def test_captions_take_the_place_of_prompts_and_a_doubled_prompt_is_sampled_once
     assert [(e.line, e.prompt, e.caption) for e in entries] == [
         (0, "a cow", "motion=9.0, A brown cow grazes."), (1, "a bus", "motion=9.0, A bus stops.")
     ]  # fmt: skip
-    assert entries[0].file(4) == "a cow-4"
+    assert entries[0].file(4) == "a cow-4" and "1 of 3 lines of" in caplog.text
     dense = [{"id": 1, "prompt": "a photo of a red bus", "dense_prompt": "A bus, red."},
              {"id": 0, "prompt": "a photo of a cow", "dense_prompt": "One cow."}]  # fmt: skip
     (tmp_path / "prompts.json").write_text(json.dumps(dense))

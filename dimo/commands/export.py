@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import dimo
+from dimo.commands.inspect_folder import inspect_folder
 from dimo.commands.suite_files import DISTRIBUTED
 from dimo.config import Config, to_flat
 from dimo.config.load import read_groups
@@ -106,6 +107,9 @@ def _teacher(run: Path, config: Config) -> Path:
             "are too small, and its VAE is dimo's own; `dimo sample` and `dimo evaluate` take the run as it is"
         )
     require_upstream_layout(teacher, "an export, which is for URSA's pipeline,")
+    missing = inspect_folder(teacher)[1]
+    if missing:
+        raise DimoError(f"the teacher is not whole, and an export of it would not be: {missing[0]}")
     own = read_groups(run / "config.yaml")
     try:
         require_same_sources(run, own, own | {"distill": dataclasses.asdict(config.distill)}, [TEACHER])

@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 SETTINGS, RECORDS = "settings.json", "records"
 MOST_SAMPLES = 100  # per prompt
 # settings that may differ when a suite goes on: files are compared by content
-PLACES = {"prompts", "captions", "teacher_ckpt", "student_ckpt", "device", "dimo", "torch"}
+PLACES = {"prompts_file", "captions_file", "teacher_ckpt", "student_ckpt", "device", "dimo", "torch"}
 
 
 class Samples:
@@ -131,12 +131,11 @@ def sample_suite(request: Request, asked: SuiteRequest, out: str | Path) -> str:
         samples.folder.mkdir(exist_ok=True)
         damaged, jobs = samples.forget_damaged(), samples.jobs()
         _run(samples, sampler, asked.num_processes or 1, damaged)
-    missing = suite.lines - len({entry.line for entry in entries})
     lines = [f"written: {len(jobs)} files in {samples.scored}, {out / SETTINGS}"]
     if asked.suite == "vbench":
         lines.append(f"note: {DISTRIBUTED}")
-    if missing > 2:
-        lines.append(f"note: the whole suite has {suite.lines} lines; a score of the whole needs all of them")
+    if len(entries) < suite.prompts:
+        lines.append(f"note: the whole suite has {suite.prompts} prompts, these are {len(entries)}")
     return "\n".join([*lines, f"next: {suite.scorer.format(folder=samples.scored)}"])
 
 
@@ -179,10 +178,10 @@ def _settings(sampler: Sampler, asked: SuiteRequest, per_prompt: int, entries: l
         files |= {f"student/{f.name}": f for f in (sorted(source.iterdir()) if source.is_dir() else [source])}
     sums = [about["sha256"] for about in side_by_side(describe, list(files.values()))]
     return {
-        **dataclasses.asdict(r), "suite": asked.suite, "prompts": asked.prompts, "captions": asked.captions,
+        **dataclasses.asdict(r), "suite": asked.suite, "prompts_file": asked.prompts, "captions_file": asked.captions,
         "samples": per_prompt, "dimo": dimo.__version__, "torch": torch.__version__,
         "sha256": dict(zip(files, sums)),
-        "entries": [
+        "prompts": [
             {**dataclasses.asdict(e), "seeds": [e.seed(r.seed, i) for i in range(per_prompt)]} for e in entries
         ],
     }  # fmt: skip
@@ -234,7 +233,7 @@ def take_share(out: Path, rank: int, of: int) -> None:
     """In child `rank` of `of`: make every `of`-th sample that settings.json names and that is missing."""
     settings = read_json(out / SETTINGS)
     request = Request(**{field.name: settings[field.name] for field in dataclasses.fields(Request)})
-    entries = [Entry(**{key: e[key] for key in ("line", "prompt", "caption", "metadata")}) for e in settings["entries"]]
+    entries = [Entry(**{key: e[key] for key in ("line", "prompt", "caption", "metadata")}) for e in settings["prompts"]]
     samples = Samples(out, settings["suite"], entries, settings["samples"])
     missing = samples.missing(samples.jobs()[rank::of])
     sampler = open_sampler(request, [entry.caption for entry in entries]) if missing else None

@@ -12,12 +12,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 from pathlib import Path
 
 from dimo.data.lines import read_lines
 from dimo.errors import DimoError, reason
 from dimo.files import write_text
 
+log = logging.getLogger(__name__)
 LONGEST_NAME = 255 - len(f".{2**22}.partial")  # bytes; a file is written under a longer name first
 NEGATIVE_PROMPT = "worst quality, low quality, inconsistent motion, static, still, blurry, jittery, distorted, ugly"
 
@@ -51,7 +53,7 @@ class Suite:
     """What a suite asks for, and how URSA's results on it were made (baaivision/URSA at 29284bb, docs/evaluation.md).
 
     Attributes:
-        lines: prompts in the official file.
+        prompts: different prompts in the official file.
         samples: videos or images per prompt.
         size: (num_frames, height, width).
         protocol: settings of the teacher, fields of `dimo.commands.sample.Request`.
@@ -60,7 +62,7 @@ class Suite:
         scorer: its command line.
     """
 
-    lines: int
+    prompts: int
     samples: int
     size: tuple[int, int, int]
     protocol: dict[str, int | float | str]
@@ -71,7 +73,7 @@ class Suite:
 
 SUITES = {
     "vbench": Suite(
-        946, 5, (49, 320, 512), {"steps": 50, "guidance_scale": 7.0, "negative_prompt": NEGATIVE_PROMPT}, 9.0, "videos",
+        944, 5, (49, 320, 512), {"steps": 50, "guidance_scale": 7.0, "negative_prompt": NEGATIVE_PROMPT}, 9.0, "videos",
         "vbench evaluate --videos_path {folder} --dimension DIMENSION",
     ),
     "geneval": Suite(
@@ -132,6 +134,12 @@ def read_entries(suite: str, prompts: str | Path, captions: str | Path | None, m
         if not metadata:
             _require_name(Path(prompts), entry)
         first.setdefault(prompt, entry)
+    again = len(texts) - len(first)
+    if again:
+        log.warning(
+            "%d of %d lines of %s repeat a prompt; VBench reads the same videos for both, so they are sampled once, "
+            "with the first of their captions", again, len(texts), prompts,
+        )  # fmt: skip
     return list(first.values())
 
 
