@@ -306,6 +306,7 @@ def test_an_exported_folder_is_the_student_to_upstreams_pipeline(run, video_fold
     monkeypatch.syspath_prepend(DATA)
     from record_student import Draws
 
+    upstream.bridge()
     path, _ = run
     assert "num_inference_steps=1, guidance_scale=1, max_prompt_length=16" in export(path, tmp_path / "out")
     pipeline = URSAPipeline.from_pretrained(str(tmp_path / "out"), torch_dtype=torch.float32)
