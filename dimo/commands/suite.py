@@ -131,6 +131,7 @@ def sample_suite(request: Request, asked: SuiteRequest, out: str | Path) -> str:
         samples.folder.mkdir(exist_ok=True)
         damaged, jobs = samples.forget_damaged(), samples.jobs()
         _run(samples, sampler, asked.num_processes or 1, damaged)
+        samples.clear_partials()  # an ffmpeg outlives its killed process for a moment
     lines = [f"written: {len(jobs)} files in {samples.scored}, {out / SETTINGS}"]
     if asked.suite == "vbench":
         lines.append(f"note: {DISTRIBUTED}")
