@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dimo.commands.parser import CONFIGURABLE, make_parser
 from dimo.commands.sample import Request, read_prompts, sample_to_folder
+from dimo.commands.suite_files import SuiteRequest
 from dimo.commands.world_train import world_train
 from dimo.config.flags import split_flags
 from dimo.config.values import read_value
@@ -18,7 +19,10 @@ from dimo.paths import user_path
 from dimo.run.signals import PREEMPTED, Preempted
 from dimo.worlds import SHIPPED_STUDENT, checkpoint_folder
 
-NAMES = ("config", "folder", "out", "out_dir", "prompt_file", "student", "student_ckpt", "teacher_ckpt")
+NAMES = (
+    "captions", "config", "folder", "out", "out_dir", "prompt_file", "prompts", "run", "student", "student_ckpt",
+    "teacher_ckpt",
+)  # fmt: skip
 RESUMING = ("train", "run", "ablate")
 
 
@@ -166,10 +170,28 @@ def _check_alignment(args) -> int:
 
 
 def _sample(args) -> None:
-    prompts = args.prompt + (read_prompts(args.prompt_file) if args.prompt_file else [])
     request = Request(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Request)})
+    asked = SuiteRequest(**{f.name: getattr(args, f.name) for f in dataclasses.fields(SuiteRequest)})
+    if asked.suite is not None:
+        if args.prompt or args.prompt_file:
+            raise DimoError("a suite's prompts are given by --prompts, without --prompt and --prompt_file")
+        from dimo.commands.suite import sample_suite
+
+        print(sample_suite(request, asked, args.out_dir))
+        return
+    for name, value in vars(asked).items():
+        if value is not None:
+            raise DimoError(f"--{name} is a flag of --suite vbench or geneval")
+    prompts = args.prompt + (read_prompts(args.prompt_file) if args.prompt_file else [])
     for file in sample_to_folder(request, prompts, args.out_dir):
         print(f"written: {file}, {file.with_suffix('.json').name}")
+
+
+def _export(args) -> None:
+    from dimo.commands.export import export
+
+    print(export(args.run, args.out, args.step, args.teacher_ckpt, args.overwrite))
+    print(f"written: {args.out}")
 
 
 def _runs(args) -> None:
@@ -213,6 +235,7 @@ COMMANDS = {
     "inspect": _inspect,
     "check-alignment": _check_alignment,
     "sample": _sample,
+    "export": _export,
     "runs": _runs,
     "bench": _bench,
     "config": _config,

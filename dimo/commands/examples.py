@@ -35,6 +35,11 @@ EXAMPLES = {
     "sample": {
         '--teacher_ckpt shapes --prompt "blue bar moving up" --steps 25': "a teacher's video, into runs/samples",
         '--student_ckpt runs/shapes --prompt "blue bar moving up"': "a student's, in one pass",
+        "--student_ckpt runs/ursa --suite vbench --prompts all_dimension.txt": "what VBench scores of a student",
+    },
+    "export": {
+        "runs/ursa exported": "the finished run's student, for URSAPipeline.from_pretrained",
+        "runs/ursa exported --step newest": "the moving average in the newest checkpoint",
     },
     "bench": {"-c shapes --against naive": "small enough for a CPU, compared with a naive step"},
     "config": {

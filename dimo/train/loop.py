@@ -314,10 +314,7 @@ def write_student(trainer: Trainer, run: RunFolder, folder: Path) -> dict[str, t
     weights = trainer.final_weights()
     if not run.writes:
         return {}
-    name = trainer.config.experiment.student_dtype
-    if name == "auto":
-        name = "float32" if is_world(trainer.ursa.folder) else "bfloat16"
-    weights = plain_state(weights, DTYPES[name])
+    weights = plain_state(weights, student_dtype(trainer.config.experiment.student_dtype, trainer.ursa.folder))
     try:
         save_student(folder, trainer.networks.ema, state=weights)
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -327,3 +324,8 @@ def write_student(trainer: Trainer, run: RunFolder, folder: Path) -> dict[str, t
 
 def _not_written(folder: Path, error: Exception) -> DimoError:
     return DimoError(f"{folder} could not be written: {error}; the last checkpoint is kept")
+
+
+def student_dtype(name: str, teacher: Path) -> torch.dtype:
+    """The dtype of a student's file for `experiment.student_dtype`; auto is bfloat16, or float32 in a world."""
+    return DTYPES[("float32" if is_world(teacher) else "bfloat16") if name == "auto" else name]

@@ -26,6 +26,7 @@ from dimo.train.prompts import WorldPrompts, open_prompts
 from dimo.train.together import train_together
 from dimo.ursa import Ursa, load_ursa, predict
 from dimo.ursa.cpu import keep_memory
+from dimo.ursa.weights import scale_logits
 from dimo.views.clean_tokens import known_clean_tokens
 from dimo.views.reading import check_slice
 from dimo.worlds import checkpoint_folder, is_world, load_world, require_world
@@ -270,10 +271,8 @@ class Trainer:
         single tokens, and each of these spoils a video, so a higher gain is used. If the engine shards the networks,
         the result is empty on all ranks but rank 0.
         """
-        m, weights, norm = self.config.model, self.engine.full_state_dict(self.networks.ema), "model.norm.weight"
-        if norm in weights:
-            weights[norm] = weights[norm] * (m.final_logit_gain / m.logit_gain)
-        return weights
+        m = self.config.model
+        return scale_logits(self.engine.full_state_dict(self.networks.ema), m.final_logit_gain / m.logit_gain)
 
     def rank_state(self) -> dict:
         """The state of this rank only: the memory of x_init and the running means of metrics."""
