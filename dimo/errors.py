@@ -15,7 +15,11 @@ _trusted = contextvars.ContextVar("trusted", default=False)
 
 
 class DimoError(ValueError):
-    """Invalid input, described in one sentence. The command line prints the message without a traceback."""
+    """Invalid input, described in one sentence. Command line and notebooks show the message without a traceback."""
+
+    def _render_traceback_(self) -> list[str]:
+        """IPython's hook: what a cell shows. The exception itself stays, so that papermill fails with it."""
+        return [f"{type(self).__name__}: {self}"]
 
 
 class NonFiniteError(DimoError):

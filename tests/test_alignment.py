@@ -9,7 +9,7 @@ from dimo.config import load_config
 from dimo.errors import DimoError
 from dimo.train.trainer import Trainer
 from dimo.ursa import Dense, UrsaTransformer, inputs, load_ursa, predict
-from dimo.views.alignment import find_misalignment, moved_targets
+from dimo.views.alignment import find_misalignment
 from dimo.worlds import checkpoint_folder
 
 GRID, N, K = (3, 4, 4), 48, 10
@@ -139,7 +139,7 @@ def test_figures_are_those_of_a_loop(world, ursa):
 
 def test_readings_that_change_nothing_are_left_out():
     codes = torch.randint(5, (8, 6), generator=torch.Generator().manual_seed(0))
-    names = moved_targets(codes, (1, 2, 3), 5)
+    names = find_misalignment(Dense(torch.zeros(8, 6, 5)), codes, (1, 2, 3)).readings
     assert not {"frames reversed", "frame late", "frame early", "frames last"} & names.keys()
     assert {"right", "row late", "height and width exchanged", "rows reversed"} < names.keys()
 
@@ -149,7 +149,7 @@ def test_training_refuses_to_start_on_a_misread_slice(precision, monkeypatch, tm
     keys = ["training.max_train_steps=1", "distill.batch_size_per_gpu=2", "model.device=cpu"]
     keys += [f"training.mixed_precision={precision}", f"experiment.output_dir={tmp_path}"]
     trainer = Trainer(load_config("smoke", keys))
-    assert "the slice is right" in trainer.require_aligned()
+    assert "the slice is right" in trainer.require_aligned()[0]
     monkeypatch.setattr(inputs, "extract_visual_logits", PLANTED["position late"])
     with pytest.raises(DimoError, match="the slice is read one position late: .*extract_visual_logits"):
         trainer.train(progress=False)
@@ -159,7 +159,7 @@ def test_training_refuses_to_start_on_a_misread_slice(precision, monkeypatch, tm
 def test_bad_input_is_refused_in_a_sentence():
     prediction, codes = Dense(torch.zeros(9, 6, 5)), torch.zeros(9, 6, dtype=torch.long)
     with pytest.raises(DimoError, match=r"codes must have shape \(9, 6\)"):
-        find_misalignment(prediction, codes[:, :5], (1, 2, 3))
+        find_misalignment(prediction, codes[:, :5], (1, 1, 5))
     with pytest.raises(DimoError, match=r"codes must lie in \[0, 5\)"):
         find_misalignment(prediction, codes + 5, (1, 2, 3))
     with pytest.raises(DimoError, match=r"latents_shape must hold 6 tokens as codes do, got \(1, 2, 2\)"):

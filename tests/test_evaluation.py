@@ -40,7 +40,11 @@ def test_rows_are_what_the_samplers_and_the_oracle_give(world, ursa):
     # the teacher as its own student, from the same noise and with the same draws
     assert torch.equal(codes["student_1"], codes["teacher_1"]) and torch.equal(codes["student_1"], codes["untrained_1"])
     assert not torch.equal(codes["student_1"], codes["student_1_argmax"])
+    first, second = ursa.path.codebook[again.view(48, 2, 48)].unbind(1)
+    assert rows["teacher_3"]["spread"] == pytest.approx((first - second).square().sum(-1).mean().item(), rel=1e-4)
+    assert rows["teacher_3"]["distinct"] == 1 - (again[::2] == again[1::2]).all(1).float().mean().item() / 2
     keys = ["validity", "adherence", "token_accuracy", "coverage", "coverage_detail", "videos", "seconds_per_video"]
+    keys += ["spread", "distinct"]
     assert all(list(row) == keys for row in rows.values()) and "undefined" in format_table(rows)
     assert columns_of(rows) == [key for key in keys if key not in ("coverage_detail", "videos")]
 
@@ -126,13 +130,28 @@ def rows_with(count=40, **changes):
     return rows
 
 
+WATCHED = {
+    f"collapse__{name}": lambda i, value=value: value
+    for name, value in {
+        "spread": 0.7, "teacher_spread": 1.0, "least_share": 0.6, "sampled_entropy": 0.7, "teacher_entropy": 1.0,
+        "mutual_information": 0.1, "distinct": 0.5,
+    }.items()
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
         (None, {}),
         ("entropy_floor", {"lambda_ent": lambda i: 0.05 if i >= 20 else 0.01}),
         ("aux_lags", {"loss__aux": lambda i: 0.5 if i < 15 else 0.9}),
-        ("codes_lost", {"codes__used": lambda i: 10 if i < 20 else 4}),
+        (None, {"loss__aux": lambda i: 1e-3 if i < 15 else 9e-3}),  # of an auxiliary that has nothing left to predict
+        ("codes_lost", {"codes__used": lambda i: 10 if i < 20 else (4, 5, 6)[i % 3]}),
+        ("collapsed", WATCHED | {"collapse__least_share": lambda i: (1.0, 0.41, 0.39)[i // 15]}),
+        ("collapsed", WATCHED | {"collapse__sampled_entropy": lambda i: (1.0, 0.41, 0.39)[i // 15]}),
+        ("collapsed", WATCHED | {"collapse__mutual_information": lambda i: (0.1, 0.9, 0.4)[i // 15]}),
+        (None, WATCHED | {"collapse__mutual_information": lambda i: 0.1 + 0.02 * i}),
+        (None, WATCHED | {"collapse__spread": lambda i: 1.0 if i % 3 == 0 else None}),  # measured now and then
         ("logits_run_away", {"logits__std": lambda i: 5.0 if i < 9 else 160.0}),
         ("gradient_spike", {"grad_norm__student": lambda i: 30.0 if i == 25 else 1.0}),
         ("steps_skipped", {"guard__skipped": lambda i: 0 if i < 7 else 2}),
@@ -143,7 +162,15 @@ def test_each_alarm_rings_once_for_its_own_reason(name, changes):
     found = alarms(rows_with(**changes))
     assert [a.name for a in found] == ([name] if name else [])
     if name:
+        over = {"non_finite", "steps_skipped", "gradient_spike"} & {name}
+        assert over or found[0].over is None
         assert any(ch.isdigit() or "/" in ch for ch in found[0].sentence) and found[0].step > 0
+
+
+def test_an_alarm_is_over_when_what_it_says_holds_no_longer():
+    falls = {"collapse__least_share": lambda i: 0.1 if 20 <= i < 30 else 1.0}
+    (alarm,) = alarms(rows_with(**(WATCHED | falls)))
+    assert (alarm.name, alarm.step, alarm.over) == ("collapsed", 210, 310)
 
 
 @pytest.fixture

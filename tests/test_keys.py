@@ -140,6 +140,7 @@ TRAINED = [
     Row("experiment.log_every", 1, f"{FOLDER}metrics.jsonl"),
     Row("experiment.save_every", 1, f"{FOLDER}checkpoints/step-00000001/student.safetensors"),
     Row("experiment.keep_last", 1, f"{FOLDER}checkpoints/step-00000001/", beside=("experiment.save_every=1",)),
+    Row("experiment.keep_every", 1, f"{FOLDER}checkpoints/milestone-00000001/", beside=("experiment.keep_last=1",)),
     Row("experiment.sample_every", 1, f"{FOLDER}samples/step-00000001.png", still=f"{FOLDER}samples/step-00000002.png"),
     Row("experiment.student_dtype", "float16", f"{FOLDER}checkpoints/final/student.pt"),
     Row("training.max_train_steps", 1, f"{FOLDER}checkpoints/step-00000002/ {FOLDER}samples/step-00000001.png"),

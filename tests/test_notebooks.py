@@ -71,7 +71,7 @@ def test_every_figure_is_shown_as_a_picture(executed):
         assert all("image/png" in d for d in figures[name]) and len(set(pictures)) == len(pictures)
         page = (run.path / "notebooks" / f"{name}.html").read_text()
         assert page.count('src="data:image/png') == len(pictures)
-    assert [len(shown) for shown in figures.values()] == [3, 3, 1, 2, 0]
+    assert [len(shown) for shown in figures.values()] == [3, 3, 1, 3, 0]
 
 
 def test_a_second_time_nothing_is_executed_again(executed, capsys):
@@ -88,7 +88,9 @@ def test_a_failed_check_is_a_sentence_and_leaves_the_executed_copy(executed):
         DimoError, match="notebook 05_evaluation failed: DimoError: 1 of .* checks failed: the student reaches 500%"
     ):
         run_notebooks("smoke", settings, ["min_share=5", "evaluation.seed=3"], only=["05_evaluation"])
-    assert (run.path / "notebooks" / "05_evaluation.failed.ipynb").exists()
+    failed = json.loads((run.path / "notebooks" / "05_evaluation.failed.ipynb").read_text())
+    (error,) = [o for c in failed["cells"] for o in c.get("outputs", []) if o["output_type"] == "error"]
+    assert len(error["traceback"]) == 1 and error["traceback"][0].startswith("DimoError: 1 of ")
 
 
 def test_a_folder_of_another_configuration_is_refused_before_anything_starts(executed):
@@ -101,9 +103,11 @@ def test_notebook_01_takes_a_folder_that_is_no_world(tmp_path):
     tiny = notebook_folder().parent / "tests" / "data" / "tiny-ursa"
     settings = [f"experiment.output_dir={tmp_path / 'run'}", "model.device=cpu", f"distill.teacher_ckpt={tiny}"]
     sizes = ["distill.num_frames=5", "distill.height=8", "distill.width=16", "distill.max_prompt_length=9"]
-    run = run_notebooks("smoke", settings + sizes, only=["01_inputs"])
+    run = run_notebooks("smoke", settings + sizes, ["clips=8", "passes=2"], only=["01_inputs"])
     page = (run.path / "notebooks" / "01_inputs.ipynb").read_text()
-    assert "latents_shape (5, 4, 8), K = 240" in page and "skipped: no world" in page and "FAIL" not in page
+    assert "latents_shape (5, 4, 8), K = 240" in page and "FAIL" not in page
+    assert "8 clips: the teacher's own samples in" in page and len(list((tmp_path / "clean_tokens").iterdir())) == 1
+    assert page.count("ok   training's slice, of ") == 2 and "undecided between" in page  # random weights
     assert "ok   BOV sits at (L, L, L)" in page
 
 
@@ -116,7 +120,7 @@ def test_all_five_take_it_as_training_does_in_bf16_from_hidden_states(tmp_path):
         f"distill.prompt_source={tmp_path / 'captions.txt'}", "distill.num_frames=5", "distill.height=8",
         "distill.width=16", "distill.max_prompt_length=9", "training.max_train_steps=6", "evaluation.teacher_steps=[2]",
     ]  # fmt: skip
-    run = run_notebooks("distill_dimo", settings)
+    run = run_notebooks("distill_dimo", settings, ["clips=8", "passes=2"])
     pages = {name: (run.path / "notebooks" / f"{name}.ipynb").read_text() for name in NAMES}
     assert all("FAIL" not in page for page in pages.values())
     assert "keeps hidden states" in pages["02_losses"] and "ok   dimo: the gap opens at once" in pages["02_losses"]

@@ -22,7 +22,7 @@ from dimo.worlds import checkpoint_folder
 
 TINY = Path(__file__).parent / "data" / "tiny-ursa"
 GRID = (2, 4, 8)
-COLUMNS = ["seconds_per_video", "codes_used", "token_entropy", "teacher_nll", "diversity"]
+COLUMNS = ["seconds_per_video", "spread", "distinct", "codes_used", "token_entropy", "teacher_nll", "diversity"]
 PROMPTS = ["a red ball", "a dog that jumps over the wall", "rain"]
 SIZES = ["distill.num_frames=1", "distill.height=8", "distill.width=16", "distill.max_prompt_length=9"]
 
@@ -172,7 +172,7 @@ def test_rows(tiny):
     assert rows["teacher_3"]["token_entropy"] is None and rows["teacher_1"]["token_entropy"] is not None
     assert columns_of(rows) == COLUMNS and [line.split(" (")[0] for line in legend(rows)] == COLUMNS
     assert "diversity (higher is better): share of tokens in which two videos of a prompt differ." in legend(rows)
-    assert format_table(rows).splitlines()[-1].split()[3] == "undefined"
+    assert format_table(rows).splitlines()[-1].split()[5] == "undefined"
 
     # the same noise and draws in every row: the student is the teacher here
     assert torch.equal(codes["student_1"], codes["untrained_1"])
@@ -221,7 +221,7 @@ def test_the_cost_of_a_job_is_the_passes_that_it_makes(tiny):
 
 def test_one_video_per_prompt_has_no_diversity_and_no_prompt_is_refused(tiny):
     rows, _ = compared(tiny, PROMPTS[:1], 1, teacher_steps=())
-    assert rows["student_1"]["diversity"] is None
+    assert [rows["student_1"][name] for name in ("diversity", "spread", "distinct")] == [None] * 3
     for prompts, copies in (([], 1), (PROMPTS, 0)):
         with pytest.raises(DimoError, match="at least one prompt and one video per prompt are needed"):
             compared(tiny, prompts, copies, teacher_steps=())

@@ -21,11 +21,12 @@ from diffnext.models.transformers.transformer_ursa import URSATransformer3DModel
 from diffnext.pipelines import URSAPipeline
 
 from dimo.bench import bench, bench_config
+from dimo.commands.export import export
 from dimo.commands.sample import Request, sample_to_folder
 from dimo.config import load_config
 from dimo.errors import DimoError
 from dimo.train.trainer import Trainer
-from dimo.ursa import UrsaConfig, UrsaTransformer, build_ursa_inputs, load_ursa, upstream
+from dimo.ursa import UrsaConfig, UrsaTransformer, build_ursa_inputs, load_ursa, sample, upstream
 from dimo.ursa.frames import eight_bits
 from dimo.ursa.loading import load_student
 from dimo.ursa.weights import read_pickle, read_weights
@@ -191,7 +192,7 @@ def test_what_upstreams_pipeline_cannot_run_is_refused_before_anything_is_loaded
         (checkpoint_folder("shapes"), "needs head_dim = 128, but this checkpoint's config.json has head_dim = 16"),
         (bare, "model_index.json is missing"),
         (edited("vae/config.json", _class_name="PaletteDecoder"), "cannot run the VAE in .*, of class 'Palette"),
-        (edited("transformer/config.json", lm_head_size=512), "lm_head_size in .* is 512 for 240 codes"),
+        (edited("transformer/config.json", lm_head_size=512), "over the codebook alone, .* lm_head_size = 512 for 240"),
     ):
         with pytest.raises(DimoError, match=sentence):
             upstream.load_pipeline(folder)
@@ -298,6 +299,28 @@ def test_the_student_runs_in_upstreams_pipeline_in_one_step(run, video_folder):
     assert upstream.compare_calls(load_student(ursa, student), calls, (5, 4, 4))[0]["logits"] < 1e-5
     other = eight_bits(ursa.decode(latents)) != torch.from_numpy(frames)
     assert other.float().mean() < 1e-3  # float32 sums of two copies of the VAE; rounding changes a fourth
+
+
+def test_an_exported_folder_is_the_student_to_upstreams_pipeline(run, video_folder, tmp_path, monkeypatch):
+    """`from_pretrained` alone: one step gives dimo's logits and, from the same noise and draws, dimo's tokens."""
+    monkeypatch.syspath_prepend(DATA)
+    from record_student import Draws
+
+    upstream.bridge()
+    path, _ = run
+    assert "num_inference_steps=1, guidance_scale=1, max_prompt_length=16" in export(path, tmp_path / "out")
+    pipeline = URSAPipeline.from_pretrained(str(tmp_path / "out"), torch_dtype=torch.float32)
+    draws, prompts = Draws(pipeline, seed=2), ["a red ball", "a dog"]
+    settings = {"num_frames": 17, "height": 32, "width": 32, "max_prompt_length": 16}
+    calls, theirs = upstream.record_calls(pipeline, prompt=prompts, num_inference_steps=1, guidance_scale=1, **settings)
+    assert len(calls) == 1
+    student = load_student(load_ursa(video_folder), path)
+    assert upstream.compare_calls(student, calls, (5, 4, 4))[0]["logits"] < 1e-5
+    taught = load_ursa(tmp_path / "out")
+    x_init = calls[0].input_ids[:, -80:] - student.config.lm_vocab_size
+    monkeypatch.setattr(torch, "rand", lambda size, **_: draws.used[0].view(size))
+    ours = sample(taught.transformer, taught.path, taught.tokenize(prompts, 16), (5, 4, 4), 1, x_init=x_init)
+    assert torch.equal(ours, theirs.flatten(1))
 
 
 def test_dimo_sample_writes_frames_of_the_student(run, video_folder, tmp_path):

@@ -13,32 +13,48 @@ from IPython.core.interactiveshell import InteractiveShell
 from IPython.core.pylabtools import select_figure_formats
 
 from dimo.errors import DimoError
-from dimo.run.folder import RunFolder
 from dimo.views import fonts
 from dimo.views.checks import Checks
 from dimo.views.plots import curves, histogram, input_map, lines, path_maps, token_maps
 from dimo.views.sheets import save_sheet, video_sheet
-from dimo.views.widgets import sample_slider
+
+
+def panels(rows, smooth=1):
+    """{title up to its unit: axis}."""
+    return {axis.get_title(loc="left").split(" (")[0]: axis for axis in curves(rows, smooth).axes}
 
 
 def test_a_single_logged_step_is_seen():
-    lines = curves([{"step": 6, "loss/aux": 1.0, "lambda_ent": 0.01}], smooth=5).axes[1].lines
+    lines = panels([{"step": 6, "loss/aux": 1.0, "lambda_ent": 0.01}], smooth=5)["loss"].lines
     assert [line.get_marker() for line in lines] == ["o"]
 
 
 def test_curves_plot_the_rows_with_units():
     rows = [{"step": s, "entropy/student": 1.0 / s, "loss/aux": None if s == 2 else 0.5} for s in (1, 2, 3)]
-    figure = curves(rows, smooth=2)
-    entropy = figure.axes[0].lines[0]
+    axes = panels(rows, smooth=2)
+    entropy = axes["entropy"].lines[0]
     assert entropy.get_xdata().tolist() == [1, 2, 3]
     assert entropy.get_ydata().tolist() == pytest.approx([1.0, 0.75, (1 / 2 + 1 / 3) / 2])
-    assert figure.axes[1].lines[0].get_xdata().tolist() == [1, 3]  # a missing value is left out, not drawn as zero
-    assert "nats per token" in figure.axes[0].get_title(loc="left")
-    assert figure.axes[0].get_xlabel() == "step (means of 2 logged rows)"
+    assert axes["loss"].lines[0].get_xdata().tolist() == [1, 3]  # a missing value is left out, not drawn as zero
+    assert "nats per token" in axes["entropy"].get_title(loc="left")
+    assert curves(rows, smooth=2).get_supxlabel() == "step (means of 2 logged rows)"
     with pytest.raises(DimoError, match="at least one logged step"):
         curves([])
     with pytest.raises(DimoError, match="smooth must be at least 1"):
         curves(rows, 0)
+
+
+def test_panels_that_tell_nothing_are_left_out_and_labels_are_readable():
+    rows = [{"step": s, "loss/aux": 1.0, "loss/kd": 9.0, "gap/student_teacher_kl": 9.0, "lambda_ent": 0.0}
+            for s in (1, 2)]  # fmt: skip
+    axes = panels(rows)
+    assert list(axes) == ["loss", "teacher to student at x_t"]
+    assert [line.get_label() for line in axes["loss"].lines] == ["auxiliary"]  # of loss/kd only the gap is shown
+    assert "weight of the entropy bonus" in panels([*rows, rows[0] | {"step": 3, "lambda_ent": 0.05}])
+    figure = curves(rows)
+    texts = [t for a in figure.axes for t in (a._left_title, *a.get_xticklabels(), *a.get_yticklabels())]
+    assert min(t.get_fontsize() for t in texts) >= 10 and figure.get_figwidth() * figure.dpi <= 1000
+    assert curves([{"step": 1}]).axes == []
 
 
 def pixels(figure):
@@ -62,10 +78,10 @@ def test_a_figure_shows_itself_once_with_and_without_the_inline_backend():
 def test_a_baseline_is_drawn_only_where_there_is_one():
     def names(baseline):
         rows = [{"step": s, "reward/mean": -s, "reward/baseline": baseline(s)} for s in (1, 2, 3)]
-        return [line.get_label() for line in curves(rows).axes[2].lines]
+        return [line.get_label() for line in curves(rows).axes[0].lines]
 
-    assert names(lambda s: -s) == ["reward/mean"]  # as estimator dimo logs it
-    assert names(lambda s: -s + 0.1) == names(lambda s: -1) == ["reward/mean", "reward/baseline"]
+    assert names(lambda s: -s) == ["mean"]  # as estimator dimo logs it
+    assert names(lambda s: -s + 0.1) == names(lambda s: -1) == ["mean", "baseline"]
 
 
 @pytest.mark.parametrize("frames", [1, 3, 5, 9, 13])
@@ -138,6 +154,13 @@ def test_token_maps_share_one_scale():
         token_maps({"a": a, "b": b[:1]}, "nats")
 
 
+def test_a_map_of_small_values_beside_one_of_large_ones_is_not_of_one_colour():
+    after = 0.02 * torch.rand(2, 3, 3)
+    shown = [ax.images[0] for ax in token_maps({"before": 1 + torch.rand(2, 3, 3), "after": after}, "nats").axes[:4]]
+    colours = shown[2].norm(shown[2].get_array())
+    assert colours.max() - colours.min() > 0.2 and len({i.get_clim() for i in shown}) == 1
+
+
 def test_sheet_shows_each_videos_own_pixels(tmp_path):
     frames = torch.rand(2, 9, 32, 32, 3)
     prompts = ["blue bar moving up", "for $ or $$, " + "a long caption " * 50]
@@ -189,18 +212,7 @@ def test_checks_show_everything_and_raise_what_failed(capsys):
     checks.add("good", True, 1.0)
     checks.finish()
     checks.add("bad", False, "7 of 9")
-    with pytest.raises(DimoError, match="1 of 2 checks failed: bad"):
+    checks.add("good", True, 2.0)  # its cell was run again
+    with pytest.raises(DimoError, match=r"1 of 2 checks failed: bad \(7 of 9\)"):
         checks.finish()
     assert "FAIL bad" in capsys.readouterr().out
-
-
-def test_the_slider_moves_through_the_samples(tmp_path):
-    run = RunFolder(tmp_path)
-    with pytest.raises(DimoError, match="has no samples yet"):
-        sample_slider(run)
-    for step in (5, 50):
-        save_sheet(tmp_path / "samples" / f"step-{step:08d}.png", {"a": torch.rand(1, 9, 8, 8, 3)}, [str(step)])
-    slider, image = sample_slider(run).children
-    newest = image.value
-    slider.index = 0
-    assert image.value != newest and slider.label == "5"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dimo.commands.parser import CONFIGURABLE, make_parser
 from dimo.commands.sample import Request, read_prompts, sample_to_folder
+from dimo.commands.suite_files import SuiteRequest
 from dimo.commands.world_train import world_train
 from dimo.config.flags import split_flags
 from dimo.config.values import read_value
@@ -18,12 +19,18 @@ from dimo.paths import user_path
 from dimo.run.signals import PREEMPTED, Preempted
 from dimo.worlds import SHIPPED_STUDENT, checkpoint_folder
 
-NAMES = ("config", "file", "folder", "out", "out_dir", "prompt_file", "student", "student_ckpt", "teacher_ckpt")
+NAMES = (
+    "captions", "config", "file", "folder", "out", "out_dir", "prompt_file", "prompts", "run", "student",
+    "student_ckpt", "teacher_ckpt",
+)  # fmt: skip
 RESUMING = ("train", "run", "ablate")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0; 2 for bad input, with a one-sentence message; 75 for a stopped run; 130 for Ctrl-C."""
+    """Returns the exit code: 0; 2 for bad input, with a one-sentence message; 75 for a stopped run; 130 for Ctrl-C.
+
+    Those of `check-alignment` are in its help.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     with lasting_output() as lost:
         code = _main(argv)
@@ -36,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
 def _main(argv: list[str]) -> int:
     try:
         args = parse(argv)
-        COMMANDS[args.command](args)
+        return COMMANDS[args.command](args) or 0
     except DimoError as error:
         print(f"dimo: {error}", file=sys.stderr)
         return 2
@@ -50,7 +57,6 @@ def _main(argv: list[str]) -> int:
         again = "; the same command resumes from the last checkpoint" if argv and argv[0] in RESUMING else ""
         print(f"dimo: interrupted{again}", file=sys.stderr)
         return 130
-    return 0
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -157,11 +163,35 @@ def _inspect(args) -> None:
         raise DimoError(f"{len(missing)} part(s) of {folder} are missing or damaged")
 
 
+def _check_alignment(args) -> int:
+    from dimo.commands.check_alignment import check_alignment
+
+    return check_alignment(args)
+
+
 def _sample(args) -> None:
-    prompts = args.prompt + (read_prompts(args.prompt_file) if args.prompt_file else [])
     request = Request(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Request)})
+    asked = SuiteRequest(**{f.name: getattr(args, f.name) for f in dataclasses.fields(SuiteRequest)})
+    if asked.suite is not None:
+        if args.prompt or args.prompt_file:
+            raise DimoError("a suite's prompts are given by --prompts, without --prompt and --prompt_file")
+        from dimo.commands.suite import sample_suite
+
+        print(sample_suite(request, asked, args.out_dir))
+        return
+    for name, value in vars(asked).items():
+        if value is not None:
+            raise DimoError(f"--{name} is a flag of --suite vbench or geneval")
+    prompts = args.prompt + (read_prompts(args.prompt_file) if args.prompt_file else [])
     for file in sample_to_folder(request, prompts, args.out_dir):
         print(f"written: {file}, {file.with_suffix('.json').name}")
+
+
+def _export(args) -> None:
+    from dimo.commands.export import export
+
+    print(export(args.run, args.out, args.step, args.teacher_ckpt, args.overwrite))
+    print(f"written: {args.out}")
 
 
 def _report(args) -> None:
@@ -221,7 +251,9 @@ COMMANDS = {
     "evaluate": _evaluate,
     "ablate": _ablate,
     "inspect": _inspect,
+    "check-alignment": _check_alignment,
     "sample": _sample,
+    "export": _export,
     "report": _report,
     "replay": _replay,
     "runs": _runs,

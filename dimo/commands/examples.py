@@ -33,9 +33,18 @@ EXAMPLES = {
         "FOLDER": "what a checkpoint folder contains and lacks",
         "FOLDER --num_frames 49 --height 320 --width 512": "the same, with tokens and memory at this video size",
     },
+    "check-alignment": {
+        "shapes": "the function that training reads through, on a built-in world",
+        "URSA-1.7B --slice mine.py:my_slice": "a function of yours, on samples of a URSA checkpoint",
+    },
     "sample": {
         '--teacher_ckpt shapes --prompt "blue bar moving up" --steps 25': "a teacher's video, into runs/samples",
         '--student_ckpt runs/shapes --prompt "blue bar moving up"': "a student's, in one pass",
+        "--student_ckpt runs/ursa --suite vbench --prompts all_dimension.txt": "what VBench scores of a student",
+    },
+    "export": {
+        "runs/ursa exported": "the finished run's student, for URSAPipeline.from_pretrained",
+        "runs/ursa exported --step newest": "the moving average in the newest checkpoint",
     },
     "bench": {"-c shapes --against naive": "small enough for a CPU, compared with a naive step"},
     "config": {

@@ -28,6 +28,7 @@ from dimo.evaluation.evaluate import format_table
 from dimo.run.folder import RunFolder, write_text
 from dimo.run.launch import children_told_to_stop, machine_of, wait_for_children
 from dimo.run.signals import Preempted
+from dimo.views.live import HEADLESS
 from dimo.worlds import DEFAULT_WORLD, SHIPPED_STUDENT
 
 NAMES = ("01_inputs", "02_losses", "03_train", "04_diagnostics", "05_evaluation")
@@ -224,7 +225,7 @@ def _kernel():
         class Kernel(AsyncKernelManager):
             transport = Unicode("ipc")
             connection_file = Unicode(f"{folder}/kernel.json")
-            kernel_spec = KernelSpec(argv=words, display_name="Python 3", language="python")
+            kernel_spec = KernelSpec(argv=words, display_name="Python 3", language="python", env={HEADLESS: "1"})
 
         yield Kernel
 

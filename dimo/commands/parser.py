@@ -8,8 +8,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from dimo.commands.check_alignment import add_check_alignment
 from dimo.commands.examples import EXAMPLES, examples
 from dimo.commands.sample import Request
+from dimo.commands.suite_files import SuiteRequest
 from dimo.commands.world_train import add_world
 from dimo.config.flags import RENAMED
 from dimo.config.values import read_value
@@ -112,27 +114,27 @@ def _add_results(command: Callable) -> None:
 
     sub = command("sample", "generate videos with a student or a teacher",
                   "Write 0000.mp4 (.png for one frame) per prompt, and 0000.json with prompt, seed and settings. If "
-                  "the VAE cannot be run, the codes are written as safetensors.", configurable=False)  # fmt: skip
+                  "the VAE cannot be run, the codes are written as safetensors. With --suite: what VBench or GenEval "
+                  "scores, in its folders and names; the same command goes on after a kill.",
+                  configurable=False)  # fmt: skip
     sub.add_argument("--prompt", action="append", default=[], help="a prompt; may be repeated")
     sub.add_argument("--prompt_file", help="a txt, jsonl, csv or parquet file of captions, or a folder of them")
     sub.add_argument("--out_dir", default="runs/samples", help="default: %(default)s")
-    for field in dataclasses.fields(Request):
+    for field in (*dataclasses.fields(Request), *dataclasses.fields(SuiteRequest)):
         kind = {"int": _integer, "float": _number}.get(field.type.split(" ")[0], str)
         sub.add_argument(f"--{field.name}", type=kind, default=field.default, help=field.metadata["help"])
 
-    sub = command("report", "a run as one page, which works by click and key without a kernel or network",
-                  "Write report.html into the run folder: metrics, the explorer over stored values, curves, alarms, "
-                  "clips, settings and environment.", configurable=False)  # fmt: skip
-    sub.add_argument("folder", help="a run folder")
-
-    sub = command("replay", "ask the networks of a saved slice again, and compare",
-                  "Recompute what the explorer saved by `save slice`: hidden states after every layer, and "
-                  "log-probabilities. Prints the largest difference of each; exit code 2, and where it first "
-                  "differs, if one is larger than rounding explains.", configurable=False)  # fmt: skip
-    sub.add_argument("file", help="the slice's .json or .safetensors, in slices/ of a run folder")
-    sub.add_argument("--device", help="auto, cpu or cuda (default: auto)")
-    sub.add_argument("--dtype", help="auto, float32, bfloat16 or float16 (default: the run's)")
-    sub.add_argument("--backend", help="native or upstream (default: the run's)")
+    sub = command("export", "write a run's student as a checkpoint folder that URSA's own pipeline loads",
+                  "Write the teacher's folder with the student's weights in the place of the teacher's, a README that "
+                  "says how upstream's pipeline is called, and dimo_export.json with run, step and configuration. "
+                  "Everything but the weights is a copy: nothing is linked to the teacher.",
+                  configurable=False)  # fmt: skip
+    sub.add_argument("run", help="a run folder")
+    sub.add_argument("out", help="the folder to write")
+    sub.add_argument("--step", help="a checkpoint's step, or newest, for the moving average in it (default: "
+                     "checkpoints/final)")  # fmt: skip
+    sub.add_argument("--teacher_ckpt", help="where the run's teacher is now, if it has moved")
+    sub.add_argument("--overwrite", action="store_true", help="replace an older export in OUT")
 
     sub = command("runs", "list the runs in a folder: state, steps, speed, age",
                   "Print one line per run; `dead` is a run whose status is running but which has no process.",
@@ -151,6 +153,22 @@ def _add_looking(command: Callable) -> None:
     sub.add_argument(
         "--max_prompt_length", type=_integer, help="number of text tokens (default: a world's longest prompt, else 320)"
     )
+
+    sub = command("report", "a run as one page, which works by click and key without a kernel or network",
+                  "Write report.html into the run folder: metrics, the explorer over stored values, curves, alarms, "
+                  "clips, settings and environment.", configurable=False)  # fmt: skip
+    sub.add_argument("folder", help="a run folder")
+
+    sub = command("replay", "ask the networks of a saved slice again, and compare",
+                  "Recompute what the explorer saved by `save slice`: hidden states after every layer, and "
+                  "log-probabilities. Prints the largest difference of each; exit code 2, and where it first "
+                  "differs, if one is larger than rounding explains.", configurable=False)  # fmt: skip
+    sub.add_argument("file", help="the slice's .json or .safetensors, in slices/ of a run folder")
+    sub.add_argument("--device", help="auto, cpu or cuda (default: auto)")
+    sub.add_argument("--dtype", help="auto, float32, bfloat16 or float16 (default: the run's)")
+    sub.add_argument("--backend", help="native or upstream (default: the run's)")
+
+    add_check_alignment(command, _integer, _number)
 
     sub = command("bench", "time a training step and its stages, generation, path sampling and losses",
                   "Measure the median of several calls after a warm-up, peak memory, and TFLOP/s compared with a "

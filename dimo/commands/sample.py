@@ -14,12 +14,13 @@ import torch
 
 import dimo
 from dimo.config import default_prompt_length
+from dimo.config.schema import Distill
 from dimo.data.listing import list_files
 from dimo.data.readers import caption_column, caption_text, read_rows
 from dimo.errors import DimoError, reason, require_shape
 from dimo.files import save_file, whole_file, write_text
 from dimo.run.origin import run_config, run_of
-from dimo.ursa import Ursa, load_ursa, sample
+from dimo.ursa import Ursa, UrsaTransformer, load_ursa, sample
 from dimo.ursa.frames import eight_bits
 from dimo.ursa.loading import DTYPES, load_student
 from dimo.ursa.sampler import warn_if_guided_again
@@ -49,10 +50,15 @@ class Request:
     num_frames: int | None = _flag(None, "4 (T-1) + 1; default: the run's or world's, 1 for image models, else 17")
     height: int | None = _flag(None, "in pixels; default: the run's or world's, 64 tokens for image models, else 256")
     width: int | None = _flag(None, "in pixels; default: the run's or world's, 64 tokens for image models, else 256")
-    steps: int = _flag(1, "number of sampling steps")
-    guidance_scale: float = _flag(1.0, "classifier-free guidance; 1 is off and halves the cost")
+    steps: int | None = _flag(None, "number of sampling steps; default: 1, or as a suite is published for a teacher")
+    guidance_scale: float | None = _flag(
+        None,
+        "classifier-free guidance, which doubles the cost; default: 1 (off), or as a suite is published for a teacher",
+    )
     guidance_trunc: float = _flag(0.9, "guidance is off where t >= this")
-    negative_prompt: str = _flag("", "negative prompt of guidance")
+    negative_prompt: str | None = _flag(
+        None, "negative prompt of guidance; default: empty, or as a suite is published for a teacher"
+    )
     max_prompt_length: int | None = _flag(
         None, "text tokens, longer prompts are truncated; default: the run's, or a world's longest prompt, else 320"
     )
@@ -62,26 +68,52 @@ class Request:
     backend: str = _flag("native", "native or upstream (diffnext's transformer)")
 
 
-def sample_to_folder(request: Request, prompts: list[str], out: str | Path) -> list[Path]:
-    """Write one video per prompt into `out`: 0000.mp4 (.png for one frame) and 0000.json.
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """A loaded teacher or student, and the settings to sample it with.
 
-    If the checkpoint's VAE cannot be run, 0000.safetensors with the codes (T, H, W) is written instead. Every prompt
-    uses the noise of `request.seed`, so each video can be reproduced by itself.
+    Attributes:
+        request: all settings, none of them None but `student_ckpt`.
+        network: what is sampled.
+        grid: latents_shape (T, H, W).
+        uncond_ids: (1, L) ids of the negative prompt.
+        max_prompt_length: L.
+    """
+
+    request: Request
+    ursa: Ursa
+    network: UrsaTransformer
+    grid: tuple[int, int, int]
+    uncond_ids: torch.Tensor
+    max_prompt_length: int
+
+    def codes(self, prompt: str, seed: int) -> torch.Tensor:
+        """The codes (1, T, H, W) that a prompt gives; all random draws follow from `seed`."""
+        r, generator = self.request, torch.Generator(self.ursa.path.device).manual_seed(seed)
+        ids = self.ursa.tokenize([prompt], self.max_prompt_length)
+        codes = sample(
+            self.network, self.ursa.path, ids, self.grid, r.steps, shift=self.ursa.shift,
+            guidance_scale=r.guidance_scale, guidance_trunc=r.guidance_trunc, uncond_ids=self.uncond_ids,
+            generator=generator,
+        )  # fmt: skip
+        return codes.view(-1, *self.grid)
+
+
+def open_sampler(request: Request, prompts: list[str], size: tuple[int, int, int] | None = None) -> Sampler:
+    """Load what `request` names, and fill in the settings that it leaves open.
 
     Args:
         request: settings; those left at None are taken from the student's run, if it is in a run folder.
-        prompts: at least one.
-        out: output folder.
-
-    Returns:
-        The video files (or files of codes), in the order of the prompts.
+        prompts: prompts to be sampled; those that a world does not know are refused.
+        size: (num_frames, height, width) of a teacher's videos, in place of its checkpoint's own. A world has only one.
 
     Raises:
-        DimoError: before anything is written: no prompts, invalid settings or checkpoints, or no way to write videos.
+        DimoError: invalid settings, checkpoints or prompts, or no way to write videos.
     """
     r = dataclasses.replace(request)
-    if not prompts:
-        raise DimoError("prompts must not be empty; give --prompt or --prompt_file")
+    r.steps = 1 if r.steps is None else r.steps
+    r.guidance_scale = 1.0 if r.guidance_scale is None else r.guidance_scale
+    r.negative_prompt = r.negative_prompt or ""
     if not r.guidance_scale >= 1:
         raise DimoError(f"guidance_scale must be at least 1 (1 is none), got {r.guidance_scale}")
     if r.steps < 1:
@@ -90,16 +122,18 @@ def sample_to_folder(request: Request, prompts: list[str], out: str | Path) -> l
         raise DimoError(f"seed must lie in [0, 2**63), got {r.seed}")
     if r.max_prompt_length is not None and r.max_prompt_length < 0:
         raise DimoError(f"max_prompt_length must not be negative, got {r.max_prompt_length}")
-    run = run_of(r.student_ckpt) if r.student_ckpt else None
-    trained = run_config(run).distill if run else None
-    r.teacher_ckpt = r.teacher_ckpt or (trained.teacher_ckpt if trained else DEFAULT_WORLD)
-    folder, device = checkpoint_folder(r.teacher_ckpt), _device(r.device)
-    r.device, r.dtype = device.type, _dtype(r.dtype, device)
-    size = (trained.num_frames, trained.height, trained.width) if trained else video_size(folder)
+    trained = _trained(r)
+    r.teacher_ckpt = teacher_of(r)
+    folder, device = checkpoint_folder(r.teacher_ckpt), pick_device(r.device)
+    r.device, r.dtype = device.type, pick_dtype(r.dtype, device)
+    if trained:
+        size = trained.num_frames, trained.height, trained.width
+    elif size is None or is_world(folder):
+        size = video_size(folder)
     given = zip((r.num_frames, r.height, r.width), size)
-    r.num_frames, r.height, r.width = (default if size is None else size for size, default in given)
+    r.num_frames, r.height, r.width = (default if own is None else own for own, default in given)
     length = trained.max_prompt_length if trained else default_prompt_length(folder)
-    r.max_prompt_length = r.max_prompt_length or length
+    r.max_prompt_length = length = r.max_prompt_length or length
 
     ursa = load_ursa(folder, device, DTYPES[r.dtype], r.backend)
     grid = ursa.latents_shape(r.num_frames, r.height, r.width)
@@ -109,25 +143,55 @@ def sample_to_folder(request: Request, prompts: list[str], out: str | Path) -> l
         prompt_index(world, prompts)  # raises for a prompt that the world does not know
     network = load_student(ursa, r.student_ckpt) if r.student_ckpt else ursa.transformer
     network.requires_grad_(False)
-    uncond_ids = ursa.tokenize([r.negative_prompt], r.max_prompt_length)
+    uncond_ids = ursa.tokenize([r.negative_prompt], length)
     if r.student_ckpt:
         warn_if_guided_again(r.guidance_scale, r.guidance_trunc)
     if r.guidance_scale > 1:
-        _cut_to(ursa, r.negative_prompt, r.max_prompt_length)
+        _cut_to(ursa, r.negative_prompt, length)
+    if ursa.vae is not None:
+        _require_writer(video=grid[0] > 1)
+    return Sampler(r, ursa, network, grid, uncond_ids, length)
 
+
+def teacher_of(request: Request) -> str:
+    """`teacher_ckpt` of a request, of its student's run if it is left open, or the default world's."""
+    trained = _trained(request)
+    return request.teacher_ckpt or (trained.teacher_ckpt if trained else DEFAULT_WORLD)
+
+
+def _trained(request: Request) -> Distill | None:
+    """The settings that the student was trained with, if it is in a run folder."""
+    run = run_of(request.student_ckpt) if request.student_ckpt else None
+    return run_config(run).distill if run else None
+
+
+def sample_to_folder(request: Request, prompts: list[str], out: str | Path) -> list[Path]:
+    """Write one video per prompt into `out`: 0000.mp4 (.png for one frame) and 0000.json.
+
+    If the checkpoint's VAE cannot be run, 0000.safetensors with the codes (T, H, W) is written instead. Every prompt
+    uses the noise of `request.seed`, so each video can be reproduced by itself.
+
+    Args:
+        request: settings, see `open_sampler`.
+        prompts: at least one.
+        out: output folder.
+
+    Returns:
+        The video files (or files of codes), in the order of the prompts.
+
+    Raises:
+        DimoError: before anything is written: no prompts, or see `open_sampler`.
+    """
+    if not prompts:
+        raise DimoError("prompts must not be empty; give --prompt or --prompt_file")
+    sampler = open_sampler(request, prompts)
+    ursa, r = sampler.ursa, sampler.request
     if ursa.vae is None:
         log.warning("codes will be written instead of frames: %s", ursa.no_vae)
-    else:
-        _require_writer(video=grid[0] > 1)
     written = []
     for i, prompt in enumerate(prompts):
-        kept = _cut_to(ursa, prompt, r.max_prompt_length)
-        start, generator = time.perf_counter(), torch.Generator(device).manual_seed(r.seed)
-        codes = sample(
-            network, ursa.path, ursa.tokenize([prompt], r.max_prompt_length), grid, r.steps, shift=ursa.shift,
-            guidance_scale=r.guidance_scale, guidance_trunc=r.guidance_trunc, uncond_ids=uncond_ids,
-            generator=generator,
-        ).view(-1, *grid)  # fmt: skip
+        kept, start = _cut_to(ursa, prompt, sampler.max_prompt_length), time.perf_counter()
+        codes = sampler.codes(prompt, r.seed)
         made = {"prompt_cut_to": kept, "seconds_sampling": time.perf_counter() - start}
         stem = Path(out) / f"{i:04d}"
         if ursa.vae is None:
@@ -244,7 +308,8 @@ def _cut_to(ursa: Ursa, prompt: str, max_prompt_length: int) -> str | None:
     return kept
 
 
-def _device(name: str) -> torch.device:
+def pick_device(name: str) -> torch.device:
+    """The device that --device names."""
     if name not in ("auto", "cpu", "cuda"):
         raise DimoError(f"device must be one of auto, cpu, cuda, got {name!r}")
     if name == "cuda" and not torch.cuda.is_available():
@@ -252,7 +317,8 @@ def _device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def _dtype(name: str, device: torch.device) -> str:
+def pick_dtype(name: str, device: torch.device) -> str:
+    """The name of the dtype that --dtype names, auto resolved."""
     if name not in ("auto", *DTYPES):
         raise DimoError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {name!r}")
     return ("bfloat16" if device.type == "cuda" else "float32") if name == "auto" else name

@@ -18,8 +18,11 @@ from dimo.run.trackers import require_trackers
 from dimo.worlds import checkpoint_folder
 
 
-def train(config: Config) -> RunFolder:
+def train(config: Config, progress: bool = True) -> RunFolder:
     """Train in this process if a single one is enough, else through `launch`.
+
+    Args:
+        progress: print it to stderr; the processes of `launch` always do.
 
     Raises:
         Preempted: a signal asked to stop, and a checkpoint was saved.
@@ -31,7 +34,7 @@ def train(config: Config) -> RunFolder:
 
         with stopping_at_once():
             trainer = Trainer(config)
-        return trainer.train()
+        return trainer.train(progress)
     code = launch(config)
     run = RunFolder(config.experiment.output_dir, writes=False)
     if code == PREEMPTED:

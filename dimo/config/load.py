@@ -44,7 +44,8 @@ RANGES = {  # {phrase: (test, keys)}; null values are not tested
         lambda value: value >= 0,
         "distill.w_distill distill.w_kd distill.w_reinforce distill.lambda_ent distill.lambda_ent_high "
         "distill.entropy_floor distill.ent_anneal_from distill.ent_anneal_to distill.t_curriculum_steps "
-        "distill.max_prompt_length optim.weight_decay optim.muon_weight_decay optim.warmup_steps evaluation.held_out",
+        "distill.max_prompt_length experiment.keep_every optim.weight_decay optim.muon_weight_decay optim.warmup_steps "
+        "evaluation.held_out",
     ),
     "be positive": (
         lambda value: value > 0,

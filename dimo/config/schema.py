@@ -30,8 +30,11 @@ class Experiment:
     seed: int = _key(0, "seed of training; every random draw depends only on (seed, rank, step)")
     log_every: int = _key(10, "steps between lines of metrics.jsonl")
     save_every: int = _key(500, "steps between checkpoints")
-    sample_every: int = _key(500, "steps between sample sheets (PNG)")
+    sample_every: int = _key(500, "steps between sample sheets (PNG), and between measurements of collapse")
     keep_last: int = _key(2, "number of checkpoints kept; older ones are deleted")
+    keep_every: int = _key(
+        0, "steps between milestones, copies of the student in checkpoints/ that are never deleted; 0: none"
+    )
     resume: bool = _key(True, "continue from the newest intact checkpoint in the run folder")
     overwrite: bool = _key(False, "delete an existing run in the run folder, checkpoints included, and start over")
     trackers: list[str] = _key([], "trackers to log to besides metrics.jsonl: tensorboard, wandb, trackio")

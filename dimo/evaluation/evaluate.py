@@ -73,7 +73,7 @@ def videos_of(comparison: Comparison, row: dict[str, torch.Tensor], world: World
     scores = score(world, row["codes"], comparison.prompts) if world else None
     return Videos(
         row["codes"].view(-1, *comparison.grid), comparison.prompts, comparison.copies, row["seconds"].sum().item(),
-        row.get("nll"), row.get("entropy"), scores,
+        row.get("nll"), row.get("entropy"), scores, comparison.ursa.path,
     )  # fmt: skip
 
 

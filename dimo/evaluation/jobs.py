@@ -12,6 +12,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -28,6 +29,14 @@ if CAN_LOCK:
 
 ABOUT = "about.json"
 OWN = OWN_INSIDE["evaluation_jobs"]  # patterns of the files written to that folder
+
+
+class Finished(Protocol):
+    """What is finished of some jobs, and the folder of their processes' logs."""
+
+    folder: Path
+
+    def missing(self, jobs: list[Job]) -> list[Job]: ...
 
 
 class Parts:
@@ -116,12 +125,18 @@ def run_here(comparison: Comparison, jobs: list[Job], parts: Parts, progress: bo
 
 
 def run_in_processes(
-    words: Callable[[int, int], list[str]], jobs: list[Job], parts: Parts, processes: int, progress: bool = True
+    words: Callable[[int, int], list[str]],
+    jobs: list[Job],
+    parts: Finished,
+    processes: int,
+    progress: bool = True,
+    what: tuple[str, str] = ("evaluate", "passes"),
 ) -> None:
     """Run the missing jobs in child processes, each on its own GPU if there are GPUs.
 
     Args:
         words: (rank, number of processes) -> command line of the child, which calls `take_share`.
+        what: name and unit of the progress bar.
 
     Raises:
         DimoError: a child failed; the others are killed, and finished jobs are kept.
@@ -134,7 +149,7 @@ def run_in_processes(
             with open(log, "wb") as file:
                 command = words(rank, processes)
                 children.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=own))
-        with _bar(jobs, progress) as bar:
+        with _bar(jobs, progress, what) as bar:
             while any(child.poll() is None for child in children):
                 _require_success(children, logs)
                 _show(bar, jobs, parts)
@@ -148,11 +163,12 @@ def run_in_processes(
             child.wait()
 
 
-def _bar(jobs: list[Job], shown: bool) -> CostBar:
-    return CostBar("evaluate", sum(job.cost for job in jobs), "passes", shown)
+def _bar(jobs: list[Job], shown: bool, what: tuple[str, str] = ("evaluate", "passes")) -> CostBar:
+    name, unit = what
+    return CostBar(name, sum(job.cost for job in jobs), unit, shown)
 
 
-def _show(bar: CostBar, jobs: list[Job], parts: Parts) -> None:
+def _show(bar: CostBar, jobs: list[Job], parts: Finished) -> None:
     missing = parts.missing(jobs)
     bar.show(bar.total - sum(job.cost for job in missing), missing[0].row if missing else "done")
 

@@ -14,6 +14,8 @@ import torch
 
 from dimo.evaluation.reference_free import diversity
 from dimo.evaluation.scored import coverage_detail, least_coverage
+from dimo.ursa.probability_path import MetricPath, MixturePath
+from dimo.views.collapse import distinct, spread
 from dimo.worlds.protocol import Scores
 
 
@@ -29,6 +31,7 @@ class Videos:
         nll: (B,) `teacher_nll`, in nats per token; None if an oracle scores.
         entropy: (B,) mean `pass_entropy`, in nats per token; None for rows of several passes, and if an oracle scores.
         scores: the oracle's scores, if there is one.
+        path: the teacher's probability path, whose codebook says how far apart two codes are.
     """
 
     codes: torch.Tensor
@@ -38,11 +41,17 @@ class Videos:
     nll: torch.Tensor | None = None
     entropy: torch.Tensor | None = None
     scores: Scores | None = None
+    path: MetricPath | MixturePath | None = None
 
     @functools.cached_property
     def coverage_detail(self) -> dict[str, float | None]:
         """`coverage_detail` of the scores, which two metrics report."""
         return coverage_detail(self.scored)
+
+    @property
+    def by_prompt(self) -> torch.Tensor:
+        """The codes as (P, V, N)."""
+        return self.codes.view(len(self.codes) // self.copies, self.copies, -1)
 
     @property
     def scored(self) -> Scores:
@@ -70,9 +79,26 @@ def _mean(values: torch.Tensor) -> float:
     return values.float().mean().item()
 
 
+def _spread(videos: Videos) -> float | None:
+    if videos.path is None or videos.copies < 2:
+        return None
+    path = videos.path
+    return _mean(torch.cat([spread(one.to(path.device), path) for one in videos.by_prompt.split(1)]))
+
+
 SECONDS = Metric(
     "lower", "seconds to sample one video, without decoding, after a warm-up pass",
     lambda v: v.seconds / len(v.codes),
+)  # fmt: skip
+
+SPREAD = Metric(
+    "higher", "mean squared distance of two videos of a prompt in the codebook's space, per token; far below the "
+    "teacher's where a student has collapsed", _spread,
+)  # fmt: skip
+
+DISTINCT = Metric(
+    "higher", "share of distinct videos among those of a prompt",
+    lambda v: distinct(v.by_prompt) if v.copies > 1 else None,
 )  # fmt: skip
 
 SCORED: dict[str, Metric] = {
@@ -96,10 +122,14 @@ SCORED: dict[str, Metric] = {
     ),
     "videos": Metric(None, "number of videos", lambda v: len(v.codes)),
     "seconds_per_video": SECONDS,
+    "spread": SPREAD,
+    "distinct": DISTINCT,
 }  # fmt: skip
 
 REFERENCE_FREE: dict[str, Metric] = {
     "seconds_per_video": SECONDS,
+    "spread": SPREAD,
+    "distinct": DISTINCT,
     "codes_used": Metric("higher", "number of distinct codes in all videos", lambda v: v.codes.unique().numel()),
     "token_entropy": Metric(
         "lower", "entropy of the prediction of a single pass, in nats per token",
@@ -111,7 +141,7 @@ REFERENCE_FREE: dict[str, Metric] = {
     ),
     "diversity": Metric(
         "higher", "share of tokens in which two videos of a prompt differ",
-        lambda v: diversity(v.codes.view(len(v.codes) // v.copies, v.copies, -1)),
+        lambda v: diversity(v.by_prompt),
     ),
 }  # fmt: skip
 

@@ -30,7 +30,8 @@ from dimo.run.ranks import everywhere, raise_everywhere
 
 MANIFEST, OPTIMIZER = "manifest.json", "optimizer-"
 AT_ONCE = 4  # files written concurrently
-STEP = "step-" + "[0-9]" * 8  # glob pattern; a user's copy such as step-360-copy does not match
+# glob patterns; a user's copy such as step-360-copy does not match
+STEP, MILESTONE = (f"{name}-" + "[0-9]" * 8 for name in ("step", "milestone"))
 
 
 class Checkpoints:

@@ -24,7 +24,7 @@ from dimo.config.changes import START_OVER, changes_of, spell, without_later_key
 from dimo.config.load import groups_in, read_groups
 from dimo.errors import DimoError
 from dimo.files import PARTIALS, clear_partials, write_text
-from dimo.run.checkpoints import STEP
+from dimo.run.checkpoints import MILESTONE, STEP
 from dimo.run.sources import SOURCES, read_sources, require_same_sources, to_json
 from dimo.ursa.weights import read_json
 
@@ -35,12 +35,13 @@ try:
 except ImportError:  # Windows
     CAN_LOCK = False
 
+TEACHER_SAMPLES = "teacher_samples.safetensors"
 OWN = (
     "config.yaml", SOURCES, "environment.json", "status.json", "metrics.jsonl", "events.jsonl", "train.log",
-    "report.json", "report.html", "sheet.png", "curves.png", "codes.safetensors",
+    "report.json", "report.html", "sheet.png", "curves.png", "codes.safetensors", TEACHER_SAMPLES,
 )  # fmt: skip
 OWN_INSIDE = {  # glob patterns, since users may keep other files in these folders
-    "checkpoints": (STEP, "final", PARTIALS),
+    "checkpoints": (STEP, MILESTONE, "final", PARTIALS),
     "samples": (f"{STEP}.png", PARTIALS),
     "notebooks": ("0?_*.ipynb", "0?_*.html", PARTIALS),
     "evaluation_jobs": ("about.json", "config.yaml", "process-*.log", "*-?????.safetensors", PARTIALS),

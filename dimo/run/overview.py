@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from dimo.errors import DimoError
+from dimo.run.checkpoints import STEP
 from dimo.run.folder import RunFolder
 
 DEPTH = ("", "*/", "*/*/")  # a run itself, runs/<name>, runs/<ablation>/<name>
@@ -86,3 +87,50 @@ def _steps(run: Run) -> str:
 def _age(seconds: float) -> str:
     size, unit = next(((size, unit) for size, unit in UNITS if seconds >= size), (1, "s"))
     return f"{int(seconds // size)}{unit}"
+
+
+def existing_run(path: str | Path) -> RunFolder:
+    """The run in a folder.
+
+    Raises:
+        DimoError: there is none; the message has the absolute path, and the runs beside it.
+    """
+    run, beside = RunFolder(path, writes=False), Path(path).resolve().parent
+    if any((run.path / name).exists() for name in ("status.json", "metrics.jsonl", "config.yaml")):
+        return run
+    others = list_runs(beside) if beside.is_dir() else []
+    there = "; ".join(f"{beside / other.name} ({other.state}, step {_steps(other)})" for other in others[::-1])
+    raise DimoError(
+        f"there is no run in {run.path.resolve()}; "
+        + (f"those beside it, newest first: {there}" if there else f"{beside} has no runs")
+        + ". Train it with notebook 03 or dimo train, or give another experiment.output_dir"
+    )
+
+
+def progress_of(run: RunFolder) -> str:
+    """How far a run is, in words: "still training, step 75 of 600"."""
+    status = run.status()
+    state, step, last = (status.get(key) for key in ("state", "step", "max_steps"))
+    words = {"finished": "finished", "failed": "failed", "preempted": "stopped"}
+    if state in ("starting", "running"):
+        words[state] = "still training" if run.is_held() else "dead, no process trains it"
+    at = "" if step is None else f", step {step} of {last}"
+    return words.get(str(state), "not begun") + at
+
+
+def newest_student(run: RunFolder) -> tuple[Path, str]:
+    """The newest weights of a run's student for `load_student`, and a sentence that says which.
+
+    Those of checkpoints/final once training has ended, else the moving average in the newest checkpoint.
+
+    Raises:
+        DimoError: there is no checkpoint yet.
+    """
+    final, progress = run.path / "checkpoints" / "final", progress_of(run)
+    steps = sorted(run.path.glob(f"checkpoints/{STEP}/ema.safetensors"))
+    if final.is_dir() and (run.status().get("state") == "finished" or not steps):
+        return final, f"the student is checkpoints/final ({progress})"
+    if not steps:
+        raise DimoError(f"{run.path.resolve()}: {progress}, and no checkpoint yet (experiment.save_every says when)")
+    about = f"the student is the moving average in {steps[-1].parent.name}, without model.final_logit_gain"
+    return steps[-1], f"{progress}: {about}"

@@ -18,6 +18,10 @@ STOPPING = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 class Preempted(KeyboardInterrupt):
     """A signal stopped the run after its state was saved; the same command continues it."""
 
+    def _render_traceback_(self) -> list[str]:
+        """IPython's hook, as in `DimoError`."""
+        return [str(self)]
+
 
 @contextlib.contextmanager
 def handling(handler: Callable) -> Iterator[None]:

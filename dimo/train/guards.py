@@ -12,30 +12,8 @@ from dimo.distill.stages import Step
 from dimo.errors import DimoError, NonFiniteError
 from dimo.files import save_file, whole_file
 from dimo.train.engine import Engine
-from dimo.ursa import Ursa, predict
-from dimo.views.alignment import Alignment, find_misalignment
-from dimo.worlds import is_world, load_world
 
 REPLAYED = ("txt_ids", "x_init", "x_hat", "x_t", "t")
-CLIPS, NEAR_DATA = 64, 0.95  # of a world's own videos, and the t at which a trained teacher knows most clean tokens
-
-
-def alignment_of(ursa: Ursa, max_prompt_length: int, dense: bool) -> Alignment | None:
-    """Whether the logits slice that training reads through is right, by a world's own videos; None without a world.
-
-    Args:
-        dense: the kind of prediction that training makes.
-    """
-    if not is_world(ursa.folder):
-        return None
-    world = load_world(ursa.folder)
-    txt_ids = ursa.tokenize(world.prompts, max_prompt_length)
-    g = torch.Generator(txt_ids.device).manual_seed(0)
-    prompt, codes = world.draw(CLIPS, g)
-    x_t = ursa.path.sample(codes, NEAR_DATA, g)
-    with torch.no_grad():
-        prediction = predict(ursa.transformer, txt_ids[prompt], x_t, world.latents_shape, dense)
-    return find_misalignment(prediction, codes, world.latents_shape)
 
 
 class Guard:

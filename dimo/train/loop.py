@@ -23,6 +23,7 @@ from dimo.run.progress import Progress
 from dimo.run.ranks import count_ranks, everywhere, raise_everywhere
 from dimo.run.signals import Preempted, Signals
 from dimo.run.trackers import close_trackers, open_trackers
+from dimo.train.watch import Watch
 from dimo.ursa import sample, save_student
 from dimo.ursa.loading import DTYPES, plain_state
 from dimo.worlds import is_world
@@ -103,12 +104,13 @@ def _train(
     first = _resume(trainer, run, checkpoints)
     if trainer.prompts.about:
         run.say(trainer.prompts.about)
-    run.say(trainer.require_aligned())
+    _say_alignment(trainer, run)
     run.cut_at(first)
     run.write_environment()
     run.write_status(state="running", step=first, max_steps=last)
     open_trackers(trainer.accelerator, trainer.config, run)
     yield
+    watch = Watch(trainer, run, first)
     bar = Progress(first, last, shown=progress and run.writes)
     clock, since = time.perf_counter(), first
     for index in bar:
@@ -121,12 +123,14 @@ def _train(
         told, written = count_ranks([signals.received is not None, checkpoints.written()], trainer.device)
         if written == trainer.accelerator.num_processes:
             _say_saved(run, checkpoints.finish())
-        if done % c.log_every == 0 or done == last:
+        if done % c.log_every == 0 or done == last or watch.is_due(done):
             values = trainer.metrics(step) | {k: float(v) for k, v in extra.items()}
             _drain_events(trainer, run)
             seconds = (time.perf_counter() - clock) / (done - since)
             values["time/step_s"] = seconds
             values["tokens_per_s"] = trainer.tokens_per_step / seconds
+            if watch.is_due(done):
+                values |= watch.measure()
             if trainer.device.type == "cuda":
                 values["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
             run.log({"step": done, **values})
@@ -140,6 +144,8 @@ def _train(
             _require_finite_weights(tensors, done)
             about = {"step": done, "num_processes": trainer.accelerator.num_processes}
             checkpoints.save(done, tensors, state | about, trainer.rank_state())
+        if c.keep_every and done % c.keep_every == 0:
+            write_student(trainer, run, run.path / "checkpoints" / f"milestone-{done:08d}")
         if done % c.sample_every == 0 or done == last:
             write_samples(trainer, run, done)
         if told and done < last:
@@ -149,12 +155,23 @@ def _train(
             raise Preempted(f"{name} after step {done}, which is saved; the same command continues")
         yield
     _say_saved(run, checkpoints.finish())
-    write_student(trainer, run)
+    write_final(trainer, run)
     if trainer.guard.skipped:
         run.say(f"{trainer.guard.skipped} of {last} steps were skipped for values that are not finite", aloud=True)
     run.say(f"finished: step {last}")
     run.write_status(state="finished", step=last, max_steps=last)
     close_trackers(trainer.accelerator)
+
+
+def _say_alignment(trainer: Trainer, run: RunFolder) -> None:
+    """Raise on all ranks if the logits slice is misread; the machines of a run may keep different clean tokens."""
+    error = None
+    try:
+        sentence, is_right = trainer.require_aligned()
+        run.say(sentence, aloud=not is_right)
+    except DimoError as misread:
+        error = misread
+    raise_everywhere(error)
 
 
 def _resume(trainer: Trainer, run: RunFolder, checkpoints: Checkpoints) -> int:
@@ -275,18 +292,40 @@ def write_samples(trainer: Trainer, run: RunFolder, done: int) -> None:
     save_sheet(run.path / "samples" / f"step-{done:08d}.png", {"student, 1 pass": frames}, shown)
 
 
-def write_student(trainer: Trainer, run: RunFolder) -> None:
-    """Write the final weights to checkpoints/final: student.pt (state dict) and student/ (config.json, safetensors)."""
-    weights = trainer.final_weights()  # collective
+def write_final(trainer: Trainer, run: RunFolder) -> None:
+    """Write the final weights to checkpoints/final: student/ (`write_student`) and student.pt, a plain state dict."""
+    final = run.path / "checkpoints" / "final"
+    weights = write_student(trainer, run, final / "student")
     if not run.writes:
         return
-    final, name = run.path / "checkpoints" / "final", trainer.config.experiment.student_dtype
-    if name == "auto":
-        name = "float32" if is_world(trainer.ursa.folder) else "bfloat16"
-    dtype = DTYPES[name]
     try:
-        save_student(final / "student", trainer.networks.ema, state=weights, dtype=dtype)
         with whole_file(final / "student.pt") as beside:
-            save_torch(plain_state(weights, dtype), beside)
+            save_torch(weights, beside)
+    except (OSError, RuntimeError) as error:
+        raise _not_written(final, error) from error
+
+
+def write_student(trainer: Trainer, run: RunFolder, folder: Path) -> dict[str, torch.Tensor]:
+    """Write the final weights to a folder with config.json and safetensors, in experiment.student_dtype. Collective.
+
+    Returns:
+        What was written; empty on ranks that do not write.
+    """
+    weights = trainer.final_weights()
+    if not run.writes:
+        return {}
+    weights = plain_state(weights, student_dtype(trainer.config.experiment.student_dtype, trainer.ursa.folder))
+    try:
+        save_student(folder, trainer.networks.ema, state=weights)
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise DimoError(f"{final} could not be written: {error}; the last checkpoint is kept") from error
+        raise _not_written(folder, error) from error
+    return weights
+
+
+def _not_written(folder: Path, error: Exception) -> DimoError:
+    return DimoError(f"{folder} could not be written: {error}; the last checkpoint is kept")
+
+
+def student_dtype(name: str, teacher: Path) -> torch.dtype:
+    """The dtype of a student's file for `experiment.student_dtype`; auto is bfloat16, or float32 in a world."""
+    return DTYPES[("float32" if is_world(teacher) else "bfloat16") if name == "auto" else name]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -18,13 +19,16 @@ from dimo.errors import DimoError, NonFiniteError, trusted_values
 from dimo.run.folder import RunFolder
 from dimo.train.engine import Engine, load_full_state, reshard, to_local
 from dimo.train.graph import StepGraphs, require_capturable
-from dimo.train.guards import Guard, alignment_of
+from dimo.train.guards import Guard
 from dimo.train.metrics import MEASURED, Averages, measured
 from dimo.train.optimizers import assign, lr_factor, make_optimizers, warm_ema_decay
 from dimo.train.prompts import WorldPrompts, open_prompts
 from dimo.train.together import train_together
 from dimo.ursa import Ursa, load_ursa, predict
 from dimo.ursa.cpu import keep_memory
+from dimo.ursa.weights import scale_logits
+from dimo.views.clean_tokens import known_clean_tokens
+from dimo.views.reading import check_slice
 from dimo.worlds import checkpoint_folder, is_world, load_world, require_world
 
 
@@ -267,10 +271,8 @@ class Trainer:
         single tokens, and each of these spoils a video, so a higher gain is used. If the engine shards the networks,
         the result is empty on all ranks but rank 0.
         """
-        m, weights, norm = self.config.model, self.engine.full_state_dict(self.networks.ema), "model.norm.weight"
-        if norm in weights:
-            weights[norm] = weights[norm] * (m.final_logit_gain / m.logit_gain)
-        return weights
+        m = self.config.model
+        return scale_logits(self.engine.full_state_dict(self.networks.ema), m.final_logit_gain / m.logit_gain)
 
     def rank_state(self) -> dict:
         """The state of this rank only: the memory of x_init and the running means of metrics."""
@@ -302,18 +304,24 @@ class Trainer:
             self.baseline.load_state_dict(state["baseline"])
         self.guard.load_state_dict(state["guard"])
 
-    def require_aligned(self) -> str:
-        """What is known of the logits slice that training reads through, in a sentence.
+    def require_aligned(self) -> tuple[str, bool]:
+        """What is known of the logits slice that training reads through: (a sentence, whether it is known to be right).
+
+        A world is checked by its own videos, another checkpoint by samples that `dimo check-alignment` has kept.
 
         Raises:
             DimoError: it is misread; its losses would fall all the same, and the student would learn something else.
         """
+        d, runs = self.settings, Path(self.config.experiment.output_dir).parent
+        clean = known_clean_tokens(self.ursa, self.grid, runs)
+        if clean is None:
+            command = f"dimo check-alignment {self.ursa.folder} --num_frames {d.num_frames} --height {d.height} "
+            command += f"--width {d.width} --runs {runs}"
+            return f"the logits slice is not checked: no clean tokens are kept in {runs}; `{command}` checks it", False
         with self.autocast():
-            alignment = alignment_of(self.ursa, self.settings.max_prompt_length, self.dense)
-        if alignment is None:
-            return "the logits slice is not checked: without a built-in world no clean videos are known"
+            alignment = check_slice(self.ursa, clean, d.max_prompt_length, self.dense)
         if alignment.found in ("right", None):
-            return alignment.sentence
+            return alignment.sentence, alignment.found == "right"
         raise DimoError(f"{alignment.sentence}; look at extract_visual_logits, as notebook 01 does")
 
     def train(self, progress: bool = True) -> RunFolder:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from dimo.errors import DimoError
+from dimo.errors import DimoError, nearest
 from dimo.ursa.config import UrsaConfig
 from dimo.ursa.inputs import SPATIAL_STRIDE, TEMPORAL_STRIDE
-from dimo.ursa.weights import absence, read_json
+from dimo.ursa.weights import absence, read_json, read_pickle
 
 PARTS = ("transformer", "scheduler", "tokenizer", "vae")
 INSIDE = ("*/", "*/*/", "*/snapshots/*/", "hub/*/snapshots/*/")  # the last two: the Hugging Face cache
+UPSTREAM_VAES = {"AutoencoderVQCosmos3D": "autoencoder_vq_cosmos3d", "AutoencoderVQ": "autoencoder_vq"}
+UPSTREAM_HEAD_DIM = 128  # the only head size that upstream supports
 STRIDES = {"AutoencoderVQ": (1, 16)}  # strides of VAE classes whose config.json lacks them; otherwise the video VAE's
 
 
@@ -85,6 +87,37 @@ def read_config(folder: Path) -> UrsaConfig:
         return UrsaConfig.from_dict(values)
     except DimoError as error:
         raise DimoError(f"{folder / 'config.json'}: {error}") from error
+
+
+def require_upstream_layout(folder: Path, what: str = "diffnext's pipeline") -> None:
+    """Raise DimoError unless URSA's own pipeline can run this checkpoint folder, judging by its JSON files.
+
+    Also loads `scheduler_model.pth` safely once, because upstream's scheduler would unpickle arbitrary code in it.
+
+    Args:
+        what: what needs that layout, for the message.
+    """
+    read_json(folder / "model_index.json")
+    config = read_config(folder / "transformer")
+    require_upstream_heads(what, config)
+    if config.lm_head_size != config.codebook_size:
+        raise DimoError(
+            f"{what} needs a head over the codebook alone, but {folder / 'transformer'}/config.json has "
+            f"lm_head_size = {config.lm_head_size} for {config.codebook_size} codes"
+        )
+    vae = read_json(folder / "vae" / "config.json").get("_class_name", "")
+    if vae not in UPSTREAM_VAES:
+        raise DimoError(f"{what} cannot run the VAE in {folder / 'vae'}, of class {vae!r}{nearest(vae, UPSTREAM_VAES)}")
+    read_pickle(folder / "scheduler" / "scheduler_model.pth")
+
+
+def require_upstream_heads(what: str, config: UrsaConfig, instead: str = "") -> None:
+    """Raise DimoError unless the attention heads have upstream's only size."""
+    if config.head_dim != UPSTREAM_HEAD_DIM:
+        raise DimoError(
+            f"{what} needs head_dim = {UPSTREAM_HEAD_DIM}, but this checkpoint's config.json has head_dim = "
+            f"{config.head_dim}{instead}"
+        )
 
 
 def student_file(weights: str | Path) -> Path:

@@ -25,15 +25,12 @@ from torch.nn import functional as F
 from dimo.errors import DimoError, nearest, reason, require_ids, require_shape
 from dimo.ursa.frames import frames_of
 from dimo.ursa.inputs import build_ursa_inputs
-from dimo.ursa.layout import read_config, student_file
+from dimo.ursa.layout import UPSTREAM_VAES, require_upstream_heads, require_upstream_layout, student_file
 from dimo.ursa.sampler import warn_if_guided_again
 from dimo.ursa.transformer import UrsaConfig
-from dimo.ursa.weights import load_weights, read_json, read_pickle, read_weights
+from dimo.ursa.weights import load_weights, read_weights
 
 log = logging.getLogger(__name__)
-HEAD_DIM = 128  # the only head size that diffnext supports
-VAES = {"AutoencoderVQCosmos3D": "autoencoder_vq_cosmos3d", "AutoencoderVQ": "autoencoder_vq"}
-
 RECOMPILE_LIMIT = 64  # for diffnext's compiled RoPE: batch, heads, dtype and grad mode vary; the default is 8
 
 _cuda_swiglu = qwen3.swiglu
@@ -89,21 +86,13 @@ def empty_transformer(config: UrsaConfig) -> UpstreamTransformer:
     Raises:
         DimoError: a head size that upstream does not support, or transformers 5, which it is incompatible with.
     """
-    _require_heads("backend upstream", config, "; use backend native")
+    require_upstream_heads("backend upstream", config, "; use backend native")
     _require_transformers_4()
     bridge()
     with init_empty_weights(include_buffers=False):  # its RoPE tables are buffers that no checkpoint contains
         transformer = UpstreamTransformer(**config.to_dict())
     transformer.config = config
     return transformer
-
-
-def _require_heads(what: str, config: UrsaConfig, instead: str = "") -> None:
-    if config.head_dim != HEAD_DIM:
-        raise DimoError(
-            f"{what} needs head_dim = {HEAD_DIM}, but this checkpoint's config.json has head_dim = {config.head_dim}"
-            f"{instead}"
-        )
 
 
 def _require_transformers_4() -> None:
@@ -143,33 +132,18 @@ def load_vae(folder: Path, config: dict, device) -> UpstreamVae:
         DimoError: its class is not one of diffnext's discrete autoencoders, or the weights do not fit.
     """
     name = config.get("_class_name", "")
-    if name not in VAES:
-        raise DimoError(f"the VAE in {folder} is of class {name!r}{nearest(name, VAES)}")
-    vae_class = getattr(importlib.import_module(f"diffnext.models.autoencoders.{VAES[name]}"), name)
+    if name not in UPSTREAM_VAES:
+        raise DimoError(f"the VAE in {folder} is of class {name!r}{nearest(name, UPSTREAM_VAES)}")
+    vae_class = getattr(importlib.import_module(f"diffnext.models.autoencoders.{UPSTREAM_VAES[name]}"), name)
     module = vae_class.from_config(config)
     load_weights(module, read_weights(folder), where=str(folder))
     return UpstreamVae(module.to(device), config.get("num_vq_embeddings", module.config.num_vq_embeddings))
 
 
 def require_pipeline(folder: str | Path) -> None:
-    """Raise DimoError unless diffnext's pipeline can run this checkpoint folder, judging by its JSON files.
-
-    Also loads `scheduler_model.pth` safely once, because diffnext's scheduler would unpickle arbitrary code in it.
-    """
+    """Raise DimoError unless diffnext's pipeline can run this checkpoint folder, see `require_upstream_layout`."""
     _require_transformers_4()
-    folder, what = Path(folder), "diffnext's pipeline"
-    read_json(folder / "model_index.json")
-    config = read_config(folder / "transformer")
-    _require_heads(what, config)
-    if config.lm_head_size != config.codebook_size:
-        raise DimoError(
-            f"{what} needs a head over the codebook alone, but {folder / 'transformer'}/config.json has "
-            f"lm_head_size = {config.lm_head_size} for {config.codebook_size} codes"
-        )
-    vae = read_json(folder / "vae" / "config.json").get("_class_name", "")
-    if vae not in VAES:
-        raise DimoError(f"{what} cannot run the VAE in {folder / 'vae'}, of class {vae!r}{nearest(vae, VAES)}")
-    read_pickle(folder / "scheduler" / "scheduler_model.pth")
+    require_upstream_layout(Path(folder))
 
 
 def load_pipeline(folder: str | Path, device="cpu", dtype: torch.dtype = torch.float32, student: str | Path = ""):

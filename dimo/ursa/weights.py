@@ -222,6 +222,15 @@ def require_numbers(tensor: torch.Tensor, name: str) -> None:
         raise DimoError(f"{name} must be finite, got NaN or infinity")
 
 
+def scale_logits(state: dict[str, torch.Tensor], gain: float) -> dict[str, torch.Tensor]:
+    """The state dict of a transformer whose logits are `gain` times as large: only the last norm's weight changes.
+
+    Without that weight, as on ranks that hold no part of a sharded network, `state` is returned as it is.
+    """
+    norm = "model.norm.weight"
+    return state | {norm: state[norm] * gain} if norm in state else state
+
+
 def misfit(needed: dict[str, tuple], found: dict[str, tuple]) -> str:
     """Describe how {key: shape} `found` differs from `needed`; empty if they match."""
     wrong = sorted(k for k in needed.keys() & found.keys() if needed[k] != found[k])

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 
 import torch
 
@@ -21,6 +22,7 @@ SIGNIFICANT = 4.0  # standard errors, over clips, by which one reading must fit 
 OTHERS = (2, 3, 5)  # how many clips further the clips are whose targets a reading is compared with
 FEWEST = 8  # clips
 LEAST = 0.1  # nats per token by which the best reading must fit better than that of other clips: it knows something
+UNNAMED = "no known reading"  # what is found of a slice that is wrong in a way that no reading here describes
 Grid = tuple[int, int, int]
 
 
@@ -44,17 +46,31 @@ class Reading:
 
 @dataclasses.dataclass
 class Alignment:
-    """The readings by name, which of them the predictions fit ("right", another's name, or None), and a sentence."""
+    """What a slice reads.
+
+    Attributes:
+        readings: by name.
+        found: the reading that the predictions fit: "right", another's name, UNNAMED, or None for undecided.
+        sentence: the verdict.
+    """
 
     readings: dict[str, Reading]
     found: str | None
     sentence: str
 
+    def table(self) -> str:
+        """The readings, best first: cross-entropy, and how much worse than the right one, with its standard error."""
+        lines = [f"{'the slice ...':30} {'cross-entropy':>13}  {'worse than right by':>22}"]
+        for name, r in sorted(self.readings.items(), key=lambda item: item[1].worse):
+            worse = f"{r.worse:+.3f} +- {r.error:.3f}" if name != "right" else "-"
+            lines.append(f"{r.says:30} {r.nats:13.3f}  {worse:>22}")
+        return "\n".join([*lines, "in nats per token; worse by the gain over other clips' targets"])
+
 
 def moved_targets(codes: torch.Tensor, latents_shape: Grid, codebook_size: int) -> dict[str, tuple[str, torch.Tensor]]:
     """{name: (what it says, targets)} of every reading, codes (B, N) of latents (T, H, W); -1 where there is no target.
 
-    Readings that leave these sizes as they are, such as reversed frames of one frame, are left out.
+    Some may leave these codes as they are, such as reversed frames of one frame.
     """
     frames, height, width = latents_shape
     video = codes.view(-1, frames, height, width)
@@ -68,16 +84,15 @@ def moved_targets(codes: torch.Tensor, latents_shape: Grid, codebook_size: int) 
             )  # fmt: skip
     found["height and width exchanged"] = ("has height and width exchanged", video.transpose(2, 3).flatten(1))
     found["frames last"] = ("runs over frames first", video.permute(0, 2, 3, 1).flatten(1))
+    if height != width:  # of a square both exchanges are the same
+        back = codes.view(-1, frames, width, height).transpose(2, 3).flatten(1)
+        found["width and height exchanged"] = ("takes height for width", back)
     for axis, name in ((1, "frames reversed"), (2, "rows reversed"), (3, "columns reversed")):
         found[name] = (f"has its {name}", video.flip(axis).flatten(1))
     for by in (1, 2, -1, -2):
         found[f"ids {by:+d}"] = (f"has its ids shifted by {by:+d}", (codes + by) % codebook_size)
     found["samples shifted"] = ("belongs to the sample after", codes.roll(-1, 0))
-    return {
-        name: (says, moved)
-        for name, (says, moved) in found.items()
-        if name == "right" or bool(((moved != codes) & (moved >= 0)).any())
-    }
+    return found
 
 
 def _shifted(codes: torch.Tensor, by: int) -> torch.Tensor:
@@ -92,36 +107,68 @@ def _shifted(codes: torch.Tensor, by: int) -> torch.Tensor:
     return moved
 
 
-def find_misalignment(prediction: Prediction, codes: torch.Tensor, latents_shape: Grid) -> Alignment:
+def find_misalignment(
+    predictions: Prediction | Iterable[Prediction], codes: torch.Tensor, latents_shape: Grid
+) -> Alignment:
     """Compare what a slice predicts with its targets as they are and as every misreading would have them.
 
     Args:
-        prediction: of the clean tokens (B, N) at some x_t, by the slice in question. 64 clips at t >= 0.9 tell the
-            readings apart; at t = 0.3 margins are a few hundredths of a nat.
+        predictions: of the clean tokens at some x_t, by the slice in question, for all clips or for a few after the
+            other. They are asked in turn and not kept, so that 64 clips of 33,280 tokens need no more memory than the
+            largest of them. 64 clips at t >= 0.9 tell the readings apart; at t = 0.3 margins are a few hundredths of
+            a nat.
         codes: the clean tokens (B, N) that x_t was made of.
         latents_shape: (T, H, W).
 
     Raises:
         DimoError: shapes that do not fit each other, ids out of range, or fewer than FEWEST clips.
     """
-    require_shape("codes", codes, prediction.shape)
-    require_ids("codes", codes, prediction.codebook_size)
+    require_shape("codes", codes, ("B", "N"))
     if math.prod(latents_shape) != codes.shape[1]:
         raise DimoError(f"latents_shape must hold {codes.shape[1]} tokens as codes do, got {tuple(latents_shape)}")
     if len(codes) < FEWEST:
         raise DimoError(
             f"codes must hold at least {FEWEST} clips, over which standard errors are taken, got {len(codes)}"
         )
-    targets = moved_targets(codes, latents_shape, prediction.codebook_size)
-    moved = torch.stack([target for _, target in targets.values()], -1)  # (B, N, R)
-    all_targets = torch.cat([moved, *(moved.roll(by, 0) for by in OTHERS)], -1)
-    nats = -prediction.map(_log_probs, all_targets.clamp(min=0))[0].double().unflatten(-1, (-1, len(targets)))
-    gain, known = nats[:, :, 0] - nats[:, :, 1:].mean(2), moved >= 0  # (B, N, R)
+    parts, start = [], 0
+    for one in [predictions] if isinstance(predictions, Prediction) else predictions:
+        rows = slice(start, start + one.shape[0])
+        if one.shape != tuple(codes[rows].shape):
+            raise DimoError(f"codes must have shape {one.shape}, as predictions do, got {tuple(codes[rows].shape)}")
+        require_ids("codes", codes[rows], one.codebook_size)
+        parts.append(_compare(one, codes, rows, latents_shape))
+        start = rows.stop
+    if start != len(codes):
+        raise DimoError(f"predictions must be of all {len(codes)} clips of codes, got {start}")
+    nats, gain, known, moves = (torch.cat(tensors) for tensors in zip(*parts))
+    every = moved_targets(codes[:1], latents_shape, one.codebook_size).items()
+    kept = [i for i, (name, _) in enumerate(every) if name == "right" or moves[:, i].any()]
+    nats, gain, known = nats[:, kept].mean(0), gain[..., kept], known[..., kept]
     readings = {}
-    for i, (name, (says, _)) in enumerate(targets.items()):
+    for i, (name, (says, _)) in enumerate([list(every)[at] for at in kept]):
         worse, error = _paired(gain[..., i] - gain[..., 0], known[..., i])
-        readings[name] = Reading(says, nats[:, :, 0, i][known[..., i]].mean().item(), worse, error)
+        readings[name] = Reading(says, nats[i].item(), worse, error)
     return _judged(readings, gain, known)
+
+
+def _compare(prediction: Prediction, codes: torch.Tensor, rows: slice, latents_shape: Grid) -> tuple[torch.Tensor, ...]:
+    """Some of the clips b against every reading of their own targets and of other clips'.
+
+    Returns:
+        On the CPU: nats (b, R), the mean of the known targets; gain (b, N, R), how much cheaper a target is than those
+        of other clips; known (b, N, R), where there is a target; moves (b, R), whether any target is another.
+    """
+    size = prediction.codebook_size
+    own, *others = (
+        torch.stack([moved for _, moved in moved_targets(codes.roll(by, 0)[rows], latents_shape, size).values()], -1)
+        for by in (0, *OTHERS)
+    )  # each (b, N, R)
+    targets = torch.cat([own, *others], -1).clamp(min=0).to(prediction.device)
+    nats = -prediction.map(_log_probs, targets)[0].cpu().unflatten(-1, (-1, own.shape[-1]))  # (b, N, 1 + others, R)
+    own, known = own.cpu(), own.cpu() >= 0
+    mean = (nats[:, :, 0].double() * known).sum(1) / known.sum(1).clamp(min=1)
+    moves = ((own != own[..., :1]) & known).any(1)
+    return mean, nats[:, :, 0].double().sub(nats[:, :, 1:].double().mean(2)).float(), known, moves
 
 
 def _log_probs(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor]:
@@ -130,7 +177,7 @@ def _log_probs(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tenso
 
 def _paired(difference: torch.Tensor, where: torch.Tensor) -> tuple[float, float]:
     """Mean over the tokens (B, N) that count, the same in every clip, and its standard error over clips."""
-    per_clip = (difference * where).sum(1) / where.sum(1)
+    per_clip = (difference * where).double().sum(1) / where.sum(1)
     return per_clip.mean().item(), per_clip.std().item() / math.sqrt(len(per_clip))
 
 

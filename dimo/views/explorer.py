@@ -60,12 +60,81 @@ def explore(
     return widget(explorer)
 
 
+class _Front:
+    """What the widget does, but for its traits."""
+
+    explorer: ExplorerView
+    asked: dict
+    about: dict
+    view: dict
+    alignment: dict
+    send: Any
+
+    def _ask(self, request: dict) -> None:
+        """Answer; what cannot be answered leaves what is shown, with a sentence."""
+        try:
+            self.view = self.explorer.view(request)
+            self.asked = copy.deepcopy(request)
+        except DimoError as error:
+            self.view = self.view | {"id": request.get("id", 0), "error": str(error)}
+
+    def show(self, **changes: Any) -> None:
+        """Change what is shown: t, seed, prompt, guidance_scale, temperature, of, statistic, token, picture, model.
+
+        Raises:
+            DimoError: an unknown name, or a value that is out of range.
+        """
+        request = copy.deepcopy(self.asked)
+        for name, value in changes.items():
+            place = request if name in ("statistic", "token", "picture") else request["panes"][-1]
+            if name not in place:
+                raise DimoError(f"{name} cannot be shown{nearest(name, [*request, *request['panes'][-1]])}")
+            place[name] = list(value) if name == "token" else value
+        view = self.explorer.view(request | {"id": self.view["id"] + 1})
+        self.asked, self.view = request, view | {"request": request}
+
+    def check(self) -> dict:
+        """Compare the logits slice with moved targets, as `find_misalignment` does, and show it."""
+        self.alignment = self.explorer.alignment(self.asked["panes"][-1]["model"])
+        return self.alignment
+
+    def save(self) -> Path:
+        """Save the passes behind what is shown as a slice; see `dimo.views.slices`."""
+        models, setting, answer = self.explorer.answer(self.asked["panes"][-1])
+        return save_slice(models, setting, answer, tuple(self.asked["token"]))
+
+    def _told(self, _, message: dict, buffers: list) -> None:
+        try:
+            if message.get("kind") == "check":
+                self.check()
+            elif message.get("kind") in ("save", "test"):
+                file, test = self.save(), message["kind"] == "test"
+                text = write_test(file) if test else f"saved: {file}\nagain:  dimo replay {file}"
+                self.send({"kind": "text", "text": text, "copy": test})
+        except (DimoError, OSError) as error:
+            self.send({"kind": "text", "text": str(error), "copy": False})
+
+    def figure(self):
+        """What is shown, as a figure."""
+        return twin(self.view, self.about)
+
+    def _repr_mimebundle_(self, **kwargs):
+        made = super()._repr_mimebundle_(**kwargs)  # type: ignore[misc]
+        picture = io.BytesIO()
+        self.figure().savefig(picture, format="png", dpi=80)
+        data, metadata = made if isinstance(made, tuple) else (made or {}, {})
+        pane = self.view["panes"][-1]["asked"]
+        data["image/png"] = base64.b64encode(picture.getvalue()).decode()
+        data["text/plain"] = f"Explorer({pane['prompt']!r}, seed {pane['seed']}, t {pane['t']:g})"
+        return data, metadata | {"image/png": {"alt": f"{data['text/plain']}: a map of {self.view['statistic']}"}}
+
+
 @functools.cache
 def _widget_class() -> type[Any]:
     import anywidget
     import traitlets
 
-    class Explorer(anywidget.AnyWidget):
+    class Explorer(_Front, anywidget.AnyWidget):
         """The front end asks by `request`; `view` is the answer. See `ExplorerView`."""
 
         _esm, _css = PAGE.read_text(encoding="utf-8"), STYLE.read_text(encoding="utf-8")
@@ -82,63 +151,5 @@ def _widget_class() -> type[Any]:
                 self.check()
             self.on_msg(self._told)
             self.observe(lambda change: self._ask(change["new"]), names="request")
-
-        def _ask(self, request: dict) -> None:
-            """Answer; what cannot be answered leaves what is shown, with a sentence."""
-            try:
-                self.view = self.explorer.view(request)
-                self.asked = copy.deepcopy(request)
-            except DimoError as error:
-                self.view = self.view | {"id": request.get("id", 0), "error": str(error)}
-
-        def show(self, **changes: Any) -> None:
-            """Change what is shown: t, seed, prompt, guidance_scale, temperature, of, statistic, token, picture, model.
-
-            Raises:
-                DimoError: an unknown name, or a value that is out of range.
-            """
-            request = copy.deepcopy(self.asked)
-            for name, value in changes.items():
-                place = request if name in ("statistic", "token", "picture") else request["panes"][-1]
-                if name not in place:
-                    raise DimoError(f"{name} cannot be shown{nearest(name, [*request, *request['panes'][-1]])}")
-                place[name] = list(value) if name == "token" else value
-            view = self.explorer.view(request | {"id": self.view["id"] + 1})
-            self.asked, self.view = request, view | {"request": request}
-
-        def check(self) -> dict:
-            """Compare the logits slice with moved targets, as `find_misalignment` does, and show it."""
-            self.alignment = self.explorer.alignment(self.asked["panes"][-1]["model"])
-            return self.alignment
-
-        def save(self) -> Path:
-            """Save the passes behind what is shown as a slice; see `dimo.views.slices`."""
-            models, setting, answer = self.explorer.answer(self.asked["panes"][-1])
-            return save_slice(models, setting, answer, tuple(self.asked["token"]))
-
-        def _told(self, _, message: dict, buffers: list) -> None:
-            try:
-                if message.get("kind") == "check":
-                    self.check()
-                elif message.get("kind") in ("save", "test"):
-                    file, test = self.save(), message["kind"] == "test"
-                    text = write_test(file) if test else f"saved: {file}\nagain:  dimo replay {file}"
-                    self.send({"kind": "text", "text": text, "copy": test})
-            except (DimoError, OSError) as error:
-                self.send({"kind": "text", "text": str(error), "copy": False})
-
-        def figure(self):
-            """What is shown, as a figure."""
-            return twin(self.view, self.about)
-
-        def _repr_mimebundle_(self, **kwargs):
-            made = super()._repr_mimebundle_(**kwargs)
-            picture = io.BytesIO()
-            self.figure().savefig(picture, format="png", dpi=80)
-            data, metadata = made if isinstance(made, tuple) else (made or {}, {})
-            pane = self.view["panes"][-1]["asked"]
-            data["image/png"] = base64.b64encode(picture.getvalue()).decode()
-            data["text/plain"] = f"Explorer({pane['prompt']!r}, seed {pane['seed']}, t {pane['t']:g})"
-            return data, metadata | {"image/png": {"alt": f"{data['text/plain']}: a map of {self.view['statistic']}"}}
 
     return Explorer

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from matplotlib.colors import LogNorm
@@ -15,18 +16,25 @@ from dimo.views.figure import Figure
 # Okabe and Ito's palette, ordered so that neighbours differ in lightness, too
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 STYLES = ("-", (0, (5, 4)), (0, (1.5, 2)))  # dashes, so that coinciding lines remain visible
-PANELS = {
-    "entropy (nats per token)": ("entropy/student", "entropy/aux", "entropy/teacher"),
-    "loss (nats per token)": ("loss/aux", "loss/kd", "loss/distill"),
-    "reward: minus Jeffreys' divergence (nats)": ("reward/mean", "reward/baseline"),
-    "gap of auxiliary to teacher (total variation)": ("gap/aux_teacher_tv",),
-    "gradient norm before clipping": ("grad_norm/student", "grad_norm/aux"),
-    "weight of the entropy bonus": ("lambda_ent",),
+PANELS = {  # {title: {metric: label}}
+    "entropy (nats per token)": {
+        "entropy/student": "student",
+        "entropy/aux": "auxiliary",
+        "entropy/teacher": "teacher",
+    },
+    "loss (nats per token)": {"loss/aux": "auxiliary", "loss/distill": "distillation"},
+    "reward: minus Jeffreys' divergence (nats)": {"reward/mean": "mean", "reward/baseline": "baseline"},
+    "auxiliary to teacher (total variation)": {"gap/aux_teacher_tv": "gap"},
+    "teacher to student at x_t (KL, nats per token)": {"gap/student_teacher_kl": "gap"},
+    "gradient norm before clipping": {"grad_norm/student": "student", "grad_norm/aux": "auxiliary"},
+    "codes used in a batch": {"codes/used": "codes"},
+    "weight of the entropy bonus": {"lambda_ent": "lambda_ent"},
 }
+READABLE = 10  # points, at 100 dots per inch and 1,000 pixels
 
 
 def curves(rows: list[dict], smooth: int = 1) -> Figure:
-    """Six panels of training metrics over steps.
+    """Panels of training metrics over steps, two in a row; those that rows do not have or never change are left out.
 
     Args:
         rows: rows of metrics.jsonl.
@@ -36,26 +44,38 @@ def curves(rows: list[dict], smooth: int = 1) -> Figure:
         raise DimoError("rows must hold at least one logged step; has the run started?")
     if smooth < 1:
         raise DimoError(f"smooth must be at least 1, got {smooth}")
-    # without a baseline the rows repeat the reward
+    # without a baseline the rows repeat the reward, without an entropy bonus its weight
     left_out = {"reward/baseline"} if all(r.get("reward/baseline") == r.get("reward/mean") for r in rows) else set()
-    figure = Figure(figsize=(13, 6.2), layout="constrained")
-    for axis, (title, names) in zip(figure.subplots(2, 3).flat, PANELS.items()):
-        for name, colour, style in zip(names, COLOURS, STYLES):
-            points = [(r["step"], r[name]) for r in rows if r.get(name) is not None and name not in left_out]
-            if points:
-                steps, values = zip(*points)
-                means = _running_mean(values, smooth)
+    left_out |= {"lambda_ent"} if len({r.get("lambda_ent") for r in rows}) == 1 else set()
+    shown = {title: _points(rows, names.keys() - left_out) for title, names in PANELS.items()}
+    shown = {title: points for title, points in shown.items() if points}
+    lines = max(1, math.ceil(len(shown) / 2))
+    figure = Figure(figsize=(10, 0.5 + 2.3 * lines), layout="constrained")
+    axes = list(figure.subplots(lines, 2, squeeze=False).flat)
+    for axis in axes[len(shown) :]:
+        axis.remove()
+    figure.supxlabel("step" if smooth == 1 else f"step (means of {smooth} logged rows)", fontsize=READABLE)
+    for axis, (title, points) in zip(axes, shown.items()):
+        for (name, label), colour, style in zip(PANELS[title].items(), COLOURS, STYLES):
+            if name in points:
+                steps, values = zip(*points[name])
                 dot = "o" if len(steps) == 1 else None  # a single point makes no line
-                axis.plot(steps, means, color=colour, label=name, linewidth=1.4, linestyle=style, marker=dot)
+                axis.plot(steps, _running_mean(values, smooth), color=colour, label=label, linewidth=1.6,
+                          linestyle=style, marker=dot)  # fmt: skip
         if title.startswith("gradient"):
             axis.set_yscale("log")
-        axis.set_title(title, fontsize=9, loc="left")
-        axis.set_xlabel("step" if smooth == 1 else f"step (means of {smooth} logged rows)", fontsize=8)
-        axis.tick_params(which="both", labelsize=8)
+        axis.set_title(title, fontsize=READABLE + 1, loc="left")
+        axis.tick_params(which="both", labelsize=READABLE)
         axis.grid(alpha=0.3)
-        if axis.lines:
-            axis.legend(fontsize=8, frameon=False)
+        if len(axis.lines) > 1:
+            axis.legend(fontsize=READABLE, frameon=False)
     return figure
+
+
+def _points(rows: list[dict], names: Iterable[str]) -> dict[str, list[tuple[int, float]]]:
+    """{metric: [(step, value)]} of the metrics that rows have."""
+    points = {name: [(r["step"], r[name]) for r in rows if r.get(name) is not None] for name in names}
+    return {name: found for name, found in points.items() if found}
 
 
 def _running_mean(values: tuple, width: int) -> list[float]:
@@ -64,6 +84,9 @@ def _running_mean(values: tuple, width: int) -> list[float]:
 
 def token_maps(maps: dict[str, torch.Tensor], unit: str) -> Figure:
     """Per-token values as heat maps with a common colour scale: a row per map, a column per latent frame.
+
+    The scale is logarithmic where a map would be of one colour otherwise: its largest value is less than a tenth of the
+    largest of all. It then covers three decades.
 
     Args:
         maps: {name: values (T, H, W)}.
@@ -76,18 +99,22 @@ def token_maps(maps: dict[str, torch.Tensor], unit: str) -> Figure:
         require_shape(f"maps[{name!r}]", values, (frames, "H", "W"))
     everything = torch.cat([m.flatten().float() for m in maps.values()])
     low, high = min(0.0, everything.min().item()), everything.max().item()
-    figure = Figure(figsize=(2.3 + 1.7 * frames, 0.4 + 1.6 * len(maps)), layout="constrained")
+    if low == 0 and min(m.max().item() for m in maps.values()) < high / 10:
+        scale, unit = {"norm": LogNorm(high / 1000, high, clip=True)}, f"{unit} (log scale)"
+    else:
+        scale = {"vmin": low, "vmax": high}
+    figure = Figure(figsize=(2.8 + 1.7 * frames, 0.4 + 1.6 * len(maps)), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12)  # inches; the layout does not expect square axes
     axes = figure.subplots(len(maps), frames, squeeze=False)
     for r, (name, values) in enumerate(maps.items()):
         for f in range(frames):
-            image = axes[r][f].imshow(values[f].float().cpu().numpy(), vmin=low, vmax=high, cmap="cividis")
+            image = axes[r][f].imshow(values[f].float().cpu().numpy(), cmap="cividis", **scale)
             axes[r][f].set_xticks([])
             axes[r][f].set_yticks([])
             if r == 0:
                 axes[r][f].set_title(f"latent frame {f}", fontsize=8)
         axes[r][0].set_ylabel(textwrap.fill(name, 16), fontsize=8, rotation=0, ha="right", va="center")
-    figure.colorbar(image, ax=axes, label=unit)
+    figure.colorbar(image, ax=axes, label=unit, extend="min" if "norm" in scale else "neither")
     return figure
 
 
