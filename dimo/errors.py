@@ -22,6 +22,10 @@ class NonFiniteError(DimoError):
     """NaN or infinity where values must be finite: a bad batch or a diverged run rather than invalid input."""
 
 
+class Diverged(DimoError):
+    """A run that cannot go on since its values are not finite any more: a result, where rates are compared."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint for an unknown name: `; did you mean 'beta'?`, or the list of known names if none is similar."""
     known = sorted(known)
@@ -69,7 +73,7 @@ def require_ids(name: str, ids: torch.Tensor, upper: int) -> None:
     """Raise DimoError unless `ids` is an integer tensor with all values in [0, upper)."""
     if ids.is_floating_point() or ids.dtype == torch.bool:
         raise DimoError(f"{name} must hold integer ids, got {ids.dtype}")
-    if ids.numel() and not _trusted.get() and not _capturing(ids):
+    if ids.numel() and may_read(ids):
         low, high = torch.stack(ids.aminmax()).tolist()
         if low < 0 or high >= upper:
             raise DimoError(f"{name} must lie in [0, {upper}), got values from {low} to {high}")
@@ -77,7 +81,7 @@ def require_ids(name: str, ids: torch.Tensor, upper: int) -> None:
 
 def require_time(name: str, t: torch.Tensor | float) -> None:
     """Raise DimoError unless every time lies in [0, 1): 0 is noise, 1 (excluded) is data."""
-    if isinstance(t, torch.Tensor) and (_trusted.get() or _capturing(t)):
+    if isinstance(t, torch.Tensor) and not may_read(t):
         return
     inside = (t >= 0) & (t < 1) if isinstance(t, torch.Tensor) else 0 <= t < 1
     if not bool(inside.all() if isinstance(inside, torch.Tensor) else inside):
@@ -96,6 +100,11 @@ def trusted_values() -> Iterator[None]:
         yield
     finally:
         _trusted.reset(token)
+
+
+def may_read(tensor: torch.Tensor) -> bool:
+    """Whether a check may read values of `tensor` back: not among trusted ones, nor while a CUDA graph is captured."""
+    return not _trusted.get() and not _capturing(tensor)
 
 
 def require_finite(name: str, tensor: torch.Tensor) -> None:

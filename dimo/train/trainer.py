@@ -25,6 +25,7 @@ from dimo.train.prompts import WorldPrompts, open_prompts
 from dimo.ursa import Ursa, load_ursa, predict
 from dimo.ursa.cpu import keep_memory
 from dimo.worlds import checkpoint_folder, is_world, load_world, require_world
+from dimo.worlds.exact import exact_teacher
 
 
 class Trainer:
@@ -65,7 +66,8 @@ class Trainer:
         student, aux, ema = (self.engine.copy_of(teacher, learns) for learns in (True, True, False))
         if config.training.mixed_precision == "bf16":
             teacher.bfloat16()  # frozen, so it needs no float32 master weights
-        self.networks = Networks(teacher, student, aux, ema)
+        asked = exact_teacher(self.ursa.folder, self.path) if d.teacher == "exact" else teacher
+        self.networks = Networks(asked, student, aux, ema)
         for network in (student, aux, ema):
             if not config.model.train_embeddings:
                 network.model.embed_tokens = self.engine.frozen(network.model.embed_tokens, teacher.model.embed_tokens)
@@ -83,7 +85,7 @@ class Trainer:
             d.lambda_ent, d.lambda_ent_high, d.entropy_floor, d.ent_anneal_from, d.ent_anneal_to
         )
         self.baseline = Baseline(d.baseline_decay) if d.baseline == "ema" else None
-        self.beta = d.beta()
+        self.beta, self.t_shift = d.beta(), d.shift(self.num_visual_tokens, self.ursa.own_shift)
         self.generator = torch.Generator(self.device)
         self.lambda_ent = d.lambda_ent
         # logits are stored only if a batch's take at most 128 MiB and are not rounded to bf16

@@ -23,6 +23,8 @@ PAD, UNKNOWN, BOV = "<pad>", "<unk>", "<bov>"
 ROPE_THETA = 10.0  # for at most ten positions; with URSA's 1,000,000 half of the frequencies would be constant
 EMPTY_PROMPT_SHARE = 0.1
 EMA_DECAY = 0.999
+TOKENS = 2**18  # sampled at a time when a new teacher is scored
+GUIDANCE = 3.0  # of the last row of a new teacher's scores
 
 
 def _field(default, help: str):
@@ -42,6 +44,7 @@ class TeacherRecipe:
     c: float = _field(2.0, "c of the metric path")
     steps: int = _field(25_000, "training steps")
     batch_size: int = _field(256, "videos per step")
+    t_per: str = _field("sample", "one t per sample or, as URSA's, per latent frame: sample or frame")
     lr: float = _field(2e-3, "peak learning rate, with cosine decay to zero")
     seed: int = _field(0, "seed of initialisation and data")
     device: str = _field("cpu", "cpu or cuda")
@@ -91,7 +94,8 @@ def initialise(model: UrsaTransformer) -> None:
 def train_teacher(world: World, recipe: TeacherRecipe, progress: bool = True) -> UrsaTransformer:
     """Train a teacher by denoising; returns the EMA of its weights.
 
-    Cross-entropy of the clean tokens at t uniform in [0, 0.999), with 10% empty prompts for classifier-free guidance.
+    Cross-entropy of the clean tokens at t uniform in [0, 0.999), one per sample or per latent frame, with 10% empty
+    prompts for classifier-free guidance.
     """
     device = recipe.device
     torch.manual_seed(recipe.seed)
@@ -110,7 +114,9 @@ def train_teacher(world: World, recipe: TeacherRecipe, progress: bool = True) ->
         for group in optimizer.param_groups:
             group["lr"] = recipe.lr * min(1.0, (step + 1) / warmup) * decay
         prompt, x_1 = world.draw(recipe.batch_size, generator)
-        t = torch.rand(recipe.batch_size, generator=generator, device=device) * 0.999
+        times = (recipe.batch_size, world.latents_shape[0]) if recipe.t_per == "frame" else (recipe.batch_size,)
+        t = torch.rand(times, generator=generator, device=device) * 0.999
+        t = t.repeat_interleave(math.prod(world.latents_shape[1:]), 1) if recipe.t_per == "frame" else t
         drop = torch.rand(recipe.batch_size, generator=generator, device=device) < EMPTY_PROMPT_SHARE
         txt_ids = prompt_ids[prompt].masked_fill(drop[:, None], pad)
         logits = visual_logits(model, txt_ids, path.sample(x_1, t, generator), world.latents_shape)
@@ -130,7 +136,7 @@ def make_teacher(world: World, recipe: TeacherRecipe, folder: Path, videos_per_p
     """Train a teacher, write its checkpoint folder and score it.
 
     Returns:
-        Validity and adherence by number of sampling steps, as a table.
+        Validity and adherence by number of sampling steps, and guided, as a table.
 
     Raises:
         DimoError: before training: a value out of range, a missing device, or a folder with other contents; after it:
@@ -146,13 +152,19 @@ def make_teacher(world: World, recipe: TeacherRecipe, folder: Path, videos_per_p
     write_checkpoint(folder, world, transformer, recipe.alpha, recipe.c)
     ursa = load_ursa(folder, recipe.device)
     prompts = [p for p in world.prompts for _ in range(videos_per_prompt)]
-    txt_ids = ursa.tokenize(prompts, prompt_length(world))
-    lines = [f"{'passes':>6} {'validity':>9} {'adherence':>10}"]
-    for steps in (1, 4, 8, 25):
-        generator = torch.Generator(recipe.device).manual_seed(recipe.seed)
-        codes = sample(ursa.transformer, ursa.path, txt_ids, world.latents_shape, steps, generator=generator)
+    rows = max(1, TOKENS // math.prod(world.latents_shape))
+    batches = ursa.tokenize(prompts, prompt_length(world)).split(rows)
+    lines = [f"{'passes':>6} {'guidance':>9} {'validity':>9} {'adherence':>10}"]
+    for steps, guidance in ((1, 1.0), (4, 1.0), (8, 1.0), (25, 1.0), (25, GUIDANCE)):
+        made, generator = [], torch.Generator(recipe.device).manual_seed(recipe.seed)
+        for ids in batches:
+            guide = {"guidance_scale": guidance, "uncond_ids": torch.full_like(ids, words(world).index(PAD))}
+            shape = world.latents_shape
+            made.append(sample(ursa.transformer, ursa.path, ids, shape, steps, generator=generator, **guide))
+        codes = torch.cat(made)
         scores = score(world, codes, prompts)
-        lines.append(f"{steps:6} {scores.valid.float().mean():9.4f} {scores.adherent.float().mean():10.4f}")
+        shares = scores.valid.float().mean(), scores.adherent.float().mean()
+        lines.append(f"{steps:6} {guidance:9g} {shares[0]:9.4f} {shares[1]:10.4f}")
     return "\n".join(lines)
 
 
@@ -164,6 +176,8 @@ def _require_sense(world: World, recipe: TeacherRecipe) -> None:
             raise DimoError(f"{name} must be at least 1, got {value}")
         if isinstance(value, float) and not 0 < value < math.inf:
             raise DimoError(f"{name} must be positive and finite, got {value}")
+    if recipe.t_per not in ("sample", "frame"):
+        raise DimoError(f"t_per must be sample or frame, got {recipe.t_per!r}")
     if recipe.device not in ("cpu", "cuda"):
         raise DimoError(f"device must be cpu or cuda, got {recipe.device!r}")
     if recipe.device == "cuda" and not torch.cuda.is_available():
