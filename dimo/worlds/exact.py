@@ -65,7 +65,8 @@ class ExactTeacher:
         self.codes = world.used_codes.to(path.device)
         points = path.codebook.double()
         self._distance = torch.stack([(points - points[code]).square().sum(-1) for code in self.codes], 1)  # (K, C)
-        empty = torch.full((1, prompt_length(world)), words(world).index(PAD))
+        self._pad = words(world).index(PAD)
+        empty = torch.full((1, prompt_length(world)), self._pad)
         self._txt_ids = torch.cat([encode(world, world.prompts), empty]).to(path.device)
 
     @torch.no_grad()
@@ -149,10 +150,10 @@ class ExactTeacher:
     def _prompts(self, txt_ids: torch.Tensor) -> torch.Tensor:
         """(B, prompts) bool: the prompts whose videos count."""
         require_shape("txt_ids", txt_ids, ("B", "L"))
-        length, pad = self._txt_ids.shape[1], int(self._txt_ids[-1, 0])
+        length = self._txt_ids.shape[1]
         if txt_ids.shape[1] < length:
             raise DimoError(f"txt_ids must have at least {length} ids, the words of a prompt, got {txt_ids.shape[1]}")
-        known = F.pad(self._txt_ids, (txt_ids.shape[1] - length, 0), value=pad)
+        known = F.pad(self._txt_ids, (txt_ids.shape[1] - length, 0), value=self._pad)
         same = (txt_ids[:, None] == known).all(-1)
         if may_read(same) and not bool(same.any(-1).all()):
             row = int((~same.any(-1)).nonzero()[0])
