@@ -12,12 +12,14 @@ from dimo.distill.stages import Step
 from dimo.errors import DimoError, trusted_values
 from dimo.ursa import MetricPath, MixturePath, Sparse, load_ursa, predict, predict_guided, sample, visual_logits
 from dimo.ursa.chunks import ENTRIES
+from dimo.ursa.transformer import UrsaTransformer
 from dimo.worlds import load_world
+from dimo.worlds import teacher as teacher_module
 from dimo.worlds.exact import FLOOR, ExactTeacher
 from dimo.worlds.fsq import LEVELS, fsq_codebook
 from dimo.worlds.oracle import score
 from dimo.worlds.shapes import ShapesWorld
-from dimo.worlds.teacher import TeacherRecipe, encode, make_teacher
+from dimo.worlds.teacher import TeacherRecipe, encode, make_teacher, train_teacher, ursa_config
 from dimo.worlds.tiles import SIZES, TilesWorld
 
 GRID, N = (2, 4, 4), 32
@@ -353,6 +355,30 @@ def test_the_command_trains_its_teacher(tmp_path):
     assert load_world(tmp_path / "t") == TilesWorld(frames=2, codes=16)
     book = load_ursa(tmp_path / "t").path.codebook
     assert torch.equal(book, torch.nn.functional.normalize(fsq_codebook((2, 2, 2, 2)), dim=-1, eps=1e-5))
+
+
+def test_a_teacher_of_a_large_codebook_is_trained_on_the_same_loss(monkeypatch, generator):
+    """A few tokens at a time, without keeping logits: as in one piece. One t per latent frame, if asked."""
+    world = TilesWorld(frames=2, codes=256)
+    model = UrsaTransformer(ursa_config(world, TeacherRecipe(layers=1, hidden=32, heads=2)))
+    prompt, x_1 = world.draw(3, generator)
+    ids, x_t = encode(world, [world.prompts[i] for i in prompt]), torch.randint(256, x_1.shape, generator=generator)
+
+    def loss_and_gradients():
+        loss = teacher_module._denoising(model, ids, x_t, x_1, world.latents_shape)
+        return loss, torch.autograd.grad(loss, list(model.parameters()))
+
+    whole, want = loss_and_gradients()
+    monkeypatch.setattr(teacher_module, "FEW_CODES", 1)
+    monkeypatch.setitem(ENTRIES, "cpu", 10 * 256)
+    pieces, got = loss_and_gradients()
+    assert pieces.item() == pytest.approx(whole.item(), rel=1e-5)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(got, want))
+    times, inner = [], MetricPath.sample
+    monkeypatch.setattr(MetricPath, "sample", lambda self, x, t, g: times.append(t) or inner(self, x, t, g))
+    train_teacher(world, TeacherRecipe(layers=1, hidden=32, heads=2, batch_size=5, steps=1, t_per="frame"), False)
+    frames = times[0].view(5, 2, 16)
+    assert (frames == frames[..., :1]).all() and (frames[:, 0, 0] != frames[:, 1, 0]).all()
 
 
 def test_sizes_are_those_they_are_called_by():

@@ -114,6 +114,7 @@ class Grid:
 
     def require_sense(self, out: Path) -> None:
         """Raise DimoError for what is wrong with an arm on a world, before anything is made."""
+        self._steps([*self.words, *self.overrides])
         for place in self.places.values():
             if place.teacher and not is_world(checkpoint_folder(place.teacher)):
                 raise DimoError(f"a grid needs worlds, whose oracles score the videos, but {place.teacher} is none")

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import torch
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from dimo.errors import DimoError, are_finite
 from dimo.files import whole_folder
-from dimo.ursa import MetricPath, UrsaConfig, UrsaTransformer, load_ursa, sample, save_student, visual_logits
+from dimo.ursa import MetricPath, UrsaConfig, UrsaTransformer, load_ursa, predict, sample, save_student, visual_logits
+from dimo.ursa.chunks import FEW_CODES
 from dimo.worlds import WORLD_FILE, is_world
 from dimo.worlds.oracle import score
 from dimo.worlds.protocol import World, prompt_index, prompt_length
@@ -119,8 +121,7 @@ def train_teacher(world: World, recipe: TeacherRecipe, progress: bool = True) ->
         t = t.repeat_interleave(math.prod(world.latents_shape[1:]), 1) if recipe.t_per == "frame" else t
         drop = torch.rand(recipe.batch_size, generator=generator, device=device) < EMPTY_PROMPT_SHARE
         txt_ids = prompt_ids[prompt].masked_fill(drop[:, None], pad)
-        logits = visual_logits(model, txt_ids, path.sample(x_1, t, generator), world.latents_shape)
-        loss = F.cross_entropy(logits.flatten(0, 1), x_1.flatten())
+        loss = _denoising(model, txt_ids, path.sample(x_1, t, generator), x_1, world.latents_shape)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -130,6 +131,20 @@ def train_teacher(world: World, recipe: TeacherRecipe, progress: bool = True) ->
         if step % 100 == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
     return ema
+
+
+def _denoising(model: UrsaTransformer, txt_ids, x_t, x_1, latents_shape) -> torch.Tensor:
+    """Mean cross-entropy of the clean tokens; for large codebooks a few tokens at a time, whose logits are not kept."""
+    if model.config.codebook_size <= FEW_CODES:
+        return F.cross_entropy(visual_logits(model, txt_ids, x_t, latents_shape).flatten(0, 1), x_1.flatten())
+    prediction, x_1 = predict(model, txt_ids, x_t, latents_shape), x_1.flatten()
+
+    def part(states: torch.Tensor, head: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(F.linear(states, head), x, reduction="sum")
+
+    states, head = prediction.states.flatten(0, 1), prediction.head
+    parts = [checkpoint(part, states[r], head, x_1[r], use_reentrant=False) for r in prediction.row_chunks()]
+    return torch.stack(parts).sum() / len(x_1)
 
 
 def make_teacher(world: World, recipe: TeacherRecipe, folder: Path, videos_per_prompt: int = 64) -> str:
