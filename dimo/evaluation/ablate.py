@@ -72,11 +72,15 @@ class Run:
         return row | {"coverage_of_teacher": of_teacher}
 
     def finish(self, diverged: Diverged | None) -> None:
-        """Write the report, and remove what only a run that goes on needs."""
+        """Write the report, and keep little else."""
         if diverged:
             write_text(self.folder / "report.json", json.dumps({"diverged": str(diverged)}, indent=2) + "\n")
         else:
             evaluate_to_folder(self.settings(), self.folder / "checkpoints" / "final", self.folder, progress=False)
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Remove what only a run that goes on needs."""
         for old in [*(self.folder / "checkpoints").glob("step-*"), self.folder / "samples", self.folder / "slices"]:
             shutil.rmtree(old, ignore_errors=True)
         (self.folder / "checkpoints" / "final" / "student.pt").unlink(missing_ok=True)  # student/ has the same weights
@@ -157,7 +161,7 @@ def ablate(grid: Grid, out: Path, jobs: int = 1, together: int = 1, minutes: flo
     if done < len(pairs) * len(grid.seeds):
         print(table)
         part = f"{done} of {len(pairs) * len(grid.seeds)} reported runs"
-        raise Preempted(f"the time is up ({minutes} minutes) with {part} finished; the same command goes on")
+        raise Preempted(f"the time is up ({minutes or 0:g} minutes) with {part} finished; the same command goes on")
     return table
 
 
@@ -180,6 +184,9 @@ def _batches(runs: list[Run], together: int, deadline: float | None) -> list[tup
 
 def _train(runs: list[Run], deadline: float | None) -> None:
     """Train and score those of the runs that are not finished, in this process; stop when the time is up."""
+    for one in runs:
+        if one.result() is not None:
+            one.tidy()  # a kill may have come between the report and this
     runs = [one for one in runs if one.result() is None]
     if not runs or _is_late(deadline):
         return
