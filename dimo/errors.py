@@ -104,12 +104,12 @@ def trusted_values() -> Iterator[None]:
 
 def may_read(tensor: torch.Tensor) -> bool:
     """Whether a check may read values of `tensor` back: not among trusted ones, nor while a CUDA graph is captured."""
-    return not _trusted.get() and not _capturing(tensor)
+    return not _trusted.get() and not capturing(tensor)
 
 
 def require_finite(name: str, tensor: torch.Tensor) -> None:
     """Raise NonFiniteError if `tensor` holds NaN or infinity."""
-    if _capturing(tensor) or not tensor.numel():
+    if capturing(tensor) or not tensor.numel():
         return
     if not bool(torch.isfinite(torch.stack(tensor.detach().aminmax())).all()):  # aminmax propagates NaN
         bad = int((~torch.isfinite(tensor)).sum())
@@ -122,9 +122,9 @@ def are_finite(weights: torch.Tensor) -> bool:
     return bool(weights.sum(dtype=wide).isfinite())
 
 
-def _capturing(tensor: torch.Tensor) -> bool:
+def capturing(tensor: torch.Tensor) -> bool:
     """Whether a CUDA graph is being captured: values cannot be read back then; the warm-up steps have checked them."""
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+    return tensor.is_cuda and torch.cuda.is_current_streamcapturing()
 
 
 def _spell(shape: tuple) -> str:

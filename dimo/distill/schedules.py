@@ -103,7 +103,7 @@ def draw_t(
     if t_per == "mixed":
         coin = torch.rand(batch, generator=generator, device=device) < 0.5
         t = torch.where(coin.repeat(draws)[:, None], draw(batch)[:, None], t)
-    return t.repeat_interleave(grid[1] * grid[2], 1)
+    return t.unsqueeze(-1).expand(-1, -1, grid[1] * grid[2]).flatten(1)
 
 
 def fade(step: int, begin: float, end: float) -> float:

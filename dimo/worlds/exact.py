@@ -115,7 +115,8 @@ class ExactTeacher:
         size = max(1, ENTRIES["cpu"] // self._distance.numel())
         log_z = torch.cat([(-b[:, None, None] * self._distance).logsumexp(1) for (b,) in chunks(size, beta.flatten())])
         each = x_t.shape[1] // beta.shape[1]  # tokens that share a time
-        beta, log_z = (x.repeat_interleave(each, 1) for x in (beta[..., None], log_z.view(*beta.shape, -1)))
+        log_z = log_z.view(*beta.shape, -1)
+        beta, log_z = (x.unsqueeze(2).expand(-1, -1, each, -1).flatten(1, 2) for x in (beta[..., None], log_z))
         return -beta * self._distance[x_t] - log_z
 
     def log_posterior(self, values: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
