@@ -1,5 +1,7 @@
 """Schedules against their closed forms."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -176,3 +178,11 @@ def test_the_shift_that_a_key_stands_for(written, tokens, checkpoints, shift):
 def test_shifts_that_cannot_be(written, checkpoints, sentence):
     with pytest.raises(DimoError, match=sentence):
         Distill(t_shift=written).shift(48, checkpoints)
+
+
+def test_a_checkpoint_has_a_shift_of_its_own_only_where_its_scheduler_names_one(ursa, tmp_path):
+    file = tmp_path / "scheduler" / "scheduler_config.json"
+    file.parent.mkdir()
+    for content, own in (('{"shift": 3.0}', 3.0), ('{"shift": null}', None), ("{}", None)):
+        file.write_text(content)
+        assert dataclasses.replace(ursa, shift=3.0, folder=tmp_path).own_shift == own
