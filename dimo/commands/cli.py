@@ -20,8 +20,8 @@ from dimo.run.signals import PREEMPTED, Preempted
 from dimo.worlds import SHIPPED_STUDENT, checkpoint_folder
 
 NAMES = (
-    "captions", "config", "folder", "grid", "out", "out_dir", "prompt_file", "prompts", "run", "student", "student_ckpt",
-    "teacher_ckpt",
+    "captions", "config", "folder", "grid", "out", "out_dir", "prompt_file", "prompts", "run", "student",
+    "student_ckpt", "teacher_ckpt",
 )  # fmt: skip
 RESUMING = ("train", "run", "ablate")
 

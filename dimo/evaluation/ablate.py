@@ -35,6 +35,7 @@ from dimo.evaluation.jobs import visible_gpus
 from dimo.files import write_text
 from dimo.run.lifeline import end_with_parent
 from dimo.run.signals import Preempted, handling
+from dimo.train.together import train_and_compare
 from dimo.train.trainer import Trainer
 from dimo.worlds.teacher import make_teacher
 
@@ -90,18 +91,6 @@ def _same(was: Config, now: Config) -> bool:
     """Whether two configurations train and score the same; folders and devices may differ."""
     one, other = to_flat(was), to_flat(now)
     return all(one[key] == other[key] for key in one if key not in FREE_KEYS)
-
-
-def train_together(configs: list[Config]) -> list[Diverged | None]:
-    """Train runs that share this process; for each, why it diverged, or None."""
-    ends: list[Diverged | None] = []
-    for config in configs:
-        try:
-            Trainer(config).train(progress=False)
-            ends.append(None)
-        except Diverged as error:
-            ends.append(error)
-    return ends
 
 
 def ablate(grid: Grid, out: Path, jobs: int = 1, together: int = 1, minutes: float | None = None) -> str:
@@ -194,7 +183,7 @@ def _train(runs: list[Run], deadline: float | None) -> None:
         (one.folder / "report.json").unlink(missing_ok=True)  # of another configuration
     try:
         with stopping_at(deadline):
-            ends = train_together([one.settings() for one in runs])
+            ends = train_and_compare([Trainer(one.settings()) for one in runs])
     except Preempted:
         if not _is_late(deadline):
             raise  # a signal from outside

@@ -15,7 +15,8 @@ def t_quantile(freedom: int) -> float:
     """The 97.5% quantile of Student's t, by Cornish and Fisher's expansion from 11 degrees of freedom on."""
     if freedom <= len(QUANTILES):
         return QUANTILES[freedom - 1]
-    return Z + (Z**3 + Z) / (4 * freedom) + (5 * Z**5 + 16 * Z**3 + 3 * Z) / (96 * freedom**2)
+    terms = (Z**3 + Z) / 4, (5 * Z**5 + 16 * Z**3 + 3 * Z) / 96, (3 * Z**7 + 19 * Z**5 + 17 * Z**3 - 15 * Z) / 384
+    return Z + sum(term / freedom**power for power, term in enumerate(terms, 1))
 
 
 def interval(values: list[float]) -> tuple[float, float]:
