@@ -26,6 +26,10 @@ class NonFiniteError(DimoError):
     """NaN or infinity where values must be finite: a bad batch or a diverged run rather than invalid input."""
 
 
+class Diverged(DimoError):
+    """A run that cannot go on since its values are not finite any more: a result, where rates are compared."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint for an unknown name: `; did you mean 'beta'?`, or the list of known names if none is similar."""
     known = sorted(known)
@@ -73,7 +77,7 @@ def require_ids(name: str, ids: torch.Tensor, upper: int) -> None:
     """Raise DimoError unless `ids` is an integer tensor with all values in [0, upper)."""
     if ids.is_floating_point() or ids.dtype == torch.bool:
         raise DimoError(f"{name} must hold integer ids, got {ids.dtype}")
-    if ids.numel() and not _trusted.get() and not capturing(ids):
+    if ids.numel() and may_read(ids):
         low, high = torch.stack(ids.aminmax()).tolist()
         if low < 0 or high >= upper:
             raise DimoError(f"{name} must lie in [0, {upper}), got values from {low} to {high}")
@@ -81,7 +85,7 @@ def require_ids(name: str, ids: torch.Tensor, upper: int) -> None:
 
 def require_time(name: str, t: torch.Tensor | float) -> None:
     """Raise DimoError unless every time lies in [0, 1): 0 is noise, 1 (excluded) is data."""
-    if isinstance(t, torch.Tensor) and (_trusted.get() or capturing(t)):
+    if isinstance(t, torch.Tensor) and not may_read(t):
         return
     inside = (t >= 0) & (t < 1) if isinstance(t, torch.Tensor) else 0 <= t < 1
     if not bool(inside.all() if isinstance(inside, torch.Tensor) else inside):
@@ -102,6 +106,11 @@ def trusted_values() -> Iterator[None]:
         _trusted.reset(token)
 
 
+def may_read(tensor: torch.Tensor) -> bool:
+    """Whether a check may read values of `tensor` back: not among trusted ones, nor while a CUDA graph is captured."""
+    return not _trusted.get() and not capturing(tensor)
+
+
 def require_finite(name: str, tensor: torch.Tensor) -> None:
     """Raise NonFiniteError if `tensor` holds NaN or infinity."""
     if capturing(tensor) or not tensor.numel():
@@ -119,7 +128,7 @@ def are_finite(weights: torch.Tensor) -> bool:
 
 def capturing(tensor: torch.Tensor) -> bool:
     """Whether a CUDA graph is being captured: values cannot be read back then; the warm-up steps have checked them."""
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+    return tensor.is_cuda and torch.cuda.is_current_streamcapturing()
 
 
 def _spell(shape: tuple) -> str:

@@ -1,5 +1,8 @@
 """The configuration: what it reads, and the sentence for everything that it refuses."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from dimo.config import PRESETS, config_keys, describe, load_config, to_flat, to_yaml
@@ -181,3 +184,17 @@ def test_a_folder_without_a_preset_is_trained_with_what_fits(tmp_path, size, bat
     assert load_config(None, asked).model.activation_checkpointing == "selective"
     assert load_config("distill_dimo", own).model.activation_checkpointing == "none"  # a preset is what it says
     assert load_config().model.activation_checkpointing == "none"
+
+
+def test_the_recipe_page_has_a_row_for_every_key_that_decides_what_is_learnt():
+    page = (Path(__file__).parents[1] / "docs" / "recipe.md").read_text(encoding="utf-8")
+    rows = {key: value.strip() for key, value in re.findall(r"^\| `([\w.]+)` \|([^|]*)\|", page, re.M)}
+    data = "teacher_ckpt prompt_source min_clarity min_aesthetic min_motion min_suitability shuffle_buffer num_frames"
+    data = {f"distill.{key}" for key in f"{data} height width max_prompt_length batch_size_per_gpu".split()}
+    config = to_flat(load_config("distill_dimo"))
+    wanted = {key for key in config if key.startswith(("distill.", "optim."))} - data
+    wanted |= {f"model.{key}" for key in ("train_embeddings", "train_head", "logit_gain", "final_logit_gain")}
+    wanted |= {f"training.{key}" for key in ("max_train_steps", "mixed_precision", "gradient_accumulation_steps")}
+    assert rows.keys() == wanted
+    for key, written in rows.items():
+        assert load_config("distill_dimo", [f"{key}={written}"]) == load_config("distill_dimo"), key

@@ -21,8 +21,10 @@ from dimo.config import config_keys, load_config
 from dimo.errors import DimoError
 from dimo.evaluation.evaluate import evaluate_to_folder
 from dimo.train.trainer import Trainer
-from dimo.ursa.transformer import Layer
+from dimo.ursa.transformer import Layer, UrsaTransformer
 from dimo.worlds import checkpoint_folder, load_world
+from dimo.worlds.teacher import TeacherRecipe, ursa_config, write_checkpoint
+from dimo.worlds.tiles import TilesWorld
 
 TESTS = Path(__file__).parent
 TINY = TESTS / "data" / "tiny-ursa"
@@ -39,6 +41,7 @@ SIZES = (
     "distill.height=16", "distill.width=16", "distill.max_prompt_length=6",
 )  # fmt: skip
 GUIDED = ("distill.guidance_scale=3", "distill.empty_prompt_share=0")
+TILES = ("distill.teacher_ckpt={folder}/tiles", "distill.num_frames=5", "distill.batch_size_per_gpu=2")
 BONUS = ("distill.lambda_ent=0.5",)
 REMEMBERS = ("distill.p_corrupt=1", "distill.p_corrupt_fade=0")
 REINFORCE = ("distill.estimator=reinforce",)
@@ -67,6 +70,7 @@ STEPPED = [
     Row("model.logit_gain", 2, "student.model.norm ema.model.norm loss/total", still="aux.model.norm"),
     Row("model.final_logit_gain", 5, "final.model.norm", still="student ema final.lm_head"),
     Row("distill.teacher_ckpt", "shapes", "student aux ema loss/total"),
+    Row("distill.teacher", "exact", "student loss/total", beside=TILES, still="aux step.x_t"),
     Row("distill.prompt_source", "{folder}/captions.csv", "step.txt_ids student"),
     Row("distill.min_clarity", 0.5, "step.txt_ids student", beside=CAPTIONS),
     Row("distill.min_aesthetic", 0.5, "step.txt_ids student", beside=CAPTIONS),
@@ -91,6 +95,8 @@ STEPPED = [
     Row("distill.estimator", "reinforce", "student", still="aux"),
     Row("distill.divergence", "forward", "student", still="aux"),
     Row("distill.aux_objective", "match_teacher", "aux loss/aux", beside=("distill.t_draws=2",)),
+    Row("distill.aux_target", "exact", "aux loss/aux student", still="step.x_t"),
+    Row("distill.aux_target", "exact", "aux", beside=("training.gradient_accumulation_steps=2",), still="step.x_t"),
     Row("distill.aux_steps", 2, "aux"),
     Row("distill.aux_pass", "shared", "count.blocks student"),
     Row("distill.label_smoothing", 0.3, "aux loss/aux"),
@@ -109,6 +115,9 @@ STEPPED = [
     Row("distill.t_power", 1, "step.t t/mean student"),
     Row("distill.t_draws", 2, "step.t step.x_t student"),
     Row("distill.t_per", "frame", "step.t student"),
+    Row("distill.t_per", "mixed", "step.t student"),
+    Row("distill.t_shift", 4, "step.t t/mean student"),
+    Row("distill.t_shift", 4, "aux loss/aux", beside=("distill.t_curriculum_steps=0",), still="step.x_hat"),
     Row("distill.p_corrupt", 0, "x_init/corrupt_share step.x_init", steps=2, beside=REMEMBERS),
     Row("distill.p_corrupt_fade", 0.4, "x_init/corrupt_share step.x_init", steps=3, beside=REMEMBERS),
     Row("distill.corrupt_ratio", 0, "step.x_init", steps=2, beside=REMEMBERS, still="x_init/corrupt_share"),
@@ -178,6 +187,9 @@ def made_once() -> Path:
     weights = load_file(file)
     save_file({n: w for n, w in weights.items() if ".layers." not in n or ".layers.0." in n}, file)
     prompts = load_world(folder / "world").prompts
+    world, recipe = TilesWorld(frames=2, codes=16), TeacherRecipe(layers=1, hidden=32, heads=2, head_dim=16)
+    network = UrsaTransformer(ursa_config(world, recipe))
+    write_checkpoint(folder / "tiles", world, network, 0.9, 3.0)
     rows = [[prompt, *(f"{i * p % 48 / 48:.3f}" for p in (5, 7, 11, 13))] for i, prompt in enumerate(prompts)]
     lines = [["caption", *SCORES], *rows]
     (folder / "captions.csv").write_text("".join(",".join(line) + "\n" for line in lines))

@@ -1,10 +1,23 @@
 """Schedules against their closed forms."""
 
+import dataclasses
+
 import pytest
 import torch
 
-from dimo.distill.schedules import T_MAX, Baseline, EntropyController, XInit, fade, sample_t_curriculum
+from dimo.config.schema import Distill
+from dimo.distill.schedules import (
+    T_MAX,
+    Baseline,
+    EntropyController,
+    XInit,
+    draw_t,
+    fade,
+    sample_t_curriculum,
+    shifted,
+)
 from dimo.errors import DimoError
+from dimo.ursa.sampler import timesteps
 
 
 @pytest.mark.parametrize(
@@ -127,3 +140,60 @@ def test_bad_input_is_refused_in_a_sentence():
         EntropyController(0.01, 0.05, 0.3)(torch.ones(2))
     with pytest.raises(DimoError, match="baseline decay"):
         Baseline(1.0)
+
+
+@pytest.mark.parametrize("step, clean", [(0, lambda u: 1 - (1 - u) ** 2), (7, lambda u: u)])
+def test_times_are_curriculum_then_power_then_shift(step, clean):
+    """t = S(C(u)^p), written out; S is the shift of the sampler's timesteps."""
+    u = torch.rand(500, generator=torch.Generator().manual_seed(3))
+    got = draw_t(500, (3, 4, 4), step, 5, "sample", 1.6, 1, torch.Generator().manual_seed(3), shift=4.0)
+    t = (T_MAX * clean(u)) ** 1.6
+    assert torch.allclose(got, t / (t + 4 * (1 - t)), atol=1e-6) and got.max() <= T_MAX
+    assert timesteps(25, 4.0) == pytest.approx(shifted(torch.arange(25) / 25, 4.0).tolist(), abs=1e-6)
+    same = draw_t(500, (3, 4, 4), step, 5, "sample", 1.6, 1, torch.Generator().manual_seed(3))
+    assert torch.allclose(same, t, atol=1e-6)
+
+
+def test_a_mixed_batch_has_rows_of_both_kinds(generator):
+    rows = draw_t(4000, (3, 2, 2), 0, 0, "mixed", 1.0, 4, generator).view(4, 4000, 3, 4)
+    assert (rows == rows[..., :1]).all()
+    whole = (rows[:, :, :1] == rows).all(-1).all(-1)  # one t for all frames
+    assert (whole == whole[:1]).all() and 0.47 < whole[0].float().mean() < 0.53
+    parts = (rows[..., 0] / T_MAX * 4).long().sort(0).values  # one draw in each quarter, of either kind
+    assert (parts == torch.arange(4).view(4, 1, 1)).all()
+    for kind in (whole[0], ~whole[0]):
+        assert rows[:, kind].mean().item() == pytest.approx(0.5, abs=0.02)
+
+
+def test_a_shift_below_1_is_refused():
+    with pytest.raises(DimoError, match="shift must be at least 1"):
+        draw_t(2, (3, 2, 2), 0, 0, "sample", 1.0, 1, shift=0.5)
+
+
+@pytest.mark.parametrize(
+    "written, tokens, checkpoints, shift",
+    [("1", 5120, 3.0, 1), ("2.5", 5120, None, 2.5), ("law", 48, None, 1), ("law", 16, None, 1),
+     ("law", 1200, None, 5), ("law", 33_280, None, 26.33), ("checkpoint", 48, 3.0, 3)],
+)  # fmt: skip
+def test_the_shift_that_a_key_stands_for(written, tokens, checkpoints, shift):
+    assert Distill(t_shift=written).shift(tokens, checkpoints) == pytest.approx(shift, abs=5e-3)
+
+
+@pytest.mark.parametrize(
+    "written, checkpoints, sentence",
+    [("0.5", None, "as a number must be at least 1 .*, got 0.5"), ("lwa", None, "must be law, checkpoint or a number"),
+     ("nan", None, "must be law, checkpoint or a number"),
+     ("checkpoint", None, "scheduler_config.json, but that file has none; give a number, or law"),
+     ("checkpoint", 0.5, "that file has 0.5, and a shift must be at least 1")],
+)  # fmt: skip
+def test_shifts_that_cannot_be(written, checkpoints, sentence):
+    with pytest.raises(DimoError, match=sentence):
+        Distill(t_shift=written).shift(48, checkpoints)
+
+
+def test_a_checkpoint_has_a_shift_of_its_own_only_where_its_scheduler_names_one(ursa, tmp_path):
+    file = tmp_path / "scheduler" / "scheduler_config.json"
+    file.parent.mkdir()
+    for content, own in (('{"shift": 3.0}', 3.0), ('{"shift": null}', None), ("{}", None)):
+        file.write_text(content)
+        assert dataclasses.replace(ursa, shift=3.0, folder=tmp_path).own_shift == own

@@ -138,7 +138,7 @@ def test_a_teacher_of_another_world_is_trained_and_loads(tmp_path):
     other = ShapesWorld(frames=2, object_shades=1, background_shades=3)
     recipe = TeacherRecipe(layers=1, hidden=32, heads=2, steps=3, batch_size=4)
     table = make_teacher(other, recipe, tmp_path / "made", videos_per_prompt=1)
-    assert len(table.splitlines()) == 5
+    assert len(table.splitlines()) == 6
     assert load_world(tmp_path / "made") == other and load_ursa(tmp_path / "made").path.codebook_size == 7
     assert json.loads((tmp_path / "made" / "world.json").read_text())["world"] == "shapes"
     with pytest.raises(DimoError, match="steps must be at least 1"):

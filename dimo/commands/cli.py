@@ -20,7 +20,7 @@ from dimo.run.signals import PREEMPTED, Preempted
 from dimo.worlds import SHIPPED_STUDENT, checkpoint_folder
 
 NAMES = (
-    "captions", "config", "file", "folder", "out", "out_dir", "prompt_file", "prompts", "run", "student",
+    "captions", "config", "file", "folder", "grid", "out", "out_dir", "prompt_file", "prompts", "run", "student",
     "student_ckpt", "teacher_ckpt",
 )  # fmt: skip
 RESUMING = ("train", "run", "ablate")
@@ -145,12 +145,16 @@ def _evaluate(args) -> None:
 
 def _ablate(args) -> None:
     from dimo.evaluation.ablate import ablate
+    from dimo.evaluation.grid import read_grid
 
     try:
-        lrs = [float(lr) for lr in args.lrs.split(",")]
+        lrs = [float(lr) for lr in args.lrs.split(",")] if args.lrs else None
     except ValueError:
         raise DimoError(f"--lrs must be numbers separated by commas, got {args.lrs!r}") from None
-    print(ablate(Path(args.out), args.config, args.overrides, lrs, args.seeds, args.methods, args.jobs))
+    grid = read_grid(args.grid, args.config, args.overrides, args.arms, lrs, args.seeds)
+    out = Path(args.out or f"runs/{grid.name}")
+    print(ablate(grid, out, args.jobs, args.together, args.minutes))
+    print(f"written: {out / 'grid.md'}, {out / 'grid.json'}")
 
 
 def _inspect(args) -> None:

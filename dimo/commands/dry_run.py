@@ -98,6 +98,8 @@ def dry_run(config: Config, size: str | None = None, num_processes: int = 1) -> 
     """
     from dimo.train.trainer import Trainer
 
+    if config.distill.teacher == "exact":
+        raise DimoError("memory is counted for networks; to plan for the others, use distill.teacher=network")
     on_gpu = config.model.device != "cpu"
     model = dataclasses.replace(config.model, device="cpu", backend="native", compile=False)
     training = dataclasses.replace(config.training, cuda_graph=False)

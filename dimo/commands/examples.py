@@ -21,7 +21,8 @@ EXAMPLES = {
         "": "evaluate the student that ships with dimo",
     },
     "ablate": {
-        "-c shapes --method recipe --method reinforce --lrs 1e-3,2e-3": "two methods at two learning rates",
+        "-c shapes --arm recipe --arm reinforce --lrs 1e-3,2e-3": "two methods at two learning rates",
+        "--grid p1 --jobs 4 --minutes 20": "a grid that ships, on four GPUs, for 20 minutes",
     },
     "report": {"runs/shapes": "runs/shapes/report.html, one file to send to a colleague"},
     "replay": {

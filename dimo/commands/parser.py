@@ -14,6 +14,7 @@ from dimo.commands.sample import Request
 from dimo.commands.suite_files import SuiteRequest
 from dimo.commands.world_train import add_world
 from dimo.config.flags import RENAMED
+from dimo.config.load import shipped_grids
 from dimo.config.values import read_value
 from dimo.errors import DimoError
 
@@ -83,18 +84,23 @@ def _add_training(command: Callable) -> None:
     sub.add_argument("--dry_run", action="store_true", help="only check that the step runs, and print its peak memory")
     _overrides(sub)
 
-    sub = command("ablate", "compare the recipe with literal, reinforce, KD alone and other variants",
-                  "Train every method with every learning rate on the tuning seed, then with the best one on the "
-                  "reported seeds; writes ablation.json and prints the table. The best learning rate has the highest "
-                  "validity among those with a coverage of at least 0.8, so that no collapsed student wins; if there "
-                  "is none, the highest validity times coverage. Finished runs are not repeated.")  # fmt: skip
-    sub.add_argument("-o", "--out", default="runs/ablation", help="folder of all runs (default: %(default)s)")
-    sub.add_argument("--seeds", type=_integer, default=3, help="number of reported seeds (default: %(default)s)")
-    sub.add_argument("--lrs", default="3e-4,1e-3,2e-3",
-                     help="the student's learning rates to choose from (default: %(default)s)")  # fmt: skip
-    sub.add_argument("--method", action="append", dest="methods", metavar="NAME",
-                     help="only this method, such as reinforce; may be repeated")  # fmt: skip
-    sub.add_argument("--jobs", type=_integer, default=1, help="number of runs at a time (default: %(default)s)")
+    sub = command("ablate", "compare arms (sets of keys) on worlds and seeds, as a grid file says",
+                  "Train and score every student of a grid file: for each world and arm the best learning rate on the "
+                  "tuning seeds, then the reported seeds; writes grid.md, a table with 95% intervals, and grid.json. "
+                  "The best learning rate has the highest validity among those with a coverage of at least 0.8, so "
+                  "that no collapsed student wins; if there is none, the highest validity times coverage. Finished "
+                  "runs are not repeated, and a run that was stopped goes on.")  # fmt: skip
+    sub.add_argument("--grid", default="methods",
+                     help=f"{', '.join(shipped_grids())}, or a YAML file (default: %(default)s)")  # fmt: skip
+    sub.add_argument("-o", "--out", help="folder of all runs (default: runs/GRID)")
+    sub.add_argument("--seeds", type=_integer, help="report seeds 0 to this - 1, instead of the grid's")
+    sub.add_argument("--lrs", help="the student's learning rates to choose from, instead of the grid's")
+    sub.add_argument("--arm", "--method", action="append", dest="arms", metavar="NAME",
+                     help="only this arm, such as reinforce; may be repeated")  # fmt: skip
+    sub.add_argument("--jobs", type=_integer, default=1, help="number of processes, a GPU each (default: %(default)s)")
+    sub.add_argument("--together", type=_integer, default=1,
+                     help="number of runs that a process trains at a time (default: %(default)s)")  # fmt: skip
+    sub.add_argument("--minutes", type=_number, help="stop after so long; the same command goes on")
     _overrides(sub)
 
 

@@ -27,6 +27,7 @@ from dimo.worlds import DATA, built_in_worlds, is_world, load_world
 from dimo.worlds.protocol import prompt_length
 
 PRESETS = Path(__file__).parent / "presets"
+GRIDS = Path(__file__).parent / "grids"  # of dimo.evaluation.grid
 REFERENCE = re.compile(r"\$\{(\w+\.\w+)\}")
 TRACKERS = ("tensorboard", "wandb", "trackio")
 NAMES = ("experiment.name", "experiment.output_dir", "distill.teacher_ckpt", "distill.prompt_source", "training.engine")
@@ -70,6 +71,11 @@ CAPTURABLE = {  # what training.cuda_graph needs; `dimo.train.graph` checks the 
     "training.gradient_accumulation_steps": (1,),
     "training.mixed_precision": ("no",),
 }
+
+
+def shipped_grids() -> dict[str, Path]:
+    """{name: file} of the grids that ship."""
+    return {file.stem: file for file in sorted(GRIDS.glob("*.yaml"))}
 
 
 def load_config(config: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -169,11 +175,13 @@ def validate(config: Config) -> None:
         "model.device": ("auto", "cpu", "cuda"),
         "model.backend": BACKENDS,
         "experiment.student_dtype": ("auto", *DTYPES),
+        "distill.teacher": ("network", "exact"),
         "distill.aux_objective": ("denoise", "match_teacher"),
         "model.activation_checkpointing": CHECKPOINTING,
         "distill.aux_pass": ("own", "shared"),
         "distill.baseline": ("ema", "leave_one_out"),
-        "distill.t_per": ("sample", "frame"),
+        "distill.aux_target": ("sampled", "exact"),
+        "distill.t_per": ("sample", "frame", "mixed"),
         "optim.decay": ("linear", "cosine", "wsd", "constant"),
         "optim.optimizer": ("muon", "adamw"),
         "training.mixed_precision": ("no", "bf16"),
@@ -209,6 +217,8 @@ def validate(config: Config) -> None:
             f"distill.aux_pass=shared needs aux_steps >= t_draws, got distill.t_draws={d.t_draws} and "
             f"distill.aux_steps={d.aux_steps}; use distill.aux_pass=own"
         )
+    if d.aux_target == "exact" and d.aux_objective != "denoise":
+        raise DimoError(f"distill.aux_target=exact is a target of distill.aux_objective=denoise, got {d.aux_objective}")
     leaves_one_out = d.w_reinforce > 0 or (d.estimator == "reinforce" and d.baseline == "leave_one_out")
     if leaves_one_out and d.batch_size_per_gpu < 2:
         raise DimoError(
@@ -225,6 +235,7 @@ def validate(config: Config) -> None:
             f"distill.ent_anneal_from must not be after ent_anneal_to, got {d.ent_anneal_from} and {d.ent_anneal_to}"
         )
     d.beta()
+    d.shift_value()
     _grid(config)
     for key, values in CAPTURABLE.items() if config.training.cuda_graph else ():
         if flat[key] not in values:

@@ -6,11 +6,13 @@ Its range or its choices are in `RANGES` and `validate` of `dimo.config.load`.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 from dimo.config.values import read_value
 from dimo.errors import DimoError
 
+LAW_TOKENS = 48  # at which `t_shift=law` is 1: the built-in world, on which t_power was tuned
 BETA = {"forward": 0.0, "jeffreys": 0.5, "reverse": 1.0}
 
 
@@ -75,6 +77,11 @@ class Distill:
     teacher_ckpt: str = _key(
         "shapes", "name of a built-in world, or path of a checkpoint folder in URSA's layout", path=True
     )
+    teacher: str = _key(
+        "network",
+        "what is distilled: network (the transformer of teacher_ckpt), or exact (the posterior of its world, tiles; "
+        "student and auxiliary start from the transformer all the same)",
+    )
     prompt_source: str = _key(
         "world",
         "world (the built-in world's prompts), or a txt, jsonl, csv or parquet file of captions, or a folder of them",
@@ -118,6 +125,11 @@ class Distill:
     aux_objective: str = _key(
         "denoise", "objective of the auxiliary: denoise (fit the student's samples) or match_teacher (preset literal)"
     )
+    aux_target: str = _key(
+        "sampled",
+        "target of aux_objective=denoise: sampled (x_hat), or exact (its distribution given x_t and x_init: less "
+        "variance for one more product with the head)",
+    )
     aux_steps: int = _key(2, "updates of the auxiliary per update of the student")
     aux_pass: str = _key(
         "own",
@@ -152,7 +164,14 @@ class Distill:
     t_draws: int = _key(
         4, "stratified draws of (t, x_t) per x_hat; each extra draw costs two forward passes without gradient"
     )
-    t_per: str = _key("sample", "draw one t per sample or per latent frame: sample or frame")
+    t_per: str = _key(
+        "sample", "draw one t per sample or per latent frame: sample, frame, or mixed (a coin for every sample)"
+    )
+    t_shift: str = _key(
+        "1",
+        "shift s of t towards noise, t' = t / (t + s (1 - t)), after curriculum and t_power and in the auxiliary's "
+        "fits: a number from 1 (off), law (sqrt(num_visual_tokens / 48)), or checkpoint (its scheduler's shift)",
+    )
     p_corrupt: float = _key(
         0.2, "probability that x_init is an earlier student sample with part of its tokens replaced, not pure noise"
     )
@@ -189,6 +208,42 @@ class Distill:
         if not 0 <= beta <= 1:
             raise DimoError(f"distill.divergence as a number must lie in [0, 1], got {beta}")
         return beta
+
+    def shift(self, num_visual_tokens: int, checkpoints: float | None = None) -> float:
+        """`t_shift` as the number s >= 1.
+
+        Args:
+            num_visual_tokens: N, for "law", s = sqrt(N / 48): a prompt's mode is betrayed by all tokens together, ever
+                nearer to the noise as N grows. At most 48 tokens give 1.
+            checkpoints: the shift that the checkpoint's scheduler names, if it does.
+
+        Raises:
+            DimoError: `shift_value` does; or "checkpoint", where there is none or one below 1.
+        """
+        value = self.shift_value()
+        if value == "law":
+            return math.sqrt(max(1.0, num_visual_tokens / LAW_TOKENS))
+        if isinstance(value, float):
+            return value
+        if checkpoints is None or not checkpoints >= 1:
+            has = "has none" if checkpoints is None else f"has {checkpoints}, and a shift must be at least 1"
+            raise DimoError(
+                "distill.t_shift is checkpoint, which stands for `shift` in the checkpoint's "
+                f"scheduler/scheduler_config.json, but that file {has}; give a number, or law"
+            )
+        return checkpoints
+
+    def shift_value(self) -> float | str:
+        """`t_shift` parsed: a number of at least 1, "law" or "checkpoint"."""
+        if self.t_shift in ("law", "checkpoint"):
+            return self.t_shift
+        try:
+            value = read_value("distill.t_shift", "float", self.t_shift)
+        except DimoError as error:
+            raise DimoError(f"distill.t_shift must be law, checkpoint or a number, got {self.t_shift!r}") from error
+        if value < 1:
+            raise DimoError(f"distill.t_shift as a number must be at least 1 (1: off), got {value}")
+        return value
 
     def motion_value(self) -> float | str | None:
         """`motion_prefix` parsed: a number, "score", or None for "none"."""

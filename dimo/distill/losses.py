@@ -153,7 +153,7 @@ def denoising(prediction: Dense | Chunked, tokens: torch.Tensor, label_smoothing
     require_shape("tokens", tokens, prediction.shape)
     require_ids("tokens", tokens, prediction.codebook_size)
     one, dtype, x = prediction.kernel(_cross_entropy), prediction.states.dtype, tokens.flatten()
-    return _mean_loss(prediction, lambda z, rows: one(z, x[rows], label_smoothing, dtype))
+    return mean_loss(prediction, lambda z, rows: one(z, x[rows], label_smoothing, dtype))
 
 
 def jeffreys(teacher: Prediction, aux: Dense | Chunked) -> torch.Tensor:
@@ -176,10 +176,11 @@ def leave_one_out(reward: torch.Tensor) -> torch.Tensor:
 def _mean_to(teacher: Prediction, learning: Dense | Chunked, function) -> torch.Tensor:
     require_same_tokens("the teacher", teacher, learning)
     fixed, one, dtype = teacher.detach(), learning.kernel(function), learning.states.dtype
-    return _mean_loss(learning, lambda z, rows: one(fixed.logits(rows), z, dtype))
+    return mean_loss(learning, lambda z, rows: one(fixed.logits(rows), z, dtype))
 
 
-def _mean_loss(prediction: Dense | Chunked, function) -> torch.Tensor:
+def mean_loss(prediction: Dense | Chunked, function) -> torch.Tensor:
+    """The mean over tokens of function(logits (n, K), rows) -> (logit gradient (n, K), values (n,))."""
     return _MeanLoss.apply(prediction.states, prediction.head, prediction.detach(), function)
 
 
@@ -278,15 +279,15 @@ def _zeros_of(head: torch.Tensor | None, learns: bool) -> torch.Tensor | None:
 # The functions below work on a chunk: float32 logits (n, K) -> logit gradients (n, K) in `dtype`, values (n,).
 
 
-def _log_softmax(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def log_softmax_of(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     log_p = z - z.logsumexp(-1, keepdim=True)
     return log_p, log_p.exp()
 
 
 def compare_logits(z_t, z_a, x, beta, dtype):
     """(gradient of D_beta with respect to the auxiliary's logits, or None if beta is None; the rows of `Gaps`)."""
-    log_t, p_t = _log_softmax(z_t)
-    log_a, p_a = _log_softmax(z_a)
+    log_t, p_t = log_softmax_of(z_t)
+    log_a, p_a = log_softmax_of(z_a)
     ratio = log_a - log_t
     forward, reverse = -(p_t * ratio).sum(-1), (p_a * ratio).sum(-1)
     log_ratio = -ratio.gather(-1, x.unsqueeze(-1)).squeeze(-1)
@@ -308,7 +309,7 @@ def compare_logits(z_t, z_a, x, beta, dtype):
 
 def _own(z, d_z, x, advantage, w_distill, w_policy, lambda_ent, dtype):
     """(w_distill (d_z + policy gradient) + gradient of the entropy bonus, <d_z, z> of the given d_z)."""
-    log_p, p = _log_softmax(z)
+    log_p, p = log_softmax_of(z)
     value = z.new_zeros(len(z)) if d_z is None else (d_z.float() * z).sum(-1)
     total = z.new_zeros(()) if d_z is None else w_distill * d_z.float()
     if advantage is not None:
@@ -321,14 +322,14 @@ def _own(z, d_z, x, advantage, w_distill, w_policy, lambda_ent, dtype):
 
 
 def _kl(z_t, z, dtype):
-    log_t, p_t = _log_softmax(z_t)
-    log_p, p = _log_softmax(z)
+    log_t, p_t = log_softmax_of(z_t)
+    log_p, p = log_softmax_of(z)
     return (p - p_t).to(dtype), (p_t * (log_t - log_p)).sum(-1)
 
 
 def _jeffreys(z_t, z_a, dtype):
-    log_t, p_t = _log_softmax(z_t)
-    log_a, p_a = _log_softmax(z_a)
+    log_t, p_t = log_softmax_of(z_t)
+    log_a, p_a = log_softmax_of(z_a)
     ratio = log_a - log_t
     reverse = (p_a * ratio).sum(-1)
     d_z = p_a - p_t + p_a * (ratio - reverse.unsqueeze(-1))
@@ -336,7 +337,7 @@ def _jeffreys(z_t, z_a, dtype):
 
 
 def _cross_entropy(z, x, label_smoothing, dtype):
-    log_p, p = _log_softmax(z)
+    log_p, p = log_softmax_of(z)
     chosen = torch.arange(z.shape[-1], device=z.device) == x.unsqueeze(-1)
     target = (1 - label_smoothing) * chosen.float() + label_smoothing / z.shape[-1]
     return (p - target).to(dtype), -(target * log_p).sum(-1)

@@ -1,4 +1,4 @@
-"""What changes over training: the time curriculum, x_init, the entropy bonus and the reward baseline."""
+"""What changes over training: times and their curriculum, x_init, the entropy bonus and the reward baseline."""
 
 from __future__ import annotations
 
@@ -45,6 +45,64 @@ def sample_t_curriculum(
         part = torch.arange(draws, device=device).view(draws, *[1] * len(size)) + first
         u = (u + (part % draws).flatten(0, 1)) / draws
     return (1 - (1 - u).square() if step < curriculum_steps else u) * T_MAX
+
+
+def shifted(t: torch.Tensor, shift: float) -> torch.Tensor:
+    """t' = t / (t + s (1 - t)): times t in [0, 1) moved towards the noise (t = 0) for s > 1; s = 1 leaves them.
+
+    The shift of flow models, and of URSA's sampler (`dimo.ursa.sampler.timesteps`).
+    """
+    if not shift >= 1:
+        raise DimoError(f"shift must be at least 1 (1: off), got {shift}")
+    return t if shift == 1 else t / (t + shift * (1 - t))
+
+
+def draw_t(
+    batch: int,
+    grid: tuple[int, int, int],
+    step_index: int,
+    curriculum_steps: int,
+    t_per: str,
+    t_power: float,
+    draws: int,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+    shift: float = 1.0,
+) -> torch.Tensor:
+    """Draw the times of stage 4: t = S(C(u)^t_power), u uniform and stratified over the draws.
+
+    C(u) is `sample_t_curriculum`, 0.999 (1 - (1 - u)^2) during the curriculum and 0.999 u after it, and S `shifted`,
+    S(t) = t / (t + shift (1 - t)).
+
+    Args:
+        batch: number of samples B.
+        grid: latents_shape (T, H, W).
+        step_index: training step.
+        curriculum_steps: length of the time curriculum in steps; 0 switches it off.
+        t_per: "sample" draws one t per sample, "frame" one per latent frame, "mixed" decides by a coin per sample.
+        t_power: exponent; above 1 more times lie near the noise (t = 0), where mode coverage is decided.
+        draws: number of draws R per sample, stratified.
+        shift: s of `shifted`.
+
+    Returns:
+        Times in [0, 0.999]: (R B,), or unless t_per is "sample" (R B, N), equal for all tokens of a frame.
+    """
+    if not t_power > 0:
+        raise DimoError(f"t_power must be positive, got {t_power}")
+    if t_per not in ("sample", "frame", "mixed"):
+        raise DimoError(f"t_per must be 'sample', 'frame' or 'mixed', got {t_per!r}")
+
+    def draw(size: int | tuple[int, int]) -> torch.Tensor:
+        t = sample_t_curriculum(size, step_index, curriculum_steps, generator, device, draws) ** t_power
+        return shifted(t, shift)
+
+    if t_per == "sample":
+        return draw(batch)
+    t = draw((batch, grid[0]))
+    if t_per == "mixed":
+        coin = torch.rand(batch, generator=generator, device=device) < 0.5
+        t = torch.where(coin.repeat(draws)[:, None], draw(batch)[:, None], t)
+    return t.unsqueeze(-1).expand(-1, -1, grid[1] * grid[2]).flatten(1)
 
 
 def fade(step: int, begin: float, end: float) -> float:

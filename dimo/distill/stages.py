@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from dimo.distill import losses
-from dimo.distill.schedules import Baseline, XInit, sample_t_curriculum
+from dimo.distill.exact_target import exact_denoising
+from dimo.distill.schedules import Baseline, XInit, draw_t
 from dimo.errors import DimoError, capturing, require_finite
 from dimo.ursa import Chunked, Dense, MetricPath, MixturePath, Prediction, UrsaTransformer, predict, predict_guided
 
@@ -119,41 +120,6 @@ def student_pass(step: Step, student: UrsaTransformer, grid: Grid, generator=Non
     require_finite("the student's logits", step.entropy)
 
 
-def draw_t(
-    batch: int,
-    grid: Grid,
-    step_index: int,
-    curriculum_steps: int,
-    t_per: str,
-    t_power: float,
-    draws: int,
-    generator=None,
-    device=None,
-) -> torch.Tensor:
-    """Draw the times of stage 4 (see `sample_t_curriculum`), raised to a power.
-
-    Args:
-        batch: number of samples B.
-        grid: latents_shape (T, H, W).
-        step_index: training step.
-        curriculum_steps: length of the time curriculum in steps; 0 switches it off.
-        t_per: "sample" draws one t per sample, "frame" one per latent frame.
-        t_power: exponent; above 1 more times lie near the noise (t = 0), where mode coverage is decided.
-        draws: number of draws R per sample, stratified.
-
-    Returns:
-        Times in [0, 0.999]: (R B,), or with t_per="frame" (R B, N), equal for all tokens of a frame.
-    """
-    if not t_power > 0:
-        raise DimoError(f"t_power must be positive, got {t_power}")
-    if t_per == "sample":
-        return sample_t_curriculum(batch, step_index, curriculum_steps, generator, device, draws) ** t_power
-    if t_per != "frame":
-        raise DimoError(f"t_per must be 'sample' or 'frame', got {t_per!r}")
-    t = sample_t_curriculum((batch, grid[0]), step_index, curriculum_steps, generator, device, draws) ** t_power
-    return t.unsqueeze(-1).expand(-1, -1, grid[1] * grid[2]).flatten(1)
-
-
 def renoise(step: Step, path: MetricPath | MixturePath, t: torch.Tensor, generator=None) -> None:
     """Stage 4: x_t ~ p_t(. | x_hat) for t (R B,) or (R B, N).
 
@@ -209,6 +175,8 @@ def auxiliary_losses(
     generator=None,
     share_x_t: bool = False,
     t_per: str = "sample",
+    shift: float = 1.0,
+    aux_target: str = "sampled",
 ) -> Iterator[torch.Tensor]:
     """Stage 6: the losses of the auxiliary's updates. Update the auxiliary before asking for the next loss.
 
@@ -221,7 +189,9 @@ def auxiliary_losses(
         empty_ids: (1, L) ids of the empty prompt.
         share_x_t: run the first update at x_t itself (with several draws of t: one update per draw) and keep its
             prediction, made before the update, as the auxiliary's prediction at x_t. Saves `auxiliary_pass`.
-        t_per: "sample" or "frame"; should be that of stage 4, since the auxiliary is evaluated at such x_t.
+        t_per, shift: of `draw_t`; should be those of stage 4, since the auxiliary is evaluated at such x_t.
+        aux_target: of "denoise": "sampled" fits it to x_hat itself, "exact" to its distribution given x_t and x_init
+            (`exact_denoising`), which needs `step.student`.
 
     Yields:
         Scalar losses with gradient, in nats per token.
@@ -233,6 +203,8 @@ def auxiliary_losses(
         raise DimoError(f"aux_objective must be 'denoise' or 'match_teacher', got {objective!r}")
     batch, device = len(step.txt_ids), step.txt_ids.device
     draws: Sequence[torch.Tensor] = step.x_t.split(batch) if share_x_t else ()
+    if aux_target not in ("sampled", "exact"):
+        raise DimoError(f"aux_target must be 'sampled' or 'exact', got {aux_target!r}")
     kept: list[Dense | Chunked] = []
     if objective == "match_teacher":
         draws = [step.x_t] * aux_steps  # every update uses all draws
@@ -242,8 +214,9 @@ def auxiliary_losses(
         at_x_t = index < len(draws)
         if at_x_t:
             x, txt_ids = draws[index], for_each_draw(step.txt_ids, draws[index])
+            t = step.t.split(batch)[index] if len(x) == batch else step.t
         else:
-            txt_ids, t = step.txt_ids, draw_t(batch, grid, 0, 0, t_per, 1.0, 1, generator, device)
+            txt_ids, t = step.txt_ids, draw_t(batch, grid, 0, 0, t_per, 1.0, 1, generator, device, shift)
             if empty_ids is not None and empty_share > 0:
                 drop = torch.rand(batch, generator=generator, device=device) < empty_share
                 txt_ids = torch.where(drop[:, None], empty_ids, txt_ids)
@@ -256,6 +229,8 @@ def auxiliary_losses(
             step.aux = fixed if len(kept) == 1 else fixed.with_states(torch.cat([one.states for one in kept]))
         if objective == "match_teacher":
             loss = losses.jeffreys(step.teacher, prediction)
+        elif aux_target == "exact":
+            loss = exact_denoising(prediction, step.student, path, x, t, label_smoothing)
         else:
             loss = losses.denoising(prediction, step.x_hat, label_smoothing)
         step.aux_losses.append(loss.detach())

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -24,7 +24,7 @@ from dimo.ursa import MetricPath, MixturePath, UrsaTransformer
 class Networks:
     """Teacher (frozen), student, auxiliary, and the EMA of the student (no gradient)."""
 
-    teacher: UrsaTransformer
+    teacher: Any  # a transformer, or whatever `dimo.ursa.predict` may ask
     student: UrsaTransformer
     aux: UrsaTransformer
     ema: UrsaTransformer
@@ -52,6 +52,7 @@ class Distillation(Protocol):
     num_visual_tokens: int
     settings: Distill
     beta: float | str  # of D_beta
+    t_shift: float  # of stage 4 and of the auxiliary's fits
     x_init: XInit
     baseline: Baseline | None
     lambda_ent: float | torch.Tensor  # changed during the step by `set_entropy_bonus`
@@ -115,11 +116,12 @@ def nine_stages(run: Distillation, index: int, steps: list[Step], norms: dict[st
             with run.autocast(), torch.set_grad_enabled(parts == 1):
                 stages.student_pass(passed, n.student, grid, g)
             step.x_hat, entropy = passed.x_hat, entropy + passed.entropy.mean() / parts
+            step.student = passed.student if d.aux_target == "exact" else step.student
             run.x_init.remember(step.x_hat, step.txt_ids)
             yield 3, step
             # 4 x_t
-            rows, device = len(step.x_hat), step.x_hat.device
-            t = stages.draw_t(rows, grid, index, d.t_curriculum_steps, d.t_per, d.t_power, d.t_draws, g, device)
+            how = d.t_curriculum_steps, d.t_per, d.t_power, d.t_draws, g, step.x_hat.device, run.t_shift
+            t = stages.draw_t(len(step.x_hat), grid, index, *how)
             stages.renoise(step, run.path, t, g)
             yield 4, step
             # 5 teacher pass
@@ -127,9 +129,9 @@ def nine_stages(run: Distillation, index: int, steps: list[Step], norms: dict[st
                 stages.teacher_pass(step, n.teacher, grid, d.guidance_scale, d.guidance_trunc, run.uncond_ids)
             yield 5, step
     # 6 auxiliary: its updates, then (below) its prediction at x_t
-    how = d.aux_objective, d.aux_steps, d.label_smoothing, d.empty_prompt_share
-    shared = d.aux_pass == "shared"
-    fits = [stages.auxiliary_losses(s, n.aux, run.path, grid, *how, run.empty_ids, g, shared, d.t_per) for s in steps]
+    what = d.aux_objective, d.aux_steps, d.label_smoothing, d.empty_prompt_share
+    fit = d.aux_pass == "shared", d.t_per, run.t_shift, d.aux_target
+    fits = [stages.auxiliary_losses(s, n.aux, run.path, grid, *what, run.empty_ids, g, *fit) for s in steps]
     for _ in range(d.aux_steps):
         for part, losses in enumerate(fits):
             with run.autocast():

@@ -1,195 +1,284 @@
-"""Ablations: the recipe against its alternatives, with equal steps, learning rate grids and seeds."""
+"""`dimo ablate`: train and score every student of a grid (`dimo.evaluation.grid`), and write one table with intervals.
+
+For each world and arm the learning rate is chosen on tuning seeds and reported on others. A finished run keeps its
+report, its student and its metrics and is not repeated, so the command can be killed and run again, on another machine
+too if the output folder moves along.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import multiprocessing
 import os
+import shutil
+import signal
 import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from dimo.config import PRESETS, Config, load_config, to_yaml
-from dimo.config.load import read_groups
-from dimo.errors import DimoError
+from dimo.config import Config, device_of, load_config, to_flat
+from dimo.config.changes import FREE_KEYS
+from dimo.errors import DimoError, Diverged
 from dimo.evaluation.evaluate import evaluate_to_folder
+from dimo.evaluation.grid import TEACHER_STEPS, Grid, Place
+from dimo.evaluation.intervals import format_grid
+from dimo.evaluation.jobs import visible_gpus
 from dimo.files import write_text
+from dimo.run.lifeline import end_with_parent
+from dimo.run.signals import Preempted, handling
+from dimo.train.together import train_and_compare
 from dimo.train.trainer import Trainer
-from dimo.worlds import checkpoint_folder, is_world
+from dimo.worlds.teacher import make_teacher
 
-TUNING_SEED = 100  # not among the reported seeds
-PLAIN = ["model.logit_gain=1", "model.final_logit_gain=1"]  # no gain on the student's logits
-
-
-def _keys_of(preset: str) -> list[str]:
-    """The keys of a preset as overrides, without those of `experiment`."""
-    groups = read_groups(PRESETS / f"{preset}.yaml")
-    return [f"{g}.{key}={value}" for g, keys in groups.items() if g != "experiment" for key, value in keys.items()]
-
-
-METHODS = {
-    "recipe": [],
-    "no x_init mix": ["distill.p_corrupt=0"],
-    "x_init mix to the end": ["distill.p_corrupt_fade=0"],
-    "t curriculum": ["distill.t_curriculum_steps={half}"],
-    "entropy bonus": ["distill.lambda_ent=0.01"],
-    "AdamW": ["optim.optimizer=adamw"],
-    "one draw of t": ["distill.t_draws=1"],
-    "forward KL": ["distill.divergence=forward"],
-    "Jeffreys": ["distill.divergence=jeffreys"],
-    "own pass": ["distill.aux_pass=own"],
-    "embeddings kept": ["model.train_embeddings=false"],
-    "head trained": ["model.train_head=true", *PLAIN],
-    "gain 1": PLAIN,
-    "KD beside": ["distill.w_kd=0.1"],
-    "KD every 4th": ["distill.w_kd=0.1", "distill.kd_every=4"],
-    "reinforce": ["distill.estimator=reinforce"],
-    "KD alone": ["distill.w_distill=0", "distill.w_kd=1", *PLAIN],
-    "literal": _keys_of("literal"),
-}
-COLUMNS = ("validity", "adherence", "coverage")
 COVERAGE_FLOOR = 0.8  # students without mode collapse had a coverage of at least .84, collapsed ones of at most .71
 RULE = (
-    f"lr: the learning rate with the highest validity on seed {TUNING_SEED} among those with a coverage of at least "
+    "lr: the rate with the highest validity on the tuning seeds among those with a coverage of at least "
     f"{COVERAGE_FLOOR}, since a collapsed student can have valid videos only; * none reached that coverage, so the one "
-    "with the highest product of validity and coverage"
+    "with the highest product of validity and coverage. Mean +- half of the 95% t-interval over seeds (their number); "
+    "coverage_of_teacher: coverage_near relative to that of the teacher's 25 passes, guided if the arm guides it."
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One training run of a method, with a learning rate and a seed, in `folder`.
+    """One training run in `folder`: a preset or file, and overrides."""
 
-    `config` (a preset or file) and `overrides` are those of the command, common to all runs.
-    """
-
-    method: str
-    lr: float
-    seed: int
     folder: Path
-    config: str | None
-    overrides: tuple[str, ...]
+    preset: str | None
+    words: tuple[str, ...]
 
     def settings(self) -> Config:
-        """The run's configuration; aux_lr and muon_lr keep their ratios to lr in the command's configuration."""
-        base = load_config(self.config, list(self.overrides))
-        o, half = base.optim, base.training.max_train_steps // 2
-        rates = {"lr": self.lr, "aux_lr": self.lr * o.aux_lr / o.lr, "muon_lr": self.lr * o.muon_lr / o.lr}
-        own = [switch.format(half=half) for switch in METHODS[self.method]]
-        own += [f"optim.{name}={rate}" for name, rate in rates.items()] + [f"experiment.seed={self.seed}"]
-        own += [f"experiment.output_dir={self.folder}", "experiment.name=ablation", "evaluation.teacher_steps=[1]"]
-        return load_config(self.config, [*self.overrides, *own])
+        return load_config(self.preset, self.words)
 
-    def __call__(self) -> dict:
-        """Train and evaluate, unless already done; returns the metrics of student_1."""
-        settings, report, done = self.settings(), self.folder / "report.json", self.folder / "config.yaml"
-        if not report.exists() or done.read_text(encoding="utf-8") != to_yaml(settings):
-            Trainer(settings).train(progress=False)
-            evaluate_to_folder(settings, self.folder / "checkpoints" / "final", self.folder, progress=False)
-        return json.loads(report.read_text(encoding="utf-8"))["student_1"]
+    def result(self) -> dict | None:
+        """Its metrics, or why it diverged; None if it is not finished, or another configuration's."""
+        report, config = self.folder / "report.json", self.folder / "config.yaml"
+        if not (report.exists() and config.exists() and _same(load_config(config), self.settings())):
+            return None
+        rows = json.loads(report.read_text(encoding="utf-8"))
+        if "diverged" in rows:
+            return rows
+        teacher = rows.get(f"teacher_{TEACHER_STEPS}", {}).get("coverage_near")
+        row = rows["student_1"]
+        of_teacher = row["coverage_near"] / teacher if teacher and row["coverage_near"] is not None else None
+        return row | {"coverage_of_teacher": of_teacher}
+
+    def finish(self, diverged: Diverged | None) -> None:
+        """Write the report, and keep little else."""
+        if diverged:
+            write_text(self.folder / "report.json", json.dumps({"diverged": str(diverged)}, indent=2) + "\n")
+        else:
+            evaluate_to_folder(self.settings(), self.folder / "checkpoints" / "final", self.folder, progress=False)
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Remove what only a run that goes on needs."""
+        for old in [*(self.folder / "checkpoints").glob("step-*"), self.folder / "samples", self.folder / "slices"]:
+            shutil.rmtree(old, ignore_errors=True)
+        (self.folder / "checkpoints" / "final" / "student.pt").unlink(missing_ok=True)  # student/ has the same weights
 
 
-def ablate(
-    out: Path, config: str | None, overrides: list[str], lrs: list[float], seeds: int, methods=None, jobs: int = 1
-) -> str:
-    """Tune each method's learning rate on one seed (see `RULE`), evaluate it on others and write ablation.json.
+def _same(was: Config, now: Config) -> bool:
+    """Whether two configurations train and score the same; folders and devices may differ."""
+    one, other = to_flat(was), to_flat(now)
+    return all(one[key] == other[key] for key in one if key not in FREE_KEYS)
 
-    Metrics are those of the sampled one-step student. Finished runs are not repeated, so the command can be killed and
-    run again.
+
+def ablate(grid: Grid, out: Path, jobs: int = 1, together: int = 1, minutes: float | None = None) -> str:
+    """Train and score all runs of a grid; write grid.json and grid.md into `out`.
 
     Args:
-        out: folder of the runs and of ablation.json.
-        config: preset or YAML file, common to all runs.
-        overrides: key=value settings, common to all runs.
-        lrs: learning rates to choose from, for the student; those of the auxiliary and of Muon keep their ratio to it.
-        seeds: number of seeds to report.
-        methods: keys of METHODS; default: all.
-        jobs: number of runs at a time, each a process with its share of the CPU cores.
+        out: folder of the worlds, the runs and the table.
+        jobs: number of processes; each has a GPU, if there are any, and its share of the CPU cores.
+        together: number of runs that a process trains at a time.
+        minutes: stop after so long; the run in progress saves its state.
 
     Returns:
-        The table of `format_ablation`.
+        The table of `format_grid`, with `RULE` below.
 
     Raises:
-        DimoError: an unknown method, numbers out of range, or a teacher that belongs to no world and cannot be scored.
+        Preempted: the time is up; the table of what there is has been written.
+        DimoError: numbers out of range, or see `Grid.require_sense`.
     """
-    methods = list(methods or METHODS)
-    for method in methods:
-        if method not in METHODS:
-            raise DimoError(f"methods must be among {', '.join(METHODS)}, got {method!r}")
-    if seeds < 1 or jobs < 1 or not lrs or min(lrs) <= 0:
-        raise DimoError(f"seeds and jobs must be at least 1 and lrs positive, got {seeds}, {jobs} and {lrs}")
+    if jobs < 1 or together < 1 or (minutes is not None and not minutes > 0):
+        raise DimoError(f"jobs and together must be at least 1 and minutes positive, got {jobs}, {together}, {minutes}")
+    grid.require_sense(out)
+    deadline = time.time() + 60 * minutes if minutes else None
+    pairs = [(place, arm) for place in grid.places.values() for arm in grid.arms]
 
-    teacher = load_config(config, overrides).distill.teacher_ckpt
-    if not is_world(checkpoint_folder(teacher)):
-        raise DimoError(f"ablations need a built-in world, whose oracle scores the videos, but {teacher} is not one")
+    def run(place: Place, arm: str, rate: float | None, seed: int) -> Run:
+        folder, words = grid.run(place, arm, rate, seed, out)
+        return Run(folder, grid.preset, tuple(words))
 
-    def run(method: str, lr: float, seed: int) -> Run:
-        folder = out / f"{method.replace(' ', '_')}-lr{lr:g}-seed{seed}"
-        return Run(method, lr, seed, folder, config, tuple(overrides))
-
-    with tqdm(total=len(methods) * (len(lrs) + seeds), desc="ablate", unit="run") as bar:
-        found = _all([run(method, lr, TUNING_SEED) for method in methods for lr in lrs], jobs, bar)
-        tuning = {method: dict(zip(lrs, found[i * len(lrs) :])) for i, method in enumerate(methods)}
-        best = {method: max(lrs, key=lambda lr: worth(tuning[method][lr])) for method in methods}
-        found = _all([run(method, best[method], seed) for method in methods for seed in range(seeds)], jobs, bar)
-    result = {
-        method: {
-            "lr": best[method],
-            "tuning": {f"{lr:g}": {c: row[c] for c in COLUMNS} for lr, row in tuning[method].items()},
-            "seeds": found[i * seeds : (i + 1) * seeds],
+    with _workers(jobs) as call:
+        base = load_config(grid.preset, [*grid.words, *grid.overrides])
+        how = out, device_of(base).type, base.evaluation.videos_per_prompt or 64, deadline
+        call(_make_world, [(place, *how) for place in grid.places.values() if place.recipe], "worlds")
+        rates = grid.rates if len(grid.rates) > 1 else ()
+        tried = {pair: {r: [run(*pair, r, s) for s in grid.tuning_seeds] for r in rates} for pair in pairs}
+        every = [one for by_rate in tried.values() for runs in by_rate.values() for one in runs]
+        call(_train, _batches(every, together, deadline), "tuning")
+        found = {}
+        for pair, by_rate in tried.items():
+            rows = {rate: [one.result() for one in runs] for rate, runs in by_rate.items()}
+            tuned = all(row is not None for some in rows.values() for row in some)
+            best = max(rows, key=lambda rate: worth(rows[rate])) if rows else next(iter(grid.rates), None)  # noqa: B023
+            found[pair] = best, rows, [run(*pair, best, seed) for seed in grid.seeds] if tuned else []
+        call(_train, _batches([one for *_, runs in found.values() for one in runs], together, deadline), "seeds")
+    result: dict[str, dict] = {}
+    for (place, arm), (rate, rows, runs) in found.items():
+        results = [one.result() for one in runs]
+        result.setdefault(place.name, {})[arm] = {
+            "rate": rate * place.rate_scale if rate and runs else None,
+            "starred": rate in rows and bool(runs) and not worth(rows[rate])[0],
+            "tuning": {f"{r:g}": some for r, some in rows.items()},
+            "seeds": [row for row in results if row is not None],
         }
-        for i, method in enumerate(methods)
-    }
-    write_text(out / "ablation.json", json.dumps(result, indent=2) + "\n")
-    return format_ablation(result)
+    table = f"{format_grid(result)}\n{RULE}\n"
+    write_text(out / "grid.json", json.dumps(result, indent=2) + "\n")
+    write_text(out / "grid.md", table)
+    done = sum(len(row["seeds"]) for arms in result.values() for row in arms.values())
+    if done < len(pairs) * len(grid.seeds):
+        print(table)
+        part = f"{done} of {len(pairs) * len(grid.seeds)} reported runs"
+        raise Preempted(f"the time is up ({minutes or 0:g} minutes) with {part} finished; the same command goes on")
+    return table
 
 
-def worth(row: dict) -> tuple[bool, float, float]:
-    """Sort key of a tuning run by `RULE`; an undefined coverage counts as 0."""
-    validity, coverage = row["validity"], row["coverage"] or 0.0
+def worth(rows: list[dict | None]) -> tuple[bool, float, float, float]:
+    """Sort key of a rate's tuning runs by `RULE`; a coverage that is undefined, or a run that diverged, counts as 0."""
+
+    def mean(name: str, instead: str = "") -> float:
+        values = [(row or {}).get(name) for row in rows]
+        values = [(row or {}).get(instead) if value is None else value for value, row in zip(values, rows)]
+        return statistics.mean([value or 0.0 for value in values])
+
+    validity, coverage = mean("validity"), mean("coverage", "coverage_near")
     kept = coverage >= COVERAGE_FLOOR
-    return kept, validity if kept else validity * coverage, validity
+    return kept, validity if kept else validity * coverage, validity, mean("token_accuracy")
 
 
-def _all(runs: list[Run], jobs: int, bar: tqdm) -> list[dict]:
-    """Metrics of all runs, in order."""
-    if jobs == 1:
-        rows = []
-        for one in runs:
-            rows.append(one())
-            bar.update()
-        return rows
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    spawn = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
-    with ProcessPoolExecutor(jobs, spawn, torch.set_num_threads, (threads,)) as pool:
-        futures = [pool.submit(run) for run in runs]
-        try:
-            for future in as_completed(futures):
-                future.result()  # the first failure cancels the rest
-                bar.update()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-        return [future.result() for future in futures]
+def _batches(runs: list[Run], together: int, deadline: float | None) -> list[tuple]:
+    return [(runs[i : i + together], deadline) for i in range(0, len(runs), together)]
 
 
-def format_ablation(result: dict) -> str:
-    """The ablation as a text table, with `RULE` below: mean and standard deviation over seeds.
+def _train(runs: list[Run], deadline: float | None) -> None:
+    """Train and score those of the runs that are not finished, in this process; stop when the time is up."""
+    for one in runs:
+        if one.result() is not None:
+            one.tidy()  # a kill may have come between the report and this
+    runs = [one for one in runs if one.result() is None]
+    if not runs or _is_late(deadline):
+        return
+    for one in runs:
+        (one.folder / "report.json").unlink(missing_ok=True)  # of another configuration
+    try:
+        with stopping_at(deadline):
+            ends = train_and_compare([Trainer(one.settings()) for one in runs])
+    except Preempted:
+        if not _is_late(deadline):
+            raise  # a signal from outside
+        return
+    for one, diverged in zip(runs, ends):
+        if not _is_late(deadline):
+            one.finish(diverged)
 
-    Seeds on which a metric is undefined are left out, and their number is shown.
+
+def _make_world(place: Place, out: Path, device: str, videos_per_prompt: int, deadline: float | None) -> None:
+    """Make the teacher of a world, unless it is there; what it was made by and its scores are in a file beside it."""
+    assert place.world and place.recipe
+    folder = Path(place.folder(out))
+    about, sizes = folder.with_name(f"{folder.name}.json"), dataclasses.asdict(place.world)
+    wanted = {"world": place.world.name} | sizes | dataclasses.asdict(place.recipe)
+    if about.exists():
+        if json.loads(about.read_text(encoding="utf-8"))["by"] != wanted:
+            raise DimoError(f"{folder} was made by another recipe than the grid's {place.name}; give another --out")
+        return
+    if _is_late(deadline):
+        return
+    table = make_teacher(place.world, dataclasses.replace(place.recipe, device=device), folder, videos_per_prompt)
+    write_text(about, json.dumps({"by": wanted, "scores": table.splitlines()}, indent=2) + "\n")
+
+
+def _is_late(deadline: float | None) -> bool:
+    return deadline is not None and time.time() > deadline
+
+
+@contextlib.contextmanager
+def stopping_at(deadline: float | None) -> Iterator[None]:
+    """In this context, from `deadline` on, this process gets SIGTERM every second, upon which a training run saves.
+
+    It may come while no run has its own handler: then nothing happens, and the next one ends the run.
     """
-    lines = [f"{'method':16}{'lr':>8} " + "".join(f"{c:>26}" for c in COLUMNS)]
-    for method, row in result.items():
-        cells = []
-        for column in COLUMNS:
-            values = [seed[column] for seed in row["seeds"] if seed[column] is not None]
-            some = f" ({len(values)} of {len(row['seeds'])})" if len(values) < len(row["seeds"]) else ""
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            cells.append(f"{statistics.mean(values):.3f} +- {spread:.3f}{some}" if values else "undefined")
-        star = "" if worth(row["tuning"][f"{row['lr']:g}"])[0] else "*"
-        lines.append(f"{method:16}{row['lr']:>8g}{star:1}" + "".join(f"{c:>26}" for c in cells))
-    return "\n".join([*lines, RULE])
+    if deadline is None:
+        yield
+        return
+    over = threading.Event()
+
+    def ring(deadline: float) -> None:
+        over.wait(max(0.0, deadline - time.time()))
+        while not over.wait(1.0):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def pass_over(number: int, _) -> None:
+        if number != signal.SIGTERM:
+            raise KeyboardInterrupt
+
+    with handling(pass_over):
+        clock = threading.Thread(target=ring, args=(deadline,), daemon=True)
+        clock.start()
+        try:
+            yield
+        finally:
+            over.set()
+            clock.join()
+
+
+@contextlib.contextmanager
+def _workers(jobs: int) -> Iterator[Callable]:
+    """Yields call(function, list of its arguments, name of the progress bar), which runs in `jobs` processes."""
+    if jobs == 1:
+
+        def here(function: Callable, arguments: list[tuple], name: str) -> None:
+            for some in tqdm(arguments, desc=name, unit="job", disable=not arguments):
+                function(*some)
+
+        yield here
+        return
+    spawn = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
+    numbers: Any = spawn.Queue()
+    for number in range(jobs):
+        numbers.put(number)
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    with ProcessPoolExecutor(jobs, spawn, _begin_worker, (numbers, visible_gpus(), threads, os.getpid())) as pool:
+
+        def there(function: Callable, arguments: list[tuple], name: str) -> None:
+            futures = [pool.submit(function, *some) for some in arguments]
+            try:
+                for future in tqdm(
+                    as_completed(futures), desc=name, unit="job", total=len(futures), disable=not futures
+                ):
+                    future.result()  # the first failure cancels the rest
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+        yield there
+
+
+def _begin_worker(numbers: Any, gpus: list[str], threads: int, parent: int) -> None:
+    """In a new process: take a GPU, and end with the command, whose training run then saves."""
+    number = numbers.get()
+    if gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
+    torch.set_num_threads(threads)
+    end_with_parent(signal.SIGTERM, parent, grace_s=60.0)

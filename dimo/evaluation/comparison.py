@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from typing import Any
 
 import torch
 
@@ -23,9 +24,9 @@ NLL_NOISE = 2**61  # offset that keeps the seeds of teacher_nll apart from those
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A sampler: student or teacher, number of steps, sampled or arg-max, guided or not."""
+    """A sampler: student, teacher or the untrained student, number of steps, sampled or arg-max, guided or not."""
 
-    of_student: bool
+    network: str  # student, untrained or teacher
     steps: int = 1
     argmax: bool = False
     guided: bool = False
@@ -60,6 +61,7 @@ class Comparison:
         judged: compute the inputs of reference-free metrics as well: `reference_free.teacher_nll`, and for rows of one
             pass `reference_free.pass_entropy`.
         held_out: number of prompts that training has never seen, if known.
+        teacher: the teacher of the rows teacher_<steps>; None: the transformer of `ursa`.
 
     Raises:
         DimoError: no prompts, or videos_per_prompt below 1.
@@ -82,13 +84,20 @@ class Comparison:
         negative_prompt: str = "",
         judged: bool = False,
         held_out: int | None = None,
+        teacher: Any = None,
     ):
         if not prompts or videos_per_prompt < 1:
             raise DimoError(
                 f"at least one prompt and one video per prompt are needed, got {len(prompts)} prompts and "
                 f"videos_per_prompt={videos_per_prompt}"
             )
-        self.ursa, self.student, self.grid, self.seed, self.judged = ursa, student, grid, seed, judged
+        self.ursa, self.grid, self.seed, self.judged = ursa, grid, seed, judged
+        untrained = ursa.transformer
+        self.networks = {
+            "student": student,
+            "untrained": untrained,
+            "teacher": untrained if teacher is None else teacher,
+        }
         self.held_out = held_out
         self.copies = videos_per_prompt
         self.prompts = [p for p in prompts for _ in range(videos_per_prompt)]
@@ -96,12 +105,12 @@ class Comparison:
         uncond_ids = ursa.tokenize([negative_prompt], max_prompt_length)
         self.guidance = {"guidance_scale": guidance_scale, "guidance_trunc": guidance_trunc, "uncond_ids": uncond_ids}
         self.rows = {
-            "student_1": Row(of_student=True),
-            "student_1_argmax": Row(of_student=True, argmax=True),
-            "untrained_1": Row(of_student=False),
-            "untrained_1_argmax": Row(of_student=False, argmax=True),
-        } | {f"teacher_{n}": Row(of_student=False, steps=n, guided=guidance_scale > 1) for n in teacher_steps}
-        self._warm: set[tuple[bool, bool]] = set()  # (of_student, guided)
+            "student_1": Row("student"),
+            "student_1_argmax": Row("student", argmax=True),
+            "untrained_1": Row("untrained"),
+            "untrained_1_argmax": Row("untrained", argmax=True),
+        } | {f"teacher_{n}": Row("teacher", steps=n, guided=guidance_scale > 1) for n in teacher_steps}
+        self._warm: set[tuple[str, bool]] = set()  # (network, guided)
 
     def jobs(self) -> list[Job]:
         """All jobs, row by row, cheap rows first."""
@@ -128,7 +137,7 @@ class Comparison:
             pass, "entropy" (b,), both in nats per token. All on the CPU.
         """
         row, ids, i = self.rows[job.row], self.txt_ids[job.index], job.index
-        network = self.student if row.of_student else self.ursa.transformer
+        network = self.networks[row.network]
         path, device = self.ursa.path, self.ursa.path.device
         options = {"shift": self.ursa.shift, "argmax": row.argmax}
         if row.guided:
@@ -137,9 +146,9 @@ class Comparison:
         g = torch.Generator(device).manual_seed((self.seed * 1_000_003 + i) % 2**63)
         x_init = torch.randint(path.codebook_size, (len(ids), math.prod(self.grid)), generator=g, device=device)
         with without_compiling():
-            if (row.of_student, row.guided) not in self._warm:  # the first pass of a network in a process is slower
+            if (row.network, row.guided) not in self._warm:  # the first pass of a network in a process is slower
                 sample(network, path, ids, self.grid, 1, x_init=x_init, **options).cpu()
-                self._warm.add((row.of_student, row.guided))
+                self._warm.add((row.network, row.guided))
             start = time.perf_counter()
             codes = sample(network, path, ids, self.grid, row.steps, x_init=x_init, generator=g, **options).cpu()
             made = {"codes": codes, "seconds": torch.tensor(time.perf_counter() - start)}  # .cpu() waits for the GPU

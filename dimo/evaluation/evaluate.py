@@ -27,6 +27,7 @@ from dimo.ursa import Ursa, UrsaTransformer, load_ursa
 from dimo.ursa.layout import student_file
 from dimo.ursa.loading import load_student
 from dimo.worlds import checkpoint_folder, is_world, load_world, require_world
+from dimo.worlds.exact import exact_teacher
 from dimo.worlds.oracle import score
 from dimo.worlds.protocol import World, prompt_length
 
@@ -186,6 +187,7 @@ def open_comparison(config: Config, weights: str | Path) -> tuple[Comparison, Wo
         teacher_steps=tuple(sorted({1, *e.teacher_steps})), seed=e.seed, max_prompt_length=d.max_prompt_length,
         guidance_scale=d.guidance_scale, guidance_trunc=d.guidance_trunc, negative_prompt=d.negative_prompt,
         judged=world is None, held_out=held_out,
+        teacher=exact_teacher(folder, ursa.path) if d.teacher == "exact" else None,
     ), world  # fmt: skip
 
 

@@ -141,7 +141,7 @@ def run_in_processes(
     Raises:
         DimoError: a child failed; the others are killed, and finished jobs are kept.
     """
-    gpus, children = _visible_gpus(), []
+    gpus, children = visible_gpus(), []
     logs = [parts.folder / f"process-{rank}.log" for rank in range(processes)]
     try:
         for rank, log in enumerate(logs):
@@ -180,7 +180,7 @@ def take_share(comparison: Comparison, parts: Parts, rank: int, of: int) -> None
             parts.save(job, comparison.run(job))
 
 
-def _visible_gpus() -> list[str]:
+def visible_gpus() -> list[str]:
     """Values of CUDA_VISIBLE_DEVICES for the children, one per visible GPU, without initialising CUDA."""
     if not torch.cuda.is_available():
         return []

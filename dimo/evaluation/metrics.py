@@ -117,6 +117,10 @@ SCORED: dict[str, Metric] = {
         "higher", "entropy of each factor that prompts leave open, over valid videos of the right prompt, relative to "
         "its maximum; the minimum over factors, pooled and per prompt", lambda v: least_coverage(v.coverage_detail),
     ),
+    "coverage_near": Metric(
+        "higher", "the same, over videos of the right prompt that share 90% of their tokens with a valid one",
+        lambda v: least_coverage(coverage_detail(v.scored, near=True)),
+    ),
     "coverage_detail": Metric(
         None, "the values of which coverage is the minimum", lambda v: v.coverage_detail
     ),

@@ -30,7 +30,7 @@ import torch
 
 from dimo.distill.stages import Step
 from dimo.distill.step import nine_stages
-from dimo.errors import DimoError
+from dimo.errors import DimoError, Diverged
 from dimo.run.checkpoints import Checkpoints
 from dimo.train.metrics import measured
 from dimo.train.optimizers import make_capturable
@@ -146,7 +146,7 @@ class StepGraphs:
         """Read back what replays could not report. Waits for the GPU.
 
         Raises:
-            DimoError: a replayed step was not finite; the run's state is worthless since then.
+            Diverged: a replayed step was not finite; the run's state is worthless since then.
         """
         with self._on_stream():
             bad = int(self.bad)
@@ -155,7 +155,7 @@ class StepGraphs:
             return
         saved = Checkpoints(Path(self.trainer.config.experiment.output_dir) / "checkpoints").all()
         last = f"the last checkpoint is {saved[-1].name}" if saved else "there is no checkpoint yet"
-        raise DimoError(
+        raise Diverged(
             f"step {bad + 1} met a value that is not finite, and a CUDA graph cannot skip a step, so nothing since "
             f"then was saved; {last}. Continue with training.cuda_graph=false, which skips such steps, or lower "
             "optim.lr or optim.aux_lr"

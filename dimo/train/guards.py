@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from dimo.distill.stages import Step
-from dimo.errors import DimoError, NonFiniteError
+from dimo.errors import Diverged, NonFiniteError
 from dimo.files import save_file, whole_file
 from dimo.train.engine import Engine
 
@@ -59,7 +59,7 @@ class Guard:
             steps: one `Step` per micro-batch.
 
         Raises:
-            DimoError: too many steps were skipped in a row.
+            Diverged: too many steps were skipped in a row.
         """
         if self.in_a_row < self.max_bad_steps:
             return
@@ -69,7 +69,7 @@ class Guard:
             save_replay(
                 Path(folder) / "slices" / f"{name}-rank{self.engine.rank}{piece}.safetensors", step, index, seed
             )
-        raise DimoError(
+        raise Diverged(
             f"{self.in_a_row} steps in a row were skipped for values that are not finite; the last batch is saved in "
             f"{Path(folder) / 'slices'}/{name}-*. Lower optim.lr or optim.aux_lr, or check the teacher"
         )

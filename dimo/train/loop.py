@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from dimo.config import to_flat, to_yaml
-from dimo.errors import DimoError, are_finite
+from dimo.errors import DimoError, Diverged, are_finite
 from dimo.files import save_torch, whole_file, write_text
 from dimo.run.checkpoints import Checkpoints
 from dimo.run.folder import RunFolder
@@ -225,7 +225,7 @@ def _require_finite_weights(tensors: dict[str, dict[str, torch.Tensor]], done: i
     """Raise on all ranks before NaNs are saved as the newest valid checkpoint; one rank may hold all the weights."""
     bad = [f"{name} of the {network}" for network, weights in tensors.items()
            for name, weight in weights.items() if not are_finite(weight)]  # fmt: skip
-    error = DimoError(
+    error = Diverged(
         f"after step {done} {bad[0]} is not finite ({len(bad)} tensors in total), so nothing was saved; the last "
         "checkpoint is kept. Lower optim.lr or optim.aux_lr"
     ) if bad else None  # fmt: skip

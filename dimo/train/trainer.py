@@ -30,6 +30,7 @@ from dimo.ursa.weights import scale_logits
 from dimo.views.clean_tokens import known_clean_tokens
 from dimo.views.reading import check_slice
 from dimo.worlds import checkpoint_folder, is_world, load_world, require_world
+from dimo.worlds.exact import exact_teacher
 
 
 class Trainer:
@@ -70,7 +71,8 @@ class Trainer:
         student, aux, ema = (self.engine.copy_of(teacher, learns) for learns in (True, True, False))
         if config.training.mixed_precision == "bf16":
             teacher.bfloat16()  # frozen, so it needs no float32 master weights
-        self.networks = Networks(teacher, student, aux, ema)
+        asked = exact_teacher(self.ursa.folder, self.path) if d.teacher == "exact" else teacher
+        self.networks = Networks(asked, student, aux, ema)
         for network in (student, aux, ema):
             if not config.model.train_embeddings:
                 network.model.embed_tokens = self.engine.frozen(network.model.embed_tokens, teacher.model.embed_tokens)
@@ -86,7 +88,7 @@ class Trainer:
         self.x_init = XInit(self.path.codebook_size, d.p_corrupt, d.corrupt_ratio)
         self.entropy_bonus = EntropyController(d.lambda_ent, d.lambda_ent_high, d.entropy_floor, self.device)
         self.baseline = Baseline(d.baseline_decay) if d.baseline == "ema" else None
-        self.beta = d.beta()
+        self.beta, self.t_shift = d.beta(), d.shift(self.num_visual_tokens, self.ursa.own_shift)
         self.generator = torch.Generator(self.device)
         self.lambda_ent: float | torch.Tensor = d.lambda_ent
         self.ema_weight: float | torch.Tensor = 0.0  # of the student in an update of its moving average

@@ -131,4 +131,4 @@ def student_file(weights: str | Path) -> Path:
         source = source / "checkpoints" / "final"
     elif (source / "status.json").exists():
         raise DimoError(f"{source} is a run without checkpoints/final: it has not finished")
-    return source / "student.pt" if os.path.lexists(source / "student.pt") else source
+    return next((source / name for name in ("student.pt", "student") if os.path.lexists(source / name)), source)

@@ -42,7 +42,8 @@ class Ursa:
     """A loaded checkpoint folder.
 
     `vae` decodes codes (B, T, H, W) to frames (B, F, height, width, 3) in [0, 1]; it is None if there is no usable
-    decoder, and `no_vae` then says why. `shift` is the scheduler's time shift, `strides` the VAE's (temporal, spatial).
+    decoder, and `no_vae` then says why. `shift` is the scheduler's time shift, 1 if it names none, `strides` the VAE's
+    (temporal, spatial).
     """
 
     transformer: UrsaTransformer
@@ -53,6 +54,12 @@ class Ursa:
     folder: Path
     no_vae: str = ""
     strides: tuple[int, int] = (TEMPORAL_STRIDE, SPATIAL_STRIDE)
+
+    @property
+    def own_shift(self) -> float | None:
+        """The time shift that the folder's scheduler names; None if it names none."""
+        file = self.folder / "scheduler" / "scheduler_config.json"
+        return self.shift if file.exists() and read_json(file).get("shift") is not None else None
 
     def tokenize(self, prompts: list[str], max_prompt_length: int, device=None) -> torch.Tensor:
         """Token ids (B, max_prompt_length) int64, left-padded and truncated like in URSA's pipeline."""

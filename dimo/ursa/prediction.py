@@ -14,7 +14,7 @@ from typing import Any, Self, overload
 import torch
 from torch.nn import functional as F
 
-from dimo.errors import DimoError, require_ids, require_shape
+from dimo.errors import DimoError, may_read, require_ids, require_shape
 from dimo.ursa import inputs
 from dimo.ursa.chunks import on_device, pick, tokens_at_once
 from dimo.ursa.inputs import build_ursa_inputs, visual_logits
@@ -252,7 +252,9 @@ class Sparse(Prediction):
 
     def guided(self, uncond: Sparse, scale: torch.Tensor | float) -> Sparse:
         """u + scale (c - u) on log-probabilities, normalised and floored; both must know the same codes."""
-        if not torch.equal(self.codes, uncond.codes) or self.floor != uncond.floor:
+        require_shape("uncond's codes", uncond.codes, tuple(self.codes.shape))
+        same = not may_read(self.codes) or torch.equal(self.codes, uncond.codes)
+        if not same or self.floor != uncond.floor:
             raise DimoError("guidance needs two predictions with the same codes and the same floor")
         log_p = (uncond.log_p + scale * (self.log_p - uncond.log_p)).log_softmax(-1).clamp(min=self.floor)
         return dataclasses.replace(self, log_p=log_p)

@@ -13,8 +13,11 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from dimo.errors import DimoError, require_ids, require_shape, require_time
+from dimo.errors import DimoError, may_read, require_ids, require_shape, require_time
 from dimo.ursa.chunks import FEW_CODES, chunks, inverse_cdf, on_device, pick, tokens_at_once
+from dimo.ursa.normaliser import LogNormaliser, interpolate
+
+LAST = 0.999  # the largest t of `log_likelihood`: beta_t is infinite at 1
 
 
 def categorical(prob: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -69,6 +72,23 @@ class _Path:
     def _draw(self, x_1: torch.Tensor, t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
         return inverse_cdf(self._prob(x_1, t), u)
 
+    def _log_likelihood(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """`log_likelihood` of codes and times that have been checked."""
+        raise NotImplementedError
+
+    def log_likelihood(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """log p_t(x_t | x_1), in nats, of every clean code x_1: x_t (n,) in [0, K), t (n,) in [0, 0.999] -> (n, K).
+
+        Of Bayes' rule for one token; the rows of `prob` are normalised over x_t, these are not normalised over x_1.
+        """
+        require_shape("x_t", x_t, ("n",))
+        require_shape("t", t, tuple(x_t.shape))
+        require_ids("x_t", x_t, self.codebook_size)
+        require_time("t", t)
+        if may_read(t) and not bool((t < LAST + 1e-6).all()):
+            raise DimoError(f"t must be at most {LAST}, got {t.max().item():.6g}")
+        return self._log_likelihood(x_t, t.float())
+
     def velocity(self, x_1: torch.Tensor, x_t: torch.Tensor, t: float) -> torch.Tensor:
         """Jump rates (B, ..., K) from x_t to every code, given predicted clean tokens x_1, both (B, ...)."""
         require_shape("x_t", x_t, tuple(x_1.shape))
@@ -113,12 +133,23 @@ def _draw_near(
     return pick(beta.unsqueeze(-1) * (2 * _products(x_1, codebook) - square), u)
 
 
+def _log_likelihood_near(
+    x_t: torch.Tensor, codebook: torch.Tensor, square: torch.Tensor, beta: torch.Tensor, *normaliser: torch.Tensor
+) -> torch.Tensor:
+    """-beta |x_t - x_1|^2 - log Z of every code x_1, for vectors x_t (n, D), beta (n,), and `interpolate`'s inputs."""
+    distance = x_t.square().sum(-1, keepdim=True) + square - 2 * _products(x_t, codebook)
+    return -beta.unsqueeze(-1) * distance - interpolate(*normaliser)
+
+
 class MixturePath(_Path):
     """x_t is x_1 with probability t, else uniform over the K codes; the vectors of `codebook` (K, D) are unused."""
 
     def _prob(self, x_1: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         uniform = ((1 - t) / self.codebook_size).unsqueeze(-1)
         return uniform + t.unsqueeze(-1) * F.one_hot(x_1, self.codebook_size)
+
+    def _log_likelihood(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return self._prob(x_t, t).log()  # symmetric in x_t and x_1
 
     def _velocity(self, x_1: torch.Tensor, x_t: torch.Tensor, t: float) -> torch.Tensor:
         return F.one_hot(x_1, self.codebook_size) * torch.tensor(1 / (1 - t), device=x_1.device)
@@ -145,6 +176,7 @@ class MetricPath(_Path):
         self.codebook = F.normalize(codebook.float(), dim=-1, eps=eps)
         self._square = self.codebook.square().sum(-1)
         self._table: torch.Tensor | None = None
+        self._normaliser: LogNormaliser | None = None  # made when it is first needed
         if self.codebook_size <= FEW_CODES:  # small enough to precompute the K x K distances
             self._table = self._distance(torch.arange(self.codebook_size, device=self.device))
 
@@ -163,6 +195,14 @@ class MetricPath(_Path):
             return super()._draw(x_1, t, u)
         beta = self.c * (t / (1 - t)) ** self.alpha
         return on_device(_draw_near, u)(self.codebook[x_1], self.codebook, self._square, beta, u)
+
+    def _log_likelihood(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        if self._normaliser is None:
+            most = self.c * (LAST / (1 - LAST)) ** self.alpha
+            self._normaliser = LogNormaliser(self._distance, self.codebook_size, most, self.device)
+        beta, z = self.c * (t / (1 - t)) ** self.alpha, self._normaliser
+        one = on_device(_log_likelihood_near, t)
+        return one(self.codebook[x_t], self.codebook, self._square, beta, *z.weights(beta), z.values, z.slopes)
 
     def _velocity(self, x_1: torch.Tensor, x_t: torch.Tensor, t: float) -> torch.Tensor:
         # d(beta_t)/dt; 0 at t = 0 as upstream, where the derivative is infinite for alpha < 1

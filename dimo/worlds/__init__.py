@@ -42,7 +42,9 @@ def checkpoint_folder(teacher_ckpt: str | Path) -> Path:
                 f"the world {teacher_ckpt} ships without a teacher: train one with `dimo world train {teacher_ckpt} "
                 "-o FOLDER` and give FOLDER as teacher_ckpt"
             )
-        hint = nearest(str(teacher_ckpt), built_in) if built_in else ""
+        hint, name = nearest(str(teacher_ckpt), built_in) if built_in else "", Path(teacher_ckpt).name
+        if name in WORLDS and name not in built_in:
+            hint = f"; `dimo world train {name} -o {teacher_ckpt}` makes one"
         raise DimoError(f"teacher_ckpt {teacher_ckpt} is neither a folder nor a built-in world{hint}")
     return require_checkpoint(teacher_ckpt)
 

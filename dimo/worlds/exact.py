@@ -3,25 +3,41 @@
 Videos v_m of a prompt are equally likely and noise falls on each token by itself, so
     log p(v_m | x_t) = sum_i log p_t(x_t^i | v_m^i) + const,
 and a token's distribution is the share of the videos that have each code there. Everything is float64: the sums run
-over up to 33,280 tokens, and a difference of one nat between two of them must not be lost.
+over up to 33,280 tokens, and a difference of one nat between two of them must not be lost. Strays (`TilesWorld.strays`)
+count too, with their own weight, whatever the prompt.
+
+In training nothing is read back from the GPU, so that a step can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 
-from dimo.errors import DimoError, require_ids, require_shape
+from dimo.errors import DimoError, may_read, require_ids, require_shape
 from dimo.ursa.chunks import ENTRIES, chunks, tokens_at_once
 from dimo.ursa.prediction import Sparse
-from dimo.ursa.probability_path import MetricPath, time_like
-from dimo.worlds.protocol import prompt_length
+from dimo.ursa.probability_path import MetricPath, MixturePath, time_like
+from dimo.worlds import is_world, load_world
+from dimo.worlds.protocol import World, prompt_length
 from dimo.worlds.teacher import PAD, encode, words
 from dimo.worlds.tiles import TilesWorld
 
 FLOOR = -25.0  # log-probability in nats of codes that cannot be: 64,000 of them have 1e-6 together
+
+
+def exact_teacher(folder: str | Path, path: MetricPath | MixturePath) -> ExactTeacher:
+    """The exact teacher of the world that a checkpoint folder belongs to; `path` is the folder's.
+
+    Raises:
+        DimoError: it belongs to no world, or to one whose posterior is not known.
+    """
+    if not is_world(folder):
+        raise DimoError(f"distill.teacher is exact, but {folder} belongs to no world whose posterior is known")
+    return ExactTeacher(load_world(folder), path)
 
 
 class ExactTeacher:
@@ -33,9 +49,14 @@ class ExactTeacher:
     Args:
         world: whose videos are counted.
         path: the metric path on the world's codebook; predictions are on its device.
+
+    Raises:
+        DimoError: another world, or a path that does not fit it.
     """
 
-    def __init__(self, world: TilesWorld, path: MetricPath):
+    def __init__(self, world: World, path: MetricPath | MixturePath):
+        if not isinstance(world, TilesWorld):
+            raise DimoError(f"only the tiles world has an exact teacher, got {world.name!r}")
         if not isinstance(path, MetricPath):
             raise DimoError(f"path must be a MetricPath, got {type(path).__name__}")
         if path.codebook_size != world.codebook_size:
@@ -44,7 +65,8 @@ class ExactTeacher:
         self.codes = world.used_codes.to(path.device)
         points = path.codebook.double()
         self._distance = torch.stack([(points - points[code]).square().sum(-1) for code in self.codes], 1)  # (K, C)
-        empty = torch.full((1, prompt_length(world)), words(world).index(PAD))
+        self._pad = words(world).index(PAD)
+        empty = torch.full((1, prompt_length(world)), self._pad)
         self._txt_ids = torch.cat([encode(world, world.prompts), empty]).to(path.device)
 
     @torch.no_grad()
@@ -58,7 +80,7 @@ class ExactTeacher:
                 empty prompt, under which every video of every prompt is as likely.
             visual_tokens: (B, N) x_t.
             latents_shape: the world's.
-            t: times of x_t in [0, 1): a number, (B,) or (B, N).
+            t: times of x_t in [0, 1): a number, (B,) or (B, N), the same for all tokens of a latent frame.
 
         Returns:
             Log-probabilities of the C codes that videos use, floored at FLOOR, and FLOOR for all others.
@@ -70,26 +92,49 @@ class ExactTeacher:
         require_ids("visual_tokens", visual_tokens, self.world.codebook_size)
         if t is None:
             raise DimoError("the exact teacher must be given t, the time of visual_tokens")
-        t = time_like(t, visual_tokens)
+        t = self._per_frame(t, visual_tokens)
         videos = max(1, tokens_at_once(4 * len(self.codes), self.path.device) // visual_tokens.shape[1])
         log_p = [self._marginals(*part) for part in chunks(videos, prompts, visual_tokens, t)]
         codes = self.codes.expand(*visual_tokens.shape, -1)
         return Sparse(codes, torch.cat(log_p).float(), FLOOR, self.world.codebook_size)
 
+    def _per_frame(self, t: torch.Tensor | float, x_t: torch.Tensor) -> torch.Tensor:
+        """t as (B, 1) or, where it is given by token, as (B, T)."""
+        per_token = isinstance(t, torch.Tensor) and t.dim() == 2
+        t = time_like(t, x_t)
+        if not per_token:
+            return t[:, :1]
+        frames = t.unflatten(1, (self.world.frames, -1))
+        if may_read(t) and not bool((frames == frames[..., :1]).all()):
+            raise DimoError("t must be the same for all tokens of a latent frame")
+        return frames[..., 0]
+
     def log_likelihood(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """log p_t(x_t | c) for every used code c, in nats, float64: x_t and t (B, N) -> (B, N, C)."""
-        beta, where = (self.path.c * (t.double() / (1 - t.double())) ** self.path.alpha).unique(return_inverse=True)
+        """log p_t(x_t | c) for every used code c, in nats, float64: x_t (B, N), t (B, 1 or T) -> (B, N, C)."""
+        beta = self.path.c * (t.double() / (1 - t.double())) ** self.path.alpha
         size = max(1, ENTRIES["cpu"] // self._distance.numel())
-        log_z = [(-b[:, None, None] * self._distance).logsumexp(1) for (b,) in chunks(size, beta)]
-        return -beta[where][..., None] * self._distance[x_t] - torch.cat(log_z)[where]
+        log_z = torch.cat([(-b[:, None, None] * self._distance).logsumexp(1) for (b,) in chunks(size, beta.flatten())])
+        each = x_t.shape[1] // beta.shape[1]  # tokens that share a time
+        log_z = log_z.view(*beta.shape, -1)
+        beta, log_z = (x.unsqueeze(2).expand(-1, -1, each, -1).flatten(1, 2) for x in (beta[..., None], log_z))
+        return -beta * self._distance[x_t] - log_z
 
     def log_posterior(self, values: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
-        """Unnormalised log p(video | x_t), (B, prompts * M), -inf where `prompts` (B, prompts) bool rules it out.
+        """log p(video, x_t), up to a constant, of the prompts' videos and of strays, -inf for videos of other prompts.
 
         Args:
             values: (B, N, C), what `log_likelihood` gave.
+            prompts: (B, prompts) bool, those whose videos count.
+
+        Returns:
+            (B, prompts * M), and as many strays after them if there are any.
         """
-        return self.world.totals(values).masked_fill(~prompts[:, :, None], -torch.inf).flatten(1)
+        videos = self.world.totals(values).masked_fill(~prompts[:, :, None], -torch.inf).flatten(1)
+        if not self.world.strays:
+            return videos
+        share, strays = self.world.strays / 100, self.world.totals(values, strays=True).flatten(1)
+        videos = videos + math.log(1 - share) - prompts.sum(1, keepdim=True).log()
+        return torch.cat([videos, strays + math.log(share / prompts.shape[1])], 1)
 
     def _marginals(self, prompts: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """Log-probabilities (B, N, C).
@@ -106,12 +151,12 @@ class ExactTeacher:
     def _prompts(self, txt_ids: torch.Tensor) -> torch.Tensor:
         """(B, prompts) bool: the prompts whose videos count."""
         require_shape("txt_ids", txt_ids, ("B", "L"))
-        length, pad = self._txt_ids.shape[1], int(self._txt_ids[-1, 0])
+        length = self._txt_ids.shape[1]
         if txt_ids.shape[1] < length:
             raise DimoError(f"txt_ids must have at least {length} ids, the words of a prompt, got {txt_ids.shape[1]}")
-        known = F.pad(self._txt_ids, (txt_ids.shape[1] - length, 0), value=pad)
+        known = F.pad(self._txt_ids, (txt_ids.shape[1] - length, 0), value=self._pad)
         same = (txt_ids[:, None] == known).all(-1)
-        if not bool(same.any(-1).all()):
+        if may_read(same) and not bool(same.any(-1).all()):
             row = int((~same.any(-1)).nonzero()[0])
             raise DimoError(f"txt_ids must be prompts of the {self.world.name} world, or empty; row {row} is neither")
         return same[:, :-1] | same[:, -1:]

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import torch
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from dimo.errors import DimoError, are_finite
 from dimo.files import whole_folder
-from dimo.ursa import MetricPath, UrsaConfig, UrsaTransformer, load_ursa, sample, save_student, visual_logits
+from dimo.ursa import MetricPath, UrsaConfig, UrsaTransformer, load_ursa, predict, sample, save_student, visual_logits
+from dimo.ursa.chunks import FEW_CODES
 from dimo.worlds import WORLD_FILE, is_world
 from dimo.worlds.oracle import score
 from dimo.worlds.protocol import World, prompt_index, prompt_length
@@ -23,6 +25,8 @@ PAD, UNKNOWN, BOV = "<pad>", "<unk>", "<bov>"
 ROPE_THETA = 10.0  # for at most ten positions; with URSA's 1,000,000 half of the frequencies would be constant
 EMPTY_PROMPT_SHARE = 0.1
 EMA_DECAY = 0.999
+TOKENS = 2**18  # sampled at a time when a new teacher is scored
+GUIDANCE = 3.0  # of the last row of a new teacher's scores
 
 
 def _field(default, help: str):
@@ -42,6 +46,7 @@ class TeacherRecipe:
     c: float = _field(2.0, "c of the metric path")
     steps: int = _field(25_000, "training steps")
     batch_size: int = _field(256, "videos per step")
+    t_per: str = _field("sample", "one t per sample or, as URSA's, per latent frame: sample or frame")
     lr: float = _field(2e-3, "peak learning rate, with cosine decay to zero")
     seed: int = _field(0, "seed of initialisation and data")
     device: str = _field("cpu", "cpu or cuda")
@@ -91,7 +96,8 @@ def initialise(model: UrsaTransformer) -> None:
 def train_teacher(world: World, recipe: TeacherRecipe, progress: bool = True) -> UrsaTransformer:
     """Train a teacher by denoising; returns the EMA of its weights.
 
-    Cross-entropy of the clean tokens at t uniform in [0, 0.999), with 10% empty prompts for classifier-free guidance.
+    Cross-entropy of the clean tokens at t uniform in [0, 0.999), one per sample or per latent frame, with 10% empty
+    prompts for classifier-free guidance.
     """
     device = recipe.device
     torch.manual_seed(recipe.seed)
@@ -110,11 +116,12 @@ def train_teacher(world: World, recipe: TeacherRecipe, progress: bool = True) ->
         for group in optimizer.param_groups:
             group["lr"] = recipe.lr * min(1.0, (step + 1) / warmup) * decay
         prompt, x_1 = world.draw(recipe.batch_size, generator)
-        t = torch.rand(recipe.batch_size, generator=generator, device=device) * 0.999
+        times = (recipe.batch_size, world.latents_shape[0]) if recipe.t_per == "frame" else (recipe.batch_size,)
+        t = torch.rand(times, generator=generator, device=device) * 0.999
+        t = t.repeat_interleave(math.prod(world.latents_shape[1:]), 1) if recipe.t_per == "frame" else t
         drop = torch.rand(recipe.batch_size, generator=generator, device=device) < EMPTY_PROMPT_SHARE
         txt_ids = prompt_ids[prompt].masked_fill(drop[:, None], pad)
-        logits = visual_logits(model, txt_ids, path.sample(x_1, t, generator), world.latents_shape)
-        loss = F.cross_entropy(logits.flatten(0, 1), x_1.flatten())
+        loss = _denoising(model, txt_ids, path.sample(x_1, t, generator), x_1, world.latents_shape)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -126,11 +133,25 @@ def train_teacher(world: World, recipe: TeacherRecipe, progress: bool = True) ->
     return ema
 
 
+def _denoising(model: UrsaTransformer, txt_ids, x_t, x_1, latents_shape) -> torch.Tensor:
+    """Mean cross-entropy of the clean tokens; for large codebooks a few tokens at a time, whose logits are not kept."""
+    if model.config.codebook_size <= FEW_CODES:
+        return F.cross_entropy(visual_logits(model, txt_ids, x_t, latents_shape).flatten(0, 1), x_1.flatten())
+    prediction, x_1 = predict(model, txt_ids, x_t, latents_shape), x_1.flatten()
+
+    def part(states: torch.Tensor, head: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(F.linear(states, head), x, reduction="sum")
+
+    states, head = prediction.states.flatten(0, 1), prediction.head
+    parts = [checkpoint(part, states[r], head, x_1[r], use_reentrant=False) for r in prediction.row_chunks()]
+    return torch.stack(parts).sum() / len(x_1)
+
+
 def make_teacher(world: World, recipe: TeacherRecipe, folder: Path, videos_per_prompt: int = 64) -> str:
     """Train a teacher, write its checkpoint folder and score it.
 
     Returns:
-        Validity and adherence by number of sampling steps, as a table.
+        Validity and adherence by number of sampling steps, and guided, as a table.
 
     Raises:
         DimoError: before training: a value out of range, a missing device, or a folder with other contents; after it:
@@ -146,13 +167,19 @@ def make_teacher(world: World, recipe: TeacherRecipe, folder: Path, videos_per_p
     write_checkpoint(folder, world, transformer, recipe.alpha, recipe.c)
     ursa = load_ursa(folder, recipe.device)
     prompts = [p for p in world.prompts for _ in range(videos_per_prompt)]
-    txt_ids = ursa.tokenize(prompts, prompt_length(world))
-    lines = [f"{'passes':>6} {'validity':>9} {'adherence':>10}"]
-    for steps in (1, 4, 8, 25):
-        generator = torch.Generator(recipe.device).manual_seed(recipe.seed)
-        codes = sample(ursa.transformer, ursa.path, txt_ids, world.latents_shape, steps, generator=generator)
+    rows = max(1, TOKENS // math.prod(world.latents_shape))
+    batches = ursa.tokenize(prompts, prompt_length(world)).split(rows)
+    lines = [f"{'passes':>6} {'guidance':>9} {'validity':>9} {'adherence':>10}"]
+    for steps, guidance in ((1, 1.0), (4, 1.0), (8, 1.0), (25, 1.0), (25, GUIDANCE)):
+        made, generator = [], torch.Generator(recipe.device).manual_seed(recipe.seed)
+        for ids in batches:
+            guide = {"guidance_scale": guidance, "uncond_ids": torch.full_like(ids, words(world).index(PAD))}
+            shape = world.latents_shape
+            made.append(sample(ursa.transformer, ursa.path, ids, shape, steps, generator=generator, **guide))
+        codes = torch.cat(made)
         scores = score(world, codes, prompts)
-        lines.append(f"{steps:6} {scores.valid.float().mean():9.4f} {scores.adherent.float().mean():10.4f}")
+        shares = scores.valid.float().mean(), scores.adherent.float().mean()
+        lines.append(f"{steps:6} {guidance:9g} {shares[0]:9.4f} {shares[1]:10.4f}")
     return "\n".join(lines)
 
 
@@ -164,6 +191,8 @@ def _require_sense(world: World, recipe: TeacherRecipe) -> None:
             raise DimoError(f"{name} must be at least 1, got {value}")
         if isinstance(value, float) and not 0 < value < math.inf:
             raise DimoError(f"{name} must be positive and finite, got {value}")
+    if recipe.t_per not in ("sample", "frame"):
+        raise DimoError(f"t_per must be sample or frame, got {recipe.t_per!r}")
     if recipe.device not in ("cpu", "cuda"):
         raise DimoError(f"device must be cpu or cuda, got {recipe.device!r}")
     if recipe.device == "cuda" and not torch.cuda.is_available():

@@ -10,6 +10,10 @@ are four choices, which noise hides one after the other:
 - a phase of the object's texture and one of the background's. A texture is a lattice of a few shades, codes that differ
   in one FSQ level, so the phases are known last, and the object's, of a quarter of the tokens, last of all.
 
+With `strays`, that share of the videos comes with any prompt and is valid for none: the object has a hue of the other
+subject. So a teacher, exact or trained, makes strays at that rate, unless it is guided: they are as likely under the
+empty prompt as under any other, and guidance divides them away.
+
 A prompt has M = palettes x 16 x shades^2 videos. A sum over the tokens of a video, of whatever depends on position and
 code, is taken for all of them at once (`TilesWorld.totals`): over blocks first, once per hue and phase, then over the
 blocks of each object. Matches with given codes make it the oracle, log-likelihoods the exact teacher
@@ -45,6 +49,7 @@ SIZES = {  # latents_shape by the number of tokens
     5_120: (5, 32, 32),
     33_280: (13, 40, 64),
 }
+MOST_STRAYS = 90
 MOST_VIDEOS = 4096  # per prompt: the exact posterior has a number for each, per sample
 
 
@@ -60,6 +65,9 @@ class TilesWorld:
     codes: int = size_field(256, f"codes of the codebook: {', '.join(map(str, LEVELS))}")
     palettes: int = size_field(2, "palettes of every subject, one per video")
     shades: int = size_field(2, "shades of a texture, and so its phases")
+    strays: int = size_field(
+        0, f"percent of the videos that fit no prompt, at most {MOST_STRAYS}: guidance removes them"
+    )
 
     def __post_init__(self):
         require_whole_sizes(self)
@@ -75,6 +83,8 @@ class TilesWorld:
                 f"{self.codes} codes allow 2 to {LEVELS[self.codes][0]} shades, and there must be 2 palettes or more; "
                 f"got shades={self.shades} and palettes={self.palettes}"
             )
+        if not 0 <= self.strays <= MOST_STRAYS:
+            raise DimoError(f"strays must lie in [0, {MOST_STRAYS}], in percent, got {self.strays}")
         if self.videos_per_prompt > MOST_VIDEOS:
             raise DimoError(
                 f"palettes={self.palettes} and shades={self.shades} make {self.videos_per_prompt} videos per prompt "
@@ -153,29 +163,37 @@ class TilesWorld:
             [((dy * y + dx * x) % self.shades).flatten().repeat(self.frames) for dy, dx in TEXTURES.values()]
         )
 
-    def render(self, prompt, palette, place, object_phase, background_phase) -> torch.Tensor:
-        """Valid videos: indices, each (B,) -> codes (B, N)."""
+    def render(self, prompt, palette, place, object_phase, background_phase, stray=None) -> torch.Tensor:
+        """Valid videos: indices, each (B,) -> codes (B, N); where `stray` (B,), with the other subject's object."""
         device, directions, textures = prompt.device, len(DIRECTIONS), len(TEXTURES)
         inside = self.masks.to(device)[prompt % directions, place]
         inside = inside.repeat_interleave(self.height // BLOCKS, 2).repeat_interleave(self.width // BLOCKS, 3)
         inside = inside.flatten(1)
         phase = torch.where(inside, object_phase[:, None], background_phase[:, None])
         shade = (self.lattices.to(device)[prompt // directions % textures] + phase) % self.shades
-        subject = prompt // (directions * textures)
-        hue = 2 * (subject * self.palettes + palette)[:, None] + inside
+        subject = (prompt // (directions * textures))[:, None]
+        if stray is not None:
+            subject = (subject + (inside & stray[:, None])) % len(SUBJECTS)
+        hue = 2 * (subject * self.palettes + palette[:, None]) + inside
         return self.used_codes.to(device)[hue * self.shades + shade]
 
     def draw(self, size: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """A batch of the data, all uniform, on the generator's device: prompt indices (B,) and codes (B, N)."""
         sizes = len(self.prompts), self.palettes, PLACES, self.shades, self.shades
         picks = [torch.randint(n, (size,), generator=generator, device=generator.device) for n in sizes]
-        return picks[0], self.render(*picks)
+        if not self.strays:
+            return picks[0], self.render(*picks)
+        stray = torch.rand(size, generator=generator, device=generator.device) < self.strays / 100
+        other = torch.randint(len(self.prompts), (size,), generator=generator, device=generator.device)
+        shown = torch.where(stray, other, picks[0])
+        return picks[0], self.render(shown, picks[1], picks[2], picks[3], picks[4], stray)
 
-    def totals(self, values: torch.Tensor) -> torch.Tensor:
+    def totals(self, values: torch.Tensor, strays: bool = False) -> torch.Tensor:
         """The sum over the tokens of every valid video of what `values` says of its code there.
 
         Args:
             values: (B, N, C), of every position and used code.
+            strays: of the same videos with the other subject's object.
 
         Returns:
             (B, prompts, M), in values' dtype; videos go palette by palette, place by place, the object's phase by the
@@ -184,15 +202,15 @@ class TilesWorld:
         (t, h, w), s, n = self.latents_shape, self.shades, self.num_visual_tokens
         require_shape("values", values, ("B", n, len(self.used_codes)))
         textures, directions, batch = len(TEXTURES), len(DIRECTIONS), len(values)
-        shade = (self.lattices.T[..., None] + torch.arange(s)) % s  # (N, textures, phases)
+        shade, masks = _tables(self, values.device, values.dtype)
         values = values.unflatten(-1, (-1, s))  # (B, N, hues, shades)
-        shade = shade.flatten(1)[None, :, None].expand(batch, n, values.shape[2], -1).to(values.device)
+        shade = shade[None, :, None].expand(batch, n, values.shape[2], -1)
         tokens = values.gather(-1, shade).view(batch, t, BLOCKS, h // BLOCKS, BLOCKS, w // BLOCKS, -1)
         blocks = tokens.sum((3, 5)).flatten(1, 3)  # (B, T * 16, hues * textures * phases)
-        masks = self.masks.view(directions * PLACES, -1).to(blocks)
         inside, outside = masks @ blocks, (1 - masks) @ blocks  # no difference of the two, which would cancel digits
         roles = (batch, directions, PLACES, len(SUBJECTS), self.palettes, 2, textures, s)
         background, objects = outside.view(roles)[:, :, :, :, :, 0], inside.view(roles)[:, :, :, :, :, 1]
+        objects = objects.roll(1, 3) if strays else objects
         both = objects[..., :, None] + background[..., None, :]  # (B, directions, places, subjects, palettes, ...)
         return both.permute(0, 3, 5, 1, 4, 2, 6, 7).reshape(batch, len(self.prompts), self.videos_per_prompt)
 
@@ -216,6 +234,13 @@ class TilesWorld:
         vectors = self.codebook()
         light = 0.7 + 0.3 * vectors[:, :1]
         return PaletteDecoder(light * (vectors[:, 1:4] + 1) / 2)
+
+
+@functools.lru_cache(maxsize=16)
+def _tables(world: TilesWorld, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of `totals`, kept on the device: shades (N, textures * phases) and masks (directions * places, T * 16)."""
+    shade = (world.lattices.T[..., None] + torch.arange(world.shades)) % world.shades
+    return shade.flatten(1).to(device), world.masks.view(len(DIRECTIONS) * PLACES, -1).to(device, dtype)
 
 
 def _far_apart(points: torch.Tensor):
