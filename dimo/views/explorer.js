@@ -371,8 +371,8 @@ function render({ model, el }) {
   const aligned = () => {
     const found = model.get("alignment");
     if (!found || !found.sentence) { verdict.textContent = "The logits slice has not been checked yet."; bars.hidden = true; return; }
-    verdict.textContent = found.readings.length ? `Checked at t = 0.95: ${found.sentence}.` : found.sentence;
-    check.hidden = true;
+    verdict.textContent = found.sentence;
+    check.hidden = found.readings.length > 0;
     strip(bars, found, Math.max(320, el.clientWidth - 24));
   };
   const told = (message) => {

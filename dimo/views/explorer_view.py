@@ -13,18 +13,17 @@ import torch
 from torch.nn import functional as F
 
 from dimo.errors import DimoError
-from dimo.ursa import predict
 from dimo.ursa.frames import eight_bits
-from dimo.views.alignment import Alignment, find_misalignment
+from dimo.views.clean_tokens import known_clean_tokens
 from dimo.views.explorer_data import STATISTICS, TITLES, Answer, Setting, ask, offered, token_at, token_map, top_codes
 from dimo.views.models import Models
+from dimo.views.reading import NEAR_DATA, check_slice
 from dimo.worlds import is_world, load_world
 from dimo.worlds.protocol import prompt_index
 
 KEPT = 6  # answers kept: hidden states of so many (checkpoint, prompt, seed, t)
 PATCH, PIXELS = 8, 2**17  # pixels of a code's patch, and the most of all decoded pictures together
 NARROWEST = 1e-3  # range of a colour scale, in the unit of the statistic
-CLIPS, NEAR_DATA, MOST_TOKENS = 64, 0.95, 2**16  # of the alignment strip
 PICTURES = {"x_hat": "decoded x_hat", "x_t": "decoded x_t", "x_init": "decoded x_init"}
 COLOURS = np.round(matplotlib.colormaps["cividis"](np.arange(256))[:, :3] * 255).astype(np.uint8)
 
@@ -167,25 +166,19 @@ class ExplorerView:
         return {"codes": codes, "size": PATCH, "rgb": b"".join(self._patches[code].tobytes() for code in codes)}
 
     def alignment(self, model: int = 0) -> dict:
-        """The alignment strip, {"sentence", "found", "readings"}; without a world there are no readings."""
+        """The alignment strip, {"sentence", "found", "readings"}; without known clean tokens there are no readings."""
         models = self.models[model]
-        if not is_world(models.ursa.folder):
-            return {"sentence": "No clean videos are known for this checkpoint, so the slice is not checked here.",
-                    "found": None, "readings": []}  # fmt: skip
         with self._lock, torch.inference_mode():
-            found = _aligned(models)
+            clean = known_clean_tokens(models.ursa, models.grid, models.folder.parent)
+            if clean is None:
+                unknown = (
+                    "No clean tokens of this checkpoint are known, so the slice is not checked; `dimo check-alignment`"
+                )
+                return {"sentence": f"{unknown} samples some.", "found": None, "readings": []}
+            found = check_slice(models.ursa, clean, models.max_prompt_length, dense=False)
         readings = [{"name": name, **dataclasses.asdict(reading)} for name, reading in found.readings.items()]
-        return {"sentence": found.sentence, "found": found.found, "readings": readings}
-
-
-def _aligned(models: Models) -> Alignment:
-    world = load_world(models.ursa.folder)
-    clips = max(8, min(CLIPS, MOST_TOKENS // math.prod(models.grid)))
-    g = torch.Generator(models.device).manual_seed(0)
-    prompt, codes = world.draw(clips, g)
-    txt_ids = models.ursa.tokenize([world.prompts[i] for i in prompt.tolist()], models.max_prompt_length)
-    x_t = models.ursa.path.sample(codes, NEAR_DATA, g)
-    return find_misalignment(predict(models.networks["teacher"], txt_ids, x_t, models.grid), codes, models.grid)
+        sentence = f"Checked at t = {NEAR_DATA:g} by {clean.source}: {found.sentence}."
+        return {"sentence": sentence, "found": found.found, "readings": readings}
 
 
 def scale_of(view: dict, about: dict) -> tuple[float, float]:
