@@ -3,6 +3,8 @@
 import _posixsubprocess
 import asyncio
 import atexit
+import concurrent.futures.process
+import concurrent.futures.thread
 import contextlib
 import gc
 import importlib
@@ -127,6 +129,8 @@ def forget_parent():
     gc.freeze()
     weakref.finalize._registry.clear()
     weakref.finalize._registered_with_atexit = False
+    concurrent.futures.process._threads_wakeups.clear()
+    concurrent.futures.thread._threads_queues.clear()
     asyncio.events._set_running_loop(None)  # a kernel's
     asyncio.set_event_loop_policy(None)
     sys.excepthook, sys.displayhook = sys.__excepthook__, sys.__displayhook__

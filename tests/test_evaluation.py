@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forks import python
 from safetensors.torch import load_file
 
 from dimo.config import load_config
@@ -184,8 +185,25 @@ def test_ablation_tunes_on_one_seed_reports_on_others_and_continues(tmp_path, no
 def test_runs_of_an_ablation_side_by_side_are_the_same_runs(tmp_path):
     small = ["training.max_train_steps=2", "evaluation.videos_per_prompt=1", "distill.batch_size_per_gpu=2",
              "model.device=cpu"]  # fmt: skip
-    for jobs in (1, 2):
-        ablate(tmp_path / str(jobs), "smoke", small, [1e-4], 1, ["recipe"], jobs)
+
+    def run(jobs, *more):
+        words = [
+            "-m",
+            "dimo",
+            "ablate",
+            "-c",
+            "smoke",
+            "-o",
+            str(tmp_path / str(jobs)),
+            "--lrs",
+            "1e-4",
+            "--seeds",
+            "1",
+        ]
+        words += ["--method", "recipe", "--jobs", str(jobs), *small, *more]
+        return python.run(words, capture_output=True, text=True)
+
+    assert [run(jobs).returncode for jobs in (1, 2)] == [0, 0]
     one, other = (
         load_file(
             tmp_path / str(jobs) / "recipe-lr0.0001-seed0/checkpoints/final/student/diffusion_pytorch_model.safetensors"
@@ -193,8 +211,8 @@ def test_runs_of_an_ablation_side_by_side_are_the_same_runs(tmp_path):
         for jobs in (1, 2)
     )
     assert all(torch.allclose(one[name], other[name], atol=1e-6) for name in one)
-    with pytest.raises(DimoError, match="another configuration"):
-        ablate(tmp_path / "2", "smoke", [*small, "distill.p_corrupt=0.5"], [1e-4], 1, ["recipe"], 2)
+    refused = run(2, "distill.p_corrupt=0.5")
+    assert refused.returncode == 2 and "another configuration" in refused.stderr, refused.stderr
 
 
 @pytest.mark.parametrize(

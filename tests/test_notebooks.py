@@ -40,6 +40,7 @@ def test_notebooks_are_thin_and_carry_no_output(name):
 def executed(tmp_path_factory, forked_kernels):
     folder = tmp_path_factory.mktemp("run") / "smoke"
     settings = [f"experiment.output_dir={folder}", "model.device=cpu", "distill.batch_size_per_gpu=2"]
+    settings += ["training.max_train_steps=25", "evaluation.videos_per_prompt=1"]
     run = run_notebooks("smoke", settings, ["min_share=0.0", "evaluation.seed=3"])
     return run, settings
 
