@@ -21,6 +21,12 @@ from dimo.worlds.oracle import score
 TINY = Path(__file__).parent / "data" / "tiny-ursa"
 
 
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """To draw one takes longer than a run of two steps."""
+    monkeypatch.setattr("dimo.views.sheets.save_sheet", lambda *_: None)
+
+
 def test_rows_are_what_the_samplers_and_the_oracle_give(world, ursa):
     rows, codes = evaluate(world, ursa, ursa.transformer, videos_per_prompt=2, teacher_steps=(1, 3), seed=5)
     assert list(rows) == [
@@ -68,7 +74,7 @@ def test_every_batch_of_every_row_starts_from_the_same_noise(world, ursa, monkey
     assert len(both.unique(dim=0)) == 2 * 48  # nor does any batch of the next seed
 
 
-def test_the_teacher_alone_is_guided_as_in_training(world, ursa, tmp_path, monkeypatch, caplog):
+def test_the_teacher_alone_is_guided_as_in_training(world, ursa, tmp_path, monkeypatch, caplog, no_pictures):
     save_student(tmp_path / "student", ursa.transformer)
     scored = []
     monkeypatch.setattr("dimo.evaluation.evaluate.score", lambda w, c, p: scored.append(c) or score(w, c, p))
@@ -147,16 +153,11 @@ def test_each_alarm_rings_once_for_its_own_reason(name, changes):
         assert any(ch.isdigit() or "/" in ch for ch in found[0].sentence) and found[0].step > 0
 
 
-@pytest.fixture
-def no_pictures(monkeypatch):
-    """To draw one takes longer than a run of two steps."""
-    monkeypatch.setattr("dimo.views.sheets.save_sheet", lambda *_: None)
-
-
 def test_ablation_tunes_on_one_seed_reports_on_others_and_continues(tmp_path, no_pictures):
     small = [
         "training.max_train_steps=2",
         "evaluation.videos_per_prompt=1",
+        "evaluation.teacher_steps=[1]",
         "distill.batch_size_per_gpu=2",
         "model.device=cpu",
         "optim.lr=1e-3",
@@ -184,7 +185,7 @@ def test_ablation_tunes_on_one_seed_reports_on_others_and_continues(tmp_path, no
 
 def test_runs_of_an_ablation_side_by_side_are_the_same_runs(tmp_path):
     small = ["training.max_train_steps=2", "evaluation.videos_per_prompt=1", "distill.batch_size_per_gpu=2",
-             "model.device=cpu"]  # fmt: skip
+             "evaluation.teacher_steps=[1]", "model.device=cpu"]  # fmt: skip
 
     def run(jobs, *more):
         words = [
