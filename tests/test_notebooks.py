@@ -254,7 +254,7 @@ def test_a_killed_kernel_is_a_failure_that_status_tells(tmp_path, only, state):
     while not (kernel and started.exists()):
         assert process.poll() is None and time.monotonic() < end
         time.sleep(0.05)
-        kernel = next((p for p in psutil.Process(process.pid).children() if "ipykernel_launcher" in p.cmdline()), None)
+        kernel = next((p for p in psutil.Process(process.pid).children() if p.name().startswith("ipykernel")), None)
     kernel.kill()
     _, err = process.communicate(timeout=60)
     assert process.returncode == 2 and "the same command continues" in err and "Traceback" not in err
