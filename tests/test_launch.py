@@ -36,6 +36,14 @@ def living_in(folder):
     return found
 
 
+@pytest.fixture(autouse=True)
+def _none_is_left(tmp_path):
+    """Of a test that fails: its runs are endless."""
+    yield
+    for process in living_in(tmp_path):
+        process.kill()
+
+
 LIMIT_S = 900  # for what never comes; a busy machine is no failure
 
 
