@@ -55,8 +55,10 @@ def run_python(words: list[str], **more) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *words], **more)
 
 
-def follow(name: str, folder: Path, run: Callable = run_python) -> dict:
-    """Train run `name` into `folder` by `run`, which takes what follows `python`; returns the trajectory."""
+def follow(name: str, folder: Path, run: Callable = run_python, looked_at: tuple[int, ...] = LOOKED_AT) -> dict:
+    """Train run `name` into `folder` by `run`, which takes what follows `python`; returns the trajectory, with tensors
+    after the steps `looked_at`.
+    """
     captions, out = folder / "captions.txt", folder / name
     captions.write_text("\n".join(CAPTIONS), encoding="utf-8")
     words = ["train", *RUNS[name], *ALL]
@@ -68,7 +70,7 @@ def follow(name: str, folder: Path, run: Callable = run_python) -> dict:
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     timed = ("time/", "tokens_per_s", "memory/")
     metrics = [{k: v for k, v in row.items() if not k.startswith(timed) and k != "time"} for row in rows]
-    tensors = {str(step): digest(out / "checkpoints" / f"step-{step:08d}") for step in LOOKED_AT}
+    tensors = {str(step): digest(out / "checkpoints" / f"step-{step:08d}") for step in looked_at}
     return {"command": "dimo " + " ".join(words), "metrics": metrics, "tensors": tensors}
 
 

@@ -12,7 +12,10 @@ from dimo.worlds import checkpoint_folder, load_world
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # also in the kernels and processes that tests start
 
-LONG = ("launch", "notebooks", "signals", "resume", "plan", "evaluation", "processes", "trainer", "engine", "keys")
+LONG = (
+    "launch", "notebooks", "plan", "trainer", "evaluation", "trajectories", "resume", "signals", "savings", "engine",
+    "guards", "cli", "keys", "processes", "evaluation_jobs", "alignment", "full_disk",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):
