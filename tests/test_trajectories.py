@@ -1,13 +1,12 @@
 """Training by the real command gives the recorded numbers; `scripts/trajectories.py` says how they were made."""
 
-import json
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
 from forks import python
-from trajectories import EVERYWHERE, RECORDED, RUNS, TOLERANCE, compare, follow, numbers
+from trajectories import EVERYWHERE, RUNS, TOLERANCE, compare, follow, numbers, recordings
 
 from dimo.run.signals import PREEMPTED
 
@@ -27,9 +26,11 @@ def stopped(words, cwd, env, **_):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_the_first_steps_are_the_recorded_ones(name, tmp_path):
-    want = json.loads((RECORDED / f"{name}.json").read_text())
-    assert len(numbers(want, EVERYWHERE)) > 100
-    assert compare(want, follow(name, tmp_path, stopped, (EVERYWHERE,)), EVERYWHERE, TOLERANCE.get(name, 1e-4)) == []
+    got, wrong = follow(name, tmp_path, stopped, (EVERYWHERE,)), []
+    for want in recordings(name):
+        assert len(numbers(want, EVERYWHERE)) > 100
+        wrong.append(compare(want, got, EVERYWHERE, TOLERANCE.get(name, 1e-4)))
+    assert [] in wrong, min(wrong, key=len)
 
 
 def test_a_number_that_is_off_missing_or_new_is_said():
