@@ -1,26 +1,39 @@
 """The process that those of forks.py are forked from: it imports, and does nothing else."""
 
+import _posixsubprocess
+import asyncio
 import atexit
+import concurrent.futures.process
+import concurrent.futures.thread
 import contextlib
 import gc
 import importlib
+import itertools
 import json
+import multiprocessing.util
 import os
 import runpy
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import traceback
 import types
+import warnings
+import weakref
 
 import numpy
 import torch
+from ipykernel import kernelapp
 
 IMPORTED = (  # a second or two each
     "dimo.__main__", "dimo.commands.cli", "dimo.commands.notebooks", "dimo.train.trainer", "dimo.evaluation.evaluate",
-    "dimo.views.sheets", "torch._dynamo", "transformers.models.auto", "papermill", "nbconvert", "ipykernel.kernelapp",
+    "dimo.evaluation.worker", "dimo.views.sheets", "torch._dynamo", "torch.distributed.run",
+    "accelerate.commands.launch", "transformers.models.auto", "papermill", "nbconvert",
 )  # fmt: skip
+started = _posixsubprocess.fork_exec
+parents = []  # streams that would write what they hold when they are collected
 
 
 def serve(requests):
@@ -59,22 +72,25 @@ def watch(request, descriptors, requests):
         os._exit(0)
 
 
-def become(request, streams, report):
+def become(request, streams, report=None, kept=()):
     """Be the process that was asked for as if Python had just started, to its end. It is known by its id as soon as it
-    has its session and its signal handlers.
+    has its session and its signal handlers. Descriptors in `kept` stay open.
     """
     code = 1
     try:
         if request["session"]:
             os.setsid()
         handle_signals(request["ignored"])
-        os.write(report, b"%8d" % os.getpid())
-        open_streams(streams)
+        if report is not None:
+            os.write(report, b"%8d" % os.getpid())
+        open_streams(streams, kept)
         os.chdir(request["cwd"])
         os.environ.clear()
         os.environ |= request["env"]
+        importlib.reload(kernelapp)  # it reads whose kernel it is when it is imported
         numpy.random.seed()
         torch.seed()
+        _posixsubprocess.fork_exec = subprocess._fork_exec = fork_exec if request["forks"] else started
         code = run(request["words"])
         code = leave(code)
     except BaseException:
@@ -83,19 +99,66 @@ def become(request, streams, report):
         os._exit(code)
 
 
+def fork_exec(words, executables, close_fds, kept, cwd, env, *streams_and_more):
+    """In place of the function that `subprocess` and `multiprocessing` start processes with: Python is forked from this
+    process, its parent, and so has imported what this one has.
+    """
+    words = [os.fsdecode(word) for word in words]
+    if words[0] != sys.executable:
+        return started(words, executables, close_fds, kept, cwd, env, *streams_and_more)
+    reads, _, _, writes, _, complains, _, failure, _, session, *_ = streams_and_more
+    pairs = [os.fsdecode(pair).partition("=") for pair in env or ()]
+    request = {
+        "words": words[1:], "cwd": cwd or os.getcwd(), "session": session, "forks": True,
+        "env": dict(os.environ) if env is None else {name: value for name, _, value in pairs},
+        "ignored": [n for n in signal.valid_signals() if signal.getsignal(n) == signal.SIG_IGN],
+    }  # fmt: skip
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    with warnings.catch_warnings(action="ignore"):  # of this process's other threads
+        process = os.fork()
+    if process == 0:
+        forget_parent()
+        streams = [number if given == -1 else given for number, given in enumerate((reads, writes, complains))]
+        become(request, streams, kept=[number for number in kept if number != failure])
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    return process
+
+
+def forget_parent():
+    """What the parent has yet to do at its end, and objects that would do something when they are collected."""
+    gc.freeze()
+    weakref.finalize._registry.clear()
+    weakref.finalize._registered_with_atexit = False
+    concurrent.futures.process._threads_wakeups.clear()
+    concurrent.futures.thread._threads_queues.clear()
+    asyncio.events._set_running_loop(None)  # a kernel's
+    asyncio.set_event_loop_policy(None)
+    sys.excepthook, sys.displayhook = sys.__excepthook__, sys.__displayhook__
+    atexit._clear()
+    atexit.register(multiprocessing.util._exit_function)
+
+
 def handle_signals(ignored):
     """Those of a fresh Python, whatever is ignored where the tests run, under nohup or in CI."""
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_DFL)
+    signal.set_wakeup_fd(-1)
+    usual = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+    for number in signal.valid_signals():
+        if number in usual or callable(signal.getsignal(number)):
+            signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in ignored:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
-def open_streams(streams):
+def open_streams(streams, kept):
+    parents.extend((sys.stdout, sys.stderr))
     for number, descriptor in enumerate(streams):
         os.dup2(descriptor, number)
-    os.closerange(3, 4096)
+    start = 3
+    for number in [*sorted(kept), 4096]:
+        os.closerange(start, number)
+        start = number + 1
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         buffering = 1 if name == "stderr" else -1  # by lines; stdout is so only in a terminal
         errors = "backslashreplace" if name == "stderr" else "strict"
@@ -106,8 +169,14 @@ def open_streams(streams):
 
 def run(words):
     """`python -m module ...`, `python -c code ...` or `python script ...`; returns the exit code."""
+    options = list(itertools.takewhile(lambda word: word[0] == "-" and word not in ("-m", "-c"), words))
+    words = words[len(options) :]
+    for stream in (sys.stdout, sys.stderr) if "-u" in options else ():
+        stream.reconfigure(write_through=True)
     kind, words = (words[0], words[1:]) if words[0] in ("-m", "-c") else ("", words)
     sys.argv = ["-c", *words[1:]] if kind == "-c" else words
+    with contextlib.suppress(OSError), open("/proc/self/comm", "w") as file:
+        file.write(f"python {kind}" if kind == "-c" else os.path.basename(words[0]))  # psutil's `name`, of 15 letters
     own = "" if kind == "-c" else os.getcwd() if kind == "-m" else os.path.dirname(os.path.abspath(words[0]))
     sys.path.insert(0, own)  # before the folder of this file: scripts of tests import from it
     try:
@@ -115,6 +184,8 @@ def run(words):
             sys.modules["__main__"] = types.ModuleType("__main__")
             exec(compile(words[0], "<string>", "exec"), vars(sys.modules["__main__"]))
         elif kind == "-m":
+            if not hasattr(sys.modules.get(words[0]), "__path__"):
+                sys.modules.pop(words[0], None)  # runpy warns of a module that is there already
             runpy.run_module(words[0], run_name="__main__", alter_sys=True)
         else:
             runpy.run_path(words[0], run_name="__main__")

@@ -2,8 +2,10 @@
 
 `python.run(["-m", "dimo", ...])` and `python.start(["-c", code, ...])` stand for subprocess.run([sys.executable, ...])
 and subprocess.Popen, whose interface they have as far as tests need it. The process is a real one, with descriptors,
-environment, working directory, signal handlers and, if asked, a session of its own. What is read while the interpreter
-or PyTorch starts (PYTHONIOENCODING, a closed stdout, an import that fails) needs an ordinary process.
+environment, working directory, signal handlers and, if asked, a session of its own. Python processes that it starts are
+forked from it in the same way, unless `forks` is False; psutil knows all of them by their module's name. What is read
+while the interpreter or PyTorch starts (PYTHONIOENCODING, a closed stdout, an import that fails) needs an ordinary
+process.
 """
 
 import os
@@ -27,7 +29,7 @@ class Process:
 
     def __init__(
         self, server, words, *, stdin=None, stdout=None, stderr=None, text=False, cwd=None, env=None,
-        start_new_session=False, ignored=(),
+        start_new_session=False, ignored=(), forks=True,
     ):  # fmt: skip
         self.args, self.returncode, self.text, self.opened = words, None, text, []
         self.stdin, reads = self._stream(0, stdin)
@@ -37,6 +39,7 @@ class Process:
         request = {
             "words": [os.fspath(word) for word in words], "cwd": os.fspath(cwd or os.getcwd()),
             "env": dict(os.environ if env is None else env), "session": start_new_session, "ignored": list(ignored),
+            "forks": forks,
         }  # fmt: skip
         data = dumps(request).encode()
         socket.send_fds(server, [b"%8d" % len(data)], [reads, writes, complains, reporter])

@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -30,15 +29,16 @@ WITH_ZERO2 = [
 
 def launch(folder, *command, engine="ddp", processes=2):
     """Run a script or `-m module` in `folder` by `accelerate launch` with the engine's YAML; the CompletedProcess."""
-    words = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(PRESETS / f"{engine}.yaml")]
+    words = ["-m", "accelerate.commands.launch", "--config_file", str(PRESETS / f"{engine}.yaml")]
     words += ["--num_processes", str(processes), "--main_process_port", "0"]
     env = os.environ | ENVIRONMENT
-    return subprocess.run([*words, *command], capture_output=True, text=True, cwd=folder, env=env, timeout=300)
+    return python.run([*words, *command], capture_output=True, text=True, cwd=folder, env=env, timeout=300)
 
 
 def launch_forked(folder, *command, engine="ddp", processes=2):
-    """What `launch` would start, forked. The CompletedProcess of a script or `-m module` in `folder`: the exit code is
-    of the first rank that failed, whose output comes last, since the others' may only say that it is gone.
+    """The ranks that `launch` would start, without accelerate and torchrun. The CompletedProcess of a script or
+    `-m module` in `folder`: the exit code is of the first rank that failed, whose output comes last, since the others'
+    may only say that it is gone.
 
     They meet in a store that is here, as torchrun's workers do in its own: no port has to be free a moment later. When
     a rank has failed, the others have 10 s.

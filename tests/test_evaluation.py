@@ -66,7 +66,7 @@ def test_every_batch_of_every_row_starts_from_the_same_noise(world, ursa, monkey
     assert len(both.unique(dim=0)) == 2 * 48  # nor does any batch of the next seed
 
 
-def test_the_teacher_alone_is_guided_as_in_training(world, ursa, tmp_path, monkeypatch, caplog):
+def test_the_teacher_alone_is_guided_as_in_training(world, ursa, tmp_path, monkeypatch, caplog, no_pictures):
     save_student(tmp_path / "student", ursa.transformer)
     scored = []
     monkeypatch.setattr("dimo.evaluation.evaluate.score", lambda w, c, p: scored.append(c) or score(w, c, p))

@@ -64,19 +64,22 @@ def assert_as_alone(out, rows, alone):
     assert codes.keys() == alone[1].keys() and all(torch.equal(codes[name], alone[1][name]) for name in codes)
 
 
-def test_two_processes_give_the_figures_of_one(student, alone, tmp_path, capfd):
-    config = load_config("distill_dimo", [*overrides(student), "training.num_processes=2"])
-    rows = evaluate_to_folder(config, student / "student", tmp_path)
-    assert_as_alone(tmp_path, rows, alone)
-    said = capfd.readouterr().err
+def command(student, out, *more):
+    """What follows `python` to evaluate the student in processes of their own."""
+    words = ["-m", "dimo", "evaluate", str(student / "student"), "-c", "distill_dimo", "-o", str(out)]
+    return [*words, *overrides(student), *more]
+
+
+def test_two_processes_give_the_figures_of_one(student, alone, tmp_path):
+    words = command(student, tmp_path, "training.num_processes=2")
+    said = python.run(words, capture_output=True, text=True).stderr
+    assert_as_alone(tmp_path, json.loads((tmp_path / "report.json").read_text()), alone)
     assert "evaluate: 6 videos in each of 6 rows, 300 passes in 2 processes" in said
     assert said.count("300/300 passes  done") == 1
 
 
 def test_a_killed_evaluation_goes_on(student, alone, tmp_path):
-    words = ["-m", "dimo", "evaluate", str(student / "student"), "-c", "distill_dimo"]
-    words += ["-o", str(tmp_path), *overrides(student)]
-    process = python.start(words, stderr=subprocess.PIPE, text=True)
+    process = python.start(command(student, tmp_path), stderr=subprocess.PIPE, text=True)
     folder = tmp_path / PARTS
     while len(list(folder.glob("[!.]*.safetensors"))) < 5:
         assert process.poll() is None

@@ -17,12 +17,13 @@ print(sorted(os.listdir("/proc/self/fd")), sys.stdout.isatty(), sys.stderr.error
 
 
 def as_in_a_terminal():
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def both(words, **more):
     """(exit code, stdout, last line of stderr) of a forked process and of one that is started as in a terminal."""
-    found, started = [], {"preexec_fn": as_in_a_terminal}  # tests in the background hand an ignored SIGINT on
+    found, started = [], {"preexec_fn": as_in_a_terminal}  # tests in the background hand ignored signals on
     for run, prefix, how in ((python.run, [], {}), (subprocess.run, [sys.executable], started)):
         done = run([*prefix, *words], capture_output=True, text=True, **how, **more)
         found.append((done.returncode, done.stdout, done.stderr.splitlines()[-1:]))
@@ -77,3 +78,53 @@ def test_signals_sessions_and_descriptors(tmp_path):
         assert process.wait() == -signal.SIGTERM == process.poll()
     with pytest.raises(subprocess.TimeoutExpired):
         python.run(["-c", code], capture_output=True, timeout=0.2)
+
+
+STARTS = """
+import atexit, os, signal, subprocess, sys, tempfile, threading
+import psutil
+own = tempfile.TemporaryDirectory()
+atexit.register(print, "the parent's end", flush=True)
+signal.signal(signal.SIGTERM, lambda *_: None)
+signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+stays, _ = os.pipe()
+os.set_inheritable(stays, True)
+code = "import atexit, multiprocessing, os, signal, sys; atexit.register(print, 'its own end')\\n"
+code += "print(sys.argv, os.getcwd(), os.getsid(0) == os.getpid(), os.environ.get('GIVEN'), sys.stdin.read())\\n"
+code += "print([signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)])\\n"
+code += f"print(os.path.exists('/proc/self/fd/{stays}'), os.getppid() == {os.getpid()})\\n"
+code += "print('no', file=sys.stderr); sys.exit(3)"
+more = {"capture_output": True, "text": True, "cwd": "/", "env": os.environ | {"GIVEN": "1"}, "input": "said"}
+for how in ({"pass_fds": [stays]}, {"start_new_session": True}):
+    done = subprocess.run([sys.executable, "-u", "-c", code, "a b"], **more, **how)
+    print(done.returncode, done.stdout, done.stderr)
+killed = subprocess.Popen([sys.executable, "-c", "import signal; print('here', flush=True); signal.pause()"], stdout=-1)
+killed.stdout.readline(), killed.terminate()
+print(killed.wait(), subprocess.run(["sh", "-c", "echo other programs are started"], capture_output=True))
+print(os.path.exists(own.name))
+"""
+
+
+def test_its_own_processes_are_forked_and_are_what_started_ones_would_be(tmp_path):
+    (tmp_path / "starts.py").write_text(STARTS)
+    found = [
+        python.run([tmp_path / "starts.py"], capture_output=True, text=True, forks=forks) for forks in (True, False)
+    ]
+    assert found[0].stderr == found[1].stderr == "" and found[0].stdout == found[1].stdout
+    assert found[0].stdout.count("its own end") == 2 and found[0].stdout.count("the parent's end") == 1
+
+
+POOL = """
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+
+if __name__ == "__main__":
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        print(list(pool.map(abs, range(-3, 0))))
+"""
+
+
+def test_a_pool_of_processes_is_forked_too(tmp_path):
+    (tmp_path / "pool.py").write_text(POOL)
+    done = python.run([tmp_path / "pool.py"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[3, 2, 1]\n", "")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forks import python
 from safetensors.torch import load_file
 
 from dimo.config import load_config
@@ -164,8 +165,9 @@ def test_runs_side_by_side_are_the_same_runs(tmp_path):
         if jobs == 2:  # the same world, which need not be made again
             shutil.copytree(tmp_path / "1" / "world-tiny", tmp_path / "2" / "world-tiny")
             shutil.copy(tmp_path / "1" / "world-tiny.json", tmp_path / "2")
-        grid = read_grid(file, overrides=["evaluation.teacher_steps=[1]"], arms=["plain"])
-        ablate(grid, tmp_path / str(jobs), jobs)
+        words = ["--arm", "plain", "--jobs", str(jobs), "-o", str(tmp_path / str(jobs)), "evaluation.teacher_steps=[1]"]
+        done = python.run(["-m", "dimo", "ablate", "--grid", str(file), *words], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
     for seed in (0, 1):
         one, other = (
             load_file(

@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import time
-import uuid
 from pathlib import Path
 
 import psutil
@@ -24,19 +23,25 @@ from dimo.run.folder import RunFolder
 from dimo.run.launch import launch, launch_command, machine_of, needs_launch
 from dimo.run.signals import Preempted
 
-TAG = "DIMO_TEST_TAG"  # every process that a test starts inherits it
 
-
-def tagged(tag):
-    """All living processes with this tag but this one."""
+def living_in(folder):
+    """All processes with this working directory, which every process that a test starts there inherits."""
     found = []
     for process in psutil.process_iter():
         try:
-            if process.pid != os.getpid() and process.status() != "zombie" and process.environ().get(TAG) == tag:
+            if process.cwd() == str(folder) and process.status() != "zombie":
                 found.append(process)
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             pass
     return found
+
+
+@pytest.fixture(autouse=True)
+def _none_is_left(tmp_path):
+    """Of a test that fails: its runs are endless."""
+    yield
+    for process in living_in(tmp_path):
+        process.kill()
 
 
 LIMIT_S = 900  # for what never comes; a busy machine is no failure
@@ -109,12 +114,11 @@ sys.exit(launching.launch(config, float(grace)))
 
 class StandIn:
     def __init__(self, folder, mode, grace=30):
-        self.tag, self.out, self.mode = uuid.uuid4().hex, folder / "run", mode
+        self.folder, self.out = folder, folder / "run"
         (folder / "worker.py").write_text(WORKER)
         (folder / "launcher.py").write_text(LAUNCHER)
         words = [folder / "launcher.py", str(self.out), mode, str(folder), str(grace)]
-        env = os.environ | {TAG: self.tag}
-        self.process = python.start(words, env=env, stderr=subprocess.PIPE, text=True)
+        self.process = python.start(words, cwd=folder, stderr=subprocess.PIPE, text=True)
 
     def ready(self):
         return self.both_say("ready")
@@ -127,7 +131,7 @@ class StandIn:
     def end(self):
         """(exit code, status, stderr), after no process is left."""
         _, err = self.process.communicate(timeout=LIMIT_S)
-        wait_until(lambda: not tagged(self.tag))
+        wait_until(lambda: not living_in(self.folder))
         return self.process.returncode, RunFolder(self.out).status(), err
 
 
@@ -301,14 +305,14 @@ def few_steps_more(out):
     return f"training.max_train_steps={at + 3}"
 
 
-def pick(tag, level, first):
+def pick(folder, level, first):
     """The process of a level: dimo run -> kernel -> accelerate launch -> worker."""
-    everyone = {p.pid: p for p in tagged(tag)}
-    accelerate = next(p for p in everyone.values() if "dimo.run.lifeline" in p.cmdline())
+    named = {p.name()[:10]: p for p in living_in(folder)}
+    accelerate = named["dimo.train"].parent()  # torchrun gives itself a name of its own
     if level == "dimo run":
         return psutil.Process(first)
     if level == "kernel":
-        return next(p for p in everyone.values() if "ipykernel_launcher" in " ".join(p.cmdline()))
+        return named["ipykernel_"]
     return accelerate if level == "accelerate" else accelerate.children()[-1]
 
 
@@ -331,11 +335,11 @@ def test_two_processes_survive_signals_and_kills_at_every_level(tmp_path, comman
     words = ["-m", "dimo.commands.cli", *command, "-c", "smoke", f"experiment.output_dir={out}", "--log_every", "1"]
     words += ["model.device=cpu", "experiment.save_every=4", "experiment.sample_every=99", "--num_processes", "2"]
     words += ["distill.batch_size_per_gpu=1"]
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     for name, level in stopped_by:
-        tag, before = uuid.uuid4().hex, max(steps(out), default=0)
-        env = os.environ | {TAG: tag, "CUDA_VISIBLE_DEVICES": ""}
+        before = max(steps(out), default=0)
         with open(tmp_path / "printed.txt", "a+") as printed:
-            process = python.start([*words, ENDLESS], env=env, stdout=printed, stderr=printed)
+            process = python.start([*words, ENDLESS], cwd=tmp_path, env=env, stdout=printed, stderr=printed)
             resumed_log = (out / "launch.log").stat().st_size if (out / "launch.log").exists() else 0
             where = f"{name} to {level}"
 
@@ -345,9 +349,9 @@ def test_two_processes_survive_signals_and_kills_at_every_level(tmp_path, comman
                 return log.exists() and "step " in log.read_bytes()[size:].decode()
 
             wait_until(trains)
-            pick(tag, level, process.pid).send_signal(getattr(signal, name))
+            pick(tmp_path, level, process.pid).send_signal(getattr(signal, name))
             code = process.wait(LIMIT_S)
-            wait_until(lambda tag=tag: not tagged(tag))  # no orphan
+            wait_until(lambda: not living_in(tmp_path))  # no orphan
         status, at = RunFolder(out).status(), max(steps(out))
         assert before <= at, where
         if name != "SIGKILL":
@@ -356,7 +360,9 @@ def test_two_processes_survive_signals_and_kills_at_every_level(tmp_path, comman
             # whoever was not killed saves; where one of two workers is gone, the other cannot go on
             assert code != 0 and status["state"] == ("failed" if level == "worker" else "preempted"), (where, status)
             assert code == (-9 if level == "dimo run" else 75 if level == "accelerate" else 2), where
-    done = python.run([*words, few_steps_more(out)], capture_output=True, text=True, timeout=LIMIT_S)
+    # below `dimo train` once as typed, each process with a start of its own
+    last, forks = [*words, few_steps_more(out)], command == ["run", "--only", "03_train"]
+    done = python.run(last, capture_output=True, text=True, timeout=LIMIT_S, forks=forks)
     assert done.returncode == 0, done.stderr[-3000:]
     # each once, though five runs made them
     assert steps(out) == list(range(1, RunFolder(out).status()["max_steps"] + 1))
