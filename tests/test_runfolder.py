@@ -200,10 +200,12 @@ import os, sys
 from dimo.commands.cli import main
 from dimo.train.trainer import Trainer
 
-def as_nobody(trainer, train=Trainer.train):
+train = Trainer.train
+
+def as_nobody(trainer, progress):
     if os.geteuid() == 0:  # who may write anywhere
         os.seteuid(65534)
-    return train(trainer)
+    return train(trainer, progress)
 
 Trainer.train = as_nobody
 sys.exit(main(["train", "-c", "smoke", "model.device=cpu", "experiment.output_dir=" + sys.argv[1]]))
