@@ -46,6 +46,7 @@ OWN_INSIDE = {  # glob patterns, since users may keep other files in these folde
     "notebooks": ("0?_*.ipynb", "0?_*.html", PARTIALS),
     "evaluation_jobs": ("about.json", "config.yaml", "process-*.log", "*-?????.safetensors", PARTIALS),
 }
+OTHER_MACHINES = ".launch-machine-*"  # glob pattern of what other machines write here, which start at the same time
 LOCK = ".lock"
 RESERVE, RESERVE_BYTES = ".reserve", 2**16  # freed to record the failure of a run whose disk is full
 # events that `cut_at` keeps
@@ -107,7 +108,7 @@ class RunFolder:
             run._write_once("config.yaml", config_yaml)
             run._write_once(SOURCES, to_json(sources))
             for folder in ("", "samples", "checkpoints/final"):
-                clear_partials(run.path / folder)
+                clear_partials(run.path / folder, but=OTHER_MACHINES)
             if hold:
                 run._keep_reserve()
         except BaseException:
