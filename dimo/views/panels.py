@@ -191,6 +191,8 @@ def _draw_panel(axis: Axes, panel: Panel, histories: list[History]) -> None:
         axis.yaxis.set_minor_formatter(LogFormatter())
     else:
         axis.ticklabel_format(axis="y", useOffset=False)
+        axis.locator_params(axis="y", nbins=5)
+    axis.locator_params(axis="x", nbins=4, integer=True)
     if panel.what.startswith("entropy"):
         _draw_bound(axis, histories)
     if panel.zero:
@@ -258,15 +260,15 @@ def _label_ends(axis: Axes, ends: list[tuple[float, str, str]]) -> None:
 def apart(places: Sequence[float], gap: float) -> list[float]:
     """Places in [0, 1], moved as far as needed so that neighbours differ by `gap`, in the same order."""
     order = sorted(range(len(places)), key=lambda i: places[i])
-    moved = [min(max(places[i], 0.0), 1.0) for i in order]
     gap = min(gap, 1 / max(1, len(places) - 1))
-    for i in range(1, len(moved)):
-        moved[i] = max(moved[i], moved[i - 1] + gap)
-    limit = 1.0
-    for i in reversed(range(len(moved))):
-        moved[i] = limit = min(moved[i], limit)
-        limit -= gap
-    return [moved[order.index(i)] for i in range(len(places))]
+    up = [min(max(places[i], 0.0), 1.0) for i in order]
+    down = list(up)
+    for i in range(1, len(up)):
+        up[i] = max(up[i], up[i - 1] + gap)
+        down[-1 - i] = min(down[-1 - i], down[-i] - gap)
+    up = [min(y, 1 - gap * (len(up) - 1 - i)) for i, y in enumerate(up)]
+    down = [max(y, gap * i) for i, y in enumerate(down)]
+    return [(up[i] + down[i]) / 2 for i in map(order.index, range(len(places)))]  # half of the way each
 
 
 def _notes(histories: list[History]) -> list[str]:
