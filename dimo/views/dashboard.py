@@ -60,22 +60,24 @@ class Dashboard:
         self.sheets = Sheets([history.run for history in self.board.histories])
         self.box = widgets.VBox([widgets.HBox([self.follow, self.about]), self.image, self.sheets.box])
         self._over, self._every_s = threading.Event(), every_s
+        self._lock = threading.Lock()  # a thread may not have ended when the next begins
         self.redraw()
         self.follow.observe(lambda change: self._start() if change["new"] else self._over.set(), names="value")
         self.follow.value = self.board.is_running()
 
     def redraw(self) -> bool:
         """Show what is new; returns whether to go on."""
-        running = self.board.is_running()  # asked first, so that the last rows are drawn
-        try:
-            figure = self.board.news()
-            if figure:
-                self.png = self.image.value = figure._repr_png_()
-            self.sheets.refresh()
-            self.about.value = "" if self.png else f"no step has been logged yet ({self.board.about})"
-        except (DimoError, OSError) as error:  # the folder was removed, say; it may come back
-            self.about.value = str(error)
-        return running
+        with self._lock:
+            running = self.board.is_running()  # asked first, so that the last rows are drawn
+            try:
+                figure = self.board.news()
+                if figure:
+                    self.png = self.image.value = figure._repr_png_()
+                self.sheets.refresh()
+                self.about.value = "" if self.png else f"no step has been logged yet ({self.board.about})"
+            except (DimoError, OSError) as error:  # the folder was removed, say; it may come back
+                self.about.value = str(error)
+            return running
 
     def close(self) -> None:
         """Stop following, and remove the widget."""

@@ -24,9 +24,9 @@ from dimo.views.plots import COLOURS
 DASHES = ("-", (0, (5, 2)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)))
 MOST_RUNS = math.lcm(len(COLOURS), len(DASHES))  # each a colour with a dash of its own
 SMALL, NORMAL = 9, 10  # points, at 100 dots per inch
-WIDTH, ACROSS = 11.0, 3  # inches, panels
-LEFT, RIGHT, ABOVE, BELOW, HEIGHT = 0.6, 0.85, 0.42, 0.3, 1.5  # inches around and of a panel's axes
-LINE = 0.19  # inches, of text
+WIDTH, ACROSS = 10.2, 3  # inches, panels
+LEFT, RIGHT, ABOVE, BELOW, HEIGHT = 0.5, 0.8, 0.42, 0.3, 1.5  # inches around and of a panel's axes
+LINE, CHARACTERS = 0.19, 150  # inches of a line of text, and what fits into it
 ALARM, MOST_ALARMS, MOST_EVENTS = "#D55E00", 12, 8
 Runs = str | Path | RunFolder | Sequence[str | Path | RunFolder]
 BONUS = {"entropy_bonus_raised", "entropy_bonus_lowered"}
@@ -286,10 +286,10 @@ def _notes(histories: list[History]) -> list[str]:
         lines.append(f"{label}{len(found) or 'no'} alarms in {len(history.steps):,} logged rows{left_out}")
         for alarm in shown:
             when = f"step {alarm.step}" + (f" to {alarm.over}" if alarm.over else " on")
-            lines += textwrap.wrap(f"{when}  {alarm.name}: {alarm.sentence}", 165, initial_indent="    ",
+            lines += textwrap.wrap(f"{when}  {alarm.name}: {alarm.sentence}", CHARACTERS, initial_indent="    ",
                                    subsequent_indent="        ")  # fmt: skip
         events = history.events[-MOST_EVENTS:]
         if events:
             told = "; ".join(f"step {e['step']} {str(e.get('event', '')).replace('_', ' ')}" for e in events)
-            lines += textwrap.wrap(f"{label}events: {told}", 165, subsequent_indent="        ")
+            lines += textwrap.wrap(f"{label}events: {told}", CHARACTERS, subsequent_indent="        ")
     return lines
