@@ -13,13 +13,13 @@ from safetensors.torch import load_file
 from dimo.commands.notebooks import run_notebooks
 from dimo.config import load_config, to_yaml
 from dimo.errors import DimoError
-from dimo.evaluation.alarms import alarms
 from dimo.run.folder import TEACHER_SAMPLES, RunFolder
 from dimo.run.origin import run_of
 from dimo.train import watch
 from dimo.train.trainer import Trainer
 from dimo.train.watch import SHARE, Plan, passes_of_step, plan_for, read_reference
 from dimo.ursa.loading import load_student
+from dimo.views.alarms import alarms
 from dimo.views.collapse import beside_teacher, student_over_noises
 from dimo.worlds import SHIPPED_STUDENT
 
