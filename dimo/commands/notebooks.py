@@ -310,7 +310,7 @@ def write_report_page(run: RunFolder) -> Path:
 
 
 def _table_row(name: str, row: dict, columns: list[str]) -> str:
-    cells = "".join(f"<td>{format_cell(row[c])}</td>" for c in columns)
+    cells = "".join(f"<td>{format_cell(row, c)}</td>" for c in columns)
     return f"<tr><td>{html.escape(name)}</td>{cells}</tr>"
 
 

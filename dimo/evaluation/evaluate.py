@@ -6,6 +6,7 @@ Videos of a built-in world are scored by its oracle, those of other checkpoints 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -16,10 +17,11 @@ import torch
 
 from dimo.config import Config, device_of, to_flat, to_yaml
 from dimo.errors import DimoError
-from dimo.evaluation.comparison import Comparison
+from dimo.evaluation.comparison import AGAIN, Comparison
 from dimo.evaluation.jobs import Job, Parts, alone_in, run_here, run_in_processes
-from dimo.evaluation.metrics import Videos, columns_of, measure
+from dimo.evaluation.metrics import columns_of, measure
 from dimo.evaluation.reference_free import save_codes
+from dimo.evaluation.videos import Videos
 from dimo.files import write_text
 from dimo.run.sources import teacher_files
 from dimo.train.prompts import evaluation_prompts, require_prompts_fit
@@ -33,6 +35,7 @@ from dimo.worlds.protocol import World, prompt_length
 
 log = logging.getLogger(__name__)
 SHEET_PROMPTS = 6
+WIDE = 140  # characters of a table
 PARTS = "evaluation_jobs"  # unlikely to exist already, unlike runs/evaluation for `dimo evaluate -o runs`
 
 
@@ -66,20 +69,31 @@ def evaluate(
 def _rows(comparison: Comparison, made: dict[str, dict[str, torch.Tensor]], world: World | None) -> dict:
     """The metrics of every row, and for captions the number of held-out ones."""
     known = {"prompts_held_out": comparison.held_out} if world is None else {}
-    return {name: measure(videos_of(comparison, row, world)) | known for name, row in made.items()}
+    videos = {name: videos_of(comparison, row, world) for name, row in made.items()}
+    again = next((name for name in videos if name.endswith(AGAIN)), "")
+    for name, row in list(videos.items()) if again else []:  # the teacher's two rows are compared with each other
+        teacher = again.removesuffix(AGAIN)
+        videos[name] = dataclasses.replace(row, reference=videos[again if name == teacher else teacher])
+    return {name: measure(row) | known for name, row in videos.items()}
 
 
 def videos_of(comparison: Comparison, row: dict[str, torch.Tensor], world: World | None = None) -> Videos:
     """The `Videos` of a row from its gathered jobs (`Comparison.gather`), scored by the world's oracle if given."""
-    scores = score(world, row["codes"], comparison.prompts) if world else None
+    different = comparison.prompts[:: comparison.copies]
+    copies = len(row["codes"]) // len(different)  # fewer of the teacher's other videos
+    prompts = [prompt for prompt in different for _ in range(copies)]
     return Videos(
-        row["codes"].view(-1, *comparison.grid), comparison.prompts, comparison.copies, row["seconds"].sum().item(),
-        row.get("nll"), row.get("entropy"), scores, comparison.ursa.path,
+        row["codes"].view(-1, *comparison.grid), prompts, copies, row["seconds"].sum().item(),
+        score(world, row["codes"], prompts) if world else None, comparison.ursa.path,
+        {name: value for name, value in row.items() if name not in ("codes", "seconds")},
     )  # fmt: skip
 
 
-def format_cell(value: float | int | None) -> str:
-    """A metric's value as text for a table."""
+def format_cell(row: dict, column: str) -> str:
+    """A metric of a row as text for a table, with its interval if there is one."""
+    value, interval = row.get(column), row.get("intervals", {}).get(column)
+    if value is not None and interval:
+        return f"{value:.3g} [{interval[0]:.3g}, {interval[1]:.3g}]"
     return "undefined" if value is None else str(value) if isinstance(value, int) else f"{value:.4g}"
 
 
@@ -96,11 +110,16 @@ def prompts_of(rows: dict) -> str:
 
 
 def format_table(rows: dict) -> str:
-    """The rows of a report as a text table."""
-    columns = columns_of(rows)
-    lines = [f"{'':18}" + "".join(f"{c:>18}" for c in columns)]
-    lines += [f"{name:18}" + "".join(f"{format_cell(row[c]):>18}" for c in columns) for name, row in rows.items()]
-    return "\n".join(lines)
+    """The rows of a report as text: tables of at most WIDE characters below each other, if it has many columns."""
+    names = ["", *rows]
+    first, tables = 2 + max(len(name) for name in names), list[list[str]]()
+    for column in columns_of(rows):
+        cells = [column, *(format_cell(row, column) for row in rows.values())]
+        width = max(18, 2 + max(len(cell) for cell in cells))
+        if not tables or len(tables[-1][0]) + width > WIDE:
+            tables.append([f"{name:{first}}" for name in names])
+        tables[-1] = [line + f"{cell:>{width}}" for line, cell in zip(tables[-1], cells)]
+    return "\n\n".join("\n".join(lines) for lines in tables)
 
 
 def evaluate_to_folder(config: Config, weights: str | Path, out: Path, progress: bool = True) -> dict:
@@ -186,7 +205,7 @@ def open_comparison(config: Config, weights: str | Path) -> tuple[Comparison, Wo
         videos_per_prompt=e.videos_per_prompt or (64 if world else 2), batch_size=e.batch_size if world else 1,
         teacher_steps=tuple(sorted({1, *e.teacher_steps})), seed=e.seed, max_prompt_length=d.max_prompt_length,
         guidance_scale=d.guidance_scale, guidance_trunc=d.guidance_trunc, negative_prompt=d.negative_prompt,
-        judged=world is None, held_out=held_out,
+        judged=e.judged_videos, held_out=held_out,
         teacher=exact_teacher(folder, ursa.path) if d.teacher == "exact" else None,
     ), world  # fmt: skip
 
