@@ -31,7 +31,7 @@ from dimo.worlds.sprites import CONFIDENT, SpritesWorld
 
 FOLDER = DATA / "sprites"
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")  # Debian's package fonts-noto-color-emoji
-LR = 3e-3
+LR = 5e-3
 FACTORS = ("sprite", "motion", "strength", "row", "column", "texture", "phase")
 STRIKE = 109  # the only size at which its pictures can be drawn
 
@@ -53,13 +53,13 @@ def pictures(font: Path) -> None:
     Image.fromarray((tiles.clip(0, 1) * 255).round().astype(np.uint8)).save(FOLDER / "textures.png", optimize=True)
 
 
-def waves(rng: np.random.Generator, count: int, lowest: int, highest: int, stretch: float = 1.0) -> np.ndarray:
+def waves(rng: np.random.Generator, count: int, lowest: float, highest: float) -> np.ndarray:
     """(TILE, TILE) smooth noise that repeats, with mean 0 and standard deviation 1: a sum of `count` plane waves."""
     y, x = np.mgrid[:TILE, :TILE] * 2 * np.pi / TILE
     total = np.zeros((TILE, TILE))
     for _ in range(count):
         size, angle = rng.uniform(lowest, highest), rng.uniform(0, 2 * np.pi)
-        fy, fx = round(size * np.sin(angle)), round(size * np.cos(angle) / stretch)
+        fy, fx = round(size * np.sin(angle)), round(size * np.cos(angle))
         total += np.cos(fy * y + fx * x + rng.uniform(0, 2 * np.pi))
     return (total - total.mean()) / total.std()
 
@@ -69,27 +69,19 @@ def texture(name: str) -> np.ndarray:
     rng = np.random.default_rng(sorted(TEXTURES).index(name))
     y, x = np.mgrid[:TILE, :TILE]
     colour, contrast, pattern = {
-        "sand": ((0.87, 0.76, 0.54), 0.045, lambda: waves(rng, 12, 1, 4, 3)),
-        "grass": ((0.36, 0.60, 0.26), 0.05, lambda: waves(rng, 24, 3, 7)),
-        "water": (
-            (0.20, 0.47, 0.74),
-            0.06,
-            lambda: ripples(2 * y, x, 1.6),
-        ),
+        "sand": ((0.87, 0.76, 0.54), 0.04, lambda: waves(rng, 8, 1, 2.5)),
+        "grass": ((0.36, 0.60, 0.26), 0.05, lambda: waves(rng, 24, 2, 4)),
+        "water": ((0.20, 0.47, 0.74), 0.06, lambda: ripples(y, x, 1.6)),
         "bricks": ((0.66, 0.33, 0.25), 0.10, lambda: brick(y, x)),
-        "snow": ((0.91, 0.94, 0.97), 0.03, lambda: waves(rng, 8, 1, 3)),
-        "wood": (
-            (0.55, 0.38, 0.22),
-            0.05,
-            lambda: ripples(3 * x, y, 2),
-        ),
-        "night": ((0.09, 0.10, 0.24), 0.04, lambda: waves(rng, 6, 1, 2)),
-        "tiles": ((0.62, 0.62, 0.66), 0.08, lambda: 1.0 - 2 * ((y // 16 + x // 16) % 2)),
+        "snow": ((0.91, 0.94, 0.97), 0.03, lambda: waves(rng, 6, 1, 2)),
+        "wood": ((0.55, 0.38, 0.22), 0.05, lambda: ripples(x, y, 1.2) + 0.5 * ripples(2 * x, y, 2)),
+        "night": ((0.09, 0.10, 0.24), 0.03, lambda: waves(rng, 4, 1, 1.5)),
+        "tiles": ((0.64, 0.66, 0.70), 0.08, lambda: np.where((y < 1) | (x < 1), 2.0, -0.02 * (x + y))),
     }[name]
     tile = np.array(colour) + contrast * pattern()[..., None]
     if name == "night":
-        for sy, sx in ((5, 6), (13, 25), (22, 13), (28, 29)):
-            tile[sy, sx] = (1.0, 1.0, 0.85)
+        tile[3, 4] = tile[10, 12] = (1.0, 1.0, 0.85)
+        tile[13, 5] = (0.6, 0.6, 0.7)
     return tile
 
 
@@ -99,9 +91,9 @@ def ripples(across: np.ndarray, along: np.ndarray, bend: float) -> np.ndarray:
 
 
 def brick(y: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """Two rows of bricks, shifted by half of one; mortar is light."""
-    mortar = (y % 16 >= 14) | ((x + 16 * (y // 16)) % TILE >= TILE - 2)
-    return np.where(mortar, 2.0, np.where(y < 16, -0.2, 0.2))
+    """Two rows of bricks, shifted by half of one, the lower row lighter; so is the mortar."""
+    mortar = (y % 8 == 7) | ((x + 8 * (y // 8)) % TILE == TILE - 1)
+    return np.where(mortar, 2.0, np.where(y < 8, -0.3, 0.3))
 
 
 def windows(world: SpritesWorld, size: int, generator: torch.Generator) -> torch.Tensor:
@@ -129,7 +121,7 @@ def principal_components(vae: FsqVae, tokens: torch.Tensor) -> None:
     vae.spread.copy_(variance[order].sqrt())
 
 
-def train_vae(out: Path, minutes: float, device: str, codes: int, width: int, batch: int, clips: int) -> None:
+def train_vae(out: Path, minutes: float, device: str, codes: int, hidden: int, batch: int, clips: int) -> None:
     """Train the tokenizer on clips of all prompts but the held-out ones.
 
     The loss is the squared error of each component, divided by its standard deviation: fine detail counts for more than
@@ -138,8 +130,12 @@ def train_vae(out: Path, minutes: float, device: str, codes: int, width: int, ba
     generator = torch.Generator(device).manual_seed(0)
     torch.manual_seed(0)
     start, step, losses = time.perf_counter(), 0, []
-    world, vae = SpritesWorld(), FsqVae(LEVELS[codes], width=width).to(device)
-    optimizer = torch.optim.AdamW([*vae.encoder.parameters(), *vae.decoder.parameters()], lr=LR, betas=(0.9, 0.98))
+    world, vae = SpritesWorld(), FsqVae(LEVELS[codes], hidden=hidden).to(device)
+    matrices, biases = ([p for p in vae.parameters() if p.dim() == dim] for dim in (2, 1))
+    optimizers = [
+        torch.optim.Muon(matrices, lr=LR, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(biases, lr=LR, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
     shown = torch.cat([windows(world, 16, generator) for _ in range(6)]).flatten(0, 3)
     principal_components(vae, shown[shown[:, 0] >= 0])
     weight = vae.spread / vae.spread.mean()
@@ -154,18 +150,19 @@ def train_vae(out: Path, minutes: float, device: str, codes: int, width: int, ba
         if step % 16 == 15:
             oldest = step // 16 * 16 % clips
             buffer[oldest : oldest + 16] = fresh()
-        for group in optimizer.param_groups:
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = LR * min(1, (step + 1) / 100) * (1 - passed)
         tokens = buffer[torch.randint(len(buffer), (batch,), generator=generator, device=device)]
         tokens, inside = tokens[..., :-1], tokens[..., -1:].float()
         with torch.autocast(device, torch.bfloat16):
-            vectors = torch.cat([vae.quantise(vae.encoder(tokens).float()) * inside, inside], -1)
-            drawn = vae.decoder(neighbourhoods(F.pad(vectors, (0, 0, 0, 0, 0, 0, 1, 1)))).float()
+            seen = vae.features(vae.quantise(vae.encoder(tokens).float()), inside)[:, :, 1:-1, 1:-1]
+            drawn = vae.decoder(neighbourhoods(seen)).float()
         error = (drawn - tokens[:, :, 1:-1, 1:-1]).square() * inside[:, :, 1:-1, 1:-1]
         loss = (error * weight).mean()
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         losses.append(loss.item())
         step += 1
         if step % 100 == 0:
@@ -248,7 +245,7 @@ def main() -> None:
     train = actions.add_parser("vae")
     train.add_argument("--out", type=Path, default=FOLDER / "vae")
     train.add_argument("--device", default="cpu")
-    for name, default in {"minutes": 12.0, "codes": 1000, "width": 320, "batch": 24, "clips": 768}.items():
+    for name, default in {"minutes": 12.0, "codes": 1000, "hidden": 256, "batch": 16, "clips": 768}.items():
         train.add_argument(f"--{name}", type=type(default), default=default)
     for name, clips in {"gate": 1024, "failures": 96, "sheet": 9}.items():
         one = actions.add_parser(name)
@@ -262,7 +259,7 @@ def main() -> None:
     elif args.action == "sheet":
         sheet(args.out, args.clips, args.seed, FsqVae.load(args.vae))
     elif args.action == "vae":
-        train_vae(args.out, args.minutes, args.device, args.codes, args.width, args.batch, args.clips)
+        train_vae(args.out, args.minutes, args.device, args.codes, args.hidden, args.batch, args.clips)
     elif args.action == "pictures":
         pictures(args.font)
 

@@ -46,13 +46,11 @@ def indices(**values):
 
 def by_pillow(sprite, texture, phase, y, x, size=1.0, degrees=0.0):
     """One frame, (128, 128, 3) in [0, 1]: the sprite's corner at y, x, turned clockwise about its middle."""
-    strip = Image.open(PICTURES / "textures.png").convert("RGBA")
-    tile = strip.crop((32 * texture, 0, 32 * texture + 32, 32))
+    tile = Image.open(PICTURES / "textures.png").convert("RGBA").crop((16 * texture, 0, 16 * texture + 16, 16))
     frame = Image.new("RGBA", (128, 128))
-    for top in range(0, 128, 32):
-        for left in range(-32, 128, 32):
-            frame.paste(tile, (left + 32 - 8 * phase, top))
-            frame.paste(tile, (left - 8 * phase, top))
+    for top in range(-8 * (phase // 2), 128, 16):
+        for left in range(-8 * (phase % 2), 128, 16):
+            frame.paste(tile, (left, top))
     atlas = Image.open(PICTURES / "sprites.png")
     picture = atlas.crop((sprite % 8 * 40, sprite // 8 * 40, sprite % 8 * 40 + 40, sprite // 8 * 40 + 40))
     picture = picture.rotate(-degrees, Image.Resampling.BILINEAR)
@@ -155,7 +153,7 @@ def test_tokens_are_patches_of_four_frames():
 
 
 def test_the_tokenizer_rounds_to_its_levels_and_every_code_can_be_met():
-    vae = FsqVae((8, 5), components=4, width=8)
+    vae = FsqVae((8, 5), components=4, hidden=8)
     z = torch.cartesian_prod(torch.linspace(-6, 6, 401), torch.linspace(-6, 6, 401)).requires_grad_()
     vectors = vae.quantise(z)
     every = fsq_vectors(torch.arange(40), (8, 5))
@@ -177,8 +175,8 @@ def test_the_tokenizer_of_a_folder_is_the_one_that_was_saved(tmp_path, clips):
     for key, value, sentence in (
         ("levels", None, "must list the FSQ levels, got levels=None"),
         ("levels", [8, 1], "FSQ levels from 2 on"),
-        ("width", "wide", "positive whole numbers of components and width"),
-        ("width", 8, "diffusion_pytorch_model|weights|decoder"),
+        ("hidden", "wide", "positive whole numbers of components and hidden"),
+        ("hidden", 8, "diffusion_pytorch_model|weights|decoder"),
     ):
         (tmp_path / "vae" / "config.json").write_text(json.dumps(config | {key: value}))
         with pytest.raises(DimoError, match=sentence):

@@ -41,30 +41,30 @@ class FsqVae(nn.Module):
     Args:
         levels: levels of each FSQ dimension; K is their product.
         components: how many principal components a token has.
-        width: size of the decoder's hidden layers.
+        hidden: size of the decoder's hidden layers.
     """
 
     mean: torch.Tensor  # (PIXELS,) of the tokens in the training data
     basis: torch.Tensor  # (components, PIXELS) orthonormal rows
     spread: torch.Tensor  # (components,) their standard deviations
 
-    def __init__(self, levels: tuple[int, ...], components: int = 128, width: int = 320):
+    def __init__(self, levels: tuple[int, ...], components: int = 128, hidden: int = 256):
         super().__init__()
-        sizes = (*levels, components, width)
+        sizes = (*levels, components, hidden)
         if not levels or any(type(n) is not int for n in sizes) or min(*levels, 99) < 2 or min(sizes) < 1:
             raise DimoError(
-                "an FsqVae needs FSQ levels from 2 on, and positive whole numbers of components and width, got "
-                f"levels={levels}, components={components} and width={width}"
+                "an FsqVae needs FSQ levels from 2 on, and positive whole numbers of components and hidden, got "
+                f"levels={levels}, components={components} and hidden={hidden}"
             )
-        self.levels, self.components, self.width = tuple(levels), components, width
+        self.levels, self.components, self.hidden = tuple(levels), components, hidden
         self.register_buffer("mean", torch.zeros(PIXELS))
         self.register_buffer("basis", torch.eye(components, PIXELS))
         self.register_buffer("spread", torch.ones(components))
-        self.encoder = nn.Sequential(nn.Linear(components, width // 2), nn.GELU(), nn.Linear(width // 2, len(levels)))
+        self.encoder = nn.Sequential(nn.Linear(components, hidden // 2), nn.GELU(), nn.Linear(hidden // 2, len(levels)))
         self.decoder = nn.Sequential(
-            nn.Linear(NEIGHBOURS * (len(levels) + 1), width), nn.GELU(),
-            nn.Linear(width, width), nn.GELU(),
-            nn.Linear(width, components),
+            nn.Linear(NEIGHBOURS * (sum(levels) - len(levels) + 1), hidden), nn.GELU(),
+            nn.Linear(hidden, hidden), nn.GELU(),
+            nn.Linear(hidden, components),
         )  # fmt: skip
 
     @property
@@ -92,7 +92,7 @@ class FsqVae(nn.Module):
         """Frames (B, 4 (T-1) + 1, 8 H, 8 W, 3) in [0, 1] of codes (B, T, H, W)."""
         require_shape("codes", codes, ("B", "T", "H", "W"))
         require_ids("codes", codes, self.codebook_size)
-        drawn = self.decoder(neighbourhoods(with_border(fsq_vectors(codes, self.levels))))
+        drawn = self.decoder(neighbourhoods(self.features(fsq_vectors(codes, self.levels))))
         tokens = (drawn * self.spread) @ self.basis + self.mean
         return unpatched(tokens)[:, TEMPORAL_STRIDE - 1 :].clamp(0, 1)
 
@@ -107,6 +107,26 @@ class FsqVae(nn.Module):
         bounded = (z + (offset / half).atanh()).tanh() * half - offset
         return (bounded + (bounded.round() - bounded).detach()) / (sizes // 2)
 
+    def features(self, vectors: torch.Tensor, inside: torch.Tensor | None = None) -> torch.Tensor:
+        """What the decoder sees of FSQ vectors (B, T, H, W, D): (B, T + 2, H + 2, W + 2, E), in a border of zeros.
+
+        Of a dimension of L levels it sees L - 1 waves, which tell levels apart as well as a one-hot vector would; only
+        the slowest two pass a gradient. A one at the end tells tokens from the border: E = sum of (L - 1) + 1.
+
+        Args:
+            inside: (B, T, H, W, 1), 0 for tokens that count as border; default: none does.
+        """
+        waves = []
+        for d, count in enumerate(self.levels):
+            angle = vectors[..., d] * (math.pi * 2 * (count // 2) / count)
+            for k in range(1, count // 2 + 1):
+                angle = angle if k == 1 else angle.detach()
+                waves.append((k * angle).cos())
+                if 2 * k < count:
+                    waves.append((k * angle).sin())
+        inside = torch.ones_like(vectors[..., :1]) if inside is None else inside
+        return F.pad(torch.cat([torch.stack(waves, -1) * inside, inside], -1), (0, 0, 1, 1, 1, 1, 1, 1))
+
     def save(self, folder: Path) -> None:
         """Write config.json and the weights, in float16."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -114,7 +134,7 @@ class FsqVae(nn.Module):
         save_file(state, folder / f"{WEIGHTS}.safetensors")
         config = {"_class_name": "FsqVae", "temporal_stride": TEMPORAL_STRIDE, "spatial_stride": SPATIAL_STRIDE}
         config |= {"num_vq_embeddings": self.codebook_size, "levels": list(self.levels)}
-        config |= {"components": self.components, "width": self.width}
+        config |= {"components": self.components, "hidden": self.hidden}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     @classmethod
@@ -126,7 +146,7 @@ class FsqVae(nn.Module):
         """
         config = read_json(folder / "config.json")
         levels: Any = config.get("levels")
-        sizes: list[Any] = [config.get(name) for name in ("components", "width")]
+        sizes: list[Any] = [config.get(name) for name in ("components", "hidden")]
         if not isinstance(levels, list):
             raise DimoError(f"{folder / 'config.json'} must list the FSQ levels, got levels={levels!r}")
         vae = cls(tuple(levels), *sizes)
@@ -155,8 +175,3 @@ def unpatched(tokens: torch.Tensor) -> torch.Tensor:
 def neighbourhoods(vectors: torch.Tensor) -> torch.Tensor:
     """Each token's and its 26 neighbours' vectors: (B, T + 2, H + 2, W + 2, D) -> (B, T, H, W, 27 D)."""
     return vectors.unfold(1, 3, 1).unfold(2, 3, 1).unfold(3, 3, 1).flatten(4)
-
-
-def with_border(vectors: torch.Tensor) -> torch.Tensor:
-    """Vectors (B, T, H, W, D) with a one appended to each, inside a border of zeros."""
-    return F.pad(F.pad(vectors, (0, 1), value=1.0), (0, 0, 1, 1, 1, 1, 1, 1))

@@ -1,8 +1,8 @@
 """The pictures of the sprites world, and how its clips are drawn: one sprite over one texture, 17 frames of 128x128.
 
 A sprite of 40x40 pixels starts on a grid of 8 pixels, the size of a token, and moves by whole pixels; it is drawn by
-bilinear interpolation where it turns or zooms. The texture is a tile of 32x32 pixels, shifted by 0, 8, 16 or 24 pixels
-to the left, and stands still.
+bilinear interpolation where it turns or zooms. The texture is a tile of 16x16 pixels, shifted by 0 or 8 pixels to the
+left and up, and stands still.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ SPRITES = {  # in the order of the atlas; the characters are those of Unicode
     "crown": "👑", "gem": "💎", "fire": "🔥", "dinosaur": "🦕",
 }  # fmt: skip
 TEXTURES = ("sand", "grass", "water", "bricks", "snow", "wood", "night", "tiles")
-SIDE, TILE, CANVAS, CELL = 40, 32, 128, 8  # pixels of a sprite, a texture, a frame and a token
+SIDE, TILE, CANVAS, CELL = 40, 16, 128, 8  # pixels of a sprite, a texture, a frame and a token
 FRAMES = 17
 MOTIONS = (
     "moving left", "moving right", "moving up", "moving down", "bouncing", "turning left", "turning right",
     "zooming in", "zooming out",
 )  # fmt: skip
 STRENGTHS = (2, 4)  # "motion=2.0": pixels per frame, or as much of a turn, a jump or a zoom
-PHASES = TILE // CELL
+PHASES = (TILE // CELL) ** 2
 BOX = 64  # pixels: room for a sprite that is turned or has grown
 MARGIN = (BOX - SIDE) // 2
 
@@ -141,7 +141,8 @@ def render(sprite, motion, strength, row, column, texture, phase) -> torch.Tenso
 
 
 def background(texture: torch.Tensor, phase: torch.Tensor) -> torch.Tensor:
-    """(B, 3, CANVAS, CANVAS), RGB in [0, 1]: the texture shifted to the left by `phase` cells."""
-    at = (torch.arange(CANVAS, device=phase.device) + CELL * phase[:, None]) % TILE
-    tiles = texture_pictures().to(phase.device)[texture].repeat(1, 1, CANVAS // TILE, CANVAS // TILE)
-    return tiles.gather(3, at[:, None, None].expand(-1, 3, CANVAS, -1))
+    """(B, 3, CANVAS, CANVAS), RGB in [0, 1]: the texture shifted to the left and up, by `phase` % 2 and // 2 cells."""
+    pixel = torch.arange(CANVAS, device=phase.device)
+    y, x = ((pixel + CELL * shift[:, None]) % TILE for shift in (phase // 2, phase % 2))
+    pictures = texture_pictures().to(phase.device).permute(0, 2, 3, 1)
+    return pictures[texture[:, None, None], y[:, :, None], x[:, None]].permute(0, 3, 1, 2)

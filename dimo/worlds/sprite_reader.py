@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from dimo.errors import require_shape
 from dimo.ursa.weights import require_file
-from dimo.worlds.sprite_frames import CANVAS, CELL, FRAMES, MOTIONS, PICTURES, SIDE, STRENGTHS, TILE
+from dimo.worlds.sprite_frames import CANVAS, CELL, FRAMES, MOTIONS, PHASES, PICTURES, SIDE, STRENGTHS, TILE
 
 READ = tuple(range(0, FRAMES, 2))  # the frames that are read
 FOLLOWED = (0, 2, 4, 6, 8)  # of those, by which the motion is chosen
@@ -60,7 +60,7 @@ def read(frames: torch.Tensor, sprites: int, textures: int) -> Reading:
     require_shape("frames", frames, ("B", FRAMES, CANVAS, CANVAS, 3))
     small = F.avg_pool2d(frames[:, READ].flatten(0, 1).permute(0, 3, 1, 2), 2).unflatten(0, (-1, len(READ)))
     device = str(frames.device)
-    tiles = _tiles(device)[: textures * (TILE // CELL)]
+    tiles = _tiles(device)[: textures * PHASES]
     middle = small.median(1).values[:, None]
     behind = (middle - tiles).abs().clamp(max=CLIPPED).mean((2, 3, 4)).argmin(1)
     plain = tiles[behind]  # (B, 3, HALF, HALF)
@@ -74,7 +74,7 @@ def read(frames: torch.Tensor, sprites: int, textures: int) -> Reading:
     seen = _explained(small, plain, templates[sprite[:, None], paths["pose"][path]], way)
     return Reading(
         sprite, path // len(STRENGTHS), path % len(STRENGTHS), cell[:, 0] - first[:, 0], cell[:, 1] - first[:, 1],
-        behind // (TILE // CELL), behind % (TILE // CELL), seen.amin(1),
+        behind // PHASES, behind % PHASES, seen.amin(1),
     )  # fmt: skip
 
 
@@ -151,10 +151,10 @@ def _explained(small, plain, template, way):
 
 @functools.cache
 def _tiles(device: str) -> torch.Tensor:
-    """(textures * phases, 3, HALF, HALF): every texture, shifted to the left by 0, 8, 16 and 24 pixels."""
+    """(textures * phases, 3, HALF, HALF): every texture, shifted by 0 or 8 pixels up and to the left."""
     strip, tiles = _numbers(_open("textures.png").convert("RGB")), []
-    for left, shift in itertools.product(range(0, strip.shape[2], TILE), range(0, TILE, CELL)):
-        tile = strip[:, :, left : left + TILE].roll(-shift, 2)
+    for left, up, aside in itertools.product(range(0, strip.shape[2], TILE), (0, CELL), (0, CELL)):
+        tile = strip[:, :, left : left + TILE].roll((-up, -aside), (1, 2))
         tiles.append(F.avg_pool2d(tile, 2).repeat(1, CANVAS // TILE, CANVAS // TILE))
     return torch.stack(tiles).to(device)
 

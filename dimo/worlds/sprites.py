@@ -94,7 +94,7 @@ class SpritesWorld:
         device = generator.device
 
         def pick(n):
-            return (torch.rand(size, generator=generator, device=device) * n).long()
+            return (torch.rand(size, generator=generator, device=device, dtype=torch.float64) * n).long()
 
         if prompt is None:
             prompt = self._drawn.to(device)[pick(len(self._drawn))]
@@ -117,8 +117,11 @@ class SpritesWorld:
         """Codes (B, N) against the prompts of index (B,), by what the reader sees in their frames.
 
         A clip is valid if the reader is sure of at least CONFIDENT, and adherent if it reads its own prompt. `accuracy`
-        is the share of tokens that it has in common with the clip that was read, encoded.
+        is the share of tokens that it has in common with the clip that was read, encoded. Pictures are read on a GPU
+        where there is one.
         """
+        if torch.cuda.is_available():
+            codes, prompt = codes.to("cuda"), prompt.to("cuda")
         frames = _vae(str(codes.device)).decode(codes.view(-1, *self.latents_shape))
         seen = read(frames, self.sprites, self.textures)
         same = (self.encode(seen.choice()) == codes).float().mean(1)
