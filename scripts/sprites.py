@@ -31,7 +31,7 @@ from dimo.worlds.sprites import CONFIDENT, SpritesWorld
 
 FOLDER = DATA / "sprites"
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")  # Debian's package fonts-noto-color-emoji
-LR = 5e-3
+LR = 3e-3
 FACTORS = ("sprite", "motion", "strength", "row", "column", "texture", "phase")
 STRIKE = 109  # the only size at which its pictures can be drawn
 
@@ -131,11 +131,9 @@ def train_vae(out: Path, minutes: float, device: str, codes: int, hidden: int, b
     torch.manual_seed(0)
     start, step, losses = time.perf_counter(), 0, []
     world, vae = SpritesWorld(), FsqVae(LEVELS[codes], hidden=hidden).to(device)
-    matrices, biases = ([p for p in vae.parameters() if p.dim() == dim] for dim in (2, 1))
-    optimizers = [
-        torch.optim.Muon(matrices, lr=LR, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(biases, lr=LR, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
+    with torch.no_grad():
+        vae.encoder[-1].weight *= 5  # so that most codes are used from the start
+    optimizer = torch.optim.AdamW([*vae.encoder.parameters(), *vae.decoder.parameters()], lr=LR, betas=(0.9, 0.98))
     shown = torch.cat([windows(world, 16, generator) for _ in range(6)]).flatten(0, 3)
     principal_components(vae, shown[shown[:, 0] >= 0])
     weight = vae.spread / vae.spread.mean()
@@ -150,7 +148,7 @@ def train_vae(out: Path, minutes: float, device: str, codes: int, hidden: int, b
         if step % 16 == 15:
             oldest = step // 16 * 16 % clips
             buffer[oldest : oldest + 16] = fresh()
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        for group in optimizer.param_groups:
             group["lr"] = LR * min(1, (step + 1) / 100) * (1 - passed)
         tokens = buffer[torch.randint(len(buffer), (batch,), generator=generator, device=device)]
         tokens, inside = tokens[..., :-1], tokens[..., -1:].float()
@@ -160,9 +158,8 @@ def train_vae(out: Path, minutes: float, device: str, codes: int, hidden: int, b
         error = (drawn - tokens[:, :, 1:-1, 1:-1]).square() * inside[:, :, 1:-1, 1:-1]
         loss = (error * weight).mean()
         loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         losses.append(loss.item())
         step += 1
         if step % 100 == 0:
@@ -245,7 +242,7 @@ def main() -> None:
     train = actions.add_parser("vae")
     train.add_argument("--out", type=Path, default=FOLDER / "vae")
     train.add_argument("--device", default="cpu")
-    for name, default in {"minutes": 12.0, "codes": 1000, "hidden": 256, "batch": 16, "clips": 768}.items():
+    for name, default in {"minutes": 12.0, "codes": 1000, "hidden": 256, "batch": 24, "clips": 768}.items():
         train.add_argument(f"--{name}", type=type(default), default=default)
     for name, clips in {"gate": 1024, "failures": 96, "sheet": 9}.items():
         one = actions.add_parser(name)

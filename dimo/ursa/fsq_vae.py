@@ -62,7 +62,7 @@ class FsqVae(nn.Module):
         self.register_buffer("spread", torch.ones(components))
         self.encoder = nn.Sequential(nn.Linear(components, hidden // 2), nn.GELU(), nn.Linear(hidden // 2, len(levels)))
         self.decoder = nn.Sequential(
-            nn.Linear(NEIGHBOURS * (sum(levels) - len(levels) + 1), hidden), nn.GELU(),
+            nn.Linear(NEIGHBOURS * (sum(levels) + 1), hidden), nn.GELU(),
             nn.Linear(hidden, hidden), nn.GELU(),
             nn.Linear(hidden, components),
         )  # fmt: skip
@@ -110,22 +110,26 @@ class FsqVae(nn.Module):
     def features(self, vectors: torch.Tensor, inside: torch.Tensor | None = None) -> torch.Tensor:
         """What the decoder sees of FSQ vectors (B, T, H, W, D): (B, T + 2, H + 2, W + 2, E), in a border of zeros.
 
-        Of a dimension of L levels it sees L - 1 waves, which tell levels apart as well as a one-hot vector would; only
-        the slowest two pass a gradient. A one at the end tells tokens from the border: E = sum of (L - 1) + 1.
+        Of a dimension of L levels it sees L - 1 waves, which tell levels apart as well as a one-hot vector would,
+        and the level itself. A one at the end tells tokens from the border: E = sum of L + 1. A wave's gradient is the
+        central difference of the levels beside, since its slope between levels means nothing where it is fast.
 
         Args:
             inside: (B, T, H, W, 1), 0 for tokens that count as border; default: none does.
         """
         waves = []
         for d, count in enumerate(self.levels):
-            angle = vectors[..., d] * (math.pi * 2 * (count // 2) / count)
+            step = 2 * math.pi / count  # between levels
+            angle = vectors[..., d] * (count // 2) * step
             for k in range(1, count // 2 + 1):
-                angle = angle if k == 1 else angle.detach()
-                waves.append((k * angle).cos())
+                passed = math.sin(k * step) / (k * step)
+                turned = k * (angle.detach() + passed * (angle - angle.detach()))
+                waves.append(turned.cos())
                 if 2 * k < count:
-                    waves.append((k * angle).sin())
+                    waves.append(turned.sin())
         inside = torch.ones_like(vectors[..., :1]) if inside is None else inside
-        return F.pad(torch.cat([torch.stack(waves, -1) * inside, inside], -1), (0, 0, 1, 1, 1, 1, 1, 1))
+        seen = torch.cat([torch.stack(waves, -1) * inside, vectors * inside, inside], -1)
+        return F.pad(seen, (0, 0, 1, 1, 1, 1, 1, 1))
 
     def save(self, folder: Path) -> None:
         """Write config.json and the weights, in float16."""

@@ -24,10 +24,10 @@ SPRITES = {  # in the order of the atlas; the characters are those of Unicode
     "cow": "🐮", "pig": "🐷", "frog": "🐸", "monkey": "🐵", "chicken": "🐔", "penguin": "🐧", "owl": "🦉",
     "butterfly": "🦋", "bee": "🐝", "ladybug": "🐞", "turtle": "🐢", "octopus": "🐙", "crab": "🦀", "fish": "🐠",
     "whale": "🐳", "elephant": "🐘", "snail": "🐌", "apple": "🍎", "banana": "🍌", "strawberry": "🍓",
-    "pineapple": "🍍", "watermelon": "🍉", "cherries": "🍒", "grapes": "🍇", "carrot": "🥕", "pizza": "🍕",
+    "pineapple": "🍍", "watermelon": "🍉", "cherry": "🍒", "grape": "🍇", "carrot": "🥕", "pizza": "🍕",
     "burger": "🍔", "cake": "🎂", "cactus": "🌵", "mushroom": "🍄", "house": "🏠", "balloon": "🎈", "gift": "🎁",
     "umbrella": "☂", "bell": "🔔", "guitar": "🎸", "teddy": "🧸", "ghost": "👻", "robot": "🤖", "pumpkin": "🎃",
-    "crown": "👑", "gem": "💎", "fire": "🔥", "dinosaur": "🦕",
+    "crown": "👑", "gem": "💎", "flame": "🔥", "dinosaur": "🦕",
 }  # fmt: skip
 TEXTURES = ("sand", "grass", "water", "bricks", "snow", "wood", "night", "tiles")
 SIDE, TILE, CANVAS, CELL = 40, 16, 128, 8  # pixels of a sprite, a texture, a frame and a token
