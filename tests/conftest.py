@@ -13,8 +13,8 @@ torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # also in the kernels and processes that tests start
 
 LONG = (
-    "launch", "notebooks", "plan", "trainer", "evaluation", "trajectories", "resume", "signals", "savings", "engine",
-    "guards", "cli", "keys", "processes", "evaluation_jobs", "alignment", "full_disk",
+    "launch", "browser", "notebooks", "plan", "trainer", "evaluation", "trajectories", "resume", "signals", "savings",
+    "engine", "guards", "cli", "keys", "processes", "evaluation_jobs", "alignment", "full_disk",
 )  # fmt: skip
 
 

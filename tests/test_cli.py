@@ -57,6 +57,8 @@ def test_config_lists_keys_and_resolves_presets(capsys):
         (["evaluate", "a.pt", "--student_ckpt", "b.pt"], "two students were given, b.pt and a.pt; give one"),
         (["evaluate", "a.pt", "b.pt"], "an override must have the form key=value, got 'b.pt'"),
         (["sample", "--prompt", "x", "--sed", "1"], "dimo sample does not take --sed 1; see dimo sample --help"),
+        (["report", "nowhere"], "nowhere is not a run folder of dimo"),
+        (["replay", "nowhere.json"], "nowhere.json"),
         (["ablate", "--lrs", "big"], "--lrs must be numbers"),
         (["ablate", "--grid", "p2"], "p2 is neither a grid that ships nor an existing YAML file"),
         (["ablate", "--minutes", "0"], "minutes positive, got 1, 1, 0"),

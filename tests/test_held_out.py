@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dimo.commands.cli import main
-from dimo.commands.notebooks import write_report_page
+from dimo.commands.report import write_run_report
 from dimo.config import load_config
 from dimo.errors import DimoError
 from dimo.evaluation.evaluate import evaluate_to_folder, prompts_of
@@ -125,7 +125,7 @@ def test_few_captions_are_enough_and_what_was_done_is_said(captions, wanted, hel
     assert sentence in caplog.text
     assert {row["prompts_held_out"] for row in rows.values()} == {held_out}
     told = f"Prompts: {held_out} held-out captions." if held_out else "Prompts: captions that were trained on."
-    assert prompts_of(rows) == told and told in write_report_page(run).read_text()
+    assert prompts_of(rows) == told and told in write_run_report(run, most=1).read_text()
 
 
 def test_what_was_held_out_is_said(tiny, tmp_path):

@@ -17,17 +17,18 @@ from dimo.run.folder import RunFolder
 
 pytestmark = pytest.mark.usefixtures("forked_kernels")
 NAMES = ["01_inputs", "02_losses", "03_train", "04_diagnostics", "05_evaluation"]
+TOUR = "00_tour"  # of what ships: `dimo run` does not need it; test_browser.py executes it
 
 
 def cells(name):
     return json.loads((notebook_folder() / f"{name}.ipynb").read_text())["cells"]
 
 
-def test_there_are_five():
-    assert sorted(p.stem for p in notebook_folder().glob("*.ipynb")) == NAMES
+def test_there_are_five_and_a_tour():
+    assert sorted(p.stem for p in notebook_folder().glob("*.ipynb")) == [TOUR, *NAMES]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [TOUR, *NAMES])
 def test_notebooks_are_thin_and_carry_no_output(name):
     code = [c for c in cells(name) if c["cell_type"] == "code"]
     assert all(c["outputs"] == [] and c["execution_count"] is None for c in code)

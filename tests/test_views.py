@@ -13,12 +13,10 @@ from IPython.core.interactiveshell import InteractiveShell
 from IPython.core.pylabtools import select_figure_formats
 
 from dimo.errors import DimoError
-from dimo.run.folder import RunFolder
 from dimo.views import fonts
 from dimo.views.checks import Checks
 from dimo.views.plots import curves, histogram, input_map, lines, path_maps, token_maps
 from dimo.views.sheets import save_sheet, video_sheet
-from dimo.views.widgets import sample_slider
 
 
 def panels(rows, smooth=1):
@@ -218,15 +216,3 @@ def test_checks_show_everything_and_raise_what_failed(capsys):
     with pytest.raises(DimoError, match=r"1 of 2 checks failed: bad \(7 of 9\)"):
         checks.finish()
     assert "FAIL bad" in capsys.readouterr().out
-
-
-def test_the_slider_moves_through_the_samples(tmp_path):
-    run = RunFolder(tmp_path)
-    with pytest.raises(DimoError, match="has no samples yet"):
-        sample_slider(run)
-    for step in (5, 50):
-        save_sheet(tmp_path / "samples" / f"step-{step:08d}.png", {"a": torch.rand(1, 9, 8, 8, 3)}, [str(step)])
-    slider, image = sample_slider(run).children
-    newest = image.value
-    slider.index = 0
-    assert image.value != newest and slider.label == "5"

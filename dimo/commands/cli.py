@@ -20,7 +20,7 @@ from dimo.run.signals import PREEMPTED, Preempted
 from dimo.worlds import SHIPPED_STUDENT, checkpoint_folder
 
 NAMES = (
-    "captions", "config", "folder", "grid", "out", "out_dir", "prompt_file", "prompts", "run", "student",
+    "captions", "config", "file", "folder", "grid", "out", "out_dir", "prompt_file", "prompts", "run", "student",
     "student_ckpt", "teacher_ckpt",
 )  # fmt: skip
 RESUMING = ("train", "run", "ablate")
@@ -198,6 +198,24 @@ def _export(args) -> None:
     print(f"written: {args.out}")
 
 
+def _report(args) -> None:
+    from dimo.commands.report import write_run_report
+    from dimo.run.folder import RunFolder
+
+    print(f"written: {write_run_report(RunFolder(args.folder))}")
+
+
+def _replay(args) -> None:
+    from dimo.views.slices import replay
+
+    outcome = replay(args.file, device=args.device, backend=args.backend, dtype=args.dtype)
+    for name, off in outcome.differences.items():
+        print(f"{name:36}{off:.3g}")
+    if not outcome.agrees:
+        raise DimoError(outcome.sentence)
+    print(outcome.sentence)
+
+
 def _runs(args) -> None:
     from dimo.run.overview import format_runs, list_runs
 
@@ -240,6 +258,8 @@ COMMANDS = {
     "check-alignment": _check_alignment,
     "sample": _sample,
     "export": _export,
+    "report": _report,
+    "replay": _replay,
     "runs": _runs,
     "bench": _bench,
     "config": _config,

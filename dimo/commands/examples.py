@@ -24,6 +24,11 @@ EXAMPLES = {
         "-c shapes --arm recipe --arm reinforce --lrs 1e-3,2e-3": "two methods at two learning rates",
         "--grid p1 --jobs 4 --minutes 20": "a grid that ships, on four GPUs, for 20 minutes",
     },
+    "report": {"runs/shapes": "runs/shapes/report.html, one file to send to a colleague"},
+    "replay": {
+        "runs/shapes/slices/NAME.json": "ask the networks of a saved slice again",
+        "runs/shapes/slices/NAME.json --dtype bfloat16": "the same in bfloat16, within its rounding",
+    },
     "runs": {"": "all runs in runs/, with state, steps, speed and age"},
     "inspect": {
         "FOLDER": "what a checkpoint folder contains and lacks",
@@ -47,7 +52,10 @@ EXAMPLES = {
         "": "all keys with their defaults and meanings",
         "-c literal --lr 1e-4": "all values of a preset, with one key changed",
     },
-    "world train": {"shapes -o worlds/small --hidden 32 --steps 2000": "a smaller teacher than the built-in one"},
+    "world train": {
+        "shapes -o worlds/small --hidden 32 --steps 2000": "a smaller teacher than the built-in one",
+        "sprites -o worlds/sprites --device cuda": "emoji over textures: a GPU's work",
+    },
 }
 
 

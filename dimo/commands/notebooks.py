@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import html
 import importlib.metadata
 import json
 import os
@@ -18,14 +17,14 @@ from typing import Any
 import psutil
 from tqdm import tqdm
 
+from dimo.commands.report import write_run_report
 from dimo.commands.train import refuse_early, train
 from dimo.config import Config, config_keys, load_config, to_yaml
 from dimo.config.flags import as_override, flags
 from dimo.config.older import as_begun
 from dimo.config.values import read_value, unquoted
 from dimo.errors import DimoError, nearest, reason
-from dimo.evaluation.evaluate import format_cell, format_table, prompts_of
-from dimo.evaluation.metrics import columns_of, legend
+from dimo.evaluation.evaluate import format_table
 from dimo.run.folder import RunFolder, write_text
 from dimo.run.launch import children_told_to_stop, machine_of, wait_for_children
 from dimo.run.signals import Preempted
@@ -34,6 +33,9 @@ from dimo.worlds import DEFAULT_WORLD, SHIPPED_STUDENT
 
 NAMES = ("01_inputs", "02_losses", "03_train", "04_diagnostics", "05_evaluation")
 SHARED = ("config", "overrides")  # parameters of every notebook
+# scripts that nbconvert's pages would load from elsewhere; one of them cannot be left out, only replaced
+FROM_ELSEWHERE = dict.fromkeys(("mathjax_url", "require_js_url", "jquery_url", "mermaid_layout_elk_js_url"), "")
+NO_DIAGRAMS = "data:text/javascript,export default {initialize() {}}"
 SOCKET_PATH = 100  # length in bytes that a socket's path may have on every system
 
 
@@ -92,7 +94,7 @@ def run_notebooks(
         for name, path in chosen.items():
             own = shared | {k: v for k, v in extra.items() if k in known[name]}
             _execute(run, name, path, own, force, asked)
-    write_report_page(run)
+    write_run_report(run)
     print_summary(run, settings.distill.teacher_ckpt)
     return run
 
@@ -263,12 +265,18 @@ def is_done(done: Path, source: Path, parameters: dict) -> bool:
 
 
 def _write_html(notebook: Path, page: Path) -> None:
-    """Convert a notebook to HTML. A failure only prints a message, since the executed notebook is worth keeping."""
+    """Convert a notebook to HTML. A failure only prints a message, since the executed notebook is worth keeping.
+
+    The page asks no network for anything: a widget is shown by its picture, formulas are left as they are written.
+    """
     _, nbconvert = _require_jupyter()
+    import nbformat
+
     try:
-        exporter = nbconvert.HTMLExporter(template_name="classic")
-        with open(notebook, encoding="utf-8") as file:
-            text, _ = exporter.from_file(file, {"metadata": {"name": page.stem}})
+        exporter = nbconvert.HTMLExporter(template_name="classic", mermaid_js_url=NO_DIAGRAMS, **FROM_ELSEWHERE)
+        content = nbformat.read(notebook, as_version=4)
+        content.metadata.pop("widgets", None)  # with a widget's state the exporter leaves out its picture
+        text, _ = exporter.from_notebook_node(content, {"metadata": {"name": page.stem}})
     except Exception as error:  # those of nbconvert and jinja have no common base class
         page.unlink(missing_ok=True)  # it belongs to an earlier notebook
         print(
@@ -276,42 +284,6 @@ def _write_html(notebook: Path, page: Path) -> None:
         )
         return
     write_text(page, text)
-
-
-def write_report_page(run: RunFolder) -> Path:
-    """Write report.html: the table of metrics, the pictures, and links to the executed notebooks."""
-    parts = [f"<h1>{html.escape(run.path.name)}</h1>"]
-    report = run.path / "report.json"
-    if report.exists():
-        rows = json.loads(report.read_text())
-        columns = columns_of(rows)
-        head = "".join(f"<th>{c}</th>" for c in ("", *columns))
-        parts.append(f"<table><tr>{head}</tr>{''.join(_table_row(n, r, columns) for n, r in rows.items())}</table>")
-        sentences = [html.escape(sentence) for sentence in (*legend(rows), prompts_of(rows))]
-        parts.append(f"<p>{'<br>'.join(sentences)}</p>")
-    for picture in [
-        run.path / "sheet.png",
-        run.path / "curves.png",
-        *sorted((run.path / "samples").glob("*.png"))[-1:],
-    ]:
-        if picture.exists():
-            relative = picture.relative_to(run.path).as_posix()
-            parts.append(f'<h2>{html.escape(relative)}</h2><img src="{relative}" alt="{html.escape(relative)}">')
-    names = [n for n in NAMES if (run.path / "notebooks" / f"{n}.html").exists()]
-    links = "".join(f'<li><a href="notebooks/{n}.html">{n}</a></li>' for n in names)
-    parts.append(f"<h2>Notebooks</h2><ul>{links}</ul><p><a href='config.yaml'>config.yaml</a></p>")
-    style = (
-        "body{font-family:sans-serif;max-width:70em;margin:2em auto;padding:0 1em}img{max-width:100%}"
-        "td,th{text-align:right;padding:.2em .8em;border-bottom:1px solid #ccc}td:first-child{text-align:left}"
-    )
-    page = f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{html.escape(run.path.name)}</title>"
-    write_text(run.path / "report.html", f"{page}<style>{style}</style><body>{''.join(parts)}</body></html>\n")
-    return run.path / "report.html"
-
-
-def _table_row(name: str, row: dict, columns: list[str]) -> str:
-    cells = "".join(f"<td>{format_cell(row, c)}</td>" for c in columns)
-    return f"<tr><td>{html.escape(name)}</td>{cells}</tr>"
 
 
 def print_summary(run: RunFolder, teacher_ckpt: str) -> None:

@@ -160,6 +160,20 @@ def _add_looking(command: Callable) -> None:
         "--max_prompt_length", type=_integer, help="number of text tokens (default: a world's longest prompt, else 320)"
     )
 
+    sub = command("report", "a run as one page, which works by click and key without a kernel or network",
+                  "Write report.html into the run folder: metrics, the explorer over stored values, curves, alarms, "
+                  "clips, settings and environment.", configurable=False)  # fmt: skip
+    sub.add_argument("folder", help="a run folder")
+
+    sub = command("replay", "ask the networks of a saved slice again, and compare",
+                  "Recompute what the explorer saved by `save slice`: hidden states after every layer, and "
+                  "log-probabilities. Prints the largest difference of each; exit code 2, and where it first "
+                  "differs, if one is larger than rounding explains.", configurable=False)  # fmt: skip
+    sub.add_argument("file", help="the slice's .json or .safetensors, in slices/ of a run folder")
+    sub.add_argument("--device", help="auto, cpu or cuda (default: auto)")
+    sub.add_argument("--dtype", help="auto, float32, bfloat16 or float16 (default: the run's)")
+    sub.add_argument("--backend", help="native or upstream (default: the run's)")
+
     add_check_alignment(command, _integer, _number)
 
     sub = command("bench", "time a training step and its stages, generation, path sampling and losses",

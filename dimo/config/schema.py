@@ -293,7 +293,7 @@ class Training:
     gradient_accumulation_steps: int = _key(1, "micro-batches of batch_size_per_gpu samples per update")
     cuda_graph: bool = _key(
         False,
-        "replay the training step of a built-in world as a CUDA graph, with model.compile in a fifth of the time; one GPU",
+        "replay the training step of a built-in world as a CUDA graph: with model.compile a fifth of the time; one GPU",
     )
     max_bad_steps: int = _key(5, "consecutive steps skipped for NaN or infinity before training stops with an error")
 

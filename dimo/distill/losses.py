@@ -143,7 +143,7 @@ def gaps(teacher: Prediction, aux: Prediction, x_hat: torch.Tensor) -> Gaps:
     require_same_tokens("aux", aux, teacher)
     require_shape("x_hat", x_hat, teacher.shape)
     teacher, aux, x = teacher.detach(), aux.detach(), x_hat.flatten()
-    one = aux.kernel(_compare)
+    one = aux.kernel(compare_logits)
     rows = [one(teacher.logits(r), aux.logits(r), x[r], None, torch.float32)[1] for r in aux.row_chunks()]
     return Gaps(*torch.cat(rows, 1).view(-1, *x_hat.shape))
 
@@ -231,7 +231,7 @@ class _StudentLoss(torch.autograd.Function):
         flat = student.states.flatten(0, 1)
         d_flat, d_flat_at_t = torch.zeros_like(flat), None if at_t is None else torch.zeros_like(flat)
         d_head, share = _zeros_of(head, ctx.needs_input_grad[2]), 1 / len(flat)
-        compare, with_own, distil = (student.kernel(f) for f in (_compare, _own, _kl))
+        compare, with_own, distil = (student.kernel(f) for f in (compare_logits, _own, _kl))
         zero = torch.zeros((), device=flat.device)
         token, kd, gap_rows = [zero], [zero], []
         own = s.lambda_ent is not None or s.advantage is not None
@@ -284,7 +284,7 @@ def log_softmax_of(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return log_p, log_p.exp()
 
 
-def _compare(z_t, z_a, x, beta, dtype):
+def compare_logits(z_t, z_a, x, beta, dtype):
     """(gradient of D_beta with respect to the auxiliary's logits, or None if beta is None; the rows of `Gaps`)."""
     log_t, p_t = log_softmax_of(z_t)
     log_a, p_a = log_softmax_of(z_a)

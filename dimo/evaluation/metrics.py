@@ -131,8 +131,8 @@ JUDGED: dict[str, Metric] = {
         "fewer), by the teacher; 1/8 by chance", beside_teacher.retrieval,
     ),
     "frechet": Metric(
-        "lower", "Fréchet distance from the teacher's videos in its hidden features; above 0 even for others of its own, "
-        "the more so the fewer there are", beside_teacher.frechet_of,
+        "lower", "Fréchet distance from the teacher's videos in its hidden features; above 0 even for others of its "
+        "own, the more so the fewer there are", beside_teacher.frechet_of,
     ),
     "frechet_dimension": Metric(None, "dimension of the features of frechet", beside_teacher.frechet_dimension),
     "feature_coverage": Metric(

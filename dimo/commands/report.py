@@ -1,0 +1,165 @@
+"""`dimo report`: a run as one page that works by click and key, without a kernel and without a network."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import io
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from dimo.commands.sample import write_frames
+from dimo.errors import DimoError, reason
+from dimo.evaluation.alarms import alarms
+from dimo.evaluation.evaluate import format_cell, prompts_of
+from dimo.evaluation.metrics import columns_of, legend
+from dimo.files import write_text
+from dimo.run.folder import RunFolder
+from dimo.views.explorer import HERE, PAGE, STYLE
+from dimo.views.explorer_stored import BYTES, stored
+from dimo.views.explorer_view import ExplorerView
+from dimo.views.models import open_models
+from dimo.views.plots import curves
+
+MOST, CLIPS = 10_000_000, 4  # bytes of the page; clips shown
+LOOK = """
+body { font: 15px/1.5 system-ui, "DejaVu Sans", sans-serif; color: #1b1b1b; max-width: 1300px; margin: 1.5em auto;
+  padding: 0 1em; }
+img, video { max-width: 100%; } figure { display: inline-block; margin: 0 1em 1em 0; vertical-align: top; }
+figcaption { font-size: 13px; color: #444; } video { width: 256px; image-rendering: pixelated; }
+table { border-collapse: collapse; } td, th { text-align: right; padding: .2em .8em; border-bottom: 1px solid #ccc; }
+td:first-child { text-align: left; } pre { font-size: 12px; background: #f6f6f6; padding: .6em; overflow-x: auto; }
+"""
+
+
+def write_run_report(run: RunFolder, most: int = BYTES) -> Path:
+    """Write report.html of a run: table, explorer, curves, alarms, clips, settings and environment.
+
+    Pictures, clips and the explorer's data are in the file itself; only the links to the executed notebooks are not.
+
+    Args:
+        most: bytes that the explorer's stored values may take; the fewer, the fewer settings there are.
+
+    Raises:
+        DimoError: the folder is no run.
+    """
+    if not run.is_dimos():
+        raise DimoError(f"{run.path} is not a run folder of dimo: it has no config.yaml of a run")
+    parts, script = [f"<h1>{html.escape(run.path.name)}</h1>", _table(run)], ""
+    try:
+        explorer = ExplorerView([open_models(run)])
+    except DimoError as error:
+        parts.append(f"<h2>Explorer</h2><p>There is none: {html.escape(str(error))}.</p>")
+    else:
+        data = json.dumps(stored(explorer, most)).replace("<", "\\u003c")
+        script = PAGE.read_text(encoding="utf-8") + (HERE / "explorer_stored.js").read_text(encoding="utf-8")
+        parts.append(
+            f"<h2>Explorer: {html.escape(explorer.models[0].label)}</h2>"
+            "<p>Click a token, or move it by the arrow keys; page keys change the frame, comma and full stop t, "
+            "s the statistic, n the network, l the scale; a keeps this state beside the next.</p>"
+            f'<div id="explorer"></div><script type="application/json" id="stored">{data}</script>'
+        )
+        parts.append(_clips(explorer))
+    parts += [_curves(run), _pictures(run), _about(run)]
+    style = LOOK + STYLE.read_text(encoding="utf-8")
+    rules = f"default-src 'none'; img-src data:; media-src data:; style-src '{_hash(style)}'"
+    rules += f"; script-src '{_hash(script)}'" if script else ""
+    page = (
+        f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{html.escape(run.path.name)}</title>"
+        f'<meta http-equiv="Content-Security-Policy" content="{rules}"><link rel="icon" href="data:,">'
+        f"<style>{style}</style><body>{''.join(parts)}"
+        + (f'<script type="module">{script}</script>' if script else "")
+        + "</body></html>\n"
+    )
+    if len(page) > MOST:
+        print(f"dimo: report.html has {len(page):,} bytes, more than {MOST:,}", file=sys.stderr)
+    write_text(run.path / "report.html", page)
+    return run.path / "report.html"
+
+
+def _hash(text: str) -> str:
+    """The source expression of an inline style or script in a Content-Security-Policy."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _table(run: RunFolder) -> str:
+    file = run.path / "report.json"
+    if not file.exists():
+        return ""
+    rows = json.loads(file.read_text(encoding="utf-8"))
+    columns = columns_of(rows)
+    head = "".join(f"<th>{c}</th>" for c in ("", *columns))
+    body = "".join(
+        f"<tr><td>{html.escape(name)}</td>{''.join(f'<td>{format_cell(row, c)}</td>' for c in columns)}</tr>"
+        for name, row in rows.items()
+    )
+    sentences = [html.escape(sentence) for sentence in (*legend(rows), prompts_of(rows))]
+    return f"<table><tr>{head}</tr>{body}</table><p>{'<br>'.join(sentences)}</p>"
+
+
+def _clips(explorer: ExplorerView) -> str:
+    """Looping clips of the student, one pass each, or a sentence on why there are none."""
+    models = explorer.models[0]
+    if models.ursa.vae is None:
+        return f"<h2>Clips</h2><p>There are none: {html.escape(models.ursa.no_vae)}.</p>"
+    shown, first = [], explorer.first_request()["panes"][0]
+    with tempfile.TemporaryDirectory() as folder:
+        for prompt in models.some_prompts(CLIPS):
+            answer = explorer.answer(first | {"prompt": prompt})[2]
+            frames = models.ursa.decode(answer.x_hat.view(-1, *models.grid))[0].cpu()
+            try:
+                file = write_frames(Path(folder) / "clip", frames)
+            except (DimoError, ImportError) as error:
+                return f"<h2>Clips</h2><p>There are none: {html.escape(reason(error))}.</p>"
+            alt, data = f"the student's video of: {html.escape(prompt)}", base64.b64encode(file.read_bytes()).decode()
+            if file.suffix == ".mp4":
+                made = f'<video autoplay loop muted playsinline controls aria-label="{alt}" '
+                made += f'src="data:video/mp4;base64,{data}"></video>'
+            else:
+                made = f'<img alt="{alt}" src="data:image/png;base64,{data}">'
+            shown.append(f"<figure>{made}<figcaption>{html.escape(prompt)}</figcaption></figure>")
+    return f"<h2>Clips of the student, one pass</h2>{''.join(shown)}"
+
+
+def _curves(run: RunFolder) -> str:
+    rows = run.metrics()
+    if not rows:
+        return "<h2>Curves</h2><p>No step has been logged yet.</p>"
+    picture = io.BytesIO()
+    curves(rows, smooth=5).savefig(picture, format="png", dpi=90)
+    alt = f"Entropies, losses, rewards, gaps and gradient norms of steps {rows[0]['step']} to {rows[-1]['step']}"
+    found = [f"<li>step {a.step}: {html.escape(a.name)}: {html.escape(a.sentence)}</li>" for a in alarms(rows)]
+    rang = f"<ul>{''.join(found)}</ul>" if found else "<p>None.</p>"
+    return f"<h2>Curves</h2>{_image(picture.getvalue(), alt)}<h2>Alarms</h2>{rang}"
+
+
+def _pictures(run: RunFolder) -> str:
+    parts = []
+    for file, alt in [
+        (run.path / "sheet.png", "sheet.png: videos of teacher and student for some prompts, from the same noise"),
+        *((p, f"samples at {p.stem}") for p in sorted((run.path / "samples").glob("*.png"))[-1:]),
+    ]:
+        if file.exists():
+            parts.append(
+                f"<h2>{html.escape(file.relative_to(run.path).as_posix())}</h2>{_image(file.read_bytes(), alt)}"
+            )
+    return "".join(parts)
+
+
+def _image(data: bytes, alt: str) -> str:
+    return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
+
+
+def _about(run: RunFolder) -> str:
+    notebooks = sorted((run.path / "notebooks").glob("0?_*.html"))
+    links = "".join(f'<li><a href="notebooks/{file.name}">{file.stem}</a></li>' for file in notebooks)
+    parts = [f"<h2>Notebooks</h2><ul>{links}</ul>"] if links else []
+    for name in ("config.yaml", "environment.json", "status.json"):
+        file = run.path / name
+        if file.exists():
+            text = html.escape(file.read_text(encoding="utf-8", errors="replace"))
+            parts.append(f"<details><summary>{name}</summary><pre>{text}</pre></details>")
+    return "<h2>Settings and environment</h2>" + "".join(parts)

@@ -1,0 +1,232 @@
+"""A real browser on the explorer: in JupyterLab, where clicks and keys reach Python, and in a report by itself."""
+
+import importlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dimo.commands.report import write_run_report
+from dimo.config import load_config, to_yaml
+from dimo.run.folder import RunFolder
+from dimo.ursa.weights import read_weights
+from dimo.views.explorer_view import ExplorerView, colours_of, scale_of
+from dimo.views.models import open_models
+from dimo.worlds import SHIPPED_STUDENT
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+REQUIRED = bool(os.environ.get("DIMO_NEEDS_BROWSER"))  # where a skip is a failure
+pytestmark = pytest.mark.skipif(CHROMIUM is None and not REQUIRED, reason="chromium is not installed")
+if not REQUIRED:
+    pytest.importorskip("anywidget")
+playwright = importlib.import_module("playwright.sync_api") if REQUIRED else pytest.importorskip("playwright.sync_api")
+PIXELS = """(canvas) => {
+  const pen = canvas.getContext("2d"), all = pen.getImageData(0, 0, canvas.width, canvas.height).data, found = {};
+  for (let i = 0; i < all.length; i += 4) if (all[i + 3] === 255) {
+    const key = [all[i], all[i + 1], all[i + 2]].join(); found[key] = (found[key] || 0) + 1;
+  }
+  return found;
+}"""
+TOP = """() => [...document.querySelectorAll(".dimo .panel")].map((panel) => [panel.dataset.of,
+  [...panel.querySelectorAll(".row")].map((row) => [+row.dataset.code, +row.dataset.p])])"""
+
+
+@pytest.fixture(scope="module")
+def browser():
+    assert CHROMIUM, "chromium is not installed: apt-get install -y --no-install-recommends chromium fonts-dejavu-core"
+    with playwright.sync_playwright() as started:
+        opened = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+def page_of(browser):
+    """A page, and what must stay empty: complaints on its console, and requests off this machine."""
+    page = browser.new_page(viewport={"width": 1300, "height": 900})
+    wrong = []
+    page.on("console", lambda message: message.type == "error" and wrong.append(message.text))
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    here = ("http://127.0.0.1", "ws://127.0.0.1", "file://", "data:", "blob:")
+    page.on("request", lambda request: request.url.startswith(here) or wrong.append(request.url))
+    return page, wrong
+
+
+def cell_of(canvas, frame, row, column, grid=(3, 4, 4)):
+    """The middle of a token on a map, in CSS pixels."""
+    across, cell, gap, head = (int(canvas.get_attribute(f"data-{n}")) for n in ("across", "cell", "gap", "head"))
+    x = frame % across * (cell * grid[2] + gap) + 2 + (column + 0.5) * cell
+    y = frame // across * (cell * grid[1] + head + gap) + head + (row + 0.5) * cell
+    ratio = canvas.evaluate("(c) => c.getBoundingClientRect().width / c.width")
+    return {"x": x * ratio, "y": y * ratio}
+
+
+def colours_shown(canvas):
+    return {tuple(map(int, key.split(","))): count for key, count in canvas.evaluate(PIXELS).items()}
+
+
+def expected(explorer, request):
+    view, about = explorer.view(request), explorer.about()
+    values = np.frombuffer(view["panes"][-1]["values"], "<f4")
+    return {tuple(map(int, c)) for c in colours_of(values, *scale_of(view, about))}
+
+
+def same_top(shown, top):
+    """The panels have the codes and probabilities of a live answer, as far as these are not negligible."""
+    want = [[one["of"], [[c, p] for c, p in zip(one["codes"], one["p"]) if p > 1e-6]] for one in top]
+    got = [[of, [row for row in rows if row[1] > 1e-6]] for of, rows in shown]
+    same = [[of, [code for code, _ in rows]] for of, rows in got] == [[of, [c for c, _ in rows]] for of, rows in want]
+    off = max(abs(a[1] / b[1] - 1) for (_, g), (_, w) in zip(got, want) for a, b in zip(g, w))
+    return same and off < 1e-3
+
+
+def same_pixels(canvas, explorer, request):
+    """Every colour of the twin's map covers at least a third of a cell; nothing else but frame and labels is drawn."""
+    shown = colours_shown(canvas)
+    least = int(canvas.get_attribute("data-cell")) ** 2 / 3
+    return all(shown.get(colour, 0) > least for colour in expected(explorer, request))
+
+
+@pytest.fixture
+def lab(tmp_path):
+    """JupyterLab on the tour, with few videos, in a process of its own; yields the notebook's address."""
+    (tmp_path / "root").mkdir()
+    notebook = json.loads((Path(__file__).parents[1] / "notebooks" / "00_tour.ipynb").read_text())
+    for cell in notebook["cells"]:
+        if "parameters" in cell["metadata"].get("tags", []):
+            cell["source"] = "prompts_shown, videos_per_prompt, seed = 2, 4, 0"
+    (tmp_path / "root" / "x.ipynb").write_text(json.dumps(notebook))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    places = {f"JUPYTER_{n}_DIR": str(tmp_path / n.lower()) for n in ("CONFIG", "DATA", "RUNTIME")}
+    (tmp_path / "config").mkdir()
+    words = [
+        sys.executable, "-m", "jupyterlab", "--allow-root", "--no-browser", "--ip=127.0.0.1", f"--port={port}",
+        "--IdentityProvider.token=", "--ServerApp.disable_check_xsrf=True", f"--ServerApp.root_dir={tmp_path / 'root'}",
+        "--expose-app-in-browser", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
+    ]  # fmt: skip
+    env = os.environ | places | {"PYTHONPATH": str(Path(__file__).parents[1]), "CUDA_VISIBLE_DEVICES": ""}
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(words, env=env, stdout=log, stderr=log, cwd=tmp_path)
+    try:
+        for _ in range(300):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}/lab/tree/x.ipynb?reset"
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+READY = """async () => { const app = jupyterapp; await app.restored; const w = app.shell.currentWidget;
+  await w.context.ready; await w.sessionContext.ready; await w.sessionContext.session.kernel.info; }"""
+RUN = "() => jupyterapp.commands.execute('notebook:run-all-cells')"
+ASK = """async (code) => { let said = ""; const kernel = jupyterapp.shell.currentWidget.sessionContext.session.kernel;
+  const asked = kernel.requestExecute({ code });
+  asked.onIOPub = (m) => { if (m.header.msg_type === "stream") said += m.content.text; };
+  await asked.done; return said; }"""
+
+
+def test_in_jupyterlab_a_click_and_a_key_reach_python(browser, lab):
+    page, wrong = page_of(browser)
+    page.goto(lab)
+    page.wait_for_function("() => window.jupyterapp?.shell.currentWidget?.context", timeout=60_000)
+    page.evaluate(READY)
+    page.evaluate(RUN)
+    page.wait_for_selector(".dimo .panel .row", timeout=60_000)
+    canvas = page.query_selector_all(".dimo canvas.map")[1]
+    explorer = ExplorerView([open_models("shapes", student=SHIPPED_STUDENT)])
+    canvas.scroll_into_view_if_needed()
+    page.wait_for_function("() => document.querySelector('.jp-Notebook').innerText.includes('ok   every prompt has')")
+    assert "FAIL" not in page.inner_text(".jp-Notebook")
+    first = explorer.first_request()
+    assert same_pixels(canvas, explorer, first)
+
+    shown = f"() => JSON.stringify(({TOP})())"
+    before = page.evaluate(shown)
+    canvas.click(position=cell_of(canvas, 1, 2, 3))
+    page.wait_for_function(f"(before) => ({shown})() !== before", arg=before)
+    assert same_top(page.evaluate(TOP), explorer.view(first | {"token": [1, 2, 3]})["panes"][0]["top"])
+    assert page.evaluate(ASK, "print(explorer.asked['token'])").strip() == "[1, 2, 3]"
+
+    colours = colours_shown(canvas)
+    canvas.press(".")
+    page.wait_for_function("() => document.querySelector('.dimo').innerText.includes('t 0.21')")
+    assert colours_shown(canvas) != colours
+    canvas.press("ArrowLeft")
+    page.wait_for_function("() => document.querySelector('.dimo').innerText.includes('frame 1, row 2, column 2')")
+    pane = first["panes"][0] | {"t": 0.21}
+    for _ in range(50):
+        asked = json.loads(page.evaluate(ASK, "import json; print(json.dumps(explorer.asked))"))
+        if asked["token"] == [1, 2, 2]:
+            break
+        page.wait_for_timeout(100)
+    assert asked["token"] == [1, 2, 2] and asked["panes"] == [pane]
+    assert same_pixels(canvas, explorer, first | {"panes": [pane], "token": [1, 2, 2]})
+
+    said = page.evaluate(
+        ASK, "explorer.show(t=0.9, statistic='kl_from_teacher', of='student'); print(len(explorer.view['panes']))"
+    )
+    assert said.strip() == "1"
+    page.wait_for_function(
+        "() => document.querySelector('.dimo').innerText.includes('KL(teacher || network), student, t 0.9')"
+    )
+    assert wrong == []
+    page.close()
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """The report of a run whose student is the one that ships."""
+    folder = tmp_path_factory.mktemp("runs") / "mine"
+    config = load_config("smoke", ["model.device=cpu", f"experiment.output_dir={folder}"])
+    run = RunFolder.open(folder, to_yaml(config))
+    run.write_status(state="finished", step=50, max_steps=50)
+    run.write_environment()
+    for step in (1, 2, 3):
+        run.log({"step": step, "entropy/student": 1.0 / step, "loss/aux": 0.5})
+    final = folder / "checkpoints" / "final"
+    final.mkdir(parents=True)
+    torch.save(read_weights(SHIPPED_STUDENT), final / "student.pt")
+    return write_run_report(run)
+
+
+def test_a_report_works_from_a_file_by_click_and_key(browser, report):
+    page, wrong = page_of(browser)
+    page.goto(report.as_uri())
+    page.wait_for_selector(".dimo .panel .row")
+    assert report.stat().st_size < 10_000_000
+    canvas = page.query_selector_all(".dimo canvas.map")[1]
+    before = page.evaluate(TOP)
+    canvas.click(position=cell_of(canvas, 2, 1, 0))
+    assert "frame 2, row 1, column 0" in page.inner_text(".dimo") and page.evaluate(TOP) != before
+    colours = colours_shown(canvas)
+    canvas.press(".")
+    assert "t 0.5" in page.inner_text(".dimo") and colours_shown(canvas) != colours
+    explorer = ExplorerView([open_models(report.parent)])
+    live = explorer.first_request()
+    live["panes"][0] |= {"t": 0.5, "prompt": page.input_value(".dimo select.prompt")}
+    live["token"] = [2, 1, 0]
+    assert same_top(page.evaluate(TOP), explorer.view(live)["panes"][0]["top"])
+    for key in "ans":  # pin A; the next network; the next statistic, which A's network, the teacher, does not have
+        canvas.press(key)
+    assert len([c for c in page.query_selector_all(".dimo canvas.map") if c.is_visible()]) == 3
+    assert "A: KL(teacher || network), student, t 0.5" in page.inner_text(".dimo")
+    same_colours = colours_shown(canvas)
+    canvas.press("l")
+    assert colours_shown(canvas) != same_colours and "log scale" in page.inner_text(".dimo")
+    assert all(page.evaluate("() => [...document.images].map((i) => i.alt && i.naturalWidth > 0)"))
+    assert len(page.query_selector_all("video[aria-label]")) == 4
+    assert wrong == []
+    page.close()
