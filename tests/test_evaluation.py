@@ -15,6 +15,12 @@ from dimo.ursa.sampler import Trajectory
 from dimo.worlds.oracle import score
 
 
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """To draw one takes longer than all the rest."""
+    monkeypatch.setattr("dimo.views.sheets.save_sheet", lambda *_: None)
+
+
 def test_rows_are_what_the_samplers_and_the_oracle_give(world, ursa):
     rows, codes = evaluate(world, ursa, ursa.transformer, videos_per_prompt=2, teacher_steps=(1, 3), seed=5)
     assert list(rows) == [
@@ -39,9 +45,11 @@ def test_rows_are_what_the_samplers_and_the_oracle_give(world, ursa):
     assert rows["teacher_3"]["spread"] == pytest.approx((first - second).square().sum(-1).mean().item(), rel=1e-4)
     assert rows["teacher_3"]["distinct"] == 1 - (again[::2] == again[1::2]).all(1).float().mean().item() / 2
     keys = ["validity", "adherence", "token_accuracy", "coverage", "coverage_near", "coverage_detail", "videos"]
-    keys += ["seconds_per_video", "spread", "distinct"]
+    keys += ["seconds_per_video", "spread", "distinct", "intervals"]
     assert all(list(row) == keys for row in rows.values()) and "undefined" in format_table(rows)
-    assert columns_of(rows) == [key for key in keys if key not in ("coverage_detail", "videos")]
+    assert columns_of(rows) == [key for key in keys if key not in ("coverage_detail", "videos", "intervals")]
+    low, high = rows["teacher_3"]["intervals"]["token_accuracy"]
+    assert low < rows["teacher_3"]["token_accuracy"] < high
 
 
 def test_every_batch_of_every_row_starts_from_the_same_noise(world, ursa, monkeypatch):
@@ -55,7 +63,7 @@ def test_every_batch_of_every_row_starts_from_the_same_noise(world, ursa, monkey
 
     monkeypatch.setattr("dimo.evaluation.comparison.sample", recording)
     rows, codes = evaluate(world, ursa, ursa.transformer, videos_per_prompt=1, teacher_steps=(1, 3), batch_size=20)
-    del started[7], started[0]  # each network's warm-up before the clock starts
+    del started[14], started[7], started[0]  # each network's warm-up before the clock starts
     noise = [torch.cat(started[i : i + 3]) for i in range(0, len(started), 3)]  # 20 + 20 + 8 videos a row
     assert len(noise) == len(rows) == 6 and all(torch.equal(x, noise[0]) for x in noise)
     assert len(noise[0].unique(dim=0)) == 48  # no batch repeats another's

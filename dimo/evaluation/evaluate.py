@@ -63,10 +63,10 @@ def evaluate(
         **guidance,
     )  # fmt: skip
     made = comparison.gather({job: comparison.run(job) for job in comparison.jobs()})
-    return _rows(comparison, made, world), {name: row["codes"] for name, row in made.items()}
+    return rows_of(comparison, made, world), {name: row["codes"] for name, row in made.items()}
 
 
-def _rows(comparison: Comparison, made: dict[str, dict[str, torch.Tensor]], world: World | None) -> dict:
+def rows_of(comparison: Comparison, made: dict[str, dict[str, torch.Tensor]], world: World | None) -> dict:
     """The metrics of every row, and for captions the number of held-out ones."""
     known = {"prompts_held_out": comparison.held_out} if world is None else {}
     videos = {name: videos_of(comparison, row, world) for name, row in made.items()}
@@ -164,7 +164,7 @@ def _evaluate_alone(
         words = [sys.executable, "-m", "dimo.evaluation.worker", str(os.getpid()), str(parts.folder), str(weights)]
         run_in_processes(lambda rank, of: [*words, str(rank), str(of)], jobs, parts, processes, progress)
     made = comparison.gather(parts.load(jobs))
-    rows, codes = _rows(comparison, made, world), {name: row["codes"] for name, row in made.items()}
+    rows, codes = rows_of(comparison, made, world), {name: row["codes"] for name, row in made.items()}
     if world is None:
         save_codes(out / "codes.safetensors", codes, comparison.prompts, comparison.grid)
     first = {name: c[:: comparison.copies].view(-1, *comparison.grid) for name, c in codes.items()}
