@@ -74,8 +74,8 @@ def test_two_processes_give_the_figures_of_one(student, alone, tmp_path):
     words = command(student, tmp_path, "training.num_processes=2")
     said = python.run(words, capture_output=True, text=True).stderr
     assert_as_alone(tmp_path, json.loads((tmp_path / "report.json").read_text()), alone)
-    assert "evaluate: 6 videos in each of 6 rows, 300 passes in 2 processes" in said
-    assert said.count("300/300 passes  done") == 1
+    assert "evaluate: 39 videos in 7 rows, 378 passes in 2 processes" in said
+    assert said.count("378/378 passes  done") == 1
 
 
 def test_a_killed_evaluation_goes_on(student, alone, tmp_path):

@@ -138,6 +138,10 @@ class Comparison:
             if self._made(row, i)
         ]
 
+    def count(self) -> int:
+        """Number of videos that all rows make."""
+        return sum(self._made(row, i) for row in self.rows.values() for i in range(len(self.txt_ids)))
+
     def _is_judged(self, batch: int) -> torch.Tensor:
         """Which videos of a batch are judged, (b,) bool: the first `judged_copies` of a prompt."""
         return self.videos[batch] % self.copies < self.judged_copies

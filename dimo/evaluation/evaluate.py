@@ -176,7 +176,7 @@ def _evaluate_alone(
 
 
 def _announce(comparison: Comparison, jobs: list[Job], missing: list[Job], processes: int) -> None:
-    text = f"evaluate: {len(comparison.prompts)} videos in each of {len(comparison.rows)} rows, "
+    text = f"evaluate: {comparison.count()} videos in {len(comparison.rows)} rows, "
     text += f"{sum(job.cost for job in missing)} passes" + (f" in {processes} processes" if processes > 1 else "")
     if len(missing) < len(jobs):
         text += f"; {len(jobs) - len(missing)} of {len(jobs)} jobs were finished before"
