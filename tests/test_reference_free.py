@@ -19,6 +19,8 @@ from dimo.evaluation.evaluate import evaluate_to_folder, format_table, rows_of
 from dimo.evaluation.metrics import columns_of, legend
 from dimo.ursa import chunks, load_ursa, sample, save_student, visual_logits
 from dimo.worlds import checkpoint_folder
+from dimo.worlds.teacher import TeacherRecipe, make_teacher
+from dimo.worlds.tiles import TilesWorld
 
 TINY = Path(__file__).parent / "data" / "tiny-ursa"
 GRID = (2, 4, 8)
@@ -201,7 +203,8 @@ def test_a_folder_that_is_no_world_is_evaluated_with_a_sheet_where_frames_can_be
     config = config_for(folder, tmp_path, *some, prompts=world.prompts[:3])
     rows = evaluate_to_folder(config, folder / "student", tmp_path / "out", progress=False)
     assert list(rows) == [
-        "student_1", "student_1_argmax", "untrained_1", "untrained_1_argmax", "teacher_1", "teacher_2", "teacher_2_again",
+        "student_1", "student_1_argmax", "untrained_1", "untrained_1_argmax", "teacher_1", "teacher_2",
+        "teacher_2_again",
     ]  # fmt: skip
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == rows
     assert (tmp_path / "out" / "sheet.png").read_bytes()[:4] == b"\x89PNG"
@@ -241,3 +244,14 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path):
             config = config_for(TINY, tmp_path, *SIZES, *more)
             evaluate_to_folder(config, tmp_path / "student.pt", tmp_path / "out", progress=False)
         assert not (tmp_path / "out").exists()
+
+
+def test_an_exact_teacher_is_judged_but_has_no_entropy_of_a_pass(tmp_path):
+    recipe = TeacherRecipe(layers=1, hidden=32, heads=2, head_dim=16, batch_size=2, steps=1)
+    make_teacher(TilesWorld(frames=2, codes=16), recipe, tmp_path / "world", videos_per_prompt=1)
+    words = [f"distill.teacher_ckpt={tmp_path / 'world'}", "distill.teacher=exact", "distill.num_frames=5"]
+    words += ["distill.height=32", "distill.width=32", "evaluation.judged_videos=1", "evaluation.videos_per_prompt=1"]
+    config = load_config("tiles", [*words, "evaluation.teacher_steps=[1]", "model.device=cpu"])
+    rows = evaluate_to_folder(config, tmp_path / "world" / "transformer", tmp_path / "out", progress=False)
+    assert rows["teacher_1"]["token_entropy"] is None and rows["student_1"]["token_entropy"] > 0
+    assert rows["teacher_1"]["validity"] is not None and math.isfinite(rows["teacher_1"]["nll_difference"])

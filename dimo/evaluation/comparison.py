@@ -157,7 +157,11 @@ class Comparison:
 
     def _judging(self, row: Row) -> int:
         """Transformer passes per judged video."""
-        return judging.passes(len(self.choice_ids)) + (self._passes(row) if row.steps == 1 else 0)
+        return judging.passes(len(self.choice_ids)) + (self._passes(row) if self._has_entropy(row) else 0)
+
+    def _has_entropy(self, row: Row) -> bool:
+        """Whether `pass_entropy` is computed: of single passes of a transformer, not of an exact teacher."""
+        return row.steps == 1 and not hasattr(self.networks[row.network], "predict")
 
     @torch.no_grad()
     def run(self, job: Job) -> dict[str, torch.Tensor]:
@@ -200,7 +204,7 @@ class Comparison:
         prompt_ids = self.choice_ids[(index // self.copies).to(self.choice_ids.device)]
         noise = self._noise(batch, JUDGE_NOISE)  # the same in every row
         made = judging.judge(self.ursa, codes, prompt_ids, uncond_ids, self.grid, noise, scale, trunc)
-        if row.steps == 1:
+        if self._has_entropy(row):
             at_0 = scale if row.guided and trunc > 0 else 1.0  # the only pass is at t = 0
             network = self.networks[row.network]
             entropy = reference_free.pass_entropy(network, prompt_ids[:, 0], x_init, self.grid, at_0, uncond_ids)
