@@ -14,7 +14,7 @@ from safetensors import safe_open
 from dimo.config import load_config
 from dimo.errors import DimoError
 from dimo.evaluation import reference_free
-from dimo.evaluation.comparison import Comparison, Job
+from dimo.evaluation.comparison import JUDGE_NOISE, OTHER_NOISE, Comparison, Job
 from dimo.evaluation.evaluate import evaluate_to_folder, format_table, rows_of
 from dimo.evaluation.metrics import columns_of, legend
 from dimo.ursa import chunks, load_ursa, sample, save_student, visual_logits
@@ -156,9 +156,18 @@ def test_rows(tiny):
             uncond_ids=tiny.tokenize(["x"], 9), shift=tiny.shift, generator=noise(5 * 1_000_003 + 4),
         )  # fmt: skip
         assert torch.equal(codes[name][4:5], again)
+    # but for the teacher's other videos
+    assert not (codes["teacher_3_again"] == codes["teacher_3"]).all(1).any()
+    assert rows["teacher_3_again"]["nll_difference"] == pytest.approx(-rows["teacher_3"]["nll_difference"]) != 0
     unguided, _ = compared(tiny, teacher_steps=(1,))
     assert unguided["teacher_1"]["token_entropy"] == unguided["untrained_1"]["token_entropy"]
     assert unguided["teacher_1"]["token_entropy"] > rows["teacher_1"]["token_entropy"]
+
+
+def test_no_noise_is_drawn_twice_for_different_ends():
+    """Generators on a CPU look at the low 32 bits of their seed only."""
+    drawn = [torch.rand(4, generator=noise(offset + 5 * 1_000_003)) for offset in (0, JUDGE_NOISE, OTHER_NOISE)]
+    assert len(torch.stack(drawn).unique(dim=0)) == 3
 
 
 def test_the_cost_of_a_job_is_the_passes_that_it_makes(tiny):
