@@ -113,9 +113,15 @@ def remove(path: Path) -> None:
             path.unlink()
 
 
-def clear_partials(folder: Path) -> None:
-    """Clean up `folder` after a killed process: restore folders that were set aside, delete all other partial files."""
+def clear_partials(folder: Path, but: str | None = None) -> None:
+    """Clean up `folder` after a killed process: restore folders that were set aside, delete all other partial files.
+
+    Args:
+        but: glob pattern of those that another process may be writing now.
+    """
     for partial in list(folder.glob(PARTIALS)):
+        if but and partial.match(but):
+            continue
         if partial.name.endswith(ASIDE) and partial.is_dir():
             recover(folder / partial.name[1:].removesuffix(ASIDE))
         else:

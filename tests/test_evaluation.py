@@ -7,17 +7,17 @@ import torch
 
 from dimo.config import load_config
 from dimo.errors import DimoError
-from dimo.evaluation.alarms import alarms
 from dimo.evaluation.evaluate import evaluate, evaluate_to_folder, format_table, load_student
 from dimo.evaluation.metrics import columns_of
 from dimo.ursa import sample, save_student
 from dimo.ursa.sampler import Trajectory
+from dimo.views.alarms import alarms
 from dimo.worlds.oracle import score
 
 
 @pytest.fixture
 def no_pictures(monkeypatch):
-    """To draw one takes longer than all the rest."""
+    """To draw one takes longer than a run of two steps."""
     monkeypatch.setattr("dimo.views.sheets.save_sheet", lambda *_: None)
 
 

@@ -40,7 +40,7 @@ def log(run, *steps):
 
 
 def titles(place):
-    return [getattr(figure.get_suptitle(), "strip", str)() for figure in place.shown[1:]]
+    return [figure.legends[0].get_texts()[0].get_text() for figure in place.shown[1:]]
 
 
 def test_kernels_leave_the_folder_of_notebooks_and_no_other(monkeypatch, tmp_path):

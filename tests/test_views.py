@@ -13,48 +13,12 @@ from IPython.core.interactiveshell import InteractiveShell
 from IPython.core.pylabtools import select_figure_formats
 
 from dimo.errors import DimoError
+from dimo.run.folder import RunFolder
 from dimo.views import fonts
 from dimo.views.checks import Checks
-from dimo.views.plots import curves, histogram, input_map, lines, path_maps, token_maps
+from dimo.views.plots import histogram, input_map, lines, path_maps, token_maps
 from dimo.views.sheets import save_sheet, video_sheet
-
-
-def panels(rows, smooth=1):
-    """{title up to its unit: axis}."""
-    return {axis.get_title(loc="left").split(" (")[0]: axis for axis in curves(rows, smooth).axes}
-
-
-def test_a_single_logged_step_is_seen():
-    lines = panels([{"step": 6, "loss/aux": 1.0, "lambda_ent": 0.01}], smooth=5)["loss"].lines
-    assert [line.get_marker() for line in lines] == ["o"]
-
-
-def test_curves_plot_the_rows_with_units():
-    rows = [{"step": s, "entropy/student": 1.0 / s, "loss/aux": None if s == 2 else 0.5} for s in (1, 2, 3)]
-    axes = panels(rows, smooth=2)
-    entropy = axes["entropy"].lines[0]
-    assert entropy.get_xdata().tolist() == [1, 2, 3]
-    assert entropy.get_ydata().tolist() == pytest.approx([1.0, 0.75, (1 / 2 + 1 / 3) / 2])
-    assert axes["loss"].lines[0].get_xdata().tolist() == [1, 3]  # a missing value is left out, not drawn as zero
-    assert "nats per token" in axes["entropy"].get_title(loc="left")
-    assert curves(rows, smooth=2).get_supxlabel() == "step (means of 2 logged rows)"
-    with pytest.raises(DimoError, match="at least one logged step"):
-        curves([])
-    with pytest.raises(DimoError, match="smooth must be at least 1"):
-        curves(rows, 0)
-
-
-def test_panels_that_tell_nothing_are_left_out_and_labels_are_readable():
-    rows = [{"step": s, "loss/aux": 1.0, "loss/kd": 9.0, "gap/student_teacher_kl": 9.0, "lambda_ent": 0.0}
-            for s in (1, 2)]  # fmt: skip
-    axes = panels(rows)
-    assert list(axes) == ["loss", "teacher to student at x_t"]
-    assert [line.get_label() for line in axes["loss"].lines] == ["auxiliary"]  # of loss/kd only the gap is shown
-    assert "weight of the entropy bonus" in panels([*rows, rows[0] | {"step": 3, "lambda_ent": 0.05}])
-    figure = curves(rows)
-    texts = [t for a in figure.axes for t in (a._left_title, *a.get_xticklabels(), *a.get_yticklabels())]
-    assert min(t.get_fontsize() for t in texts) >= 10 and figure.get_figwidth() * figure.dpi <= 1000
-    assert curves([{"step": 1}]).axes == []
+from dimo.views.widgets import Sheets
 
 
 def pixels(figure):
@@ -73,15 +37,6 @@ def test_a_figure_shows_itself_once_with_and_without_the_inline_backend():
     select_figure_formats(shell, {"png"})  # what `%matplotlib inline` does to IPython
     data, _ = shell.display_formatter.format(figure)
     assert sorted(data) == ["image/png", "text/plain"]
-
-
-def test_a_baseline_is_drawn_only_where_there_is_one():
-    def names(baseline):
-        rows = [{"step": s, "reward/mean": -s, "reward/baseline": baseline(s)} for s in (1, 2, 3)]
-        return [line.get_label() for line in curves(rows).axes[0].lines]
-
-    assert names(lambda s: -s) == ["mean"]  # as estimator dimo logs it
-    assert names(lambda s: -s + 0.1) == names(lambda s: -1) == ["mean", "baseline"]
 
 
 @pytest.mark.parametrize("frames", [1, 3, 5, 9, 13])
@@ -216,3 +171,27 @@ def test_checks_show_everything_and_raise_what_failed(capsys):
     with pytest.raises(DimoError, match=r"1 of 2 checks failed: bad \(7 of 9\)"):
         checks.finish()
     assert "FAIL bad" in capsys.readouterr().out
+
+
+def test_the_sheets_of_several_runs_are_those_of_the_same_time(tmp_path):
+    runs = [RunFolder(tmp_path / name) for name in "ab"]
+    files = {}
+    for run, steps in zip(runs, [(5, 50), (20,)]):
+        for step in steps:
+            file = files[run, step] = run.path / "samples" / f"step-{step:08d}.png"
+            save_sheet(file, {"a": torch.rand(1, 9, 8, 8, 3)}, [str(step)])
+    sheets = Sheets(runs)
+    assert sheets.box.layout.display == "none" and sheets.refresh() and sheets.box.layout.display is None
+
+    def shown():
+        return [image.value for image in sheets.images]
+
+    assert [step for _, step in sheets.slider.options] == [5, 20, 50]
+    assert shown() == [files[runs[0], 50].read_bytes(), files[runs[1], 20].read_bytes()]
+    sheets.slider.value = 5
+    assert shown() == [files[runs[0], 5].read_bytes(), b""]
+    save_sheet(runs[1].path / "samples" / "step-00000100.png", {"a": torch.rand(1, 9, 8, 8, 3)}, ["p"])
+    assert sheets.refresh() and sheets.slider.value == 5  # the one looked at stays
+    sheets.slider.value = 100
+    save_sheet(runs[0].path / "samples" / "step-00000150.png", {"a": torch.rand(1, 9, 8, 8, 3)}, ["p"])
+    assert sheets.refresh() and sheets.slider.value == 150  # the newest is followed

@@ -13,16 +13,16 @@ from pathlib import Path
 
 from dimo.commands.sample import write_frames
 from dimo.errors import DimoError, reason
-from dimo.evaluation.alarms import alarms
 from dimo.evaluation.evaluate import format_cell, prompts_of
 from dimo.evaluation.metrics import columns_of, legend
 from dimo.files import write_text
 from dimo.run.folder import RunFolder
+from dimo.views.alarms import alarms
 from dimo.views.explorer import HERE, PAGE, STYLE
 from dimo.views.explorer_stored import BYTES, stored
 from dimo.views.explorer_view import ExplorerView
 from dimo.views.models import open_models
-from dimo.views.plots import curves
+from dimo.views.panels import dashboard_figure
 
 MOST, CLIPS = 10_000_000, 4  # bytes of the page; clips shown
 LOOK = """
@@ -129,8 +129,10 @@ def _curves(run: RunFolder) -> str:
     if not rows:
         return "<h2>Curves</h2><p>No step has been logged yet.</p>"
     picture = io.BytesIO()
-    curves(rows, smooth=5).savefig(picture, format="png", dpi=90)
-    alt = f"Entropies, losses, rewards, gaps and gradient norms of steps {rows[0]['step']} to {rows[-1]['step']}"
+    dashboard_figure(run).savefig(picture, format="png", dpi=90)
+    alt = (
+        f"Entropies, rewards, losses, gaps, gradient norms and alarms of steps {rows[0]['step']} to {rows[-1]['step']}"
+    )
     found = [f"<li>step {a.step}: {html.escape(a.name)}: {html.escape(a.sentence)}</li>" for a in alarms(rows)]
     rang = f"<ul>{''.join(found)}</ul>" if found else "<p>None.</p>"
     return f"<h2>Curves</h2>{_image(picture.getvalue(), alt)}<h2>Alarms</h2>{rang}"

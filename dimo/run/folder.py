@@ -25,6 +25,7 @@ from dimo.config.load import groups_in, read_groups
 from dimo.errors import DimoError
 from dimo.files import PARTIALS, clear_partials, write_text
 from dimo.run.checkpoints import MILESTONE, STEP
+from dimo.run.rows import RowReader
 from dimo.run.sources import SOURCES, read_sources, require_same_sources, to_json
 from dimo.ursa.weights import read_json
 
@@ -46,6 +47,7 @@ OWN_INSIDE = {  # glob patterns, since users may keep other files in these folde
     "notebooks": ("0?_*.ipynb", "0?_*.html", PARTIALS),
     "evaluation_jobs": ("about.json", "config.yaml", "process-*.log", "*-?????.safetensors", PARTIALS),
 }
+OTHER_MACHINES = ".launch-machine-*"  # glob pattern of what other machines write here, which start at the same time
 LOCK = ".lock"
 RESERVE, RESERVE_BYTES = ".reserve", 2**16  # freed to record the failure of a run whose disk is full
 # events that `cut_at` keeps
@@ -107,7 +109,7 @@ class RunFolder:
             run._write_once("config.yaml", config_yaml)
             run._write_once(SOURCES, to_json(sources))
             for folder in ("", "samples", "checkpoints/final"):
-                clear_partials(run.path / folder)
+                clear_partials(run.path / folder, but=OTHER_MACHINES)
             if hold:
                 run._keep_reserve()
         except BaseException:
@@ -290,15 +292,7 @@ class RunFolder:
         write_text(self.path / "environment.json", json.dumps(values | {"device": device}, indent=2) + "\n")
 
     def _rows(self, name: str) -> list[dict]:
-        file, rows = self.path / name, []
-        for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []:
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-            if not isinstance(rows[-1], dict) or "step" not in rows[-1]:
-                return rows[:-1]
-        return rows
+        return RowReader(self.path / name).read()[0]
 
     def _append(self, name: str, line: str) -> None:
         if not self.writes:

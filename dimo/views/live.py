@@ -1,23 +1,22 @@
-"""What a live notebook needs: the repository as its folder, and curves that follow a training."""
+"""What a live notebook needs: the repository as its folder, and a dashboard that follows a training."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dimo.config import Config, load_config, to_flat
 from dimo.errors import DimoError
 from dimo.run.folder import RunFolder
-from dimo.run.overview import progress_of
 
 if TYPE_CHECKING:
     from dimo.views.figure import Figure
+    from dimo.views.panels import Runs
 
 HEADLESS = "DIMO_HEADLESS"  # set in the kernels that `dimo run` starts
 ROOT = Path(__file__).parents[2]
@@ -50,73 +49,89 @@ def describe_settings(config: str, settings: Config) -> str:
     return "\n".join([*about, f"all keys: dimo config -c {config}"])
 
 
-def draw_run(run: RunFolder) -> Figure | None:
-    """The curves of a run so far, under a line that says how far it is; None before its first logged step."""
-    from dimo.views.plots import curves  # imports matplotlib, so only when needed
+class Board:
+    """The dashboard of runs that go on.
 
-    rows = run.metrics()
-    if not rows:
-        return None
-    figure = curves(rows, smooth=5)
-    figure.suptitle(f"{run.path.name}: {progress_of(run)}", fontsize=12, x=0.01, ha="left")
-    return figure
+    Attributes:
+        about: how far they are, in words.
+    """
+
+    def __init__(self, runs: Runs):
+        from dimo.views.panels import attach  # imports matplotlib, so only when needed
+
+        self.histories, self.about = attach(runs), ""
+
+    def news(self) -> Figure | None:
+        """The figure, if anything has changed since the last call and a step has been logged."""
+        from dimo.views.panels import draw
+
+        changed = [history.refresh() for history in self.histories]
+        before, self.about = self.about, "; ".join(f"{h.run.path.resolve()}: {h.progress()}" for h in self.histories)
+        if not any(len(history.steps) for history in self.histories) or (before == self.about and not any(changed)):
+            return None
+        return draw(self.histories)
+
+    def is_running(self) -> bool:
+        """Whether a live process trains any of the runs."""
+        return any(history.run.is_held() for history in self.histories)
 
 
-def watch(run: RunFolder, every_s: float = 5.0) -> None:
-    """Draw a run's curves, again and again until its training ends; for one that has ended, once.
+def repeat(redraw: Callable[[], bool], every_s: float, wait: Callable[[float], bool | None]) -> None:
+    """Call `redraw` until it returns false or `wait`, called with the seconds to pause, returns true."""
+    while True:
+        begin = time.monotonic()
+        if not redraw() or wait(max(every_s, PATIENCE * (time.monotonic() - begin))):
+            return
+
+
+def watch(runs: Runs, every_s: float = 5.0) -> None:
+    """Draw the dashboard of a run or several, again and again until no training goes on; for ended ones, once.
 
     The training may be in another notebook, process or terminal. Interrupting the cell ends the watching alone.
+    `dimo.views.dashboard.dashboard` does the same without occupying the kernel.
     """
-    shown = _display(f"{run.path.resolve()}: {progress_of(run)}")
+    board, shown = Board(runs), _display("starting")
+
+    def redraw() -> bool:
+        running, figure = board.is_running(), board.news()
+        if figure or not any(len(history.steps) for history in board.histories):
+            shown.update(figure or _Text(board.about))
+        return running
+
     try:
-        while True:
-            held, begin = run.is_held(), time.monotonic()
-            figure = draw_run(run)
-            shown.update(figure or _Text(f"{run.path.resolve()}: {progress_of(run)}"))
-            if not held:
-                return
-            time.sleep(max(every_s, PATIENCE * (time.monotonic() - begin)))
+        repeat(redraw, every_s, time.sleep)
     except KeyboardInterrupt:
-        print(f"no longer watched: {run.path.name}, {progress_of(run)}")
+        print(f"no longer watched: {board.about}")
 
 
 @contextlib.contextmanager
 def following(output_dir: str | Path, every_s: float = 5.0) -> Iterator[bool]:
-    """In this context the curves of a training are drawn below the cell while it runs.
+    """In this context the dashboard of a training is drawn below the cell while it runs.
 
-    Yields whether they are. Headless they are not, and the training should print its progress.
+    Yields whether it is. Headless it is not, and the training should print its progress.
     """
     if not is_live():
         yield False
         return
-    run, shown, over = RunFolder(output_dir, writes=False), _display("starting"), threading.Event()
-    begun = time.time()
-    importlib.import_module("dimo.views.plots")  # matplotlib takes a second, which would count as drawing
+    shown, over, begun = _display("starting"), threading.Event(), time.time()
+    run = RunFolder(output_dir, writes=False)
+    board = Board(run)
 
-    def follow() -> None:
-        pause = every_s
-        while not over.wait(pause):
-            pause = max(every_s, PATIENCE * _redraw(run, shown, begun))
+    def redraw(begun: float = begun) -> bool:
+        with contextlib.suppress(DimoError, OSError):  # a folder that is being replaced; the next time is soon
+            # the run folder may still be that of an earlier training
+            if (run.path / "metrics.jsonl").stat().st_mtime > begun - CLOCK_S and (figure := board.news()):
+                shown.update(figure)
+        return True
 
-    thread = threading.Thread(target=follow, name="curves", daemon=True)
+    thread = threading.Thread(target=lambda: repeat(redraw, every_s, over.wait), name="dashboard", daemon=True)
     thread.start()
     try:
         yield True
     finally:
         over.set()
         thread.join()
-        _redraw(run, shown, 0)  # also what was finished before
-
-
-def _redraw(run: RunFolder, shown, begun: float) -> float:
-    """Draw again, unless the run folder is still that of an earlier training; returns the seconds that it took."""
-    begin = time.monotonic()
-    with contextlib.suppress(DimoError, OSError, ValueError):  # a file that is being written; the next time is soon
-        if (run.path / "metrics.jsonl").stat().st_mtime > begun - CLOCK_S:
-            figure = draw_run(run)
-            if figure:
-                shown.update(figure)
-    return time.monotonic() - begin
+        redraw(0)  # also what was finished before
 
 
 def _display(text: str):

@@ -1,10 +1,9 @@
-"""Figures of training runs and single steps; axes have units, and colours are colour-blind-safe."""
+"""Figures of single steps; axes have units, and colours are colour-blind-safe."""
 
 from __future__ import annotations
 
-import math
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from matplotlib.colors import LogNorm
@@ -16,70 +15,6 @@ from dimo.views.figure import Figure
 # Okabe and Ito's palette, ordered so that neighbours differ in lightness, too
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 STYLES = ("-", (0, (5, 4)), (0, (1.5, 2)))  # dashes, so that coinciding lines remain visible
-PANELS = {  # {title: {metric: label}}
-    "entropy (nats per token)": {
-        "entropy/student": "student",
-        "entropy/aux": "auxiliary",
-        "entropy/teacher": "teacher",
-    },
-    "loss (nats per token)": {"loss/aux": "auxiliary", "loss/distill": "distillation"},
-    "reward: minus Jeffreys' divergence (nats)": {"reward/mean": "mean", "reward/baseline": "baseline"},
-    "auxiliary to teacher (total variation)": {"gap/aux_teacher_tv": "gap"},
-    "teacher to student at x_t (KL, nats per token)": {"gap/student_teacher_kl": "gap"},
-    "gradient norm before clipping": {"grad_norm/student": "student", "grad_norm/aux": "auxiliary"},
-    "codes used in a batch": {"codes/used": "codes"},
-    "weight of the entropy bonus": {"lambda_ent": "lambda_ent"},
-}
-READABLE = 10  # points, at 100 dots per inch and 1,000 pixels
-
-
-def curves(rows: list[dict], smooth: int = 1) -> Figure:
-    """Panels of training metrics over steps, two in a row; those that rows do not have or never change are left out.
-
-    Args:
-        rows: rows of metrics.jsonl.
-        smooth: number of rows in the running mean; 1 shows the raw values.
-    """
-    if not rows:
-        raise DimoError("rows must hold at least one logged step; has the run started?")
-    if smooth < 1:
-        raise DimoError(f"smooth must be at least 1, got {smooth}")
-    # without a baseline the rows repeat the reward, without an entropy bonus its weight
-    left_out = {"reward/baseline"} if all(r.get("reward/baseline") == r.get("reward/mean") for r in rows) else set()
-    left_out |= {"lambda_ent"} if len({r.get("lambda_ent") for r in rows}) == 1 else set()
-    shown = {title: _points(rows, names.keys() - left_out) for title, names in PANELS.items()}
-    shown = {title: points for title, points in shown.items() if points}
-    lines = max(1, math.ceil(len(shown) / 2))
-    figure = Figure(figsize=(10, 0.5 + 2.3 * lines), layout="constrained")
-    axes = list(figure.subplots(lines, 2, squeeze=False).flat)
-    for axis in axes[len(shown) :]:
-        axis.remove()
-    figure.supxlabel("step" if smooth == 1 else f"step (means of {smooth} logged rows)", fontsize=READABLE)
-    for axis, (title, points) in zip(axes, shown.items()):
-        for (name, label), colour, style in zip(PANELS[title].items(), COLOURS, STYLES):
-            if name in points:
-                steps, values = zip(*points[name])
-                dot = "o" if len(steps) == 1 else None  # a single point makes no line
-                axis.plot(steps, _running_mean(values, smooth), color=colour, label=label, linewidth=1.6,
-                          linestyle=style, marker=dot)  # fmt: skip
-        if title.startswith("gradient"):
-            axis.set_yscale("log")
-        axis.set_title(title, fontsize=READABLE + 1, loc="left")
-        axis.tick_params(which="both", labelsize=READABLE)
-        axis.grid(alpha=0.3)
-        if len(axis.lines) > 1:
-            axis.legend(fontsize=READABLE, frameon=False)
-    return figure
-
-
-def _points(rows: list[dict], names: Iterable[str]) -> dict[str, list[tuple[int, float]]]:
-    """{metric: [(step, value)]} of the metrics that rows have."""
-    points = {name: [(r["step"], r[name]) for r in rows if r.get(name) is not None] for name in names}
-    return {name: found for name, found in points.items() if found}
-
-
-def _running_mean(values: tuple, width: int) -> list[float]:
-    return [sum(values[max(0, i - width + 1) : i + 1]) / min(i + 1, width) for i in range(len(values))]
 
 
 def token_maps(maps: dict[str, torch.Tensor], unit: str) -> Figure:
