@@ -6,7 +6,8 @@
 import torch
 
 from dimo.evaluation.evaluate import format_cell
-from dimo.evaluation.metrics import SCORED, Videos
+from dimo.evaluation.metrics import measure
+from dimo.evaluation.videos import Videos
 from dimo.ursa import load_ursa, sample
 from dimo.ursa.loading import load_student
 from dimo.worlds import DEFAULT_WORLD, SHIPPED_STUDENT, checkpoint_folder, load_world
@@ -37,8 +38,8 @@ def main() -> None:
     print(f"{'student, 1 pass':24}{'validity':>12}{'adherence':>12}{'coverage':>12}")
     for name, codes in made.items():
         videos = Videos(codes.view(-1, *grid), prompts, VIDEOS, seconds=0.0, scores=score(world, codes, prompts))
-        row = [SCORED[key].function(videos) for key in ("validity", "adherence", "coverage")]
-        print(f"{name:24}" + "".join(f"{format_cell(value):>12}" for value in row))
+        row = measure(videos) | {"intervals": {}}
+        print(f"{name:24}" + "".join(f"{format_cell(row, key):>12}" for key in ("validity", "adherence", "coverage")))
 
 
 if __name__ == "__main__":

@@ -45,9 +45,11 @@ def test_rows_are_what_the_samplers_and_the_oracle_give(world, ursa):
     assert rows["teacher_3"]["spread"] == pytest.approx((first - second).square().sum(-1).mean().item(), rel=1e-4)
     assert rows["teacher_3"]["distinct"] == 1 - (again[::2] == again[1::2]).all(1).float().mean().item() / 2
     keys = ["validity", "adherence", "token_accuracy", "coverage", "coverage_near", "coverage_detail", "videos"]
-    keys += ["seconds_per_video", "spread", "distinct"]
+    keys += ["seconds_per_video", "spread", "distinct", "intervals"]
     assert all(list(row) == keys for row in rows.values()) and "undefined" in format_table(rows)
-    assert columns_of(rows) == [key for key in keys if key not in ("coverage_detail", "videos")]
+    assert columns_of(rows) == [key for key in keys if key not in ("coverage_detail", "videos", "intervals")]
+    low, high = rows["teacher_3"]["intervals"]["token_accuracy"]
+    assert low < rows["teacher_3"]["token_accuracy"] < high
 
 
 def test_every_batch_of_every_row_starts_from_the_same_noise(world, ursa, monkeypatch):

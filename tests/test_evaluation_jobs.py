@@ -40,7 +40,7 @@ def overrides(student):
     return [
         f"distill.teacher_ckpt={TINY}", f"distill.prompt_source={student / 'captions.txt'}", "model.device=cpu",
         "distill.num_frames=5", "distill.height=8", "distill.width=16", "distill.max_prompt_length=9",
-        "evaluation.teacher_steps=[4]",
+        "evaluation.teacher_steps=[4]", "evaluation.judged_videos=3",  # one of the two of each prompt
     ]  # fmt: skip
 
 
@@ -74,8 +74,8 @@ def test_two_processes_give_the_figures_of_one(student, alone, tmp_path):
     words = command(student, tmp_path, "training.num_processes=2")
     said = python.run(words, capture_output=True, text=True).stderr
     assert_as_alone(tmp_path, json.loads((tmp_path / "report.json").read_text()), alone)
-    assert "evaluate: 6 videos in each of 6 rows, 300 passes in 2 processes" in said
-    assert said.count("300/300 passes  done") == 1
+    assert "evaluate: 39 videos in 7 rows, 378 passes in 2 processes" in said
+    assert said.count("378/378 passes  done") == 1
 
 
 def test_a_killed_evaluation_goes_on(student, alone, tmp_path):
@@ -88,13 +88,13 @@ def test_a_killed_evaluation_goes_on(student, alone, tmp_path):
     process.communicate()
     kept = {file.name: file.stat().st_mtime_ns for file in folder.glob("[!.]*.safetensors")}
     (folder / ".student_1-00000.1.partial.safetensors").write_text("half a file")
-    assert 5 <= len(kept) < 36 and not (tmp_path / "report.json").exists()
+    assert 5 <= len(kept) < 39 and not (tmp_path / "report.json").exists()
 
     config, seen, save = load_config("distill_dimo", overrides(student)), [], Parts.save
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Parts, "save", lambda self, *a: (seen.append(self.file(a[0]).name), save(self, *a)))
         rows = evaluate_to_folder(config, student / "student", tmp_path, progress=False)
-    assert not set(seen) & kept.keys() and len(seen) == 36 - len(kept)
+    assert not set(seen) & kept.keys() and len(seen) == 39 - len(kept)
     assert_as_alone(tmp_path, rows, alone)
 
 

@@ -32,7 +32,7 @@ SCORES = ("clarity_score", "aesthetic_score", "motion_score", "video_training_su
 SMALL = (
     "model.device=cpu", "distill.teacher_ckpt={folder}/world", "distill.batch_size_per_gpu=4", "distill.t_draws=1",
     "distill.aux_steps=1", "training.max_train_steps=3", "optim.warmup_steps=1", "experiment.sample_every=9",
-    "evaluation.videos_per_prompt=1", "evaluation.teacher_steps=[1]",
+    "evaluation.videos_per_prompt=1", "evaluation.teacher_steps=[1]", "evaluation.judged_videos=0",
 )  # fmt: skip
 # {folder} is `made_once`
 CAPTIONS = ("distill.prompt_source={folder}/captions.csv",)
@@ -162,6 +162,7 @@ EVALUATED = [
     Row("evaluation.videos_per_prompt", 2, "student_1/ untrained_1/ teacher_1/"),
     Row("evaluation.teacher_steps", "[2]", "teacher_2", still="teacher_1 student_1"),
     Row("evaluation.seed", 1, "student_1/ untrained_1/ teacher_1/"),
+    Row("evaluation.judged_videos", 1, "teacher_1_again/ student_1/teacher_nll", still="student_1/validity"),
     Row("evaluation.batch_size", 10, "student_1/ untrained_1/ teacher_1/"),
 ]
 ELSEWHERE = {  # {key: the test that shows it}

@@ -93,7 +93,7 @@ def _table(run: RunFolder) -> str:
     columns = columns_of(rows)
     head = "".join(f"<th>{c}</th>" for c in ("", *columns))
     body = "".join(
-        f"<tr><td>{html.escape(name)}</td>{''.join(f'<td>{format_cell(row[c])}</td>' for c in columns)}</tr>"
+        f"<tr><td>{html.escape(name)}</td>{''.join(f'<td>{format_cell(row, c)}</td>' for c in columns)}</tr>"
         for name, row in rows.items()
     )
     sentences = [html.escape(sentence) for sentence in (*legend(rows), prompts_of(rows))]

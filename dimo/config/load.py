@@ -46,7 +46,7 @@ RANGES = {  # {phrase: (test, keys)}; null values are not tested
         "distill.w_distill distill.w_kd distill.w_reinforce distill.lambda_ent distill.lambda_ent_high "
         "distill.entropy_floor distill.ent_anneal_from distill.ent_anneal_to distill.t_curriculum_steps "
         "distill.max_prompt_length experiment.keep_every optim.weight_decay optim.muon_weight_decay optim.warmup_steps "
-        "evaluation.held_out",
+        "evaluation.held_out evaluation.judged_videos",
     ),
     "be positive": (
         lambda value: value > 0,

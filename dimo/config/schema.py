@@ -306,6 +306,9 @@ class Evaluation:
     )
     seed: int = _key(1234, "seed of initial noise and sampling, the same for every row of the table")
     batch_size: int = _key(512, "videos sampled per batch")
+    judged_videos: int = _key(
+        256, "videos of each row, spread over the prompts, that the teacher judges and compares with its own; 0: none"
+    )
     held_out: int = _key(8, "captions excluded from training and used to evaluate a student without an oracle; 0: none")
 
 

@@ -14,22 +14,29 @@ from typing import Any
 import torch
 
 from dimo.errors import DimoError
-from dimo.evaluation import reference_free
+from dimo.evaluation import judging, reference_free
 from dimo.ursa import Ursa, UrsaTransformer, sample
 from dimo.ursa.chunks import without_compiling
 from dimo.ursa.sampler import timesteps
 
-NLL_NOISE = 2**61  # offset that keeps the seeds of teacher_nll apart from those of sampling
+# Offsets that keep the seeds of the judge's noise, and of the teacher's other videos, apart from those of sampling.
+# They differ in the low 32 bits, which are all that a generator on a CPU looks at.
+JUDGE_NOISE, OTHER_NOISE = 0x9E3779B9, 0x5851F42D
+AGAIN = "_again"  # ends the name of the row of the teacher's other videos
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A sampler: student, teacher or the untrained student, number of steps, sampled or arg-max, guided or not."""
+    """A sampler: student, teacher or the untrained student, number of steps, sampled or arg-max, guided or not.
+
+    `again`: from other noise than all other rows, and only the videos that are judged.
+    """
 
     network: str  # student, untrained or teacher
     steps: int = 1
     argmax: bool = False
     guided: bool = False
+    again: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,14 +59,18 @@ class Comparison:
     untrained_1_argmax, all unguided; and teacher_<steps>, guided if guidance_scale > 1. Batch i starts from the same
     noise in every row.
 
+    If videos are judged, the row teacher_<most steps>_again is the teacher from other noise: what tells it from the
+    teacher is chance, and so the floor of every comparison with the teacher.
+
     Args:
         prompts: prompts to sample; the videos of a prompt are adjacent.
         grid: latents_shape (T, H, W).
         teacher_steps: numbers of sampling steps of the teacher.
         batch_size: videos per batch.
         guidance_trunc: guidance is off where t >= this.
-        judged: compute the inputs of reference-free metrics as well: `reference_free.teacher_nll`, and for rows of one
-            pass `reference_free.pass_entropy`.
+        judged: number of videos of each row, spread over the prompts, for which the inputs of reference-free metrics
+            are computed as well: `judging.judge`, and for rows of one pass `reference_free.pass_entropy`. At least one
+            of every prompt; 0: none.
         held_out: number of prompts that training has never seen, if known.
         teacher: the teacher of the rows teacher_<steps>; None: the transformer of `ursa`.
 
@@ -82,7 +93,7 @@ class Comparison:
         guidance_scale: float = 1.0,
         guidance_trunc: float = 0.9,
         negative_prompt: str = "",
-        judged: bool = False,
+        judged: int = 0,
         held_out: int | None = None,
         teacher: Any = None,
     ):
@@ -91,7 +102,7 @@ class Comparison:
                 f"at least one prompt and one video per prompt are needed, got {len(prompts)} prompts and "
                 f"videos_per_prompt={videos_per_prompt}"
             )
-        self.ursa, self.grid, self.seed, self.judged = ursa, grid, seed, judged
+        self.ursa, self.grid, self.seed = ursa, grid, seed
         untrained = ursa.transformer
         self.networks = {
             "student": student,
@@ -100,8 +111,11 @@ class Comparison:
         }
         self.held_out = held_out
         self.copies = videos_per_prompt
+        self.judged_copies = min(videos_per_prompt, max(1, judged // len(prompts))) if judged else 0
         self.prompts = [p for p in prompts for _ in range(videos_per_prompt)]
         self.txt_ids = ursa.tokenize(self.prompts, max_prompt_length).split(batch_size)
+        self.videos = torch.arange(len(self.prompts)).split(batch_size)  # indices of each batch
+        self.choice_ids = ursa.tokenize(prompts, max_prompt_length)[judging.choices(len(prompts))]  # (P, k, L)
         uncond_ids = ursa.tokenize([negative_prompt], max_prompt_length)
         self.guidance = {"guidance_scale": guidance_scale, "guidance_trunc": guidance_trunc, "uncond_ids": uncond_ids}
         self.rows = {
@@ -110,15 +124,31 @@ class Comparison:
             "untrained_1": Row("untrained"),
             "untrained_1_argmax": Row("untrained", argmax=True),
         } | {f"teacher_{n}": Row("teacher", steps=n, guided=guidance_scale > 1) for n in teacher_steps}
+        if judged and teacher_steps:
+            most = f"teacher_{max(teacher_steps)}"
+            self.rows[most + AGAIN] = dataclasses.replace(self.rows[most], again=True)
         self._warm: set[tuple[str, bool]] = set()  # (network, guided)
 
     def jobs(self) -> list[Job]:
         """All jobs, row by row, cheap rows first."""
         return [
-            Job(name, i, len(ids) * (self._passes(row) + self._judging(row)))
+            Job(name, i, self._made(row, i) * self._passes(row) + int(self._is_judged(i).sum()) * self._judging(row))
             for name, row in self.rows.items()
-            for i, ids in enumerate(self.txt_ids)
+            for i in range(len(self.txt_ids))
+            if self._made(row, i)
         ]
+
+    def count(self) -> int:
+        """Number of videos that all rows make."""
+        return sum(self._made(row, i) for row in self.rows.values() for i in range(len(self.txt_ids)))
+
+    def _is_judged(self, batch: int) -> torch.Tensor:
+        """Which videos of a batch are judged, (b,) bool: the first `judged_copies` of a prompt."""
+        return self.videos[batch] % self.copies < self.judged_copies
+
+    def _made(self, row: Row, batch: int) -> int:
+        """Number of videos of a batch that a row makes."""
+        return int(self._is_judged(batch).sum()) if row.again else len(self.videos[batch])
 
     def _passes(self, row: Row) -> int:
         """Transformer passes per video for sampling; a guided step takes two."""
@@ -126,24 +156,32 @@ class Comparison:
         return row.steps + (sum(t < self.guidance["guidance_trunc"] for t in times) if row.guided else 0)
 
     def _judging(self, row: Row) -> int:
-        return (len(reference_free.TIMES) + (self._passes(row) if row.steps == 1 else 0)) if self.judged else 0
+        """Transformer passes per judged video."""
+        return judging.passes(len(self.choice_ids)) + (self._passes(row) if self._has_entropy(row) else 0)
+
+    def _has_entropy(self, row: Row) -> bool:
+        """Whether `pass_entropy` is computed: of single passes of a transformer, not of an exact teacher."""
+        return row.steps == 1 and not hasattr(self.networks[row.network], "predict")
 
     @torch.no_grad()
     def run(self, job: Job) -> dict[str, torch.Tensor]:
-        """Run a job of b videos.
+        """Run a job of b videos, of which j are judged.
 
         Returns:
-            "codes" (b, N) and "seconds" (), the time to sample them; if judged also "nll" (b,) and, for rows of one
-            pass, "entropy" (b,), both in nats per token. All on the CPU.
+            "codes" (b, N) and "seconds" (), the time to sample them; if j > 0 also what `judging.judge` returns, (j,
+            ...), and for rows of one pass "entropy" (j,), in nats per token. All on the CPU.
         """
-        row, ids, i = self.rows[job.row], self.txt_ids[job.index], job.index
+        row, i = self.rows[job.row], job.index
+        judged = self._is_judged(i)
+        made_of = judged if row.again else torch.ones_like(judged)
+        ids, index = self.txt_ids[i][made_of], self.videos[i][made_of]
         network = self.networks[row.network]
         path, device = self.ursa.path, self.ursa.path.device
         options = {"shift": self.ursa.shift, "argmax": row.argmax}
         if row.guided:
             options |= self.guidance | {"uncond_ids": self.guidance["uncond_ids"].expand_as(ids)}
         # one generator per batch: rows consume different amounts of random numbers
-        g = torch.Generator(device).manual_seed((self.seed * 1_000_003 + i) % 2**63)
+        g = self._noise(i, OTHER_NOISE if row.again else 0)
         x_init = torch.randint(path.codebook_size, (len(ids), math.prod(self.grid)), generator=g, device=device)
         with without_compiling():
             if (row.network, row.guided) not in self._warm:  # the first pass of a network in a process is slower
@@ -152,23 +190,36 @@ class Comparison:
             start = time.perf_counter()
             codes = sample(network, path, ids, self.grid, row.steps, x_init=x_init, generator=g, **options).cpu()
             made = {"codes": codes, "seconds": torch.tensor(time.perf_counter() - start)}  # .cpu() waits for the GPU
-            if self.judged:
-                noise = torch.Generator(device).manual_seed((NLL_NOISE + self.seed * 1_000_003 + i) % 2**63)
-                made["nll"] = reference_free.teacher_nll(self.ursa, codes.to(device), ids, self.grid, noise)
-            if self.judged and row.steps == 1:
-                at_0 = row.guided and self.guidance["guidance_trunc"] > 0  # the only pass is at t = 0
-                scale = self.guidance["guidance_scale"] if at_0 else 1.0
-                uncond_ids = self.guidance["uncond_ids"]
-                entropy = reference_free.pass_entropy(network, ids, x_init, self.grid, scale, uncond_ids)
-                made["entropy"] = entropy.mean(1)
+            if judged.any():
+                mine = judged[made_of]
+                made |= self._judge(row, i, index[mine], codes[mine].to(device), x_init[mine.to(device)])
         return {name: value.cpu() for name, value in made.items()}
 
+    def _noise(self, batch: int, offset: int) -> torch.Generator:
+        return torch.Generator(self.ursa.path.device).manual_seed((offset + self.seed * 1_000_003 + batch) % 2**63)
+
+    def _judge(self, row: Row, batch: int, index: torch.Tensor, codes: torch.Tensor, x_init: torch.Tensor) -> dict:
+        """What reference-free metrics need of the videos `index` (j,), codes and x_init (j, N), of a batch."""
+        uncond_ids, scale, trunc = (self.guidance[key] for key in ("uncond_ids", "guidance_scale", "guidance_trunc"))
+        prompt_ids = self.choice_ids[(index // self.copies).to(self.choice_ids.device)]
+        noise = self._noise(batch, JUDGE_NOISE)  # the same in every row
+        made = judging.judge(self.ursa, codes, prompt_ids, uncond_ids, self.grid, noise, scale, trunc)
+        if self._has_entropy(row):
+            at_0 = scale if row.guided and trunc > 0 else 1.0  # the only pass is at t = 0
+            network = self.networks[row.network]
+            entropy = reference_free.pass_entropy(network, prompt_ids[:, 0], x_init, self.grid, at_0, uncond_ids)
+            made["entropy"] = entropy.mean(1)
+        return made
+
     def gather(self, made: dict[Job, dict[str, torch.Tensor]]) -> dict[str, dict[str, torch.Tensor]]:
-        """Concatenate the results of all jobs, {row: {"codes": (B, N), ...}}."""
+        """Concatenate the results of all jobs, {row: {"codes": (B, N), ...}}; what is judged is (P V', ...)."""
         rows: dict[str, list[dict[str, torch.Tensor]]] = {}
         for job in self.jobs():
             rows.setdefault(job.row, []).append(made[job])
         return {
-            name: {key: torch.cat([torch.atleast_1d(part[key]) for part in parts]) for key in parts[0]}
+            name: {
+                key: torch.cat([torch.atleast_1d(part[key]) for part in parts if key in part])
+                for key in dict.fromkeys(key for part in parts for key in part)
+            }
             for name, parts in rows.items()
         }

@@ -6,6 +6,7 @@ Videos of a built-in world are scored by its oracle, those of other checkpoints 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -16,10 +17,11 @@ import torch
 
 from dimo.config import Config, device_of, to_flat, to_yaml
 from dimo.errors import DimoError
-from dimo.evaluation.comparison import Comparison
+from dimo.evaluation.comparison import AGAIN, Comparison
 from dimo.evaluation.jobs import Job, Parts, alone_in, run_here, run_in_processes
-from dimo.evaluation.metrics import Videos, columns_of, measure
+from dimo.evaluation.metrics import columns_of, measure
 from dimo.evaluation.reference_free import save_codes
+from dimo.evaluation.videos import Videos
 from dimo.files import write_text
 from dimo.run.sources import teacher_files
 from dimo.train.prompts import evaluation_prompts, require_prompts_fit
@@ -29,10 +31,11 @@ from dimo.ursa.loading import load_student
 from dimo.worlds import checkpoint_folder, is_world, load_world, require_world
 from dimo.worlds.exact import exact_teacher
 from dimo.worlds.oracle import score
-from dimo.worlds.protocol import World, prompt_length
+from dimo.worlds.protocol import World, prompt_length, prompts_to_score
 
 log = logging.getLogger(__name__)
 SHEET_PROMPTS = 6
+WIDE = 140  # characters of a table
 PARTS = "evaluation_jobs"  # unlikely to exist already, unlike runs/evaluation for `dimo evaluate -o runs`
 
 
@@ -55,31 +58,42 @@ def evaluate(
         ({row: {metric: value}}, {row: codes (B, N)}).
     """
     comparison = Comparison(
-        ursa, student, world.prompts, world.latents_shape, videos_per_prompt=videos_per_prompt,
+        ursa, student, prompts_to_score(world), world.latents_shape, videos_per_prompt=videos_per_prompt,
         teacher_steps=teacher_steps, batch_size=batch_size, seed=seed, max_prompt_length=prompt_length(world),
         **guidance,
     )  # fmt: skip
     made = comparison.gather({job: comparison.run(job) for job in comparison.jobs()})
-    return _rows(comparison, made, world), {name: row["codes"] for name, row in made.items()}
+    return rows_of(comparison, made, world), {name: row["codes"] for name, row in made.items()}
 
 
-def _rows(comparison: Comparison, made: dict[str, dict[str, torch.Tensor]], world: World | None) -> dict:
+def rows_of(comparison: Comparison, made: dict[str, dict[str, torch.Tensor]], world: World | None) -> dict:
     """The metrics of every row, and for captions the number of held-out ones."""
     known = {"prompts_held_out": comparison.held_out} if world is None else {}
-    return {name: measure(videos_of(comparison, row, world)) | known for name, row in made.items()}
+    videos = {name: videos_of(comparison, row, world) for name, row in made.items()}
+    again = next((name for name in videos if name.endswith(AGAIN)), "")
+    for name, row in list(videos.items()) if again else []:  # the teacher's two rows are compared with each other
+        teacher = again.removesuffix(AGAIN)
+        videos[name] = dataclasses.replace(row, reference=videos[again if name == teacher else teacher])
+    return {name: measure(row) | known for name, row in videos.items()}
 
 
 def videos_of(comparison: Comparison, row: dict[str, torch.Tensor], world: World | None = None) -> Videos:
     """The `Videos` of a row from its gathered jobs (`Comparison.gather`), scored by the world's oracle if given."""
-    scores = score(world, row["codes"], comparison.prompts) if world else None
+    different = comparison.prompts[:: comparison.copies]
+    copies = len(row["codes"]) // len(different)  # fewer of the teacher's other videos
+    prompts = [prompt for prompt in different for _ in range(copies)]
     return Videos(
-        row["codes"].view(-1, *comparison.grid), comparison.prompts, comparison.copies, row["seconds"].sum().item(),
-        row.get("nll"), row.get("entropy"), scores, comparison.ursa.path,
+        row["codes"].view(-1, *comparison.grid), prompts, copies, row["seconds"].sum().item(),
+        score(world, row["codes"], prompts) if world else None, comparison.ursa.path,
+        {name: value for name, value in row.items() if name not in ("codes", "seconds")},
     )  # fmt: skip
 
 
-def format_cell(value: float | int | None) -> str:
-    """A metric's value as text for a table."""
+def format_cell(row: dict, column: str) -> str:
+    """A metric of a row as text for a table, with its interval if there is one."""
+    value, interval = row.get(column), row.get("intervals", {}).get(column)
+    if value is not None and interval:
+        return f"{value:.3g} [{interval[0]:.3g}, {interval[1]:.3g}]"
     return "undefined" if value is None else str(value) if isinstance(value, int) else f"{value:.4g}"
 
 
@@ -96,11 +110,16 @@ def prompts_of(rows: dict) -> str:
 
 
 def format_table(rows: dict) -> str:
-    """The rows of a report as a text table."""
-    columns = columns_of(rows)
-    lines = [f"{'':18}" + "".join(f"{c:>18}" for c in columns)]
-    lines += [f"{name:18}" + "".join(f"{format_cell(row[c]):>18}" for c in columns) for name, row in rows.items()]
-    return "\n".join(lines)
+    """The rows of a report as text: tables of at most WIDE characters below each other, if it has many columns."""
+    names = ["", *rows]
+    first, tables = 2 + max(len(name) for name in names), list[list[str]]()
+    for column in columns_of(rows):
+        cells = [column, *(format_cell(row, column) for row in rows.values())]
+        width = max(18, 2 + max(len(cell) for cell in cells))
+        if not tables or len(tables[-1][0]) + width > WIDE:
+            tables.append([f"{name:{first}}" for name in names])
+        tables[-1] = [line + f"{cell:>{width}}" for line, cell in zip(tables[-1], cells)]
+    return "\n\n".join("\n".join(lines) for lines in tables)
 
 
 def evaluate_to_folder(config: Config, weights: str | Path, out: Path, progress: bool = True) -> dict:
@@ -145,7 +164,7 @@ def _evaluate_alone(
         words = [sys.executable, "-m", "dimo.evaluation.worker", str(os.getpid()), str(parts.folder), str(weights)]
         run_in_processes(lambda rank, of: [*words, str(rank), str(of)], jobs, parts, processes, progress)
     made = comparison.gather(parts.load(jobs))
-    rows, codes = _rows(comparison, made, world), {name: row["codes"] for name, row in made.items()}
+    rows, codes = rows_of(comparison, made, world), {name: row["codes"] for name, row in made.items()}
     if world is None:
         save_codes(out / "codes.safetensors", codes, comparison.prompts, comparison.grid)
     first = {name: c[:: comparison.copies].view(-1, *comparison.grid) for name, c in codes.items()}
@@ -157,7 +176,7 @@ def _evaluate_alone(
 
 
 def _announce(comparison: Comparison, jobs: list[Job], missing: list[Job], processes: int) -> None:
-    text = f"evaluate: {len(comparison.prompts)} videos in each of {len(comparison.rows)} rows, "
+    text = f"evaluate: {comparison.count()} videos in {len(comparison.rows)} rows, "
     text += f"{sum(job.cost for job in missing)} passes" + (f" in {processes} processes" if processes > 1 else "")
     if len(missing) < len(jobs):
         text += f"; {len(jobs) - len(missing)} of {len(jobs)} jobs were finished before"
@@ -180,13 +199,13 @@ def open_comparison(config: Config, weights: str | Path) -> tuple[Comparison, Wo
     if world is not None:
         require_world(world, grid, ursa.path.codebook_size)
         require_prompts_fit(ursa, world.prompts, d.max_prompt_length)
-    prompts, held_out = (world.prompts, None) if world else evaluation_prompts(config, ursa, weights)
+    prompts, held_out = (prompts_to_score(world), None) if world else evaluation_prompts(config, ursa, weights)
     return Comparison(
         ursa, load_student(ursa, weights), prompts, grid,
         videos_per_prompt=e.videos_per_prompt or (64 if world else 2), batch_size=e.batch_size if world else 1,
         teacher_steps=tuple(sorted({1, *e.teacher_steps})), seed=e.seed, max_prompt_length=d.max_prompt_length,
         guidance_scale=d.guidance_scale, guidance_trunc=d.guidance_trunc, negative_prompt=d.negative_prompt,
-        judged=world is None, held_out=held_out,
+        judged=e.judged_videos, held_out=held_out,
         teacher=exact_teacher(folder, ursa.path) if d.teacher == "exact" else None,
     ), world  # fmt: skip
 

@@ -104,7 +104,7 @@ class Grid:
         folder = out / f"{_slug(place.name)}-{_slug(arm)}-lr{rate if rate else 'own':.6}-seed{seed}"
         steps = [] if seed in self.tuning_seeds else [f"evaluation.teacher_steps=[{TEACHER_STEPS}]"]
         own = [f"experiment.seed={seed}", f"experiment.output_dir={folder}", f"experiment.name={self.name}"]
-        return folder, ["evaluation.teacher_steps=[1]", *steps, *words, *own]
+        return folder, ["evaluation.teacher_steps=[1]", "evaluation.judged_videos=0", *steps, *words, *own]
 
     def _steps(self, words: list[str]) -> int:
         return self._load([word for word in words if not _is_share(word)]).training.max_train_steps

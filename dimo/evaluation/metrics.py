@@ -1,63 +1,24 @@
 """The metrics of a report: `SCORED` for videos scored by a world's oracle, `REFERENCE_FREE` for all others.
 
-To add a metric, write a function of `Videos` in a file beside this one, and add a line to one or both of the dicts.
+`JUDGED` (`dimo.evaluation.beside_teacher`) joins either where the teacher has judged videos. To add a metric, write a
+function of `Videos` in a file beside this one, and add a line to one or more of the dicts.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from dimo.evaluation import beside_teacher, bootstrap
+from dimo.evaluation.bootstrap import Estimate
+from dimo.evaluation.comparison import AGAIN
 from dimo.evaluation.reference_free import diversity
 from dimo.evaluation.scored import coverage_detail, least_coverage
-from dimo.ursa.probability_path import MetricPath, MixturePath
-from dimo.views.collapse import distinct, spread
-from dimo.worlds.protocol import Scores
-
-
-@dataclasses.dataclass(frozen=True)
-class Videos:
-    """The videos of one row: V videos for each of P prompts, B = P V in total, those of a prompt adjacent.
-
-    Attributes:
-        codes: (B, T, H, W), on the CPU.
-        prompts: the prompt of each of the B videos.
-        copies: V.
-        seconds: time to sample all videos, without decoding, after a warm-up pass.
-        nll: (B,) `teacher_nll`, in nats per token; None if an oracle scores.
-        entropy: (B,) mean `pass_entropy`, in nats per token; None for rows of several passes, and if an oracle scores.
-        scores: the oracle's scores, if there is one.
-        path: the teacher's probability path, whose codebook says how far apart two codes are.
-    """
-
-    codes: torch.Tensor
-    prompts: list[str]
-    copies: int
-    seconds: float
-    nll: torch.Tensor | None = None
-    entropy: torch.Tensor | None = None
-    scores: Scores | None = None
-    path: MetricPath | MixturePath | None = None
-
-    @functools.cached_property
-    def coverage_detail(self) -> dict[str, float | None]:
-        """`coverage_detail` of the scores, which two metrics report."""
-        return coverage_detail(self.scored)
-
-    @property
-    def by_prompt(self) -> torch.Tensor:
-        """The codes as (P, V, N)."""
-        return self.codes.view(len(self.codes) // self.copies, self.copies, -1)
-
-    @property
-    def scored(self) -> Scores:
-        """`scores`, where an oracle has scored."""
-        assert self.scores is not None  # `measure` takes the metrics of SCORED only where they are there
-        return self.scores
+from dimo.evaluation.videos import Videos
+from dimo.views.collapse import distinct
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,25 +26,23 @@ class Metric:
     """A metric of report.json; its name is its key in the dict.
 
     Attributes:
-        better: "higher" or "lower"; None for a detail that is in report.json but not in tables.
+        better: "higher", "lower" or a value such as "nearer to 1"; None for a detail that is in report.json but not in
+            tables.
         definition: one sentence with the unit, without a full stop.
-        function: returns a number, or None if the metric is undefined. A detail may be any JSON value.
+        function: returns a number, an `Estimate`, or None if the metric is undefined. A detail may be any JSON value.
+        needs: what the judge must have said (`dimo.evaluation.judging.judge`), for metrics of `JUDGED`.
     """
 
     better: str | None
     definition: str
     function: Callable[[Videos], Any]
+    needs: str = "nll"
 
 
-def _mean(values: torch.Tensor) -> float:
-    return values.float().mean().item()
-
-
-def _spread(videos: Videos) -> float | None:
-    if videos.path is None or videos.copies < 2:
-        return None
-    path = videos.path
-    return _mean(torch.cat([spread(one.to(path.device), path) for one in videos.by_prompt.split(1)]))
+def _mean(videos: Videos, values: torch.Tensor) -> Estimate:
+    """The mean of a value for each of the B videos."""
+    per_prompt = bootstrap.mean(values.double().view(-1, videos.copies).mean(1))
+    return Estimate(values.float().mean().item(), per_prompt.interval if per_prompt else None)
 
 
 SECONDS = Metric(
@@ -93,7 +52,7 @@ SECONDS = Metric(
 
 SPREAD = Metric(
     "higher", "mean squared distance of two videos of a prompt in the codebook's space, per token; far below the "
-    "teacher's where a student has collapsed", _spread,
+    "teacher's where a student has collapsed", beside_teacher.mean_spread,
 )  # fmt: skip
 
 DISTINCT = Metric(
@@ -103,15 +62,15 @@ DISTINCT = Metric(
 
 SCORED: dict[str, Metric] = {
     "validity": Metric(
-        "higher", "share of videos that are valid for any prompt", lambda v: _mean(v.scored.valid)
+        "higher", "share of videos that are valid for any prompt", lambda v: _mean(v, v.scored.valid)
     ),
     "adherence": Metric(
         "higher", "share of videos that are at least as near to a valid video of their own prompt as to any other",
-        lambda v: _mean(v.scored.adherent),
+        lambda v: _mean(v, v.scored.adherent),
     ),
     "token_accuracy": Metric(
         "higher", "share of tokens equal to those of the nearest valid video of any prompt",
-        lambda v: _mean(v.scored.accuracy),
+        lambda v: _mean(v, v.scored.accuracy),
     ),
     "coverage": Metric(
         "higher", "entropy of each factor that prompts leave open, over valid videos of the right prompt, relative to "
@@ -135,14 +94,6 @@ REFERENCE_FREE: dict[str, Metric] = {
     "spread": SPREAD,
     "distinct": DISTINCT,
     "codes_used": Metric("higher", "number of distinct codes in all videos", lambda v: v.codes.unique().numel()),
-    "token_entropy": Metric(
-        "lower", "entropy of the prediction of a single pass, in nats per token",
-        lambda v: None if v.entropy is None else v.entropy.mean().item(),
-    ),
-    "teacher_nll": Metric(
-        "lower", "negative log-likelihood under the teacher after re-noising, in nats per token",
-        lambda v: None if v.nll is None else v.nll.mean().item(),
-    ),
     "diversity": Metric(
         "higher", "share of tokens in which two videos of a prompt differ",
         lambda v: diversity(v.by_prompt),
@@ -150,19 +101,94 @@ REFERENCE_FREE: dict[str, Metric] = {
 }  # fmt: skip
 
 
+JUDGED: dict[str, Metric] = {
+    "token_entropy": Metric(
+        "lower", "entropy of the prediction of a single pass, in nats per token", beside_teacher.token_entropy
+    ),
+    "teacher_nll": Metric(
+        "lower", "denoising cross-entropy: negative log-likelihood under the teacher after re-noising, in nats per "
+        "token",
+        beside_teacher.nll,
+    ),
+    "nll_difference": Metric(
+        "nearer to 0", "teacher_nll less that of the teacher's own videos; below 0 where videos are plainer than its",
+        beside_teacher.nll_difference,
+    ),
+    "guided_nll": Metric(
+        "lower", "as teacher_nll, under the guided teacher", lambda v: beside_teacher.nll(v, "nll_guided"), "nll_guided"
+    ),
+    "guided_nll_difference": Metric(
+        "nearer to 0", "guided_nll less that of the teacher's own videos",
+        lambda v: beside_teacher.nll_difference(v, "nll_guided"), "nll_guided",
+    ),
+    "nll_by_t": Metric(None, "teacher_nll at t = .1, .3, .5, .7 and .9", beside_teacher.nll_by_t),
+    "prompt_gain": Metric(
+        "higher", "log-likelihood under the teacher with the prompt less that without, in nats per token",
+        beside_teacher.prompt_gain,
+    ),
+    "retrieval": Metric(
+        "higher", "share of videos that are likelier under their own prompt than under 7 others (or all, if there are "
+        "fewer), by the teacher; 1/8 by chance", beside_teacher.retrieval,
+    ),
+    "frechet": Metric(
+        "lower", "Fréchet distance from the teacher's videos in its hidden features; above 0 even for others of its "
+        "own, the more so the fewer there are", beside_teacher.frechet_of,
+    ),
+    "frechet_dimension": Metric(None, "dimension of the features of frechet", beside_teacher.frechet_dimension),
+    "feature_coverage": Metric(
+        "higher", "share of the teacher's videos that have one of these within reach of their own 5th neighbour, in "
+        "its hidden features", beside_teacher.feature_coverage,
+    ),
+    "spread_ratio": Metric("nearer to 1", "spread relative to the teacher's", beside_teacher.spread_ratio),
+    "motion": Metric(
+        "nearer to 1", "mean squared distance of a token from the one before it in time, in the codebook's space, "
+        "relative to the teacher's", beside_teacher.motion_ratio,
+    ),
+    "flicker": Metric(
+        "nearer to 1", "mean squared distance of a token from the nearer of those before and after, relative to the "
+        "teacher's", beside_teacher.flicker_ratio,
+    ),
+    "sharpness": Metric(
+        "nearer to 1", "mean squared distance of tokens that are neighbours in height or width, relative to the "
+        "teacher's",
+        beside_teacher.sharpness_ratio,
+    ),
+}  # fmt: skip
+
+
 def measure(videos: Videos) -> dict[str, Any]:
-    """All metrics of the videos, {name: value}: `SCORED` if they have scores, else `REFERENCE_FREE`."""
+    """All metrics of the videos, {name: value}: `SCORED` if they have scores, else `REFERENCE_FREE`, and `JUDGED`.
+
+    The last entry, "intervals", holds the 95% intervals of those that have one, {name: [low, high]}.
+    """
     metrics = REFERENCE_FREE if videos.scores is None else SCORED
-    return {name: metric.function(videos) for name, metric in metrics.items()}
+    metrics = metrics | {name: metric for name, metric in JUDGED.items() if metric.needs in videos.judged}
+    row: dict[str, Any] = {}
+    intervals = {}
+    for name, metric in metrics.items():
+        value = metric.function(videos)
+        row[name] = value.value if isinstance(value, Estimate) else value
+        if isinstance(value, Estimate) and value.interval:
+            intervals[name] = list(value.interval)
+    return row | {"intervals": intervals}
 
 
 def columns_of(rows: dict[str, dict]) -> list[str]:
     """Names of the metrics to show in a table of a report's rows."""
-    known = SCORED | REFERENCE_FREE
+    known = SCORED | REFERENCE_FREE | JUDGED
     return [name for name, m in known.items() if m.better and any(name in row for row in rows.values())]
 
 
 def legend(rows: dict[str, dict]) -> list[str]:
-    """A sentence for each column of such a table."""
-    known = SCORED | REFERENCE_FREE
-    return [f"{name} ({known[name].better} is better): {known[name].definition}." for name in columns_of(rows)]
+    """A sentence for each column of such a table, and what the brackets are."""
+    known, columns = SCORED | REFERENCE_FREE | JUDGED, columns_of(rows)
+    said = [f"{name} ({known[name].better} is better): {known[name].definition}." for name in columns]
+    if any(row.get("intervals") for row in rows.values()):
+        said.append("In brackets: the 95% interval over prompts.")
+    again = next((name for name in rows if name.endswith(AGAIN)), None)
+    if again:
+        said.append(
+            f"{again}: the teacher from other noise, which differs from {again.removesuffix(AGAIN)} by chance alone: "
+            "no row can be expected to come nearer to the teacher."
+        )
+    return said

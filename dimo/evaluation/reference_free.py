@@ -14,10 +14,9 @@ import torch
 
 from dimo.errors import DimoError, require_shape
 from dimo.files import save_file, whole_file
-from dimo.ursa import Ursa, UrsaTransformer, predict
+from dimo.ursa import UrsaTransformer, predict
 from dimo.ursa.chunks import tokens_at_once
 
-TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # times t of teacher_nll
 Grid = tuple[int, int, int]
 
 
@@ -50,35 +49,6 @@ def pass_entropy(
             prediction = prediction.guided(uncond, guidance_scale)
         parts.append(prediction.entropy())
     return torch.cat(parts)
-
-
-@torch.no_grad()
-def teacher_nll(
-    ursa: Ursa,
-    codes: torch.Tensor,
-    txt_ids: torch.Tensor,
-    grid: Grid,
-    generator: torch.Generator,
-    times: tuple[float, ...] = TIMES,
-) -> torch.Tensor:
-    """-log p_T(x_1 | x_t, prompt) under the unguided teacher, with x_t ~ p_t(. | x_1), averaged over tokens and times.
-
-    Args:
-        codes: x_1, (B, N).
-        txt_ids: (B, L).
-        grid: latents_shape (T, H, W).
-        generator: draws the noise, whose amount does not depend on the codes.
-        times: values of t in [0, 1).
-
-    Returns:
-        (B,), in nats per token.
-    """
-    total = torch.zeros(len(codes), device=codes.device)
-    for t in times:
-        for i, (ids, x_1) in enumerate(zip(txt_ids.split(1), codes.split(1))):
-            prediction = predict(ursa.transformer, ids, ursa.path.sample(x_1, t, generator), grid)
-            total[i] -= prediction.log_prob(x_1).mean()
-    return total / len(times)
 
 
 def diversity(codes: torch.Tensor) -> float | None:
