@@ -24,7 +24,7 @@ from dimo.views.plots import COLOURS
 DASHES = ("-", (0, (5, 2)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)))
 MOST_RUNS = math.lcm(len(COLOURS), len(DASHES))  # each a colour with a dash of its own
 SMALL, NORMAL = 9, 10  # points, at 100 dots per inch
-WIDTH, ACROSS = 10.2, 3  # inches, panels
+WIDTH, ACROSS = 10.56, 3  # inches, panels
 LEFT, RIGHT, ABOVE, BELOW, HEIGHT = 0.62, 0.8, 0.42, 0.3, 1.5  # inches around and of a panel's axes
 LINE, CHARACTERS = 0.19, 150  # inches of a line of text, and what fits into it
 ALARM, MOST_ALARMS, MOST_EVENTS = "#D55E00", 12, 8
