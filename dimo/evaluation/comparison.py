@@ -17,7 +17,7 @@ from dimo.errors import DimoError
 from dimo.evaluation import reference_free
 from dimo.ursa import Ursa, UrsaTransformer, sample
 from dimo.ursa.chunks import without_compiling
-from dimo.ursa.sampler import timesteps
+from dimo.ursa.sampler import student_times, timesteps
 
 NLL_NOISE = 2**61  # offset that keeps the seeds of teacher_nll apart from those of sampling
 
@@ -48,9 +48,9 @@ class Job:
 class Comparison:
     """Samples every prompt `videos_per_prompt` times with every row (sampler).
 
-    Rows: student_1, student_1_argmax, untrained_1 (the teacher in one pass, from which the student started) and
-    untrained_1_argmax, all unguided; and teacher_<steps>, guided if guidance_scale > 1. Batch i starts from the same
-    noise in every row.
+    Rows: student_1, student_1_argmax, for a student of S > 1 passes student_<S> and student_<S>_argmax as well,
+    untrained_1 (the teacher in one pass, from which the student started) and untrained_1_argmax, all unguided; and
+    teacher_<steps>, guided if guidance_scale > 1. Batch i starts from the same noise in every row.
 
     Args:
         prompts: prompts to sample; the videos of a prompt are adjacent.
@@ -62,6 +62,7 @@ class Comparison:
             pass `reference_free.pass_entropy`.
         held_out: number of prompts that training has never seen, if known.
         teacher: the teacher of the rows teacher_<steps>; None: the transformer of `ursa`.
+        student_steps: S, the number of passes that the student was trained for.
 
     Raises:
         DimoError: no prompts, or videos_per_prompt below 1.
@@ -85,6 +86,7 @@ class Comparison:
         judged: bool = False,
         held_out: int | None = None,
         teacher: Any = None,
+        student_steps: int = 1,
     ):
         if not prompts or videos_per_prompt < 1:
             raise DimoError(
@@ -104,12 +106,19 @@ class Comparison:
         self.txt_ids = ursa.tokenize(self.prompts, max_prompt_length).split(batch_size)
         uncond_ids = ursa.tokenize([negative_prompt], max_prompt_length)
         self.guidance = {"guidance_scale": guidance_scale, "guidance_trunc": guidance_trunc, "uncond_ids": uncond_ids}
-        self.rows = {
-            "student_1": Row("student"),
-            "student_1_argmax": Row("student", argmax=True),
-            "untrained_1": Row("untrained"),
-            "untrained_1_argmax": Row("untrained", argmax=True),
-        } | {f"teacher_{n}": Row("teacher", steps=n, guided=guidance_scale > 1) for n in teacher_steps}
+        of_student = {
+            f"student_{n}{end}": Row("student", n, argmax)
+            for n in sorted({1, student_steps})
+            for end, argmax in (("", False), ("_argmax", True))
+        }
+        self.rows = (
+            of_student
+            | {
+                "untrained_1": Row("untrained"),
+                "untrained_1_argmax": Row("untrained", argmax=True),
+            }
+            | {f"teacher_{n}": Row("teacher", steps=n, guided=guidance_scale > 1) for n in teacher_steps}
+        )
         self._warm: set[tuple[str, bool]] = set()  # (network, guided)
 
     def jobs(self) -> list[Job]:
@@ -122,8 +131,14 @@ class Comparison:
 
     def _passes(self, row: Row) -> int:
         """Transformer passes per video for sampling; a guided step takes two."""
-        times = timesteps(row.steps, self.ursa.shift)
+        times = self._times(row)
         return row.steps + (sum(t < self.guidance["guidance_trunc"] for t in times) if row.guided else 0)
+
+    def _times(self, row: Row) -> list[float]:
+        one = row.network == "student"
+        return (
+            student_times(self.ursa.path, row.steps, self.ursa.shift) if one else timesteps(row.steps, self.ursa.shift)
+        )
 
     def _judging(self, row: Row) -> int:
         return (len(reference_free.TIMES) + (self._passes(row) if row.steps == 1 else 0)) if self.judged else 0
@@ -138,8 +153,8 @@ class Comparison:
         """
         row, ids, i = self.rows[job.row], self.txt_ids[job.index], job.index
         network = self.networks[row.network]
-        path, device = self.ursa.path, self.ursa.path.device
-        options = {"shift": self.ursa.shift, "argmax": row.argmax}
+        path, device, times = self.ursa.path, self.ursa.path.device, self._times(row)
+        options = {"argmax": row.argmax}
         if row.guided:
             options |= self.guidance | {"uncond_ids": self.guidance["uncond_ids"].expand_as(ids)}
         # one generator per batch: rows consume different amounts of random numbers
@@ -150,7 +165,7 @@ class Comparison:
                 sample(network, path, ids, self.grid, 1, x_init=x_init, **options).cpu()
                 self._warm.add((row.network, row.guided))
             start = time.perf_counter()
-            codes = sample(network, path, ids, self.grid, row.steps, x_init=x_init, generator=g, **options).cpu()
+            codes = sample(network, path, ids, self.grid, times, x_init=x_init, generator=g, **options).cpu()
             made = {"codes": codes, "seconds": torch.tensor(time.perf_counter() - start)}  # .cpu() waits for the GPU
             if self.judged:
                 noise = torch.Generator(device).manual_seed((NLL_NOISE + self.seed * 1_000_003 + i) % 2**63)
