@@ -116,8 +116,8 @@ def evaluate_to_folder(config: Config, weights: str | Path, out: Path, progress:
 
     The sheet shows, for a few prompts, videos of the teacher at its largest number of steps, the teacher in one step
     and the student in one step and in its own number of steps, all from the same noise. It is omitted with a warning if
-    the VAE cannot be run. For other checkpoints than a world's the prompts are held-out captions (`evaluation_prompts`),
-    and the videos are saved in codes.safetensors.
+    the VAE cannot be run. For other checkpoints than a world's the prompts are held-out captions
+    (`evaluation_prompts`), and the videos are saved in codes.safetensors.
 
     The work is divided among `training.num_processes` processes, at most one per GPU. Finished jobs are kept in
     `out`/PARTS until the end, so that the same call resumes a killed evaluation.
