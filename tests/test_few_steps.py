@@ -153,7 +153,9 @@ def test_sampled_and_evaluated_in_its_own_passes(run, ursa, world, monkeypatch):
     assert sampler.request.steps == 3 and torch.equal(sampler.codes("blue bar moving up", 7).flatten(1), want)
     assert open_sampler(Request(student_ckpt=str(final), steps=1), ["blue bar moving up"]).request.steps == 1
     comparison, _ = open_comparison(load_config("smoke", ["model.device=cpu"]), final)  # that says nothing of 3
-    assert list(comparison.rows)[:4] == ["student_1", "student_1_argmax", "student_3", "student_3_argmax"]
+    for network in ("student", "untrained"):
+        named = [name for name in comparison.rows if name.startswith(network)]
+        assert named == [f"{network}_{end}" for end in ("1", "1_argmax", "3", "3_argmax")]
     rows, codes = evaluate(
         world, ursa, sampler.network, videos_per_prompt=1, teacher_steps=(4,), student_steps=3, seed=5
     )
@@ -161,6 +163,9 @@ def test_sampled_and_evaluated_in_its_own_passes(run, ursa, world, monkeypatch):
     generator = torch.Generator().manual_seed(5 * 1_000_003)
     ids = ursa.tokenize(world.prompts, 4)
     assert torch.equal(codes["student_3"], sample(sampler.network, ursa.path, ids, GRID, times, generator=generator))
+    generator.manual_seed(5 * 1_000_003)
+    start = sample(ursa.transformer, ursa.path, ids, GRID, times, generator=generator, argmax=True)
+    assert torch.equal(codes["untrained_3_argmax"], start)
     one = sample(sampler.network, ursa.path, ids, GRID, 1, generator=generator.manual_seed(5 * 1_000_003))
     assert torch.equal(codes["student_1"], one)
 

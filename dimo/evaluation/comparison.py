@@ -48,8 +48,8 @@ class Job:
 class Comparison:
     """Samples every prompt `videos_per_prompt` times with every row (sampler).
 
-    Rows: student_1, student_1_argmax, for a student of S > 1 passes student_<S> and student_<S>_argmax as well,
-    untrained_1 (the teacher in one pass, from which the student started) and untrained_1_argmax, all unguided; and
+    Rows: student_1, student_1_argmax, untrained_1 (the teacher in one pass, from which the student started) and
+    untrained_1_argmax, all unguided; for a student of S > 1 passes the same four with <S> in place of 1 as well; and
     teacher_<steps>, guided if guidance_scale > 1. Batch i starts from the same noise in every row.
 
     Args:
@@ -106,19 +106,12 @@ class Comparison:
         self.txt_ids = ursa.tokenize(self.prompts, max_prompt_length).split(batch_size)
         uncond_ids = ursa.tokenize([negative_prompt], max_prompt_length)
         self.guidance = {"guidance_scale": guidance_scale, "guidance_trunc": guidance_trunc, "uncond_ids": uncond_ids}
-        of_student = {
-            f"student_{n}{end}": Row("student", n, argmax)
-            for n in sorted({1, student_steps})
-            for end, argmax in (("", False), ("_argmax", True))
-        }
-        self.rows = (
-            of_student
-            | {
-                "untrained_1": Row("untrained"),
-                "untrained_1_argmax": Row("untrained", argmax=True),
-            }
-            | {f"teacher_{n}": Row("teacher", steps=n, guided=guidance_scale > 1) for n in teacher_steps}
-        )
+        passes = [(n, argmax) for n in sorted({1, student_steps}) for argmax in (False, True)]
+        self.rows = {
+            f"{network}_{n}{'_argmax' if argmax else ''}": Row(network, n, argmax)
+            for network in ("student", "untrained")
+            for n, argmax in passes
+        } | {f"teacher_{n}": Row("teacher", steps=n, guided=guidance_scale > 1) for n in teacher_steps}
         self._warm: set[tuple[str, bool]] = set()  # (network, guided)
 
     def jobs(self) -> list[Job]:
@@ -135,10 +128,10 @@ class Comparison:
         return row.steps + (sum(t < self.guidance["guidance_trunc"] for t in times) if row.guided else 0)
 
     def _times(self, row: Row) -> list[float]:
-        one = row.network == "student"
-        return (
-            student_times(self.ursa.path, row.steps, self.ursa.shift) if one else timesteps(row.steps, self.ursa.shift)
-        )
+        """A teacher's steps are the pipeline's, a student's are its passes."""
+        if row.network == "teacher":
+            return timesteps(row.steps, self.ursa.shift)
+        return student_times(self.ursa.path, row.steps, self.ursa.shift)
 
     def _judging(self, row: Row) -> int:
         return (len(reference_free.TIMES) + (self._passes(row) if row.steps == 1 else 0)) if self.judged else 0
