@@ -38,6 +38,7 @@ CASES = {  # {what they show: (keys, number of graphs)}
     ], 2),
     "guided, a time per frame": (["distill.guidance_scale=3", "distill.t_per=frame", "distill.aux_pass=shared"], 1),
     "stage 7 in every second step": (["distill.estimator=reinforce", "distill.w_kd=0.5", "distill.kd_every=2"], 2),
+    "two passes": (["distill.student_steps=2"], 1),
     "a number for beta": (["distill.divergence=jeffreys", "distill.w_reinforce=0.1", "optim.optimizer=adamw"], 1),
 }  # fmt: skip
 

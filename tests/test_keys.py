@@ -97,6 +97,7 @@ STEPPED = [
     Row("distill.aux_objective", "match_teacher", "aux loss/aux", beside=("distill.t_draws=2",)),
     Row("distill.aux_target", "exact", "aux loss/aux student", still="step.x_t"),
     Row("distill.aux_target", "exact", "aux", beside=("training.gradient_accumulation_steps=2",), still="step.x_t"),
+    Row("distill.student_steps", 2, "step.x_init student count.blocks", still="step.txt_ids"),
     Row("distill.aux_steps", 2, "aux"),
     Row("distill.aux_pass", "shared", "count.blocks student"),
     Row("distill.label_smoothing", 0.3, "aux loss/aux"),

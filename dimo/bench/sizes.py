@@ -95,6 +95,7 @@ def passes_of(config: Config) -> dict[str, int]:
     """Cost of a step in units of one forward pass; a backward pass counts as two, and recomputation is not counted."""
     d = config.distill
     return {
+        "student's drafts": d.student_steps - 1,
         "student at x_init": 3,
         "teacher": d.t_draws * (1 if d.guidance_scale == 1 else 2),
         "auxiliary's fit": 3 * d.aux_steps * (d.t_draws if d.aux_objective == "match_teacher" else 1),

@@ -24,6 +24,7 @@ from dimo.run.sources import TEACHER, require_same_sources
 from dimo.train.loop import student_dtype
 from dimo.ursa.layout import PARTS, read_config, require_upstream_layout
 from dimo.ursa.loading import plain_state
+from dimo.ursa.sampler import pipeline_steps
 from dimo.ursa.weights import (
     WEIGHTS,
     misfit,
@@ -197,14 +198,30 @@ def copy_part(source: Path, target: Path) -> None:
             shutil.copyfile(entry, target / entry.name)
 
 
+def _pipeline_steps(config: Config) -> tuple[int, str]:
+    """num_inference_steps of the student in upstream's pipeline, and why."""
+    passes = config.distill.student_steps
+    scheduler = read_json(checkpoint_folder(config.distill.teacher_ckpt) / "scheduler" / "scheduler_config.json")
+    steps = pipeline_steps(passes, scheduler.get("shift") or 1.0, moves_at_0=scheduler.get("alpha") is None)
+    last = "its last step draws every token from the softmax\n  of the logits."
+    why = f"the pipeline starts from uniform noise, and {last}"
+    if passes == 1:
+        return steps, f"{why} Its only step is its last, so this is the student's one pass."
+    why += f" The student was trained for {passes} passes, each on its draft of the pass before."
+    if steps > passes:
+        why += "\n  On the metric path the pipeline's first step, at t = 0, moves no token, so it takes one step more."
+    return steps, why
+
+
 def readme_of(out: Path, config: Config, student: Student) -> str:
     """What a user of upstream's pipeline has to know about the exported student, as Markdown."""
     d, dtype = config.distill, str(next(iter(student.state.values())).dtype)
     length = "" if d.max_prompt_length == 320 else f", max_prompt_length={d.max_prompt_length}"
     trained = "" if student.step is None else f", at step {student.step:,}"
+    steps, why = _pipeline_steps(config)
     size = f"num_frames={d.num_frames}, height={d.height}, width={d.width}"
     return f"""\
-# {out.resolve().name}: a one-step student in URSA's layout
+# {out.resolve().name}: a {"one-step" if d.student_steps == 1 else f"{d.student_steps}-step"} student in URSA's layout
 
 Written by `dimo export` from {student.source} of a run of dimo{trained}; `{MARKER}` has the run and its configuration.
 `transformer/` holds the student's weights; every other file is a copy of the teacher's.
@@ -216,15 +233,15 @@ from diffnext.pipelines import URSAPipeline
 pipe = URSAPipeline.from_pretrained("{out}", torch_dtype={dtype}).to(torch.device("cuda"))
 frames = pipe(
     prompt="a red ball", {size},
-    num_inference_steps=1, guidance_scale=1{length},
+    num_inference_steps={steps}, guidance_scale=1{length},
 ).frames
 ```
 
-- `num_inference_steps=1`: the pipeline starts from uniform noise, and its last step draws every token from the softmax
-  of the logits. Its only step is its last, so this is the student's one pass. The default, 25, is for the teacher.
+- `num_inference_steps={steps}`: {why}
+  The default, 25, is for the teacher.
 - `guidance_scale=1`: guidance is distilled into the student. The default, 7, would guide it a second time.
 - Logit gains are in the weights of the last norm: there is no temperature to set.
-- URSA's evaluation scripts take this folder as `--ckpt`, with `--num_inference_steps 1 --guidance_scale 1`. They run it
-  in float16.
+- URSA's evaluation scripts take this folder as `--ckpt`, with `--num_inference_steps {steps} --guidance_scale 1`.
+  They run it in float16.
 - {DISTRIBUTED}.
 """

@@ -106,8 +106,8 @@ def _add_training(command: Callable) -> None:
 
 def _add_results(command: Callable) -> None:
     """Commands that use the results of training."""
-    sub = command("evaluate", "compare a one-step student with its teacher on the same noise",
-                  "Compare a one-step student with its teacher in 1 to 25 steps, on the same prompts and noise and "
+    sub = command("evaluate", "compare a student with its teacher on the same noise",
+                  "Compare a student with its teacher in 1 to 25 steps, on the same prompts and noise and "
                   "with the same metrics; writes report.json and sheet.png.")  # fmt: skip
     sub.add_argument("student", nargs="?",
                      help="a run folder, student.pt, a .safetensors file, or a folder with one of them "

@@ -23,7 +23,7 @@ from dimo.run.origin import run_config, run_of
 from dimo.ursa import Ursa, UrsaTransformer, load_ursa, sample
 from dimo.ursa.frames import eight_bits
 from dimo.ursa.loading import DTYPES, load_student
-from dimo.ursa.sampler import warn_if_guided_again
+from dimo.ursa.sampler import student_times, timesteps, warn_if_guided_again
 from dimo.worlds import DEFAULT_WORLD, checkpoint_folder, is_world, load_world, require_world, video_size
 from dimo.worlds.protocol import prompt_index
 
@@ -50,7 +50,9 @@ class Request:
     num_frames: int | None = _flag(None, "4 (T-1) + 1; default: the run's or world's, 1 for image models, else 17")
     height: int | None = _flag(None, "in pixels; default: the run's or world's, 64 tokens for image models, else 256")
     width: int | None = _flag(None, "in pixels; default: the run's or world's, 64 tokens for image models, else 256")
-    steps: int | None = _flag(None, "number of sampling steps; default: 1, or as a suite is published for a teacher")
+    steps: int | None = _flag(
+        None, "number of sampling steps; default: the student's own, else 1, or as a suite is published for a teacher"
+    )
     guidance_scale: float | None = _flag(
         None,
         "classifier-free guidance, which doubles the cost; default: 1 (off), or as a suite is published for a teacher",
@@ -91,8 +93,10 @@ class Sampler:
         """The codes (1, T, H, W) that a prompt gives; all random draws follow from `seed`."""
         r, generator = self.request, torch.Generator(self.ursa.path.device).manual_seed(seed)
         ids = self.ursa.tokenize([prompt], self.max_prompt_length)
+        steps, path, shift = r.steps or 1, self.ursa.path, self.ursa.shift
+        times = student_times(path, steps, shift) if r.student_ckpt else timesteps(steps, shift)
         codes = sample(
-            self.network, self.ursa.path, ids, self.grid, r.steps, shift=self.ursa.shift,
+            self.network, path, ids, self.grid, times,
             guidance_scale=r.guidance_scale, guidance_trunc=r.guidance_trunc, uncond_ids=self.uncond_ids,
             generator=generator,
         )  # fmt: skip
@@ -111,7 +115,8 @@ def open_sampler(request: Request, prompts: list[str], size: tuple[int, int, int
         DimoError: invalid settings, checkpoints or prompts, or no way to write videos.
     """
     r = dataclasses.replace(request)
-    r.steps = 1 if r.steps is None else r.steps
+    trained = _trained(r)
+    r.steps = r.steps if r.steps is not None else trained.student_steps if trained else 1
     r.guidance_scale = 1.0 if r.guidance_scale is None else r.guidance_scale
     r.negative_prompt = r.negative_prompt or ""
     if not r.guidance_scale >= 1:
@@ -122,7 +127,6 @@ def open_sampler(request: Request, prompts: list[str], size: tuple[int, int, int
         raise DimoError(f"seed must lie in [0, 2**63), got {r.seed}")
     if r.max_prompt_length is not None and r.max_prompt_length < 0:
         raise DimoError(f"max_prompt_length must not be negative, got {r.max_prompt_length}")
-    trained = _trained(r)
     r.teacher_ckpt = teacher_of(r)
     folder, device = checkpoint_folder(r.teacher_ckpt), pick_device(r.device)
     r.device, r.dtype = device.type, pick_dtype(r.dtype, device)

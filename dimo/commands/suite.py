@@ -98,8 +98,8 @@ class Samples:
 def sample_suite(request: Request, asked: SuiteRequest, out: str | Path) -> str:
     """Sample a suite into `out`; the same call goes on where a killed one ended, and makes damaged samples again.
 
-    A teacher is sampled as URSA's results on the suite were made, a student in one pass without guidance at its run's
-    size, but for what `request` says.
+    A teacher is sampled as URSA's results on the suite were made, a student in its own passes without guidance at its
+    run's size, but for what `request` says.
 
     Returns:
         What there is, and the scorer's command.

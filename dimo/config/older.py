@@ -26,6 +26,7 @@ BEFORE = {
     "distill.motion_share": 0.6,
     "distill.shuffle_buffer": 10_000,
     "distill.negative_prompt": "",
+    "distill.student_steps": 1,
     "distill.aux_pass": "own",
     "distill.aux_target": "sampled",
     "distill.kd_every": 1,

@@ -112,6 +112,9 @@ class Distill:
         0.9, "time t in [0, 1] from which on the teacher is not guided (t = 0 is noise, 1 is data)"
     )
     negative_prompt: str = _key("", "negative prompt of the teacher's guidance; empty: the empty prompt")
+    student_steps: int = _key(
+        1, "passes of the student per video; each but the first learns from its own draft, re-noised as by the sampler"
+    )
     empty_prompt_share: float = _key(
         0.1, "fraction of empty prompts when the auxiliary is fitted; with guidance_scale > 1, for the student too"
     )

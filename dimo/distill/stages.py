@@ -38,6 +38,7 @@ class Step:
     txt_ids: torch.Tensor = LATER  # 1: (B, L)
     x_init: torch.Tensor = LATER  # 2: (B, N)
     corrupted: torch.Tensor = LATER  # 2: (B,) bool
+    student_step: torch.Tensor | None = None  # 2: (B,), the pass that x_init is for, if the student makes several
     student: Dense | Chunked = LATER  # 3: at x_init, (B, N, K)
     x_hat: torch.Tensor = LATER  # 3: (B, N)
     logp: torch.Tensor = LATER  # 3: (B, N), nats

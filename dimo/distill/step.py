@@ -14,6 +14,7 @@ import torch
 
 from dimo.config.schema import Distill
 from dimo.distill import stages
+from dimo.distill.few_steps import draft_x_init
 from dimo.distill.schedules import Baseline, XInit
 from dimo.distill.stages import Grid, Step
 from dimo.errors import require_finite
@@ -54,6 +55,8 @@ class Distillation(Protocol):
     beta: float | str  # of D_beta
     t_shift: float  # of stage 4 and of the auxiliary's fits
     x_init: XInit
+    student_times: list[float]  # of the student's passes
+    draft_gain: float  # on the logits of those before the last
     baseline: Baseline | None
     lambda_ent: float | torch.Tensor  # changed during the step by `set_entropy_bonus`
     empty_ids: torch.Tensor  # (1, L): the empty prompt
@@ -107,7 +110,7 @@ def nine_stages(run: Distillation, index: int, steps: list[Step], norms: dict[st
                 step.txt_ids = torch.where(drop[:, None], run.empty_ids, step.txt_ids)
             yield 1, step
             # 2 x_init
-            stages.draw_x_init(step, run.x_init, run.num_visual_tokens, g)
+            _draw_x_init(run, step)
             yield 2, step
             # 3 student pass; of several micro-batches only x_hat stays, and the pass is repeated after the updates of 6
             if parts > 1:
@@ -167,6 +170,16 @@ def nine_stages(run: Distillation, index: int, steps: list[Step], norms: dict[st
     if run.baseline and run.baseline.value is not None:
         run.baseline.value.copy_(run.mean(run.baseline.value))  # all processes share one baseline
     yield 9, steps[-1]
+
+
+def _draw_x_init(run: Distillation, step: Step) -> None:
+    """Stage 2; the drafts of a student of several passes are made by the student as it is before its update."""
+    stages.draw_x_init(step, run.x_init, run.num_visual_tokens, run.generator)
+    if len(run.student_times) > 1:
+        with run.autocast():
+            draft_x_init(
+                step, run.networks.student, run.path, run.grid, run.student_times, run.draft_gain, run.generator
+            )
 
 
 def _update(learner: Learner, name: str) -> torch.Tensor:

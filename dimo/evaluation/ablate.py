@@ -28,7 +28,7 @@ from tqdm import tqdm
 from dimo.config import Config, device_of, load_config, to_flat
 from dimo.config.changes import FREE_KEYS
 from dimo.errors import DimoError, Diverged
-from dimo.evaluation.evaluate import evaluate_to_folder
+from dimo.evaluation.evaluate import evaluate_to_folder, student_row
 from dimo.evaluation.grid import TEACHER_STEPS, Grid, Place
 from dimo.evaluation.intervals import format_grid
 from dimo.evaluation.jobs import visible_gpus
@@ -68,7 +68,7 @@ class Run:
         if "diverged" in rows:
             return rows
         teacher = rows.get(f"teacher_{TEACHER_STEPS}", {}).get("coverage_near")
-        row = rows["student_1"]
+        row = rows[student_row(rows)]
         of_teacher = row["coverage_near"] / teacher if teacher and row["coverage_near"] is not None else None
         return row | {"coverage_of_teacher": of_teacher}
 

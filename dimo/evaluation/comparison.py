@@ -17,7 +17,7 @@ from dimo.errors import DimoError
 from dimo.evaluation import judging, reference_free
 from dimo.ursa import Ursa, UrsaTransformer, sample
 from dimo.ursa.chunks import without_compiling
-from dimo.ursa.sampler import timesteps
+from dimo.ursa.sampler import student_times, timesteps
 
 # Offsets that keep the seeds of the judge's noise, and of the teacher's other videos, apart from those of sampling.
 # They differ in the low 32 bits, which are all that a generator on a CPU looks at.
@@ -56,8 +56,8 @@ class Comparison:
     """Samples every prompt `videos_per_prompt` times with every row (sampler).
 
     Rows: student_1, student_1_argmax, untrained_1 (the teacher in one pass, from which the student started) and
-    untrained_1_argmax, all unguided; and teacher_<steps>, guided if guidance_scale > 1. Batch i starts from the same
-    noise in every row.
+    untrained_1_argmax, all unguided; for a student of S > 1 passes the same four with <S> in place of 1 as well; and
+    teacher_<steps>, guided if guidance_scale > 1. Batch i starts from the same noise in every row.
 
     If videos are judged, the row teacher_<most steps>_again is the teacher from other noise: what tells it from the
     teacher is chance, and so the floor of every comparison with the teacher.
@@ -73,6 +73,7 @@ class Comparison:
             of every prompt; 0: none.
         held_out: number of prompts that training has never seen, if known.
         teacher: the teacher of the rows teacher_<steps>; None: the transformer of `ursa`.
+        student_steps: S, the number of passes that the student was trained for.
 
     Raises:
         DimoError: no prompts, or videos_per_prompt below 1.
@@ -96,6 +97,7 @@ class Comparison:
         judged: int = 0,
         held_out: int | None = None,
         teacher: Any = None,
+        student_steps: int = 1,
     ):
         if not prompts or videos_per_prompt < 1:
             raise DimoError(
@@ -118,11 +120,11 @@ class Comparison:
         self.choice_ids = ursa.tokenize(prompts, max_prompt_length)[judging.choices(len(prompts))]  # (P, k, L)
         uncond_ids = ursa.tokenize([negative_prompt], max_prompt_length)
         self.guidance = {"guidance_scale": guidance_scale, "guidance_trunc": guidance_trunc, "uncond_ids": uncond_ids}
+        passes = [(n, argmax) for n in sorted({1, student_steps}) for argmax in (False, True)]
         self.rows = {
-            "student_1": Row("student"),
-            "student_1_argmax": Row("student", argmax=True),
-            "untrained_1": Row("untrained"),
-            "untrained_1_argmax": Row("untrained", argmax=True),
+            f"{network}_{n}{'_argmax' if argmax else ''}": Row(network, n, argmax)
+            for network in ("student", "untrained")
+            for n, argmax in passes
         } | {f"teacher_{n}": Row("teacher", steps=n, guided=guidance_scale > 1) for n in teacher_steps}
         if judged and teacher_steps:
             most = f"teacher_{max(teacher_steps)}"
@@ -152,8 +154,14 @@ class Comparison:
 
     def _passes(self, row: Row) -> int:
         """Transformer passes per video for sampling; a guided step takes two."""
-        times = timesteps(row.steps, self.ursa.shift)
+        times = self._times(row)
         return row.steps + (sum(t < self.guidance["guidance_trunc"] for t in times) if row.guided else 0)
+
+    def _times(self, row: Row) -> list[float]:
+        """A teacher's steps are the pipeline's, a student's are its passes."""
+        if row.network == "teacher":
+            return timesteps(row.steps, self.ursa.shift)
+        return student_times(self.ursa.path, row.steps, self.ursa.shift)
 
     def _judging(self, row: Row) -> int:
         """Transformer passes per judged video."""
@@ -176,8 +184,8 @@ class Comparison:
         made_of = judged if row.again else torch.ones_like(judged)
         ids, index = self.txt_ids[i][made_of], self.videos[i][made_of]
         network = self.networks[row.network]
-        path, device = self.ursa.path, self.ursa.path.device
-        options = {"shift": self.ursa.shift, "argmax": row.argmax}
+        path, device, times = self.ursa.path, self.ursa.path.device, self._times(row)
+        options = {"argmax": row.argmax}
         if row.guided:
             options |= self.guidance | {"uncond_ids": self.guidance["uncond_ids"].expand_as(ids)}
         # one generator per batch: rows consume different amounts of random numbers
@@ -188,7 +196,7 @@ class Comparison:
                 sample(network, path, ids, self.grid, 1, x_init=x_init, **options).cpu()
                 self._warm.add((row.network, row.guided))
             start = time.perf_counter()
-            codes = sample(network, path, ids, self.grid, row.steps, x_init=x_init, generator=g, **options).cpu()
+            codes = sample(network, path, ids, self.grid, times, x_init=x_init, generator=g, **options).cpu()
             made = {"codes": codes, "seconds": torch.tensor(time.perf_counter() - start)}  # .cpu() waits for the GPU
             if judged.any():
                 mine = judged[made_of]

@@ -1,4 +1,4 @@
-"""The evaluation: the one-step student beside its teacher at several steps, on the same prompts and noise.
+"""The evaluation: the student beside its teacher at several steps, on the same prompts and noise.
 
 Videos of a built-in world are scored by its oracle, those of other checkpoints by reference-free metrics
 (`dimo.evaluation.metrics`).
@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from dimo.evaluation.metrics import columns_of, measure
 from dimo.evaluation.reference_free import save_codes
 from dimo.evaluation.videos import Videos
 from dimo.files import write_text
+from dimo.run.origin import trained_steps
 from dimo.run.sources import teacher_files
 from dimo.train.prompts import evaluation_prompts, require_prompts_fit
 from dimo.ursa import Ursa, UrsaTransformer, load_ursa
@@ -109,6 +111,12 @@ def prompts_of(rows: dict) -> str:
     return f"Prompts: {held_out} held-out {of}." if held_out else "Prompts: captions that were trained on."
 
 
+def student_row(rows: Iterable[str]) -> str:
+    """Name of a report's row with the student in its own number of passes, student_<S>, the largest there is."""
+    made = [int(name.split("_")[1]) for name in rows if name.startswith("student_")]
+    return f"student_{max(made)}"
+
+
 def format_table(rows: dict) -> str:
     """The rows of a report as text: tables of at most WIDE characters below each other, if it has many columns."""
     names = ["", *rows]
@@ -126,9 +134,9 @@ def evaluate_to_folder(config: Config, weights: str | Path, out: Path, progress:
     """Evaluate a student as `config.evaluation` says; write report.json and sheet.png into `out`.
 
     The sheet shows, for a few prompts, videos of the teacher at its largest number of steps, the teacher in one step
-    and the student in one step, all from the same noise. It is omitted with a warning if the VAE cannot be run. For
-    other checkpoints than a world's the prompts are held-out captions (`evaluation_prompts`), and the videos are saved
-    in codes.safetensors.
+    and the student in one step and in its own number of steps, all from the same noise. It is omitted with a warning if
+    the VAE cannot be run. For other checkpoints than a world's the prompts are held-out captions
+    (`evaluation_prompts`), and the videos are saved in codes.safetensors.
 
     The work is divided among `training.num_processes` processes, at most one per GPU. Finished jobs are kept in
     `out`/PARTS until the end, so that the same call resumes a killed evaluation.
@@ -207,6 +215,7 @@ def open_comparison(config: Config, weights: str | Path) -> tuple[Comparison, Wo
         guidance_scale=d.guidance_scale, guidance_trunc=d.guidance_trunc, negative_prompt=d.negative_prompt,
         judged=e.judged_videos, held_out=held_out,
         teacher=exact_teacher(folder, ursa.path) if d.teacher == "exact" else None,
+        student_steps=d.student_steps if d.student_steps > 1 else trained_steps(weights),
     ), world  # fmt: skip
 
 
@@ -238,7 +247,7 @@ def parts_of(config: Config, weights: str | Path, out: Path, prompts: list[str])
 
 def _write_sheet(file: Path, ursa: Ursa, codes: dict[str, torch.Tensor], prompts: list[str], most_steps: int) -> None:
     """Decode and draw codes, {row: (P, T, H, W)} with one video per prompt."""
-    from dimo.views.sheets import save_sheet  # imports matplotlib, so only when needed
+    from dimo.views.sheets import save_sheet, student_title  # imports matplotlib, so only when needed
 
     if ursa.vae is None:
         file.unlink(missing_ok=True)  # it would show an earlier student
@@ -248,8 +257,9 @@ def _write_sheet(file: Path, ursa: Ursa, codes: dict[str, torch.Tensor], prompts
     titles = {
         f"teacher, {most_steps} passes": f"teacher_{most_steps}",
         "teacher, 1 pass": "teacher_1",
-        "student, 1 pass": "student_1",
+        student_title(1): "student_1",
     }
+    titles |= {student_title(int(name.removeprefix("student_"))): name for name in (student_row(codes),)}
     columns = {title: ursa.decode(codes[name][shown].to(ursa.path.device)).cpu() for title, name in titles.items()}
     save_sheet(file, columns, [prompts[i] for i in shown.tolist()])
 

@@ -58,6 +58,12 @@ def run_config(run: Path, overrides: Sequence[str] = ()) -> Config:
     return load_config(file, [*found, *overrides])
 
 
+def trained_steps(student: str | Path) -> int:
+    """Number of passes that a student was trained for, 1 if it is in no run folder."""
+    run = run_of(student)
+    return run_config(run).distill.student_steps if run else 1
+
+
 def learns_from(run: Path, config: Config) -> bool:
     """Whether `config` uses the captions `run` was trained on: files with the same content, and the same minimums."""
     own = read_groups(run / "config.yaml")

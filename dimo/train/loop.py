@@ -26,6 +26,7 @@ from dimo.run.trackers import close_trackers, open_trackers
 from dimo.train.watch import Watch
 from dimo.ursa import sample, save_student
 from dimo.ursa.loading import DTYPES, plain_state
+from dimo.ursa.sampler import inputs_of_passes
 from dimo.worlds import is_world
 
 if TYPE_CHECKING:
@@ -264,7 +265,7 @@ def _record_end(folder: str, error: BaseException, rank: int) -> None:
 
 
 def write_samples(trainer: Trainer, run: RunFolder, done: int) -> None:
-    """Save a sheet of the EMA student's one-step videos for up to 8 example prompts, with the same noise every time.
+    """Save a sheet of the EMA student's videos for up to 8 example prompts, with the same noise every time.
 
     Sampling uses the batch size and precision of training, so it needs no more memory than training does.
     """
@@ -279,17 +280,23 @@ def write_samples(trainer: Trainer, run: RunFolder, done: int) -> None:
     )
     size = trainer.config.distill.batch_size_per_gpu
     with trainer.engine.autocast():
-        codes = torch.cat([
-            sample(trainer.networks.ema, trainer.path, ids[part], trainer.grid, 1, x_init=x, generator=g)
-            for part, x in zip(rows.split(size), x_init.split(size))  # on every rank: the network may be sharded
-        ])  # fmt: skip
+        parts = []
+        for part, x in zip(rows.split(size), x_init.split(size)):  # on every rank: the network may be sharded
+            asked = trainer.networks.ema, trainer.path, ids[part]
+            *_, x = inputs_of_passes(
+                *asked, x, trainer.grid, trainer.student_times, trainer.draft_gain, trainer.dense, g
+            )
+            parts.append(sample(*asked, trainer.grid, 1, x_init=x, generator=g))
+        codes = torch.cat(parts)
     if not run.writes:
         return
-    from dimo.views.sheets import save_sheet  # imports matplotlib, so only when needed
+    from dimo.views.sheets import save_sheet, student_title  # imports matplotlib, so only when needed
 
     frames = trainer.ursa.vae.decode(codes.view(-1, *trainer.grid)).cpu()
     shown = [examples[i] for i in rows.tolist()]
-    save_sheet(run.path / "samples" / f"step-{done:08d}.png", {"student, 1 pass": frames}, shown)
+    save_sheet(
+        run.path / "samples" / f"step-{done:08d}.png", {student_title(len(trainer.student_times)): frames}, shown
+    )
 
 
 def write_final(trainer: Trainer, run: RunFolder) -> None:

@@ -26,6 +26,7 @@ from dimo.train.prompts import WorldPrompts, open_prompts
 from dimo.train.together import train_together
 from dimo.ursa import Ursa, load_ursa, predict
 from dimo.ursa.cpu import keep_memory
+from dimo.ursa.sampler import student_times
 from dimo.ursa.weights import scale_logits
 from dimo.views.clean_tokens import known_clean_tokens
 from dimo.views.reading import check_slice
@@ -86,6 +87,8 @@ class Trainer:
         self.student = self.engine.learner(student, lambda net: make_optimizers(net, o.lr, o.muon_lr, o))
         self.aux = self.engine.learner(aux, lambda net: make_optimizers(net, o.aux_lr, o.muon_lr * o.aux_lr / o.lr, o))
         self.x_init = XInit(self.path.codebook_size, d.p_corrupt, d.corrupt_ratio)
+        self.student_times = student_times(self.path, d.student_steps, self.ursa.shift)
+        self.draft_gain = config.model.final_logit_gain / config.model.logit_gain
         self.entropy_bonus = EntropyController(d.lambda_ent, d.lambda_ent_high, d.entropy_floor, self.device)
         self.baseline = Baseline(d.baseline_decay) if d.baseline == "ema" else None
         self.beta, self.t_shift = d.beta(), d.shift(self.num_visual_tokens, self.ursa.own_shift)

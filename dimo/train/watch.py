@@ -37,7 +37,7 @@ TEACHER_STEPS = 25
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How a run is watched: every `every` steps, `prompts` x `noises` passes of the student, beside `samples` videos of
+    """How a run is watched: every `every` steps, `prompts` x `noises` videos of the student, beside `samples` videos of
     the teacher per prompt, made once. `share` is the part of the run's passes that all of it takes.
     """
 
@@ -62,7 +62,7 @@ def passes_of_step(config: Config) -> float:
     passes is a smaller share of the time.
     """
     d, parts = config.distill, config.training.gradient_accumulation_steps
-    student = 4 + (parts > 1) + (3 / d.kd_every if d.w_kd > 0 else 0)
+    student = 3 + d.student_steps + (parts > 1) + (3 / d.kd_every if d.w_kd > 0 else 0)
     teacher = d.t_draws * (2 if d.guidance_scale > 1 and d.guidance_trunc > 0 else 1)
     aux = 4 * d.aux_steps + (d.t_draws if d.aux_pass == "own" else 0)
     return parts * d.batch_size_per_gpu * (student + teacher + aux)
@@ -81,17 +81,17 @@ def plan_for(config: Config, prompts: int, processes: int, passes_per_sample: in
     """
     last, stop = config.training.max_train_steps, config.experiment.sample_every
     whole, stops = passes_of_step(config) * last, math.ceil(last / stop)
-    budget = SHARE * whole
+    budget, each = SHARE * whole, config.distill.student_steps
     for p, n, m in SIZES:
         p = min(p, prompts)
         of_teacher = math.ceil(p * m / processes) * passes_per_sample
-        if of_teacher + stops * p * n <= budget:
+        if of_teacher + stops * p * n * each <= budget:
             break
-    measurements = min(stops, int((budget - of_teacher) // (p * n)))
+    measurements = min(stops, int((budget - of_teacher) // (p * n * each)))
     if measurements < 1:
         return None
     every = stop * math.ceil(stops / measurements)
-    return Plan(p, n, m, every, (of_teacher + math.ceil(last / every) * p * n) / whole)
+    return Plan(p, n, m, every, (of_teacher + math.ceil(last / every) * p * n * each) / whole)
 
 
 @dataclasses.dataclass
@@ -164,7 +164,7 @@ class Watch:
         with t.engine.autocast():
             student = student_over_noises(
                 t.networks.ema, t.path, self.reference.txt_ids, t.grid, self.tokens, self.plan.noises,
-                t.settings.batch_size_per_gpu, t.dense,
+                t.settings.batch_size_per_gpu, t.dense, t.student_times, t.draft_gain,
             )  # fmt: skip
         teacher = self.reference.codes[:, : self.plan.noises, self.tokens]  # may be an earlier, larger plan's
         figures = beside_teacher(student, teacher, t.path)

@@ -43,6 +43,8 @@ def time_like(t: torch.Tensor | float, x: torch.Tensor) -> torch.Tensor:
 class _Path:
     """Common to both paths: validation, chunking, and the jump of a sampling step."""
 
+    moves_at_0 = True  # whether a jump that starts at t = 0 moves any token
+
     def __init__(self, codebook: torch.Tensor):
         require_shape("codebook", codebook, ("K", "D"))
         self.codebook_size = codebook.shape[0]
@@ -167,6 +169,8 @@ class MetricPath(_Path):
         alpha, c: positive constants of beta_t, from the checkpoint's scheduler_config.json.
         eps: lower bound of the norm in the normalisation.
     """
+
+    moves_at_0 = False  # as upstream: see `_velocity`
 
     def __init__(self, codebook: torch.Tensor, alpha: float, c: float, eps: float = 1e-5):
         super().__init__(codebook)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import math
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -12,6 +14,7 @@ from dimo.errors import DimoError, require_finite, require_shape
 from dimo.ursa.chunks import FEW_CODES
 from dimo.ursa.prediction import Chunked, Dense, Prediction, predict
 from dimo.ursa.probability_path import MetricPath, MixturePath
+from dimo.ursa.transformer import UrsaTransformer
 
 log = logging.getLogger(__name__)
 
@@ -33,8 +36,23 @@ def timesteps(steps: int, shift: float = 1.0) -> list[float]:
     return [1 - shift * s / (1 + (shift - 1) * s) for s in sigma]
 
 
+def pipeline_steps(passes: int, shift: float, moves_at_0: bool) -> int:
+    """`num_inference_steps` at which URSA's pipeline gives a student `passes` passes that count.
+
+    On the metric path a jump from t = 0 moves no token (`moves_at_0` of the path is false), so of several steps the
+    first does nothing but take time: the second starts from the same noise. Two passes that count need three steps.
+    """
+    idle = passes > 1 and not moves_at_0 and timesteps(passes, shift)[0] <= 0
+    return passes + idle
+
+
+def student_times(path: MetricPath | MixturePath, passes: int, shift: float = 1.0) -> list[float]:
+    """Times of a student's passes: those of the pipeline in `pipeline_steps` steps, without an idle first one."""
+    return timesteps(pipeline_steps(passes, shift, path.moves_at_0), shift)[-passes:]
+
+
 def warn_if_guided_again(guidance_scale: float, guidance_trunc: float) -> None:
-    """Log a warning if guidance would apply to a student, whose only step is at t = 0."""
+    """Log a warning if guidance would apply to a student, whose first step is at t = 0 or near it."""
     if guidance_scale > 1 and guidance_trunc > 0:
         log.warning(
             "guidance_scale=%g guides the student a second time: the teacher's guidance is distilled into it already, "
@@ -102,12 +120,38 @@ def predict_guided(
 
 
 @torch.no_grad()
+def inputs_of_passes(
+    network: UrsaTransformer,
+    path: MetricPath | MixturePath,
+    txt_ids: torch.Tensor,
+    x_init: torch.Tensor,
+    latents_shape: tuple[int, int, int],
+    times: Sequence[float],
+    gain: float = 1.0,
+    dense: bool = False,
+    generator: torch.Generator | None = None,
+) -> Iterator[torch.Tensor]:
+    """What an unguided student sees in each pass of `sample`, x_t (B, N): x_init, then its drafts, jumped on.
+
+    Args:
+        times: one per pass, as from `student_times`. The last pass itself is not made.
+        gain: multiplies the logits of the passes that are made.
+    """
+    x_t = x_init
+    yield x_t
+    for t, t_next in itertools.pairwise(times):
+        prediction = predict(network, txt_ids, x_t, latents_shape, dense)
+        x_t, _ = jump(path, prediction.with_states(gain * prediction.states), x_t, t, t_next, generator)
+        yield x_t
+
+
+@torch.no_grad()
 def sample(
     transformer,
     path: MetricPath | MixturePath,
     txt_ids: torch.Tensor,
     latents_shape: tuple[int, int, int],
-    steps: int = 25,
+    steps: int | Sequence[float] = 25,
     *,
     x_init: torch.Tensor | None = None,
     guidance_scale: float = 1.0,
@@ -121,13 +165,14 @@ def sample(
     """Generate codes in `steps` sampling steps.
 
     Args:
+        steps: their number, or the time of each, ascending, as from `student_times`.
         txt_ids: (B, L) prompts.
         latents_shape: (T, H, W) with N = T*H*W.
         x_init: (B, N) initial codes; None means uniform noise from `generator`.
         guidance_scale: classifier-free guidance; 1 means none, larger values need `uncond_ids`.
         guidance_trunc: time from which on there is no guidance, as in URSA's pipeline.
         uncond_ids: (B, L) ids of the empty or a negative prompt, evaluated in the same batch.
-        shift: time shift, see `timesteps`.
+        shift: time shift, see `timesteps`; of a number of steps.
         argmax: take the most likely codes; with steps=1 the student becomes a deterministic map from noise to video.
         trajectory: filled in place with every step if given.
 
@@ -149,14 +194,14 @@ def sample(
     if guidance_scale > 1 and uncond_ids is None:
         raise DimoError("uncond_ids is needed when guidance_scale > 1: the ids of the empty or the negative prompt")
 
-    x_t, times = x_init, timesteps(steps, shift)
+    x_t, times = x_init, timesteps(steps, shift) if isinstance(steps, int) else list(steps)
     dense = path.codebook_size <= FEW_CODES
     for i, t in enumerate(times):
         if uncond_ids is not None and guidance_scale > 1 and t < guidance_trunc:
             prediction = predict_guided(transformer, txt_ids, uncond_ids, x_t, latents_shape, guidance_scale, dense, t)
         else:
             prediction = predict(transformer, txt_ids, x_t, latents_shape, dense, t)
-        t_next = times[i + 1] if i + 1 < steps else None
+        t_next = times[i + 1] if i + 1 < len(times) else None
         x_next, x_1 = jump(path, prediction, x_t, t, t_next, generator, argmax)
         if trajectory is not None:
             trajectory.t.append(t)

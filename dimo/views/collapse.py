@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -23,6 +23,7 @@ from dimo.errors import DimoError, require_ids, require_shape
 from dimo.ursa.chunks import without_compiling
 from dimo.ursa.prediction import Chunked, Dense, predict
 from dimo.ursa.probability_path import MetricPath, MixturePath
+from dimo.ursa.sampler import inputs_of_passes
 from dimo.ursa.transformer import UrsaTransformer
 
 TOKENS, NOISES = 256, 64  # of a video's N tokens; of a prompt
@@ -116,8 +117,12 @@ def student_over_noises(
     noises: int = NOISES,
     batch_size: int = NOISES,
     dense: bool = False,
+    times: Sequence[float] = (0.0,),
+    draft_gain: float = 1.0,
 ) -> OverNoises:
     """`over_noises` for several prompts, at noise that is the same in every call, whatever else was drawn.
+
+    The last pass of a student of several is measured. Its noise is all that was drawn before: x_init, drafts and jumps.
 
     Args:
         network: the student.
@@ -127,6 +132,7 @@ def student_over_noises(
         noises: n, for every prompt.
         batch_size: noises per pass.
         dense: as in `predict`.
+        times, draft_gain: of a student of several passes, see `inputs_of_passes`.
 
     Returns:
         Entropies (P, M) and codes (P, n, M).
@@ -139,13 +145,21 @@ def student_over_noises(
     found = []
     for ids in txt_ids.split(1):
         x_init = torch.randint(path.codebook_size, size, generator=g, device=g.device)
-        passes = (predict(network, ids.expand(len(x), -1), x, latents_shape, dense) for x in x_init.split(batch_size))
+        passes = (
+            _last_pass(network, path, ids.expand(len(x), -1), x, latents_shape, times, draft_gain, dense, g)
+            for x in x_init.split(batch_size)
+        )
         found.append(over_noises(passes, tokens, g))
     return OverNoises(
         torch.stack([one.entropy_of_mean for one in found]),
         torch.stack([one.mean_entropy for one in found]),
         torch.stack([one.codes for one in found]),
     )
+
+
+def _last_pass(network, path, txt_ids, x_init, latents_shape, times, gain, dense, generator) -> Dense | Chunked:
+    *_, x = inputs_of_passes(network, path, txt_ids, x_init, latents_shape, times, gain, dense, generator)
+    return predict(network, txt_ids, x, latents_shape, dense)
 
 
 def beside_teacher(student: OverNoises, teacher: torch.Tensor, path: MetricPath | MixturePath) -> dict[str, float]:

@@ -51,6 +51,11 @@ def video_sheet(columns: dict[str, torch.Tensor], prompts: list[str], shown: int
     return figure
 
 
+def student_title(passes: int) -> str:
+    """Title of a student's column."""
+    return f"student, {passes} pass{'es' if passes > 1 else ''}"
+
+
 def save_sheet(file: Path, columns: dict[str, torch.Tensor], prompts: list[str]) -> None:
     """Write `video_sheet` as a PNG, atomically."""
     with whole_file(file) as beside:
