@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from dimo.config import PRESETS, config_keys, describe, load_config, to_flat, to_yaml
+from dimo.config import PRESETS, config_keys, load_config, to_flat, to_yaml
+from dimo.config.flags import describe
 from dimo.errors import DimoError
 
 

@@ -237,7 +237,8 @@ def _bench(args) -> None:
 
 
 def _config(args) -> None:
-    from dimo.config import PRESETS, describe, load_config, to_yaml
+    from dimo.config import PRESETS, load_config, to_yaml
+    from dimo.config.flags import describe
 
     if args.presets:
         for file in sorted(PRESETS.glob("*.yaml")):

@@ -1,7 +1,7 @@
 """The configuration: keys, presets, and how they are read and validated."""
 
 from dimo.config.load import PRESETS, default_prompt_length, device_of, load_config, to_yaml, validate
-from dimo.config.schema import Config, Optim, config_keys, default_of, describe, to_flat
+from dimo.config.schema import Config, Optim, config_keys, default_of, to_flat
 
 __all__ = [
     "PRESETS",
@@ -10,7 +10,6 @@ __all__ = [
     "config_keys",
     "default_of",
     "default_prompt_length",
-    "describe",
     "device_of",
     "load_config",
     "to_flat",

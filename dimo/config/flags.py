@@ -59,3 +59,10 @@ def as_override(key: str, value: str) -> str:
     """The override "key=value"; brackets are added to a list without them: --teacher_steps 1,25."""
     bare = isinstance(default_of(config_keys()[key]), list) and not value.lstrip().startswith("[")
     return f"{key}=[{value}]" if bare else f"{key}={value}"
+
+
+def describe() -> str:
+    """A table of all keys with default and help text."""
+    rows = [(k, str(default_of(f)), f.metadata["help"]) for k, f in config_keys().items()]
+    wide = [max(len(r[i]) for r in rows) for i in (0, 1)]
+    return "\n".join(f"{k:{wide[0]}}  {v:{wide[1]}}  {h}" for k, v, h in rows)

@@ -341,13 +341,6 @@ def kind_of(field: dataclasses.Field) -> str:
     return "path" if field.metadata["path"] else str(field.type)
 
 
-def describe() -> str:
-    """A table of all keys with default and help text."""
-    rows = [(k, str(default_of(f)), f.metadata["help"]) for k, f in config_keys().items()]
-    wide = [max(len(r[i]) for r in rows) for i in (0, 1)]
-    return "\n".join(f"{k:{wide[0]}}  {v:{wide[1]}}  {h}" for k, v, h in rows)
-
-
 def to_flat(config: Config) -> dict[str, Any]:
     """The configuration as {dotted key: value}."""
     return {key: getattr(getattr(config, key.split(".")[0]), key.split(".")[1]) for key in config_keys()}

@@ -89,8 +89,8 @@ class Run:
 
 def _same(was: Config, now: Config) -> bool:
     """Whether two configurations train and score the same; folders, devices, and what the teacher judges may differ."""
-    one, other, free = to_flat(was), to_flat(now), FREE_KEYS | {"evaluation.judged_videos"}
-    return all(one[key] == other[key] for key in one if key not in free)
+    one, other = to_flat(was), to_flat(now)
+    return all(one[key] == other[key] for key in one if key not in FREE_KEYS)
 
 
 def ablate(grid: Grid, out: Path, jobs: int = 1, together: int = 1, minutes: float | None = None) -> str:
