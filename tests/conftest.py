@@ -1,6 +1,7 @@
 """Small fixtures; torch on one thread, so that results do not depend on the machine's load."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from forks import python, start_kernel
 from dimo.ursa import load_ursa
 from dimo.worlds import checkpoint_folder, load_world
 
+TINY = Path(__file__).parent / "data" / "tiny-ursa"
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # also in the kernels and processes that tests start
 
@@ -32,6 +34,14 @@ def world():
 @pytest.fixture(scope="session")
 def ursa():
     loaded = load_ursa(checkpoint_folder("shapes"))
+    loaded.transformer.requires_grad_(False)
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """A URSA checkpoint of the smallest sizes."""
+    loaded = load_ursa(TINY)
     loaded.transformer.requires_grad_(False)
     return loaded
 

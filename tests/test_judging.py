@@ -22,13 +22,6 @@ PROMPTS = ["a red ball", "a dog that jumps over the wall", "rain"]
 TIMES = (0.2, 0.5, 0.9)
 
 
-@pytest.fixture(scope="module")
-def tiny():
-    loaded = load_ursa(TINY)
-    loaded.transformer.requires_grad_(False)
-    return loaded
-
-
 @pytest.fixture
 def videos(tiny):
     """(codes (3, 64), prompt ids (3, k = 3, 9), empty prompt (1, 9))."""

@@ -32,13 +32,6 @@ PROMPTS = ["a red ball", "a dog that jumps over the wall", "rain"]
 SIZES = ["distill.num_frames=1", "distill.height=8", "distill.width=16", "distill.max_prompt_length=9"]
 
 
-@pytest.fixture(scope="module")
-def tiny():
-    loaded = load_ursa(TINY)
-    loaded.transformer.requires_grad_(False)
-    return loaded
-
-
 @pytest.fixture
 def videos(tiny):
     """(txt_ids (3, 9), codes (3, 64))."""

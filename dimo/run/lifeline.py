@@ -14,7 +14,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 
+from dimo.errors import DimoError, reason
 from dimo.output import lasting_output
 from dimo.run.signals import PREEMPTED
 
@@ -46,6 +48,21 @@ def end_with_launcher() -> None:
         end_with_parent(signal.SIGTERM, int(os.environ[LAUNCHER]))
     elif "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent(signal.SIGTERM, os.getppid())
+
+
+def share_work(parent: int, work: Callable[[], None]) -> int:
+    """In a process that does a part of its parent's work: do it, unless the parent ends. Files must be written whole.
+
+    Returns:
+        Exit code: 0; 2 for bad input, with a sentence on stderr.
+    """
+    end_with_parent(signal.SIGKILL, parent)
+    try:
+        work()
+    except (DimoError, OSError) as error:
+        print(f"dimo: {error if isinstance(error, DimoError) else reason(error)}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def adopt_orphans() -> None:
