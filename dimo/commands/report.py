@@ -30,8 +30,10 @@ body { font: 15px/1.5 system-ui, "DejaVu Sans", sans-serif; color: #1b1b1b; max-
   padding: 0 1em; }
 img, video { max-width: 100%; } figure { display: inline-block; margin: 0 1em 1em 0; vertical-align: top; }
 figcaption { font-size: 13px; color: #444; } video { width: 256px; image-rendering: pixelated; }
-table { border-collapse: collapse; } td, th { text-align: right; padding: .2em .8em; border-bottom: 1px solid #ccc; }
-td:first-child { text-align: left; } pre { font-size: 12px; background: #f6f6f6; padding: .6em; overflow-x: auto; }
+table { border-collapse: collapse; } td, th { text-align: right; padding: .2em .6em; border-bottom: 1px solid #ccc; }
+.wide { overflow-x: auto; } .wide td { white-space: nowrap; line-height: 1.2; } small { color: #555; }
+td:first-child, th:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
+pre { font-size: 12px; background: #f6f6f6; padding: .6em; overflow-x: auto; }
 """
 
 
@@ -93,11 +95,17 @@ def _table(run: RunFolder) -> str:
     columns = columns_of(rows)
     head = "".join(f"<th>{c}</th>" for c in ("", *columns))
     body = "".join(
-        f"<tr><td>{html.escape(name)}</td>{''.join(f'<td>{format_cell(row, c)}</td>' for c in columns)}</tr>"
+        f"<tr><td>{html.escape(name)}</td>{''.join(f'<td>{_cell(row, c)}</td>' for c in columns)}</tr>"
         for name, row in rows.items()
     )
     sentences = [html.escape(sentence) for sentence in (*legend(rows), prompts_of(rows))]
-    return f"<table><tr>{head}</tr>{body}</table><p>{'<br>'.join(sentences)}</p>"
+    return f"<div class='wide'><table><tr>{head}</tr>{body}</table></div><p>{'<br>'.join(sentences)}</p>"
+
+
+def _cell(row: dict, column: str) -> str:
+    """A metric's value, with its interval in small print below."""
+    value, bracket, interval = format_cell(row, column).partition(" [")
+    return value + (f"<br><small>[{interval}</small>" if bracket else "")
 
 
 def _clips(explorer: ExplorerView) -> str:
