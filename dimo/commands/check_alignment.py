@@ -9,10 +9,10 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from dimo.commands.sample import pick_device, pick_dtype
 from dimo.config import default_prompt_length
 from dimo.errors import DimoError, nearest, reason, require_time
 from dimo.ursa import load_ursa
+from dimo.ursa.device import pick_device, pick_dtype
 from dimo.ursa.loading import DTYPES
 from dimo.views.alignment import FEWEST, Alignment
 from dimo.views.clean_tokens import CLIPS, PASSES, known_clean_tokens, sampled_clean_tokens

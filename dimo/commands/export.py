@@ -17,7 +17,7 @@ from dimo.config import Config, to_flat
 from dimo.config.load import read_groups
 from dimo.errors import DimoError
 from dimo.files import save_file, whole_folder
-from dimo.run.checkpoints import Checkpoints, what_is_wrong
+from dimo.run.checkpoints import Checkpoints, step_of, what_is_wrong
 from dimo.run.folder import RunFolder
 from dimo.run.origin import run_config, run_of
 from dimo.run.sources import TEACHER, require_same_sources
@@ -138,7 +138,7 @@ def _require_place(out: Path, teacher: Path, run: Path, overwrite: bool) -> None
 
 def _student(run: Path, config: Config, teacher: Path, step: str | None) -> Student:
     checkpoints = Checkpoints(run / "checkpoints")
-    steps = [int(folder.name.removeprefix("step-")) for folder in checkpoints.all()]
+    steps = [step_of(folder) for folder in checkpoints.all()]
     known = f"checkpoints are of the steps {', '.join(map(str, steps))}" if steps else "it has no checkpoints"
     if step is None:
         final = run / "checkpoints" / "final"
@@ -163,7 +163,7 @@ def _student(run: Path, config: Config, teacher: Path, step: str | None) -> Stud
     gain = config.model.final_logit_gain / config.model.logit_gain
     state = scale_logits(load_file(folder / "ema.safetensors"), gain)
     dtype = student_dtype(config.experiment.student_dtype, teacher)
-    trained = int(folder.name.removeprefix("step-"))
+    trained = step_of(folder)
     return Student(plain_state(state, dtype), trained, f"the moving average in {folder.name}")
 
 

@@ -21,6 +21,7 @@ from dimo.errors import DimoError, reason, require_shape
 from dimo.files import save_file, whole_file, write_text
 from dimo.run.origin import run_config, run_of
 from dimo.ursa import Ursa, UrsaTransformer, load_ursa, sample
+from dimo.ursa.device import pick_device, pick_dtype
 from dimo.ursa.frames import eight_bits
 from dimo.ursa.loading import DTYPES, load_student
 from dimo.ursa.sampler import student_times, timesteps, warn_if_guided_again
@@ -310,19 +311,3 @@ def _cut_to(ursa: Ursa, prompt: str, max_prompt_length: int) -> str | None:
     log.warning("the prompt %r has %d tokens, but max_prompt_length is %d: it is truncated to %r", prompt, length,
                 max_prompt_length, kept)  # fmt: skip
     return kept
-
-
-def pick_device(name: str) -> torch.device:
-    """The device that --device names."""
-    if name not in ("auto", "cpu", "cuda"):
-        raise DimoError(f"device must be one of auto, cpu, cuda, got {name!r}")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise DimoError("device is cuda, but PyTorch sees no GPU; use auto or cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def pick_dtype(name: str, device: torch.device) -> str:
-    """The name of the dtype that --dtype names, auto resolved."""
-    if name not in ("auto", *DTYPES):
-        raise DimoError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {name!r}")
-    return ("bfloat16" if device.type == "cuda" else "float32") if name == "auto" else name

@@ -34,6 +34,11 @@ AT_ONCE = 4  # files written concurrently
 STEP, MILESTONE = (f"{name}-" + "[0-9]" * 8 for name in ("step", "milestone"))
 
 
+def step_of(file: Path) -> int:
+    """The step in the name of a checkpoint folder or sample sheet that matches STEP."""
+    return int(file.stem.removeprefix("step-"))
+
+
 class Checkpoints:
     """The checkpoint folders step-<step>/ of a run:
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,11 @@ import torch
 from dimo.config import Config, default_prompt_length, load_config
 from dimo.data.stream import PromptStream
 from dimo.errors import DimoError
-from dimo.run.checkpoints import STEP
+from dimo.run.checkpoints import Checkpoints, step_of
 from dimo.run.folder import RunFolder
 from dimo.run.origin import run_config, run_of
 from dimo.ursa import Ursa, load_ursa
+from dimo.ursa.device import pick_device, pick_dtype
 from dimo.ursa.loading import DTYPES, load_student
 from dimo.worlds import checkpoint_folder, is_world, load_world, require_world, video_size
 
@@ -90,13 +90,7 @@ def open_models(
     """
     place = source.path if isinstance(source, RunFolder) else Path(source)
     run = run_of(place) if place.is_dir() else None
-    if device not in ("auto", "cpu", "cuda"):
-        raise DimoError(f"device must be one of auto, cpu, cuda, got {device!r}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise DimoError("device is cuda, but PyTorch sees no GPU; use auto or cpu")
-    where = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
-    if dtype not in ("auto", *DTYPES):
-        raise DimoError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {dtype!r}")
+    where = pick_device(device)
     if run is None:
         return _of_checkpoint(place, step, student, size, where, dtype, backend or "native")
     if student is not None or size is not None:
@@ -105,7 +99,7 @@ def open_models(
     folder, half = checkpoint_folder(config.distill.teacher_ckpt), config.training.mixed_precision == "bf16"
     auto = "bfloat16" if half and not is_world(folder) else "float32"
     found, aux, name = _chosen(run, step)
-    ursa = _load(folder, where, auto if dtype == "auto" else dtype, backend or config.model.backend)
+    ursa = _load(folder, where, pick_dtype(dtype, where, auto), backend or config.model.backend)
     networks: dict[str, Any] = {"teacher": ursa.transformer}
     if aux is not None or found is None:
         networks["auxiliary"] = ursa.transformer if aux is None else _frozen(ursa, aux)
@@ -122,8 +116,7 @@ def _of_checkpoint(place: Path, step, student, size, device: torch.device, dtype
     folder = checkpoint_folder(place)
     if step not in (None, 0):
         raise DimoError(f"step must be left out, since {folder} is a checkpoint folder and no run, got {step!r}")
-    auto = "bfloat16" if device.type == "cuda" and not is_world(folder) else "float32"
-    ursa = _load(folder, device, auto if dtype == "auto" else dtype, backend)
+    ursa = _load(folder, device, pick_dtype(dtype, device, "float32" if is_world(folder) else None), backend)
     grid = ursa.latents_shape(*(size or video_size(folder)))
     networks = dict.fromkeys(("teacher", "auxiliary", "student"), ursa.transformer)
     origin: dict[str, Any] = {"source": str(place)} | ({"size": list(size)} if size else {})
@@ -152,7 +145,7 @@ def _frozen(ursa: Ursa, weights: Path):
 
 def checkpoints_of(run: Path) -> list[int | str]:
     """The steps of a run's checkpoints, oldest first, then "final" if it is there: values of `open_models`' step."""
-    steps: list[int | str] = [int(re.sub(r"\D", "", p.name)) for p in sorted((run / "checkpoints").glob(STEP))]
+    steps: list[int | str] = [step_of(folder) for folder in Checkpoints(run / "checkpoints").all()]
     return steps + (["final"] if (run / "checkpoints" / "final").is_dir() else [])
 
 
@@ -177,7 +170,7 @@ def _chosen(run: Path, step: int | str | None) -> tuple[Path | None, Path | None
 
 
 def _number(weights: Path) -> int | str:
-    return "final" if weights.name == "final" else int(re.sub(r"\D", "", weights.parent.name))
+    return "final" if weights.name == "final" else step_of(weights.parent)
 
 
 def _prompts(config: Config, folder: Path) -> list[str]:

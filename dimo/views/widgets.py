@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dimo.errors import DimoError
-from dimo.run.checkpoints import STEP
+from dimo.run.checkpoints import STEP, step_of
 from dimo.run.folder import RunFolder
 
 
@@ -47,8 +47,7 @@ class Sheets:
     def refresh(self) -> bool:
         """Look for new sheets, and go to the newest unless the slider was moved away; returns whether there are any."""
         self._files = [
-            {int(file.stem.removeprefix("step-")): file for file in sorted((run.path / "samples").glob(f"{STEP}.png"))}
-            for run in self.runs
+            {step_of(file): file for file in sorted((run.path / "samples").glob(f"{STEP}.png"))} for run in self.runs
         ]
         steps = sorted({step for files in self._files for step in files})
         if not steps:
