@@ -65,6 +65,7 @@ STEPPED = [
     Row("experiment.seed", 1, "step.txt_ids step.x_init student"),
     Row("experiment.seed", 1, "step.txt_ids", beside=CAPTIONS),
     Row("model.activation_checkpointing", "full", "count.blocks", still="student aux loss"),
+    Row("model.attention", "math", "student aux", still="step.x_init"),
     Row("model.train_embeddings", "false", f"student.{EMBEDDINGS} aux.{EMBEDDINGS} ema.{EMBEDDINGS}"),
     Row("model.train_head", "true", "student.lm_head aux.lm_head ema.lm_head"),
     Row("model.logit_gain", 2, "student.model.norm ema.model.norm loss/total", still="aux.model.norm"),

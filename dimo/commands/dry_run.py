@@ -101,7 +101,7 @@ def dry_run(config: Config, size: str | None = None, num_processes: int = 1) -> 
     if config.distill.teacher == "exact":
         raise DimoError("memory is counted for networks; to plan for the others, use distill.teacher=network")
     on_gpu = config.model.device != "cpu"
-    model = dataclasses.replace(config.model, device="cpu", backend="native", compile=False)
+    model = dataclasses.replace(config.model, device="cpu", backend="native", compile=False, attention="auto")
     training = dataclasses.replace(config.training, cuda_graph=False)
     config = dataclasses.replace(config, model=model, training=training)
     processes, meter = _fake_processes(num_processes, engine_kind(config.training.engine)), _Meter()

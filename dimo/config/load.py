@@ -19,6 +19,7 @@ from dimo.config.schema import Config, config_keys, default_of, kind_of, to_flat
 from dimo.config.values import read_value, read_yaml, unquoted, write_yaml
 from dimo.errors import DimoError, nearest, reason
 from dimo.paths import user_path
+from dimo.ursa.attention import KERNELS
 from dimo.ursa.inputs import latents_shape_for
 from dimo.ursa.layout import makes_images, vae_strides
 from dimo.ursa.loading import BACKENDS, DTYPES
@@ -178,6 +179,7 @@ def validate(config: Config) -> None:
         "distill.teacher": ("network", "exact"),
         "distill.aux_objective": ("denoise", "match_teacher"),
         "model.activation_checkpointing": CHECKPOINTING,
+        "model.attention": KERNELS,
         "distill.aux_pass": ("own", "shared"),
         "distill.baseline": ("ema", "leave_one_out"),
         "distill.aux_target": ("sampled", "exact"),

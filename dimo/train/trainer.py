@@ -16,6 +16,7 @@ from dimo.distill.schedules import Baseline, EntropyController, XInit, fade
 from dimo.distill.stages import Step
 from dimo.distill.step import Networks, nine_stages
 from dimo.errors import DimoError, NonFiniteError, trusted_values
+from dimo.run.cold_start import ColdStart, keep_compiled
 from dimo.run.folder import RunFolder
 from dimo.train.engine import Engine, load_full_state, reshard, to_local
 from dimo.train.graph import StepGraphs, require_capturable
@@ -25,6 +26,7 @@ from dimo.train.optimizers import assign, lr_factor, make_optimizers, warm_ema_d
 from dimo.train.prompts import WorldPrompts, open_prompts
 from dimo.train.together import train_together
 from dimo.ursa import Ursa, load_ursa, predict
+from dimo.ursa.attention import choose
 from dimo.ursa.cpu import keep_memory
 from dimo.ursa.sampler import student_times
 from dimo.ursa.weights import scale_logits
@@ -46,6 +48,7 @@ class Trainer:
     """
 
     def __init__(self, config: Config, ursa: Ursa | None = None, prompts: WorldPrompts | None = None):
+        self.cold_start = ColdStart()
         self.config = config = as_begun(config)
         self.settings = d = config.distill
         o = config.optim
@@ -54,9 +57,12 @@ class Trainer:
         self.accelerator, self.device = self.engine.accelerator, self.engine.device
         if self.device.type == "cpu":
             keep_memory()
+        else:
+            keep_compiled()
         if ursa is None:
             ursa = load_ursa(checkpoint_folder(d.teacher_ckpt), self.device, backend=config.model.backend)
         self.ursa = ursa
+        self.cold_start.mark("checkpoint")
         self.path = self.ursa.path
         self.grid = self.ursa.latents_shape(d.num_frames, d.height, d.width)
         self.num_visual_tokens = math.prod(self.grid)
@@ -82,8 +88,11 @@ class Trainer:
                 network.model.norm.requires_grad_(False)  # small, so each network keeps its own, in its own precision
         for network in (student, ema):
             network.model.norm.weight.data.mul_(config.model.logit_gain)
-        for network in (teacher, student, aux, ema) if config.model.backend == "native" else ():
-            network.run_with(config.model.compile and self.device.type == "cuda", config.model.activation_checkpointing)
+        m, dtype = config.model, torch.bfloat16 if config.training.mixed_precision == "bf16" else torch.float32
+        self.attention = choose(m.attention, self.device, dtype, teacher.config)
+        for network in (teacher, student, aux, ema) if m.backend == "native" else ():
+            compiled = m.compile and self.device.type == "cuda"
+            network.run_with(compiled, m.activation_checkpointing, self.attention.name)
         self.student = self.engine.learner(student, lambda net: make_optimizers(net, o.lr, o.muon_lr, o))
         self.aux = self.engine.learner(aux, lambda net: make_optimizers(net, o.aux_lr, o.muon_lr * o.aux_lr / o.lr, o))
         self.x_init = XInit(self.path.codebook_size, d.p_corrupt, d.corrupt_ratio)

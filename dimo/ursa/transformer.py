@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -22,11 +22,10 @@ from torch.utils.checkpoint import (
 
 from dimo.errors import DimoError, require_ids, require_shape
 from dimo.ursa import cpu
+from dimo.ursa.attention import KERNELS
 from dimo.ursa.config import NORM_EPS, UrsaConfig
 
 CHECKPOINTING = ("none", "selective", "full")
-# fastest first: attention dominates at URSA's sizes, and cuDNN makes the best use of Hopper's tensor cores
-ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class RMSNorm(nn.Module):
@@ -61,7 +60,10 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 class Attention(nn.Module):
-    """Bidirectional grouped-query attention with RMSNorm on every query and key head before RoPE."""
+    """Bidirectional grouped-query attention with RMSNorm on every query and key head before RoPE.
+
+    `kernels`, a key of `dimo.ursa.attention.KERNELS`, is set by `UrsaTransformer.run_with`.
+    """
 
     def __init__(self, config: UrsaConfig):
         super().__init__()
@@ -77,19 +79,20 @@ class Attention(nn.Module):
             config.num_attention_heads,
             config.num_key_value_heads,
         )
+        self.kernels = "auto"
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         # one fused product for q, k and v: faster, and the gradient of x needs no sum
         qkv = F.linear(x, torch.cat([p.weight for p in (self.q_proj, self.k_proj, self.v_proj)]))
         q, k, v = qkv.unflatten(-1, (-1, self.head_dim)).split([self.heads, self.kv_heads, self.kv_heads], 2)
-        if cpu.serves(q, scores=q.shape[0] * self.heads * q.shape[1] ** 2):
+        if self.kernels == "auto" and cpu.serves(q, scores=q.shape[0] * self.heads * q.shape[1] ** 2):
             q = cpu.NormRotate.apply(q, self.q_norm.weight, cos, sin, NORM_EPS)
             k = cpu.NormRotate.apply(k, self.k_norm.weight, cos, sin, NORM_EPS)
             out = cpu.Attend.apply(q, k, v.transpose(1, 2))
         else:
             q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-            with sdpa_kernel(ATTENTION, set_priority=True):
+            with sdpa_kernel(KERNELS[self.kernels], set_priority=True):
                 out = F.scaled_dot_product_attention(q, k, v, enable_gqa=self.heads != self.kv_heads)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
@@ -179,21 +182,24 @@ class UrsaTransformer(nn.Module):
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
 
-    def run_with(self, compile: bool = False, checkpointing: str = "none") -> UrsaTransformer:
+    def run_with(self, compile: bool = False, checkpointing: str = "none", attention: str = "auto") -> UrsaTransformer:
         """Configure how the layers run. Returns self.
 
         Args:
             compile: torch.compile the layers; takes about a minute in the first pass.
             checkpointing: activations kept per layer for the backward pass: "none" keeps all, "selective" the input and
                 the attention output (attention is not recomputed), "full" the input only.
+            attention: a key of `dimo.ursa.attention.KERNELS`; "fa4" must have been found by `choose` there.
 
         Raises:
-            DimoError: unknown `checkpointing`.
+            DimoError: unknown `checkpointing` or `attention`.
         """
         if checkpointing not in CHECKPOINTING:
             raise DimoError(f"checkpointing must be one of {', '.join(CHECKPOINTING)}, got {checkpointing!r}")
+        if attention not in KERNELS:
+            raise DimoError(f"attention must be one of {', '.join(KERNELS)}, got {attention!r}")
         for layer in self.model.layers:
-            layer.compiled, layer.checkpointing = compile, checkpointing
+            layer.compiled, layer.checkpointing, layer.self_attn.kernels = compile, checkpointing, attention
         return self
 
     def hidden(self, input_ids: torch.Tensor, rope_pos: torch.Tensor) -> torch.Tensor:
