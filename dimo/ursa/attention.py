@@ -103,16 +103,16 @@ def fa4_problem(device: torch.device, dtype: torch.dtype, config: UrsaConfig) ->
 
 def deactivate_fa4() -> None:
     """Give torch its own flash kernel back."""
-    current = getattr(attention, "current_flash_attention_impl", lambda: None)
-    if current() is not None:
-        attention.restore_flash_attention_impl()
+    restore = getattr(attention, "restore_flash_attention_impl", None)
+    if restore is not None and attention.current_flash_attention_impl() is not None:
+        restore()
 
 
 def trial_problem(name: str, device: torch.device, dtype: torch.dtype, config: UrsaConfig) -> str:
     """Try the first kernel of `KERNELS[name]`, alone; returns "", or what is wrong with it."""
     try:
         off = trial_errors(KERNELS[name][0], device, dtype, config)
-    except (RuntimeError, ValueError, TypeError, AttributeError, ImportError, NotImplementedError) as error:
+    except Exception as error:  # the compiler of FlashAttention 4 has types of its own
         return f"{type(error).__name__}: {reason(error)}"
     tolerance = TOLERANCE.get(dtype, HALF_TOLERANCE)
     wrong = [f"{part} is off by {error:.3g}" for part, error in off.items() if not error < tolerance]  # NaN is wrong
