@@ -20,7 +20,7 @@ class ColdStart:
     def __init__(self):
         self.parts: dict[str, float] = {}
         self._since, self._ended = command_began(), False
-        self.mark("imports")
+        self.mark("until the trainer")
 
     def mark(self, part: str) -> None:
         """End a part of the way."""
@@ -34,7 +34,7 @@ class ColdStart:
         self.mark("first step")
         self._ended = True
         parts = ", ".join(f"{part} {seconds:.1f}" for part, seconds in self.parts.items())
-        return f"{sum(self.parts.values()):.1f} s from the command to the end of the first step: {parts}"
+        return f"{sum(self.parts.values()):.1f} s from the start of the process to the end of the first step: {parts}"
 
     def once(self) -> dict[str, float]:
         """The whole way as a metric, the first time that this is called after `end`; then nothing."""
