@@ -58,9 +58,7 @@ class Model:
     activation_checkpointing: str = _key(
         "none", "none, selective (keep attention outputs, recompute the rest) or full; backend native only"
     )
-    attention: str = _key(
-        "auto", "kernel of attention: fa4, cudnn, flash, math, or auto (fa4 where it works); backend native only"
-    )
+    attention: str = _key("auto", "kernel of attention: auto (fa4 where it works), fa4, cudnn, flash or math")
     train_embeddings: bool = _key(
         True, "train the token embeddings; false: frozen at the teacher's, one copy shared by all networks"
     )

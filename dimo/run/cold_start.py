@@ -15,9 +15,14 @@ COMPILED = "TORCHINDUCTOR_CACHE_DIR"  # of torch.compile: graphs, and below it T
 
 
 class ColdStart:
-    """Wall-clock seconds from the start of the process, or of the one that launched it, to the first step, by parts."""
+    """Wall-clock seconds from the start of the process, or of the one that launched it, to the first step, by parts.
+
+    Where there is a GPU, compiled layers are kept for the next run (`keep_compiled`).
+    """
 
     def __init__(self):
+        if torch.cuda.is_available():
+            keep_compiled()
         self.parts: dict[str, float] = {}
         self._since, self._ended = command_began(), False
         self.mark("until the trainer")

@@ -16,7 +16,7 @@ from dimo.distill.schedules import Baseline, EntropyController, XInit, fade
 from dimo.distill.stages import Step
 from dimo.distill.step import Networks, nine_stages
 from dimo.errors import DimoError, NonFiniteError, trusted_values
-from dimo.run.cold_start import ColdStart, keep_compiled
+from dimo.run.cold_start import ColdStart
 from dimo.run.folder import RunFolder
 from dimo.train.engine import Engine, load_full_state, reshard, to_local
 from dimo.train.graph import StepGraphs, require_capturable
@@ -57,13 +57,9 @@ class Trainer:
         self.accelerator, self.device = self.engine.accelerator, self.engine.device
         if self.device.type == "cpu":
             keep_memory()
-        else:
-            keep_compiled()
-        if ursa is None:
-            ursa = load_ursa(checkpoint_folder(d.teacher_ckpt), self.device, backend=config.model.backend)
-        self.ursa = ursa
+        ursa = ursa or load_ursa(checkpoint_folder(d.teacher_ckpt), self.device, backend=config.model.backend)
         self.cold_start.mark("checkpoint")
-        self.path = self.ursa.path
+        self.ursa, self.path = ursa, ursa.path
         self.grid = self.ursa.latents_shape(d.num_frames, d.height, d.width)
         self.num_visual_tokens = math.prod(self.grid)
         samples = d.batch_size_per_gpu * config.training.gradient_accumulation_steps * self.engine.world_size
@@ -88,11 +84,10 @@ class Trainer:
                 network.model.norm.requires_grad_(False)  # small, so each network keeps its own, in its own precision
         for network in (student, ema):
             network.model.norm.weight.data.mul_(config.model.logit_gain)
-        m, dtype = config.model, torch.bfloat16 if config.training.mixed_precision == "bf16" else torch.float32
-        self.attention = choose(m.attention, self.device, dtype, teacher.config)
-        for network in (teacher, student, aux, ema) if m.backend == "native" else ():
-            compiled = m.compile and self.device.type == "cuda"
-            network.run_with(compiled, m.activation_checkpointing, self.attention.name)
+        self.attention = choose(config.model.attention, self.device, teacher.lm_head.weight.dtype, teacher.config)
+        for network in (teacher, student, aux, ema) if config.model.backend == "native" else ():
+            compiled = config.model.compile and self.device.type == "cuda"
+            network.run_with(compiled, config.model.activation_checkpointing, self.attention.name)
         self.student = self.engine.learner(student, lambda net: make_optimizers(net, o.lr, o.muon_lr, o))
         self.aux = self.engine.learner(aux, lambda net: make_optimizers(net, o.aux_lr, o.muon_lr * o.aux_lr / o.lr, o))
         self.x_init = XInit(self.path.codebook_size, d.p_corrupt, d.corrupt_ratio)
