@@ -15,7 +15,7 @@ import json
 import logging
 from pathlib import Path
 
-from dimo.config.protocols import NEGATIVE_PROMPT
+from dimo.config.served import NEGATIVE_PROMPT
 from dimo.data.lines import read_lines
 from dimo.errors import DimoError, reason
 from dimo.files import write_text

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from dimo.config.protocols import require_captioned_video, with_protocol
 from dimo.config.schema import Config, config_keys, default_of, kind_of, to_flat
+from dimo.config.served import require_captioned_video, with_protocol
 from dimo.config.values import read_value, read_yaml, unquoted, write_yaml
 from dimo.errors import DimoError, nearest, reason
 from dimo.paths import user_path

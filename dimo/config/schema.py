@@ -108,7 +108,7 @@ class Distill:
     )
     batch_size_per_gpu: int = _key(64, "samples per process and micro-batch (see training.gradient_accumulation_steps)")
     protocol: str = _key(
-        "none", "none, or vbench, URSA's own: guidance_scale 7, a negative_prompt and motion_prefix 9, if not set beside it"
+        "none", "none, or vbench, URSA's own: guidance_scale 7, negative_prompt and motion_prefix 9, unless set"
     )
     guidance_scale: float = _key(1.0, "classifier-free guidance scale of the teacher; 1: no guidance")
     guidance_trunc: float = _key(
