@@ -166,10 +166,10 @@ def read_grid(
     base = _group(file, "base", content.get("base", {}), {"preset", "keys"})
     places = {n: _place(file, n, given) for n, given in _group(file, "worlds", content.get("worlds")).items()}
     found = {n: _words(file, f"arm {n}", given) for n, given in _group(file, "arms", content.get("arms")).items()}
-    for kind, asked, known in (("arm", arms, set(found)), ("world", worlds, set(places))):
+    for kind, asked, there in (("arm", arms, set(found)), ("world", worlds, set(places))):
         for one in asked or ():
-            if one not in known:
-                raise DimoError(f"{file} has no {kind} {one!r}{nearest(one, known)}")
+            if one not in there:
+                raise DimoError(f"{file} has no {kind} {one!r}{nearest(one, there)}")
     for (one, a), (other, b) in itertools.combinations(found.items(), 2):
         if sorted(a) == sorted(b) or _slug(one) == _slug(other):
             raise DimoError(f"{file}: the arms {one!r} and {other!r} are the same")
