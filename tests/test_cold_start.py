@@ -27,7 +27,7 @@ def test_the_log_and_the_first_row_say_how_long_the_first_step_took_to_come(tmp_
     first, second = RunFolder(tmp_path).metrics()
     assert 100 < whole < time.time() - began and sum(parts) == pytest.approx(whole, abs=0.3) and parts[0] > 99
     assert first["time/first_step_s"] == pytest.approx(whole, abs=0.1) and "time/first_step_s" not in second
-    assert re.search("until the trainer .* checkpoint .* checks and resuming .* first step", line)
+    assert re.search("until the trainer .* checkpoint .* networks and checks .* first step", line)
 
 
 def test_a_command_began_when_its_process_did(monkeypatch):

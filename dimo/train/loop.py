@@ -115,7 +115,7 @@ def _train(
     watch = Watch(trainer, run, first)
     bar = Progress(first, last, shown=progress and run.writes)
     clock, since = time.perf_counter(), first
-    trainer.cold_start.mark("checks and resuming")
+    trainer.cold_start.mark("networks and checks")
     for index in bar:
         try:
             step, extra = trainer.step(index)
