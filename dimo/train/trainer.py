@@ -96,8 +96,8 @@ class Trainer:
         self.generator = torch.Generator(self.device)
         self.lambda_ent: float | torch.Tensor = d.lambda_ent
         self.ema_weight: float | torch.Tensor = 0.0  # of the student in an update of its moving average
-        # logits are stored only if a batch's take at most 128 MiB and are not rounded to bf16; a GPU recomputes those of
-        # many codes faster than it goes through stored ones, since what reads them is then compiled to a few passes
+        # logits are stored only if a batch's take at most 128 MiB and are not rounded to bf16; where there are many
+        # codes, a GPU recomputes them faster than it goes through stored ones: what reads them is compiled then
         large = d.t_draws * d.batch_size_per_gpu * self.num_visual_tokens * self.path.codebook_size > 2**25
         many = self.device.type == "cuda" and self.path.codebook_size > BLOCK
         self.dense = not (large or many) and config.training.mixed_precision == "no"
