@@ -201,7 +201,10 @@ def _train(runs: list[Run], deadline: float | None) -> None:
         (one.folder / "report.json").unlink(missing_ok=True)  # of another configuration
     try:
         with stopping_at(deadline):
-            ends = train_and_compare([Trainer(one.settings()) for one in runs])
+            trainers = [Trainer(one.settings()) for one in runs]
+            for trainer in trainers:
+                trainer.ursa.vae = None  # no sheets of samples, which `tidy` would remove
+            ends = train_and_compare(trainers)
     except Preempted:
         if not _is_late(deadline):
             raise  # a signal from outside
