@@ -262,21 +262,23 @@ def _is_late(deadline: float | None) -> bool:
 def stopping_at(deadline: float | None) -> Iterator[None]:
     """In this context, from `deadline` on, this process gets SIGTERM every second, upon which a training run saves.
 
-    It may come while no run has its own handler: then nothing happens, and the next one ends the run.
+    It may come, from outside as well, while no run has its own handler: then nothing happens, and the next one, a
+    second later, ends the run.
     """
     if deadline is None:
         yield
         return
-    over = threading.Event()
+    over, told = threading.Event(), threading.Event()
 
     def ring(deadline: float) -> None:
-        over.wait(max(0.0, deadline - time.time()))
         while not over.wait(1.0):
-            os.kill(os.getpid(), signal.SIGTERM)
+            if told.is_set() or _is_late(deadline):
+                os.kill(os.getpid(), signal.SIGTERM)
 
     def pass_over(number: int, _) -> None:
         if number != signal.SIGTERM:
             raise KeyboardInterrupt
+        told.set()  # by another process, perhaps
 
     with handling(pass_over):
         clock = threading.Thread(target=ring, args=(deadline,), daemon=True)
@@ -314,9 +316,9 @@ def _workers(jobs: int) -> Iterator[Callable]:
                 ):
                     future.result()  # the first failure cancels the rest
             except BaseException as error:
-                pool.shutdown(wait=False, cancel_futures=True)
                 for process in multiprocessing.active_children():
                     process.terminate()  # upon which its training runs save
+                pool.shutdown(cancel_futures=True)
                 if isinstance(error, BrokenProcessPool):
                     raise DimoError("a process of the grid was killed; the same command goes on") from error
                 raise
