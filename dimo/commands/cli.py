@@ -146,6 +146,7 @@ def _evaluate(args) -> None:
 def _ablate(args) -> None:
     from dimo.evaluation.ablate import ablate
     from dimo.evaluation.grid import read_grid
+    from dimo.evaluation.jobs import visible_gpus
 
     try:
         lrs = [float(lr) for lr in args.lrs.split(",")] if args.lrs else None
@@ -153,7 +154,8 @@ def _ablate(args) -> None:
         raise DimoError(f"--lrs must be numbers separated by commas, got {args.lrs!r}") from None
     grid = read_grid(args.grid, args.config, args.overrides, args.arms, lrs, args.seeds, args.worlds)
     out = Path(args.out or f"runs/{grid.name}")
-    print(ablate(grid, out, args.jobs, args.together, args.minutes))
+    jobs = max(1, len(visible_gpus())) if args.jobs is None else args.jobs
+    print(ablate(grid, out, jobs, args.together, args.minutes))
     print(f"written: {out / 'grid.md'}, {out / 'grid.json'}")
 
 

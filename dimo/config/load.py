@@ -71,7 +71,7 @@ CAPTURABLE = {  # what training.cuda_graph needs; `dimo.train.graph` checks the 
     "distill.prompt_source": ("world",),
     "training.num_processes": (1,),
     "training.gradient_accumulation_steps": (1,),
-    "training.mixed_precision": ("no",),
+    "training.mixed_precision": ("no", "bf16"),
 }
 
 

@@ -86,7 +86,7 @@ def videos_of(comparison: Comparison, row: dict[str, torch.Tensor], world: World
     prompts = [prompt for prompt in different for _ in range(copies)]
     return Videos(
         row["codes"].view(-1, *comparison.grid), prompts, copies, row["seconds"].sum().item(),
-        score(world, row["codes"], prompts) if world else None, comparison.ursa.path,
+        score(world, row["codes"].to(comparison.ursa.path.device), prompts) if world else None, comparison.ursa.path,
         {name: value for name, value in row.items() if name not in ("codes", "seconds")},
     )  # fmt: skip
 

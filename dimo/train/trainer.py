@@ -27,6 +27,7 @@ from dimo.train.prompts import WorldPrompts, open_prompts
 from dimo.train.together import train_together
 from dimo.ursa import Ursa, load_ursa, predict
 from dimo.ursa.attention import choose
+from dimo.ursa.chunks import BLOCK
 from dimo.ursa.cpu import keep_memory
 from dimo.ursa.sampler import student_times
 from dimo.ursa.weights import scale_logits
@@ -99,9 +100,11 @@ class Trainer:
         self.generator = torch.Generator(self.device)
         self.lambda_ent: float | torch.Tensor = d.lambda_ent
         self.ema_weight: float | torch.Tensor = 0.0  # of the student in an update of its moving average
-        # logits are stored only if a batch's take at most 128 MiB and are not rounded to bf16
+        # logits are stored only if a batch's take at most 128 MiB and are not rounded to bf16; where there are many
+        # codes, a GPU recomputes them faster than it goes through stored ones: what reads them is compiled then
         large = d.t_draws * d.batch_size_per_gpu * self.num_visual_tokens * self.path.codebook_size > 2**25
-        self.dense = not large and config.training.mixed_precision == "no"
+        many = self.device.type == "cuda" and self.path.codebook_size > BLOCK
+        self.dense = not (large or many) and config.training.mixed_precision == "no"
         self.guard = Guard(self.engine, config.training.max_bad_steps)
         self.averages = Averages()
         self.events: list[dict] = []  # {"step", "event", ...}; drained by the training loop
