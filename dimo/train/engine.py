@@ -19,12 +19,12 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dimo.config import Config, device_of
 from dimo.errors import DimoError
 from dimo.run.ranks import count_ranks, everywhere, launched_or_alone
 from dimo.train.optimizers import set_lr_factor
+from dimo.train.sharded import full_tensors, load_full_state, placed_like, reshard, to_local
 
 BUCKET_ENTRIES = 2**26  # gradient entries per all-reduce: 256 MiB of float32
 SENT_ALONE = 2**20  # gradients with at least so many entries are all-reduced during the backward pass, once ready
@@ -137,7 +137,7 @@ class Learner:
 
     def _send(self, p: torch.nn.Parameter) -> None:
         if self.last:
-            self.sending[p.grad] = dist.all_reduce(p.grad, async_op=True)
+            self.sending[p.grad] = dist.all_reduce(p.grad, reduction(), async_op=True)
 
     def set_lr_factor(self, factor: float) -> None:
         set_lr_factor(self.optimizers, factor)
@@ -154,7 +154,7 @@ class Learner:
             average([gradient for gradient in self.gradients if gradient not in self.sending])
             for sent in self.sending.values():
                 sent.wait()
-            if self.sending:
+            if self.sending and reduction() == dist.ReduceOp.SUM:
                 torch._foreach_div_(list(self.sending), dist.get_world_size())
             self.sending = {}
         square = torch.stack(torch._foreach_norm(self.gradients)).square().sum()
@@ -290,48 +290,9 @@ def _asked_for() -> str:
     return "ddp"
 
 
-def to_local(tensor: torch.Tensor) -> torch.Tensor:
-    """The local shard of a sharded tensor; any other tensor unchanged."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def full_tensors(values: dict[str, torch.Tensor], keep: bool) -> dict[str, torch.Tensor]:
-    """All-gather sharded tensors one by one onto the CPU of the ranks with `keep`; if none is sharded, no copy is made.
-
-    The other ranks get {} from a dict with sharded tensors. Collective.
-    """
-    if not any(isinstance(value, DTensor) for value in values.values()):
-        return values
-    gathered = {}
-    for name, value in values.items():
-        value = value.full_tensor() if isinstance(value, DTensor) else value
-        if keep:
-            gathered[name] = value.cpu()
-    return gathered
-
-
-@torch.no_grad()
-def load_full_state(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """`load_state_dict` of full tensors into a model that may be sharded."""
-    reshard(model)
-    own = model.state_dict()
-    model.load_state_dict(
-        {name: placed_like(own[name], value) if name in own else value for name, value in weights.items()}
-    )
-
-
-def placed_like(tensor: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """The full tensor `value` on the device of `tensor`, sharded like it unless its shape differs (a step count)."""
-    value = value.to(tensor.device)
-    if not isinstance(tensor, DTensor) or value.shape != tensor.shape:
-        return value
-    return distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
-
-
-def reshard(model: torch.nn.Module) -> None:
-    """Free the parameters that a forward pass under FSDP2 left gathered, so that the sharded ones are in place."""
-    if isinstance(model, FSDPModule):
-        model.reshard()
+def reduction() -> dist.ReduceOp:
+    """The mean where the backend has it, which saves a pass over all gradients; else the sum, to be divided."""
+    return dist.ReduceOp.AVG if dist.get_backend() == "nccl" else dist.ReduceOp.SUM
 
 
 def average(tensors: list[torch.Tensor]) -> None:
@@ -343,8 +304,9 @@ def average(tensors: list[torch.Tensor]) -> None:
             entries, end = entries + tensors[end].numel(), end + 1
         bucket = tensors[start:end]
         flat = torch.cat([tensor.flatten() for tensor in bucket])
-        dist.all_reduce(flat)
-        flat /= dist.get_world_size()
+        dist.all_reduce(flat, reduction())
+        if reduction() == dist.ReduceOp.SUM:
+            flat /= dist.get_world_size()
         pieces = flat.split([tensor.numel() for tensor in bucket])
         torch._foreach_copy_(bucket, [piece.view_as(tensor) for piece, tensor in zip(pieces, bucket)])
         start = end

@@ -17,12 +17,13 @@ from dimo.distill.stages import Step
 from dimo.distill.step import Networks, nine_stages
 from dimo.errors import DimoError, NonFiniteError, trusted_values
 from dimo.run.folder import RunFolder
-from dimo.train.engine import Engine, load_full_state, reshard, to_local
+from dimo.train.engine import Engine
 from dimo.train.graph import StepGraphs, require_capturable
 from dimo.train.guards import Guard
 from dimo.train.metrics import MEASURED, Averages, measured
 from dimo.train.optimizers import assign, lr_factor, make_optimizers, warm_ema_decay
 from dimo.train.prompts import WorldPrompts, open_prompts
+from dimo.train.sharded import load_full_state, reshard, to_local
 from dimo.train.together import train_together
 from dimo.ursa import Ursa, load_ursa, predict
 from dimo.ursa.cpu import keep_memory
