@@ -85,6 +85,8 @@ class Trainer:
             network.model.norm.weight.data.mul_(config.model.logit_gain)
         for network in (teacher, student, aux, ema) if config.model.backend == "native" else ():
             network.run_with(config.model.compile and self.device.type == "cuda", config.model.activation_checkpointing)
+        if config.model.backend == "native":
+            teacher.hold(teacher.lm_head.weight.dtype)
         self.student = self.engine.learner(student, lambda net: make_optimizers(net, o.lr, o.muon_lr, o))
         self.aux = self.engine.learner(aux, lambda net: make_optimizers(net, o.aux_lr, o.muon_lr * o.aux_lr / o.lr, o))
         self.x_init = XInit(self.path.codebook_size, d.p_corrupt, d.corrupt_ratio)
