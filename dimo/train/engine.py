@@ -23,6 +23,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from dimo.config import Config, device_of
 from dimo.errors import DimoError
 from dimo.run.ranks import count_ranks, everywhere, launched_or_alone
+from dimo.train.masters import MasterAdamW, learning_of, with_first_moments
 from dimo.train.optimizers import set_lr_factor
 from dimo.train.sharded import full_tensors, load_full_state, placed_like, reshard, to_local
 
@@ -46,6 +47,9 @@ class Engine:
         self.kind = asked if dist.is_initialized() else "ddp"
         self.device = self.accelerator.device
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
+        # in bf16 AdamW keeps bf16 copies of its float32 weights, if none of them is sharded
+        self.copies = config.training.mixed_precision == "bf16" and config.optim.optimizer == "adamw"
+        self.copies &= self.kind == "ddp" and config.model.backend == "native"
         if self.kind != "ddp" and config.optim.optimizer == "muon":
             raise DimoError(
                 f"optim.optimizer=muon needs full matrices, but {self.kind} shards them; use optim.optimizer=adamw or "
@@ -83,6 +87,8 @@ class Engine:
         """A learner of the model, with the optimizers that `make` creates for it."""
         if self.kind == "deepspeed_zero2":
             return Zero2Learner(model, make(model), self.max_grad_norm, self._zero2)
+        if self.copies:
+            model.hold(torch.bfloat16)
         return Learner(model, make(model), self.max_grad_norm)
 
     def autocast(self) -> torch.autocast:
@@ -121,13 +127,14 @@ class Learner:
 
     def __init__(self, model: torch.nn.Module, optimizers: list[torch.optim.Optimizer], max_grad_norm: float):
         self.model, self.optimizers, self.max_grad_norm = model, optimizers, max_grad_norm
+        self.learning = learning_of(model)
         self.sharded = isinstance(model, FSDPModule)
         self.gradients: list[torch.Tensor] = []  # local shards; averaged over the ranks after `gradient_norm`
         self.last = True
         self.sending: dict[torch.Tensor, dist.Work] = {}
         if self.averages:
-            for p in model.parameters():
-                if p.requires_grad and p.numel() >= SENT_ALONE:
+            for p in self.learning:
+                if p.numel() >= SENT_ALONE:
                     p.register_post_accumulate_grad_hook(self._send)
 
     @property
@@ -149,7 +156,7 @@ class Learner:
 
     def gradient_norm(self) -> torch.Tensor:
         """The norm of the gradient averaged over the ranks, equal on all of them: NaN on one rank is NaN on all."""
-        self.gradients = [to_local(p.grad) for p in self.model.parameters() if p.grad is not None]
+        self.gradients = [to_local(p.grad) for p in self.learning if p.grad is not None]
         if self.averages:
             average([gradient for gradient in self.gradients if gradient not in self.sending])
             for sent in self.sending.values():
@@ -157,23 +164,31 @@ class Learner:
             if self.sending and reduction() == dist.ReduceOp.SUM:
                 torch._foreach_div_(list(self.sending), dist.get_world_size())
             self.sending = {}
-        square = torch.stack(torch._foreach_norm(self.gradients)).square().sum()
+        norms: list[torch.Tensor] = []
+        for dtype in dict.fromkeys(gradient.dtype for gradient in self.gradients):  # one pass over each kind
+            alike = [gradient for gradient in self.gradients if gradient.dtype == dtype]
+            norms += torch._foreach_norm(alike, dtype=torch.promote_types(dtype, torch.float32))
+        square = torch.stack(norms).square().sum()
         if self.sharded:
             dist.all_reduce(square)
         return square.sqrt()
 
     def update(self, norm: torch.Tensor) -> None:
         """Clip to max_grad_norm, step and zero the gradient; `norm` is what `gradient_norm` returned."""
-        torch._foreach_mul_(self.gradients, (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
-        for optimizer in self.optimizers:
-            optimizer.step()
+        clip, first = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0), self.optimizers[0]
+        if isinstance(first, MasterAdamW):  # the only one, and it clips as it goes
+            first.step(scale=clip)
+        else:
+            torch._foreach_mul_(self.gradients, clip)
+            for optimizer in self.optimizers:
+                optimizer.step()
         self.discard()
 
     def discard(self) -> None:
         """Drop the gradient without a step."""
         self.gradients, self.sending = [], {}
-        for optimizer in self.optimizers:
-            optimizer.zero_grad()
+        for p in self.learning:
+            p.grad = None
         reshard(self.model)
 
     def state(self) -> dict[str, dict[str, torch.Tensor]]:
@@ -193,7 +208,7 @@ class Learner:
         for optimizer in self.optimizers:
             mine = {p for group in optimizer.param_groups for p in group["params"]}
             optimizer.state.clear()
-            for name, values in state.items():
+            for name, values in with_first_moments(state).items():
                 if named[name] in mine:
                     optimizer.state[named[name]] = {k: placed_like(named[name], v) for k, v in values.items()}
 
@@ -252,6 +267,7 @@ class Zero2Learner(Learner):
         self.zero.refresh_fp32_params()
         if not state:
             return
+        state = with_first_moments(state)
         held, step = self.optimizers[0].state, next(iter(state.values()))["step"]
         for p in self._flat():
             if p not in held:
