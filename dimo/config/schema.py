@@ -283,6 +283,7 @@ class Optim:
     ema_decay: float = _key(
         0.9995, "decay of the student's weight EMA, which is what is sampled and saved as the final student"
     )
+    ema_every: int = _key(1, "steps between updates of the EMA, whose decay is then that of so many steps")
 
 
 @dataclasses.dataclass

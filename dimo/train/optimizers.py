@@ -120,6 +120,13 @@ def warm_ema_decay(decay: float, step: int) -> float:
     return min(decay, (1 + step) / (10 + step))
 
 
+def ema_decay_at(decay: float, step: int, every: int) -> float:
+    """The decay of an update of the EMA at a step: that of the `every` steps up to it, or 1 between updates."""
+    if (step + 1) % every:
+        return 1.0
+    return math.prod(warm_ema_decay(decay, one) for one in range(step + 1 - every, step + 1))
+
+
 def lr_factor(optim: Optim, step: int, max_steps: int, least: float) -> float:
     """Learning rate factor at a step: linear warm-up times a decay from 1 to `least` over max_steps.
 
