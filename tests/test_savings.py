@@ -190,7 +190,7 @@ def gradients(model, ids):
     return [logits.detach(), *(p.grad.clone() for p in model.parameters())]
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+@pytest.mark.parametrize("checkpointing", transformer.CHECKPOINTING)
 def test_compiled_and_checkpointed_layers_give_the_same_from_one_graph(monkeypatch, generator, checkpointing):
     graphs = []
 
@@ -235,8 +235,8 @@ def test_checkpointing_keeps_less(monkeypatch, generator):
             logits = model(ids, rope_positions(3, (2, 2, 2)))
         held[how] = sum(kept.values())
         del logits
-    assert held["none"] > 2 * held["full"]
-    with pytest.raises(DimoError, match="checkpointing must be one of none, selective, full"):
+    assert held["none"] > 2 * held["full"]  # what the two kinds in between keep is not shown to hooks, see test_plan.py
+    with pytest.raises(DimoError, match="checkpointing must be one of none, pointwise, selective, full"):
         small(0).run_with(checkpointing="some")
 
 

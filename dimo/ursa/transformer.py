@@ -24,7 +24,7 @@ from dimo.errors import DimoError, require_ids, require_shape
 from dimo.ursa import cpu
 from dimo.ursa.config import NORM_EPS, UrsaConfig
 
-CHECKPOINTING = ("none", "selective", "full")
+CHECKPOINTING = ("none", "pointwise", "selective", "full")
 # fastest first: attention dominates at URSA's sizes, and cuDNN makes the best use of Hopper's tensor cores
 ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -201,13 +201,15 @@ class Layer(nn.Module):
 
 
 def run_layer(layer: Layer, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, checkpointing: str) -> torch.Tensor:
-    """`layer.block` with activation checkpointing "none", "selective" or "full" (see `UrsaTransformer.run_with`)."""
+    """`layer.block` with one of the kinds of activation checkpointing (see `UrsaTransformer.run_with`)."""
     if checkpointing == "none":
         return layer.block(x, cos, sin)
     once = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     if checkpointing == "full":
         return once(layer.block, x, cos, sin)
-    return once(layer.block, x, cos, sin, context_fn=_keep_attention)
+    return once(
+        layer.block, x, cos, sin, context_fn=_keep_products if checkpointing == "pointwise" else _keep_attention
+    )
 
 
 @functools.cache
@@ -220,12 +222,22 @@ def compiled_run() -> Callable:
 
 
 def _keep_attention():
-    return create_selective_checkpoint_contexts(_policy)
+    return create_selective_checkpoint_contexts(_attention)
 
 
-def _policy(context, operator, *args, **kwargs) -> CheckpointPolicy:
+def _keep_products():
+    return create_selective_checkpoint_contexts(_attention_and_products)
+
+
+def _attention(context, operator, *args, **kwargs) -> CheckpointPolicy:
     kept = "_scaled_dot_product" in str(operator) and "backward" not in str(operator)
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _attention_and_products(context, operator, *args, **kwargs) -> CheckpointPolicy:
+    if operator == torch.ops.aten.mm.default:
+        return CheckpointPolicy.MUST_SAVE
+    return _attention(context, operator, *args, **kwargs)
 
 
 class Decoder(nn.Module):
@@ -256,8 +268,9 @@ class UrsaTransformer(nn.Module):
 
         Args:
             compile: torch.compile the layers; takes about a minute in the first pass.
-            checkpointing: activations kept per layer for the backward pass: "none" keeps all, "selective" the input and
-                the attention output (attention is not recomputed), "full" the input only.
+            checkpointing: activations kept per layer for the backward pass: "none" keeps all, "pointwise" the input and
+                what attention and matrix products make (norms, RoPE and SwiGLU are computed again), "selective" the
+                input and the attention output, "full" the input only.
 
         Raises:
             DimoError: unknown `checkpointing`.
