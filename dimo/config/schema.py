@@ -56,9 +56,7 @@ class Model:
         False, "torch.compile the transformer layers (GPU, backend native); compiling takes about a minute"
     )
     activation_checkpointing: str = _key(
-        "none",
-        "none, pointwise (keep what attention and matrix products make, recompute norms, RoPE and SwiGLU), selective "
-        "(keep attention outputs, recompute the rest) or full; backend native only",
+        "none", "none, or recompute: pointwise (norms, RoPE, SwiGLU), selective (all but attention), full; only native"
     )
     train_embeddings: bool = _key(
         True, "train the token embeddings; false: frozen at the teacher's, one copy shared by all networks"
