@@ -23,47 +23,49 @@ class MasterAdamW(torch.optim.AdamW):
 
     def __init__(self, params, copies: dict[torch.Tensor, tuple[torch.Tensor, slice]], **settings):
         super().__init__(params, **settings)
-        self.copies = copies  # {weight: (matrix that holds its copy, rows)}
+        # {weight: (its copy, what holds it and gets the gradient, rows)}
+        self.copies = {p: (held.detach()[rows], held, rows) for p, (held, rows) in copies.items()}
 
     @torch.no_grad()
     def step(self, closure=None, scale: torch.Tensor | None = None) -> None:
         """One step with all gradients times `scale`, a scalar tensor."""
-        for group in self.param_groups:
-            found = [(p, *self._copy_and_gradient(p)) for p in group["params"]]
-            rows = [(p, copy, grad, self._state(p, group)) for p, copy, grad in found if grad is not None]
-            if not rows:
-                continue
-            params, copies, grads, states = (list(column) for column in zip(*rows))
-            torch._foreach_add_([state["step"] for state in states], 1)
-            done, like = states[0]["step"], {"dtype": torch.float32, "device": params[0].device}
-            numbers = torch.ones((), **like) if scale is None else scale, torch.full((), group["lr"], **like)
-            beta1, beta2 = group["betas"]
-            first = [state.get("exp_avg") for state in states]
-            second = [state["exp_avg_sq"] for state in states]
-            on_device(_adamw, params[0])(
-                params, copies, grads, first, second, *numbers, 1 - beta1**done, 1 - beta2**done,
-                beta1, beta2, group["eps"], group["weight_decay"],
-            )  # fmt: skip
+        groups = [
+            [(p, *self._copy_and_gradient(p), self._state(p)) for p in group["params"]] for group in self.param_groups
+        ]
+        groups = [[row for row in rows if row[2] is not None] for rows in groups]
+        counts = [state["step"] for rows in groups for *_, state in rows]
+        if not counts:
+            return
+        torch._foreach_add_(counts, 1)
+        beta1, beta2 = self.defaults["betas"]
+        numbers = torch.ones_like(counts[0]) if scale is None else scale, 1 - beta1 ** counts[0], 1 - beta2 ** counts[0]
+        for group, rows in zip(self.param_groups, groups):
+            if rows:
+                params, copies, grads, states = zip(*rows)
+                moments = [[state.get(key) for state in states] for key in ("exp_avg", "exp_avg_sq")]
+                lr = group["lr"] if torch.is_tensor(group["lr"]) else torch.full_like(counts[0], group["lr"])
+                settings = beta1, beta2, group["eps"], group["weight_decay"]
+                on_device(_adamw, params[0])(params, copies, grads, *moments, lr, *numbers, *settings)
 
     def _copy_and_gradient(self, p: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         if p not in self.copies:
             return None, p.grad
-        held, rows = self.copies[p]
-        return held.detach()[rows], None if held.grad is None else held.grad[rows]
+        copy, held, rows = self.copies[p]
+        return copy, None if held.grad is None else held.grad[rows]
 
-    def _state(self, p: torch.Tensor, group: dict) -> dict[str, torch.Tensor]:
+    def _state(self, p: torch.Tensor) -> dict[str, torch.Tensor]:
         state = self.state[p]
         if not state:
             state["step"] = torch.zeros((), device=p.device)
             state["exp_avg_sq"] = torch.zeros_like(p)
-        if group["betas"][0] == 0:
+        if self.defaults["betas"][0] == 0:
             state.pop("exp_avg", None)  # a checkpoint of another optimizer has it
         elif "exp_avg" not in state:
             state["exp_avg"] = torch.zeros_like(p)
         return state
 
 
-def _adamw(params, copies, grads, first, second, scale, lr, bias1, bias2, beta1, beta2, eps, weight_decay) -> None:
+def _adamw(params, copies, grads, first, second, lr, scale, bias1, bias2, beta1, beta2, eps, weight_decay) -> None:
     for p, copy, grad, m, v in zip(params, copies, grads, first, second):
         grad = grad.float() * scale
         v.copy_(beta2 * v + (1 - beta2) * grad.square())
