@@ -58,13 +58,14 @@ RANGES = {  # {phrase: (test, keys)}; null values are not tested
     "be at least 1": (
         lambda value: value >= 1,
         "distill.guidance_scale distill.student_steps distill.aux_steps distill.t_draws distill.batch_size_per_gpu "
-        "distill.shuffle_buffer distill.kd_every "
+        "distill.shuffle_buffer distill.kd_every optim.ema_every "
         "experiment.log_every experiment.save_every experiment.sample_every experiment.keep_last "
         "training.gradient_accumulation_steps training.max_bad_steps training.max_train_steps training.num_processes "
         "evaluation.videos_per_prompt evaluation.batch_size",
     ),
     "lie in [0, 2^63)": (lambda value: 0 <= value < 2**63, "experiment.seed evaluation.seed"),
 }
+FITS = {"none": 6_000, "pointwise": 11_000, "selective": 36_000}  # visual tokens per step, see `checkpointing_for`
 CAPTURABLE = {  # what training.cuda_graph needs; `dimo.train.graph` checks the rest
     "model.device": ("auto", "cuda"),
     "model.backend": ("native",),
@@ -142,11 +143,12 @@ def _default_preset(written: dict[str, Any]) -> str | None:
 def checkpointing_for(config: Config) -> str:
     """The cheapest activation checkpointing with which a training step of URSA-1.7B fits into 80 GB.
 
-    Measured on H100 and H200 (README), by visual tokens per step: none at 5,120, selective at 33,280, full at 66,560.
+    By visual tokens per step: none at 5,120, selective at 33,280 and full at 66,560 were measured on H100 and H200
+    (docs/performance.md), pointwise at 10,240 is counted by `dimo plan`.
     """
     d = config.distill
     tokens = d.batch_size_per_gpu * math.prod(_grid(config))
-    return "none" if tokens <= 6_000 else "selective" if tokens <= 36_000 else "full"
+    return next((how for how, most in FITS.items() if tokens <= most), "full")
 
 
 def _is_world(teacher_ckpt: str | Path) -> bool:

@@ -56,7 +56,7 @@ class Model:
         False, "torch.compile the transformer layers (GPU, backend native); compiling takes about a minute"
     )
     activation_checkpointing: str = _key(
-        "none", "none, selective (keep attention outputs, recompute the rest) or full; backend native only"
+        "none", "none, or recompute: pointwise (norms, RoPE, SwiGLU), selective (all but attention), full; only native"
     )
     attention: str = _key("auto", "kernel of attention: auto (fa4 where it works), fa4, cudnn, flash or math")
     train_embeddings: bool = _key(
@@ -287,6 +287,7 @@ class Optim:
     ema_decay: float = _key(
         0.9995, "decay of the student's weight EMA, which is what is sampled and saved as the final student"
     )
+    ema_every: int = _key(1, "steps between updates of the EMA, whose decay is then that of so many steps")
 
 
 @dataclasses.dataclass
