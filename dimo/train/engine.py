@@ -12,13 +12,13 @@ import copy
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dimo.config import Config, device_of
@@ -59,25 +59,40 @@ class Engine:
             "train_micro_batch_size_per_gpu": config.distill.batch_size_per_gpu,
             "gradient_accumulation_steps": config.training.gradient_accumulation_steps,
             "gradient_clipping": config.optim.max_grad_norm,
-            "zero_optimization": {"stage": 2},
+            "zero_optimization": {"stage": 2, "overlap_comm": True, "reduce_bucket_size": BUCKET_ENTRIES},
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 2**31,
         }
 
-    def copy_of(self, model: torch.nn.Module, learns: bool) -> torch.nn.Module:
-        """A float32 copy of the model, sharded under fsdp2; `learns` says whether it requires gradients."""
-        model = copy.deepcopy(model).requires_grad_(learns)
-        if self.kind == "fsdp2":
-            mesh = dist.init_device_mesh(self.device.type, (self.world_size,))
-            for part in (model.model.embed_tokens, *model.model.layers):
-                fully_shard(part, mesh=mesh, reshard_after_forward=True)
-            fully_shard(model, mesh=mesh, reshard_after_forward=False)  # the head is used after `hidden` has returned
-            register_fsdp_forward_method(model, "hidden")
-        return model
+    def copy_of(
+        self, model: torch.nn.Module, learns: bool, shared: Sequence[torch.nn.Module] = ()
+    ) -> torch.nn.Module:
+        """A float32 copy of the model, sharded under fsdp2; `learns` says whether it requires gradients.
 
-    def frozen(self, own: torch.nn.Module, teachers: torch.nn.Module) -> torch.nn.Module:
-        """A frozen part of a network: the teacher's module itself, or under fsdp2 the network's own, sharded copy."""
-        return own.requires_grad_(False) if self.kind == "fsdp2" else teachers
+        The modules `shared` of the model are not copied: the copy has them in common with it, whole and frozen.
+        """
+        copied = copy.deepcopy(model, {id(part): part for part in shared}).requires_grad_(learns)
+        for part in shared:
+            part.requires_grad_(False)
+        if self.kind == "fsdp2":
+            self._shard(copied, shared)
+        return copied
+
+    def _shard(self, model: torch.nn.Module, shared: Sequence[torch.nn.Module]) -> None:
+        """Shard layer by layer. Under bf16 the weights are rounded before they are gathered, not after: half the bytes.
+
+        Their gradients, which autocast computes in bf16 as well, are averaged in float32.
+        """
+        bf16 = torch.bfloat16 if self.mixed_precision == "bf16" else None
+        policy = MixedPrecisionPolicy(bf16, torch.float32 if bf16 else None, cast_forward_inputs=False)
+        how: dict = {"mesh": dist.init_device_mesh(self.device.type, (self.world_size,)), "mp_policy": policy}
+        embeddings = model.model.embed_tokens
+        for part in (*model.model.layers, *(() if embeddings in shared else (embeddings,))):
+            fully_shard(part, reshard_after_forward=True, **how)
+        whole = {p for part in shared for p in part.parameters()}
+        # the head is used after `hidden` has returned
+        fully_shard(model, reshard_after_forward=False, ignored_params=whole, **how)
+        register_fsdp_forward_method(model, "hidden")
 
     def learner(self, model: torch.nn.Module, make: Callable[[torch.nn.Module], list]) -> Learner:
         """A learner of the model, with the optimizers that `make` creates for it."""

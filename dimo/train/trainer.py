@@ -69,17 +69,15 @@ class Trainer:
         self.uncond_ids = self.ursa.tokenize([d.negative_prompt], d.max_prompt_length)
 
         teacher = self.ursa.transformer.requires_grad_(False).eval()
-        student, aux, ema = (self.engine.copy_of(teacher, learns) for learns in (True, True, False))
+        learning = (teacher.model.embed_tokens, config.model.train_embeddings), (teacher.lm_head, config.model.train_head)
+        shared = [part for part, learns in learning if not learns]
+        student, aux, ema = (self.engine.copy_of(teacher, learns, shared) for learns in (True, True, False))
         if config.training.mixed_precision == "bf16":
             teacher.bfloat16()  # frozen, so it needs no float32 master weights
         asked = exact_teacher(self.ursa.folder, self.path) if d.teacher == "exact" else teacher
         self.networks = Networks(asked, student, aux, ema)
-        for network in (student, aux, ema):
-            if not config.model.train_embeddings:
-                network.model.embed_tokens = self.engine.frozen(network.model.embed_tokens, teacher.model.embed_tokens)
-            if not config.model.train_head:
-                network.lm_head = self.engine.frozen(network.lm_head, teacher.lm_head)
-                network.model.norm.requires_grad_(False)  # small, so each network keeps its own, in its own precision
+        for network in (student, aux, ema) if not config.model.train_head else ():
+            network.model.norm.requires_grad_(False)  # small, so each network keeps its own, in its own precision
         for network in (student, ema):
             network.model.norm.weight.data.mul_(config.model.logit_gain)
         for network in (teacher, student, aux, ema) if config.model.backend == "native" else ():
