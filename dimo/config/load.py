@@ -59,10 +59,12 @@ RANGES = {  # {phrase: (test, keys)}; null values are not tested
         "distill.shuffle_buffer distill.kd_every "
         "experiment.log_every experiment.save_every experiment.sample_every experiment.keep_last "
         "training.gradient_accumulation_steps training.max_bad_steps training.max_train_steps training.num_processes "
+        "training.sequence_parallel "
         "evaluation.videos_per_prompt evaluation.batch_size",
     ),
     "lie in [0, 2^63)": (lambda value: 0 <= value < 2**63, "experiment.seed evaluation.seed"),
 }
+DIVISIBLE = {"model.backend": "native", "distill.teacher": "network"}  # what training.sequence_parallel needs
 CAPTURABLE = {  # what training.cuda_graph needs; `dimo.train.graph` checks the rest
     "model.device": ("auto", "cuda"),
     "model.backend": ("native",),
@@ -237,6 +239,9 @@ def validate(config: Config) -> None:
     d.beta()
     d.shift_value()
     _grid(config)
+    for key, value in DIVISIBLE.items() if config.training.sequence_parallel > 1 else ():
+        if flat[key] != value:
+            raise DimoError(f"training.sequence_parallel needs {key}={value}, got {flat[key]}")
     for key, values in CAPTURABLE.items() if config.training.cuda_graph else ():
         if flat[key] not in values:
             raise DimoError(f"training.cuda_graph=true needs {key}={values[0]}, got {flat[key]}")

@@ -294,6 +294,9 @@ class Training:
         "ddp", "multi-process engine: ddp, fsdp2, deepspeed_zero2, or path of an accelerate YAML file", path=True
     )
     gradient_accumulation_steps: int = _key(1, "micro-batches of batch_size_per_gpu samples per update")
+    sequence_parallel: int = _key(
+        1, "GPUs that share each sample: its tokens and losses are divided among them; batch_size_per_gpu is theirs"
+    )
     cuda_graph: bool = _key(
         False,
         "replay the training step of a built-in world as a CUDA graph: with model.compile a fifth of the time; one GPU",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,6 +24,7 @@ from torch.utils.checkpoint import (
 from dimo.errors import DimoError, require_ids, require_shape
 from dimo.ursa import cpu
 from dimo.ursa.config import NORM_EPS, UrsaConfig
+from dimo.ursa.sequence import Split, active_split
 
 CHECKPOINTING = ("none", "selective", "full")
 # fastest first: attention dominates at URSA's sizes, and cuDNN makes the best use of Hopper's tensor cores
@@ -78,19 +80,24 @@ class Attention(nn.Module):
             config.num_key_value_heads,
         )
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, split: Split | None = None, length: int = 0
+    ) -> torch.Tensor:
         # one fused product for q, k and v: faster, and the gradient of x needs no sum
         qkv = F.linear(x, torch.cat([p.weight for p in (self.q_proj, self.k_proj, self.v_proj)]))
         q, k, v = qkv.unflatten(-1, (-1, self.head_dim)).split([self.heads, self.kv_heads, self.kv_heads], 2)
-        if cpu.serves(q, scores=q.shape[0] * self.heads * q.shape[1] ** 2):
+        if split is None and cpu.serves(q, scores=q.shape[0] * self.heads * q.shape[1] ** 2):
             q = cpu.NormRotate.apply(q, self.q_norm.weight, cos, sin, NORM_EPS)
             k = cpu.NormRotate.apply(k, self.k_norm.weight, cos, sin, NORM_EPS)
             out = cpu.Attend.apply(q, k, v.transpose(1, 2))
         else:
             q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            if split is not None:
+                q, k, v = (split.to_heads(one, length) for one in (q, k, v))
             with sdpa_kernel(ATTENTION, set_priority=True):
                 out = F.scaled_dot_product_attention(q, k, v, enable_gqa=self.heads != self.kv_heads)
+            out = out if split is None else split.to_tokens(out)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
@@ -119,23 +126,24 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size)
         self.compiled, self.checkpointing = False, "none"
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, *how) -> torch.Tensor:
         run = compiled_run() if self.compiled else run_layer
-        return run(self, x, cos, sin, self.checkpointing if torch.is_grad_enabled() else "none")
+        return run(self, self.checkpointing if torch.is_grad_enabled() else "none", x, *how)
 
-    def block(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+    def block(self, x: torch.Tensor, *how) -> torch.Tensor:
+        """`how`: what `Attention.forward` takes besides x."""
+        x = x + self.self_attn(self.input_layernorm(x), *how)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-def run_layer(layer: Layer, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, checkpointing: str) -> torch.Tensor:
+def run_layer(layer: Layer, checkpointing: str, x: torch.Tensor, *how) -> torch.Tensor:
     """`layer.block` with activation checkpointing "none", "selective" or "full" (see `UrsaTransformer.run_with`)."""
     if checkpointing == "none":
-        return layer.block(x, cos, sin)
+        return layer.block(x, *how)
     once = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     if checkpointing == "full":
-        return once(layer.block, x, cos, sin)
-    return once(layer.block, x, cos, sin, context_fn=_keep_attention)
+        return once(layer.block, x, *how)
+    return once(layer.block, x, *how, context_fn=_keep_attention)
 
 
 @functools.cache
@@ -152,7 +160,8 @@ def _keep_attention():
 
 
 def _policy(context, operator, *args, **kwargs) -> CheckpointPolicy:
-    kept = "_scaled_dot_product" in str(operator) and "backward" not in str(operator)
+    name = str(operator)  # what sequence parallelism has sent is not sent again
+    kept = ("_scaled_dot_product" in name and "backward" not in name) or "alltoall" in name
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
@@ -204,7 +213,7 @@ class UrsaTransformer(nn.Module):
             rope_pos: (S, 3) positions (t, y, x).
 
         Returns:
-            (B, S, hidden_size).
+            (B, S, hidden_size); inside `dimo.ursa.sequence.splitting` only the positions that are held here.
 
         Raises:
             DimoError: wrong shapes, or an id out of range.
@@ -213,12 +222,16 @@ class UrsaTransformer(nn.Module):
         require_shape("rope_pos", rope_pos, (input_ids.shape[1], 3))
         require_ids("input_ids", input_ids, self.config.vocab_size)
         cos, sin = rope_table(rope_pos, self.config.rope_theta, self.config.head_dim)
+        split, how = active_split(), tuple[Any, ...]()
+        if split is not None:
+            how = split, input_ids.shape[1]
+            input_ids, cos, sin = (split.own(one, dim) for one, dim in ((input_ids, 1), (cos, 0), (sin, 0)))
         x = self.model.embed_tokens(input_ids)
         # embeddings may differ in dtype from the layers (shared with a bfloat16 teacher, or float32); cast to one dtype
         autocast = torch.is_autocast_enabled(x.device.type)
         x = x.to(torch.get_autocast_dtype(x.device.type) if autocast else self.lm_head.weight.dtype)
         for layer in self.model.layers:
-            x = layer(x, cos, sin)
+            x = layer(x, cos, sin, *how)
         return self.model.norm(x)
 
     def forward(self, input_ids: torch.Tensor, rope_pos: torch.Tensor, last: int | None = None) -> torch.Tensor:

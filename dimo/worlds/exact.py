@@ -19,8 +19,8 @@ from torch.nn import functional as F
 
 from dimo.errors import DimoError, may_read, require_ids, require_shape
 from dimo.ursa.chunks import ENTRIES, chunks, tokens_at_once
-from dimo.ursa.prediction import Sparse
 from dimo.ursa.probability_path import MetricPath, MixturePath, time_like
+from dimo.ursa.sparse import Sparse
 from dimo.worlds import is_world, load_world
 from dimo.worlds.protocol import World, prompt_length
 from dimo.worlds.teacher import PAD, encode, words
