@@ -6,7 +6,6 @@ from processes import run_script
 
 from dimo.config import load_config
 from dimo.errors import DimoError
-from dimo.train.trainer import Trainer
 
 SETTINGS = [
     "model.device=cpu", "distill.batch_size_per_gpu=2", "distill.w_kd=0.3", "distill.lambda_ent=0.02",
@@ -84,11 +83,26 @@ def test_two_that_share_a_sample_make_the_steps_of_one(tmp_path, alone, engine):
 @pytest.mark.parametrize(
     ("keys", "sentence"),
     [
-        (["training.sequence_parallel=2"], "training.sequence_parallel=2 must divide the number of processes, 1"),
-        (["training.sequence_parallel=0"], "must be at least 1"),
-        (["training.sequence_parallel=2", "model.backend=upstream"], "needs model.backend=native"),
+        ([], "sequence_parallel must divide training.num_processes=1, got 2"),
+        (["training.num_processes=2", "model.backend=upstream"], "sequence_parallel needs model.backend=native"),
+        (["training.num_processes=2", "distill.teacher=exact"], "sequence_parallel needs distill.teacher=network"),
     ],
 )
 def test_what_cannot_be_shared_is_refused(keys, sentence):
     with pytest.raises(DimoError, match=sentence):
-        Trainer(load_config("smoke", [*SETTINGS, *keys]))
+        load_config("smoke", [*SETTINGS, "training.sequence_parallel=2", *keys])
+
+
+ALONE = """
+import pytest
+from dimo.config import load_config
+from dimo.errors import DimoError
+
+keys = ["model.device=cpu", "optim.optimizer=adamw", "training.num_processes=3", "training.sequence_parallel=3"]
+with pytest.raises(DimoError, match="sequence_parallel=3 must divide the number of processes, 2"):
+    Trainer(load_config("smoke", keys))
+"""
+
+
+def test_a_launch_of_another_number_is_refused(tmp_path):
+    run_script(tmp_path, ALONE)

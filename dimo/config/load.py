@@ -239,7 +239,13 @@ def validate(config: Config) -> None:
     d.beta()
     d.shift_value()
     _grid(config)
-    for key, value in DIVISIBLE.items() if config.training.sequence_parallel > 1 else ():
+    t = config.training
+    if t.num_processes % t.sequence_parallel:
+        raise DimoError(
+            f"training.sequence_parallel must divide training.num_processes={t.num_processes}, got "
+            f"{t.sequence_parallel}"
+        )
+    for key, value in DIVISIBLE.items() if t.sequence_parallel > 1 else ():
         if flat[key] != value:
             raise DimoError(f"training.sequence_parallel needs {key}={value}, got {flat[key]}")
     for key, values in CAPTURABLE.items() if config.training.cuda_graph else ():

@@ -55,7 +55,8 @@ class Engine:
             # A gloo thread releases the tensors of the last collective with a delay. If that happens while Python
             # shuts down, the process aborts, and the launcher reports the run as failed.
             atexit.register(time.sleep, 0.2)
-        self.split, self.sharers = None, config.training.sequence_parallel
+        self.sharers = config.training.sequence_parallel if dist.is_initialized() else 1
+        self.split = None
         if self.sharers > 1:
             self._require_divisible()
             shape = self.world_size // self.sharers, self.sharers
@@ -122,7 +123,7 @@ class Engine:
             raise DimoError(f"training.sequence_parallel={self.sharers} must divide the {heads} key and value heads")
 
     def _require_divisible(self) -> None:
-        if not dist.is_initialized() or self.world_size % self.sharers:
+        if self.world_size % self.sharers:
             raise DimoError(
                 f"training.sequence_parallel={self.sharers} must divide the number of processes, {self.world_size}"
             )
