@@ -9,7 +9,8 @@ from processes import WITH_ZERO2, run_script
 from dimo.config import load_config
 from dimo.distill.step import nine_stages
 from dimo.errors import DimoError
-from dimo.train.engine import average, load_full_state
+from dimo.train.engine import average
+from dimo.train.sharded import load_full_state
 from dimo.train.trainer import Trainer, step_through
 from dimo.ursa import load_ursa, visual_logits
 from dimo.worlds import checkpoint_folder

@@ -139,6 +139,7 @@ STEPPED = [
     Row("optim.weight_decay", 0.5, f"student.{EMBEDDINGS} aux.{EMBEDDINGS}", still=f"aux.{MATRIX}"),
     Row("optim.max_grad_norm", 1e-7, f"student.{EMBEDDINGS} aux.{EMBEDDINGS}", still="grad_norm/aux"),
     Row("optim.ema_decay", 0, "ema final", still="student"),
+    Row("optim.ema_every", 2, "ema final", still="student"),
     Row("training.max_train_steps", 30, "student optim/lr", steps=2),
     Row("training.mixed_precision", "bf16", "student aux"),
     Row("training.gradient_accumulation_steps", 2, "student aux"),

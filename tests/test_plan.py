@@ -16,6 +16,7 @@ from dimo.config import load_config
 from dimo.errors import DimoError
 from dimo.train.trainer import Trainer
 from dimo.ursa import UrsaConfig, UrsaTransformer
+from dimo.ursa.transformer import CHECKPOINTING
 from dimo.worlds import checkpoint_folder
 
 pytestmark = pytest.mark.filterwarnings("error:Accessing the data pointer of FakeTensor")  # `dimo plan` showed it
@@ -119,6 +120,12 @@ def test_more_video_is_more_memory_and_the_rest_stays():
     small, large = (dry_run(load_config("smoke", [f"distill.batch_size_per_gpu={b}", ONE_UPDATE])) for b in (8, 32))
     assert small.weights == large.weights and small.gradients == large.gradients
     assert large.peak == pytest.approx(4 * small.peak, rel=0.1)
+
+
+def test_each_kind_of_checkpointing_keeps_less_than_the_one_before(one_layer):
+    settings = [*one_layer, "training.mixed_precision=bf16", "model.activation_checkpointing="]
+    peaks = [dry_run(load_config("smoke", [*settings[:-1], settings[-1] + how])).peak for how in CHECKPOINTING]
+    assert sorted(set(peaks), reverse=True) == peaks
 
 
 def test_what_to_change_is_gone_through_too(one_layer):

@@ -190,7 +190,7 @@ def gradients(model, ids):
     return [logits.detach(), *(p.grad.clone() for p in model.parameters())]
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+@pytest.mark.parametrize("checkpointing", transformer.CHECKPOINTING)
 def test_compiled_and_checkpointed_layers_give_the_same_from_one_graph(monkeypatch, generator, checkpointing):
     graphs = []
 
@@ -235,8 +235,8 @@ def test_checkpointing_keeps_less(monkeypatch, generator):
             logits = model(ids, rope_positions(3, (2, 2, 2)))
         held[how] = sum(kept.values())
         del logits
-    assert held["none"] > 2 * held["full"]
-    with pytest.raises(DimoError, match="checkpointing must be one of none, selective, full"):
+    assert held["none"] > 2 * held["full"]  # what the two kinds in between keep is not shown to hooks, see test_plan.py
+    with pytest.raises(DimoError, match="checkpointing must be one of none, pointwise, selective, full"):
         small(0).run_with(checkpointing="some")
 
 
@@ -261,8 +261,8 @@ def test_bench_measures_what_runs(tmp_path):
     network = random_ursa("tiny", torch.device("cpu")).transformer
     frozen = sum(part.weight.numel() for part in (network.model.embed_tokens, network.model.norm, network.lm_head))
     trained = sum(p.numel() for p in network.parameters()) - frozen
-    # both networks with AdamW's two moments, and the average, in float32; what is frozen of each in bfloat16
-    assert 28 * trained + 6 * frozen < 1e9 * report["save"]["gb"] < 1.01 * (28 * trained + 6 * frozen)
+    # both networks with AdamW's second moment, and the average, in float32; what is frozen of each in bfloat16
+    assert 20 * trained + 6 * frozen < 1e9 * report["save"]["gb"] < 1.01 * (20 * trained + 6 * frozen)
     write_report(report, tmp_path / "deep" / "bench.json")
     assert json.loads((tmp_path / "deep" / "bench.json").read_text())["tokens"] == 8
     assert [f.name for f in (tmp_path / "deep").iterdir()] == ["bench.json"]

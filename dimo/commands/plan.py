@@ -101,6 +101,7 @@ def parts_of(run: DryRun, kind: str, num_processes: int) -> dict[str, int]:
     if kind == "deepspeed_zero2":
         kept, gradients = (kept + sum(run.trained.values())) // n, gradients // n
     parts = {f"weights of the {NETWORKS.get(name, name)}": size for name, size in run.weights.items()}
+    parts |= {"bf16 copies of the weights": run.copies} if run.copies else {}
     return parts | {"optimizers": kept, "gradients": gradients, "activations and logits": activations}
 
 

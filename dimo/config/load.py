@@ -56,7 +56,7 @@ RANGES = {  # {phrase: (test, keys)}; null values are not tested
     "be at least 1": (
         lambda value: value >= 1,
         "distill.guidance_scale distill.student_steps distill.aux_steps distill.t_draws distill.batch_size_per_gpu "
-        "distill.shuffle_buffer distill.kd_every "
+        "distill.shuffle_buffer distill.kd_every optim.ema_every "
         "experiment.log_every experiment.save_every experiment.sample_every experiment.keep_last "
         "training.gradient_accumulation_steps training.max_bad_steps training.max_train_steps training.num_processes "
         "training.sequence_parallel "

@@ -56,7 +56,9 @@ class Model:
         False, "torch.compile the transformer layers (GPU, backend native); compiling takes about a minute"
     )
     activation_checkpointing: str = _key(
-        "none", "none, selective (keep attention outputs, recompute the rest) or full; backend native only"
+        "none",
+        "none, pointwise (keep what attention and matrix products make, recompute norms, RoPE and SwiGLU), selective "
+        "(keep attention outputs, recompute the rest) or full; backend native only",
     )
     train_embeddings: bool = _key(
         True, "train the token embeddings; false: frozen at the teacher's, one copy shared by all networks"
@@ -283,6 +285,7 @@ class Optim:
     ema_decay: float = _key(
         0.9995, "decay of the student's weight EMA, which is what is sampled and saved as the final student"
     )
+    ema_every: int = _key(1, "steps between updates of the EMA, whose decay is then that of so many steps")
 
 
 @dataclasses.dataclass
@@ -294,9 +297,7 @@ class Training:
         "ddp", "multi-process engine: ddp, fsdp2, deepspeed_zero2, or path of an accelerate YAML file", path=True
     )
     gradient_accumulation_steps: int = _key(1, "micro-batches of batch_size_per_gpu samples per update")
-    sequence_parallel: int = _key(
-        1, "GPUs that share each sample: its tokens and losses are divided among them; batch_size_per_gpu is theirs"
-    )
+    sequence_parallel: int = _key(1, "GPUs that divide the tokens of each sample; they share one batch_size_per_gpu")
     cuda_graph: bool = _key(
         False,
         "replay the training step of a built-in world as a CUDA graph: with model.compile a fifth of the time; one GPU",

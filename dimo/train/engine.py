@@ -8,23 +8,25 @@ optimizers, gradient norm and clipping. Master weights are float32 under every e
 from __future__ import annotations
 
 import atexit
+import contextlib
 import copy
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dimo.config import Config, device_of
 from dimo.errors import DimoError
 from dimo.run.ranks import count_ranks, everywhere, launched_or_alone
+from dimo.train.masters import MasterAdamW, learning_of, with_first_moments
 from dimo.train.optimizers import set_lr_factor
-from dimo.ursa.sequence import Split
+from dimo.train.sharded import full_tensors, load_full_state, placed_like, reshard, to_local
+from dimo.ursa.sequence import Split, splitting
 
 BUCKET_ENTRIES = 2**26  # gradient entries per all-reduce: 256 MiB of float32
 SENT_ALONE = 2**20  # gradients with at least so many entries are all-reduced during the backward pass, once ready
@@ -46,6 +48,9 @@ class Engine:
         self.kind = asked if dist.is_initialized() else "ddp"
         self.device = self.accelerator.device
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
+        # in bf16 AdamW keeps bf16 copies of its float32 weights, if none of them is sharded
+        self.copies = config.training.mixed_precision == "bf16" and config.optim.optimizer == "adamw"
+        self.copies &= self.kind == "ddp" and config.model.backend == "native"
         if self.kind != "ddp" and config.optim.optimizer == "muon":
             raise DimoError(
                 f"optim.optimizer=muon needs full matrices, but {self.kind} shards them; use optim.optimizer=adamw or "
@@ -107,6 +112,8 @@ class Engine:
             from dimo.train.zero2 import Zero2Learner  # which builds on this module
 
             return Zero2Learner(model, make(model), self.max_grad_norm, self.sharers, self._zero2)
+        if self.copies:
+            model.hold(torch.bfloat16)
         return Learner(model, make(model), self.max_grad_norm, self.sharers)
 
     def autocast(self) -> torch.autocast:
@@ -116,6 +123,12 @@ class Engine:
         """
         bf16 = self.mixed_precision == "bf16"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
+
+    @contextlib.contextmanager
+    def dividing(self) -> Iterator[None]:
+        """`autocast` in which GPUs that share samples divide their tokens; all of them must make the same passes."""
+        with self.autocast(), splitting(self.split):
+            yield
 
     def require_heads(self, heads: int) -> None:
         """Raise DimoError unless the GPUs that share samples can divide a network's key and value heads."""
@@ -162,13 +175,14 @@ class Learner:
         self, model: torch.nn.Module, optimizers: list[torch.optim.Optimizer], max_grad_norm: float, sharers: int = 1
     ):
         self.model, self.optimizers, self.max_grad_norm, self.sharers = model, optimizers, max_grad_norm, sharers
+        self.learning = learning_of(model)
         self.sharded = isinstance(model, FSDPModule)
         self.gradients: list[torch.Tensor] = []  # local shards; averaged over the ranks after `gradient_norm`
         self.last = True
         self.sending: dict[torch.Tensor, dist.Work] = {}
         if self.averages:
-            for p in model.parameters():
-                if p.requires_grad and p.numel() >= SENT_ALONE:
+            for p in self.learning:
+                if p.numel() >= SENT_ALONE:
                     p.register_post_accumulate_grad_hook(self._send)
 
     @property
@@ -178,7 +192,7 @@ class Learner:
 
     def _send(self, p: torch.nn.Parameter) -> None:
         if self.last:
-            self.sending[p.grad] = dist.all_reduce(p.grad, async_op=True)
+            self.sending[p.grad] = dist.all_reduce(p.grad, reduction(), async_op=True)
 
     def set_lr_factor(self, factor: float) -> None:
         set_lr_factor(self.optimizers, factor)
@@ -190,31 +204,39 @@ class Learner:
 
     def gradient_norm(self) -> torch.Tensor:
         """The norm of the gradient averaged over the ranks, equal on all of them: NaN on one rank is NaN on all."""
-        self.gradients = [to_local(p.grad) for p in self.model.parameters() if p.grad is not None]
+        self.gradients = [to_local(p.grad) for p in self.learning if p.grad is not None]
         if self.averages:
             average([gradient for gradient in self.gradients if gradient not in self.sending])
             for sent in self.sending.values():
                 sent.wait()
-            if self.sending:
+            if self.sending and reduction() == dist.ReduceOp.SUM:
                 torch._foreach_div_(list(self.sending), dist.get_world_size())
             self.sending = {}
-        square = torch.stack(torch._foreach_norm(self.gradients)).square().sum()
+        norms: list[torch.Tensor] = []
+        for dtype in dict.fromkeys(gradient.dtype for gradient in self.gradients):  # one pass over each kind
+            alike = [gradient for gradient in self.gradients if gradient.dtype == dtype]
+            norms += torch._foreach_norm(alike, dtype=torch.promote_types(dtype, torch.float32))
+        square = torch.stack(norms).square().sum()
         if self.sharded:
             dist.all_reduce(square)
         return square.sqrt()
 
     def update(self, norm: torch.Tensor) -> None:
         """Clip to max_grad_norm, step and zero the gradient; `norm` is what `gradient_norm` returned."""
-        torch._foreach_mul_(self.gradients, (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
-        for optimizer in self.optimizers:
-            optimizer.step()
+        clip, first = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0), self.optimizers[0]
+        if isinstance(first, MasterAdamW):  # the only one, and it clips as it goes
+            first.step(scale=clip)
+        else:
+            torch._foreach_mul_(self.gradients, clip)
+            for optimizer in self.optimizers:
+                optimizer.step()
         self.discard()
 
     def discard(self) -> None:
         """Drop the gradient without a step."""
         self.gradients, self.sending = [], {}
-        for optimizer in self.optimizers:
-            optimizer.zero_grad()
+        for p in self.learning:
+            p.grad = None
         reshard(self.model)
 
     def state(self) -> dict[str, dict[str, torch.Tensor]]:
@@ -234,7 +256,7 @@ class Learner:
         for optimizer in self.optimizers:
             mine = {p for group in optimizer.param_groups for p in group["params"]}
             optimizer.state.clear()
-            for name, values in state.items():
+            for name, values in with_first_moments(state).items():
                 if named[name] in mine:
                     optimizer.state[named[name]] = {k: placed_like(named[name], v) for k, v in values.items()}
 
@@ -263,48 +285,9 @@ def _asked_for() -> str:
     return "ddp"
 
 
-def to_local(tensor: torch.Tensor) -> torch.Tensor:
-    """The local shard of a sharded tensor; any other tensor unchanged."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def full_tensors(values: dict[str, torch.Tensor], keep: bool) -> dict[str, torch.Tensor]:
-    """All-gather sharded tensors one by one onto the CPU of the ranks with `keep`; if none is sharded, no copy is made.
-
-    The other ranks get {} from a dict with sharded tensors. Collective.
-    """
-    if not any(isinstance(value, DTensor) for value in values.values()):
-        return values
-    gathered = {}
-    for name, value in values.items():
-        value = value.full_tensor() if isinstance(value, DTensor) else value
-        if keep:
-            gathered[name] = value.cpu()
-    return gathered
-
-
-@torch.no_grad()
-def load_full_state(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """`load_state_dict` of full tensors into a model that may be sharded."""
-    reshard(model)
-    own = model.state_dict()
-    model.load_state_dict(
-        {name: placed_like(own[name], value) if name in own else value for name, value in weights.items()}
-    )
-
-
-def placed_like(tensor: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """The full tensor `value` on the device of `tensor`, sharded like it unless its shape differs (a step count)."""
-    value = value.to(tensor.device)
-    if not isinstance(tensor, DTensor) or value.shape != tensor.shape:
-        return value
-    return distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
-
-
-def reshard(model: torch.nn.Module) -> None:
-    """Free the parameters that a forward pass under FSDP2 left gathered, so that the sharded ones are in place."""
-    if isinstance(model, FSDPModule):
-        model.reshard()
+def reduction() -> dist.ReduceOp:
+    """The mean where the backend has it, which saves a pass over all gradients; else the sum, to be divided."""
+    return dist.ReduceOp.AVG if dist.get_backend() == "nccl" else dist.ReduceOp.SUM
 
 
 def average(tensors: list[torch.Tensor]) -> None:
@@ -316,8 +299,9 @@ def average(tensors: list[torch.Tensor]) -> None:
             entries, end = entries + tensors[end].numel(), end + 1
         bucket = tensors[start:end]
         flat = torch.cat([tensor.flatten() for tensor in bucket])
-        dist.all_reduce(flat)
-        flat /= dist.get_world_size()
+        dist.all_reduce(flat, reduction())
+        if reduction() == dist.ReduceOp.SUM:
+            flat /= dist.get_world_size()
         pieces = flat.split([tensor.numel() for tensor in bucket])
         torch._foreach_copy_(bucket, [piece.view_as(tensor) for piece, tensor in zip(pieces, bucket)])
         start = end

@@ -17,17 +17,17 @@ from dimo.distill.stages import Step
 from dimo.distill.step import Networks, nine_stages
 from dimo.errors import DimoError, NonFiniteError, trusted_values
 from dimo.run.folder import RunFolder
-from dimo.train.engine import Engine, load_full_state, reshard, to_local
+from dimo.train.engine import Engine
 from dimo.train.graph import StepGraphs, require_capturable
 from dimo.train.guards import Guard
 from dimo.train.metrics import MEASURED, Averages, measured
-from dimo.train.optimizers import assign, lr_factor, make_optimizers, warm_ema_decay
+from dimo.train.optimizers import assign, ema_decay_at, lr_factor, make_optimizers
 from dimo.train.prompts import WorldPrompts, open_prompts
+from dimo.train.sharded import load_full_state, reshard, to_local
 from dimo.train.together import train_together
 from dimo.ursa import Ursa, load_ursa, predict
 from dimo.ursa.cpu import keep_memory
 from dimo.ursa.sampler import student_times
-from dimo.ursa.sequence import splitting
 from dimo.ursa.weights import scale_logits
 from dimo.views.clean_tokens import known_clean_tokens
 from dimo.views.reading import check_slice
@@ -87,6 +87,8 @@ class Trainer:
             network.model.norm.weight.data.mul_(config.model.logit_gain)
         for network in (teacher, student, aux, ema) if config.model.backend == "native" else ():
             network.run_with(config.model.compile and self.device.type == "cuda", config.model.activation_checkpointing)
+        if config.model.backend == "native":
+            teacher.hold(teacher.lm_head.weight.dtype)
         self.student = self.engine.learner(student, lambda net: make_optimizers(net, o.lr, o.muon_lr, o))
         self.aux = self.engine.learner(aux, lambda net: make_optimizers(net, o.aux_lr, o.muon_lr * o.aux_lr / o.lr, o))
         self.x_init = XInit(self.path.codebook_size, d.p_corrupt, d.corrupt_ratio)
@@ -168,7 +170,7 @@ class Trainer:
         self.aux.set_lr_factor(lr_factor(o, index, last, o.aux_min_lr_share))
         self.x_init.fade = assign(self.x_init.fade, fade(index, 0, d.p_corrupt_fade * last))
         self.entropy_bonus.fade = assign(self.entropy_bonus.fade, fade(index, d.ent_anneal_from, d.ent_anneal_to))
-        self.ema_weight = assign(self.ema_weight, 1 - warm_ema_decay(o.ema_decay, index))
+        self.ema_weight = assign(self.ema_weight, 1 - ema_decay_at(o.ema_decay, index, o.ema_every))
         return {"optim/lr": o.lr * factor}
 
     def seed_of(self, index: int) -> int:
@@ -179,11 +181,9 @@ class Trainer:
         """Stage 1: txt_ids (B, L)."""
         return self.prompts.batch(self.settings.batch_size_per_gpu, self.generator)
 
-    @contextlib.contextmanager
-    def autocast(self) -> Iterator[None]:
+    def autocast(self) -> contextlib.AbstractContextManager:
         """The autocast context of the step's forward passes, in which GPUs that share samples divide the tokens."""
-        with self.engine.autocast(), splitting(self.engine.split):
-            yield
+        return self.engine.dividing()
 
     def agreed(self) -> contextlib.AbstractContextManager:
         """Context around stages: a NonFiniteError on one rank is raised on all."""
@@ -211,7 +211,9 @@ class Trainer:
 
     @torch.no_grad()
     def update_ema(self) -> None:
-        """Update the student's moving average."""
+        """Update the student's moving average, if this step is one of those that do."""
+        if isinstance(self.ema_weight, float) and self.ema_weight == 0:
+            return
         reshard(self.networks.ema)
         pairs = zip(self.networks.ema.parameters(), self.networks.student.parameters())
         ema, student = zip(*((to_local(e), to_local(s)) for e, s in pairs if s.requires_grad))

@@ -7,7 +7,9 @@ import logging
 import torch
 import torch.distributed as dist
 
-from dimo.train.engine import Learner, load_full_state
+from dimo.train.engine import Learner
+from dimo.train.masters import with_first_moments
+from dimo.train.sharded import load_full_state
 
 
 class Zero2Learner(Learner):
@@ -64,6 +66,7 @@ class Zero2Learner(Learner):
         self.zero.refresh_fp32_params()
         if not state:
             return
+        state = with_first_moments(state)
         held, step = self.optimizers[0].state, next(iter(state.values()))["step"]
         for p in self._flat():
             if p not in held:

@@ -8,7 +8,7 @@ Source: baaivision/URSA at 29284bb, and arXiv 2510.24717.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from dimo.ursa import cpu
 from dimo.ursa.config import NORM_EPS, UrsaConfig
 from dimo.ursa.sequence import Split, active_split
 
-CHECKPOINTING = ("none", "selective", "full")
+CHECKPOINTING = ("none", "pointwise", "selective", "full")
 # fastest first: attention dominates at URSA's sizes, and cuDNN makes the best use of Hopper's tensor cores
 ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -62,7 +62,71 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
-class Attention(nn.Module):
+class Products(nn.Module):
+    """Linear maps as two matrix products: of the input with the weights of several maps, then with those of `last`.
+
+    One product for several maps is faster, and the gradient of the input needs no sum. Their weights are put together,
+    and under autocast cast, in every pass, unless `hold` has done it once and for all.
+    """
+
+    held: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def __init__(self):
+        super().__init__()
+        self.register_load_state_dict_post_hook(_renew)
+
+    def maps(self) -> tuple[list[nn.Linear], nn.Linear]:
+        """The maps of the input, and the last one."""
+        raise NotImplementedError
+
+    def weights(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The weights of the two products, the first of which takes x."""
+        maps, last = self.maps()
+        if self.held is not None and self.held[1].requires_grad == last.weight.requires_grad:
+            if self.held[0].dtype == x.dtype or torch.is_autocast_enabled(x.device.type):
+                return self.held
+        return torch.cat([one.weight for one in maps]), last.weight
+
+    def hold(self, dtype: torch.dtype) -> None:
+        """Hold both weights in `dtype`: of maps that learn as copies, which have the gradients from now on; of frozen
+        ones the only weights there are, of which the maps' become views.
+        """
+        maps, last = self.maps()
+        learns = last.weight.requires_grad
+        both = torch.cat([one.weight for one in maps]), last.weight
+        first, second = (weight.detach().to(dtype, copy=learns).requires_grad_(learns) for weight in both)
+        self.held = first, second
+        if not learns:
+            for one, (_, held, rows) in zip((*maps, last), list(self.copies())):
+                one.weight = nn.Parameter(held[rows], requires_grad=False)
+
+    def copies(self) -> Iterator[tuple[nn.Parameter, torch.Tensor, slice]]:
+        """Every weight, what holds its copy, and the rows of it; nothing if nothing is held."""
+        maps, last = self.maps()
+        if self.held is None:
+            return
+        start = 0
+        for one in maps:
+            yield one.weight, self.held[0], slice(start, start + len(one.weight))
+            start += len(one.weight)
+        yield last.weight, self.held[1], slice(0, len(last.weight))
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "held": None}  # a copy of the module has weights of its own
+
+    def _apply(self, fn, recurse: bool = True) -> Products:
+        self.held = None  # weights that are moved or cast are new ones
+        return super()._apply(fn, recurse)
+
+
+@torch.no_grad()
+def _renew(products: Products, _) -> None:
+    """Hold what was loaded."""
+    for weight, held, rows in products.copies():
+        held[rows].copy_(weight)
+
+
+class Attention(Products):
     """Bidirectional grouped-query attention with RMSNorm on every query and key head before RoPE."""
 
     def __init__(self, config: UrsaConfig):
@@ -80,12 +144,16 @@ class Attention(nn.Module):
             config.num_key_value_heads,
         )
 
+    def maps(self) -> tuple[list[nn.Linear], nn.Linear]:
+        return [self.q_proj, self.k_proj, self.v_proj], self.o_proj
+
     def forward(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, split: Split | None = None, length: int = 0
     ) -> torch.Tensor:
-        # one fused product for q, k and v: faster, and the gradient of x needs no sum
-        qkv = F.linear(x, torch.cat([p.weight for p in (self.q_proj, self.k_proj, self.v_proj)]))
-        q, k, v = qkv.unflatten(-1, (-1, self.head_dim)).split([self.heads, self.kv_heads, self.kv_heads], 2)
+        into, out_of = self.weights(x)
+        q, k, v = (
+            F.linear(x, into).unflatten(-1, (-1, self.head_dim)).split([self.heads, self.kv_heads, self.kv_heads], 2)
+        )
         if split is None and cpu.serves(q, scores=q.shape[0] * self.heads * q.shape[1] ** 2):
             q = cpu.NormRotate.apply(q, self.q_norm.weight, cos, sin, NORM_EPS)
             k = cpu.NormRotate.apply(k, self.k_norm.weight, cos, sin, NORM_EPS)
@@ -98,10 +166,10 @@ class Attention(nn.Module):
             with sdpa_kernel(ATTENTION, set_priority=True):
                 out = F.scaled_dot_product_attention(q, k, v, enable_gqa=self.heads != self.kv_heads)
             out = out if split is None else split.to_tokens(out)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        return F.linear(out.transpose(1, 2).flatten(2), out_of)
 
 
-class MLP(nn.Module):
+class MLP(Products):
     """SwiGLU."""
 
     def __init__(self, config: UrsaConfig):
@@ -110,9 +178,13 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
+    def maps(self) -> tuple[list[nn.Linear], nn.Linear]:
+        return [self.gate_proj, self.up_proj], self.down_proj
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = F.linear(x, torch.cat([self.gate_proj.weight, self.up_proj.weight])).chunk(2, -1)
-        return self.down_proj(F.silu(gate) * up)
+        into, out_of = self.weights(x)
+        gate, up = F.linear(x, into).chunk(2, -1)
+        return F.linear(F.silu(gate) * up, out_of)
 
 
 class Layer(nn.Module):
@@ -137,13 +209,14 @@ class Layer(nn.Module):
 
 
 def run_layer(layer: Layer, checkpointing: str, x: torch.Tensor, *how) -> torch.Tensor:
-    """`layer.block` with activation checkpointing "none", "selective" or "full" (see `UrsaTransformer.run_with`)."""
+    """`layer.block` with one of the kinds of activation checkpointing (see `UrsaTransformer.run_with`)."""
     if checkpointing == "none":
         return layer.block(x, *how)
     once = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     if checkpointing == "full":
         return once(layer.block, x, *how)
-    return once(layer.block, x, *how, context_fn=_keep_attention)
+    kept = _keep_products if checkpointing == "pointwise" else _keep_attention
+    return once(layer.block, x, *how, context_fn=kept)
 
 
 @functools.cache
@@ -156,13 +229,23 @@ def compiled_run() -> Callable:
 
 
 def _keep_attention():
-    return create_selective_checkpoint_contexts(_policy)
+    return create_selective_checkpoint_contexts(_attention)
 
 
-def _policy(context, operator, *args, **kwargs) -> CheckpointPolicy:
+def _keep_products():
+    return create_selective_checkpoint_contexts(_attention_and_products)
+
+
+def _attention(context, operator, *args, **kwargs) -> CheckpointPolicy:
     name = str(operator)  # what sequence parallelism has sent is not sent again
     kept = ("_scaled_dot_product" in name and "backward" not in name) or "alltoall" in name
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _attention_and_products(context, operator, *args, **kwargs) -> CheckpointPolicy:
+    if operator == torch.ops.aten.mm.default:
+        return CheckpointPolicy.MUST_SAVE
+    return _attention(context, operator, *args, **kwargs)
 
 
 class Decoder(nn.Module):
@@ -193,8 +276,9 @@ class UrsaTransformer(nn.Module):
 
         Args:
             compile: torch.compile the layers; takes about a minute in the first pass.
-            checkpointing: activations kept per layer for the backward pass: "none" keeps all, "selective" the input and
-                the attention output (attention is not recomputed), "full" the input only.
+            checkpointing: activations kept per layer for the backward pass: "none" keeps all, "pointwise" the input and
+                what attention and matrix products make (norms, RoPE and SwiGLU are computed again), "selective" the
+                input and the attention output, "full" the input only.
 
         Raises:
             DimoError: unknown `checkpointing`.
@@ -203,6 +287,13 @@ class UrsaTransformer(nn.Module):
             raise DimoError(f"checkpointing must be one of {', '.join(CHECKPOINTING)}, got {checkpointing!r}")
         for layer in self.model.layers:
             layer.compiled, layer.checkpointing = compile, checkpointing
+        return self
+
+    def hold(self, dtype: torch.dtype) -> UrsaTransformer:
+        """Hold the layers' matrices as the products use them, in `dtype` (see `Products.hold`). Returns self."""
+        for part in self.modules():
+            if isinstance(part, Products):
+                part.hold(dtype)
         return self
 
     def hidden(self, input_ids: torch.Tensor, rope_pos: torch.Tensor) -> torch.Tensor:
