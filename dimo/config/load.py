@@ -142,10 +142,10 @@ def _default_preset(written: dict[str, Any]) -> str | None:
 def checkpointing_for(config: Config) -> str:
     """The cheapest activation checkpointing with which a training step of URSA-1.7B fits into 80 GB.
 
-    Measured on H100 and H200 (README), by visual tokens per step: none at 5,120, selective at 33,280, full at 66,560.
+    Measured on H100 and H200 (README), by visual tokens of a GPU: none at 5,120, selective at 33,280, full at 66,560.
     """
     d = config.distill
-    tokens = d.batch_size_per_gpu * math.prod(_grid(config))
+    tokens = d.batch_size_per_gpu * math.prod(_grid(config)) // config.training.sequence_parallel
     return "none" if tokens <= 6_000 else "selective" if tokens <= 36_000 else "full"
 
 
