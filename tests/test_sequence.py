@@ -97,6 +97,7 @@ ALONE = """
 import pytest
 from dimo.config import load_config
 from dimo.errors import DimoError
+from dimo.train.trainer import Trainer
 
 keys = ["model.device=cpu", "optim.optimizer=adamw", "training.num_processes=3", "training.sequence_parallel=3"]
 with pytest.raises(DimoError, match="sequence_parallel=3 must divide the number of processes, 2"):
