@@ -9,6 +9,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from dimo.bench.sizes import SIZES
+from dimo.commands import plan
 from dimo.commands.cli import main
 from dimo.commands.dry_run import dry_run
 from dimo.commands.plan import GIB, alternatives, make_plan, parts_of
@@ -126,6 +127,17 @@ def test_each_kind_of_checkpointing_keeps_less_than_the_one_before(one_layer):
     settings = [*one_layer, "training.mixed_precision=bf16", "model.activation_checkpointing="]
     peaks = [dry_run(load_config("smoke", [*settings[:-1], settings[-1] + how])).peak for how in CHECKPOINTING]
     assert sorted(set(peaks), reverse=True) == peaks
+
+
+def test_the_largest_batch_fits_and_one_more_does_not(one_layer, monkeypatch):
+    monkeypatch.setattr(plan, "SPARE", 0)
+    own = [*one_layer, "distill.t_draws=1", "distill.batch_size_per_gpu=4"]
+    how = "model.activation_checkpointing=pointwise"  # in place of none
+    runs = [dry_run(load_config("smoke", [*own, how, f"distill.batch_size_per_gpu={n}"])) for n in (6, 7)]
+    memory = sum(sum(parts_of(run, "ddp", 1).values()) for run in runs) / 2
+    asked = plan.Plan(load_config("smoke", own), runs[0], {})
+    told = plan.largest_batch(asked, None, "smoke", own, memory)
+    assert told.startswith(f"{how} distill.batch_size_per_gpu=6, ")
 
 
 def test_what_to_change_is_gone_through_too(one_layer):

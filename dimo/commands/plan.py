@@ -16,8 +16,10 @@ from dimo.commands.dry_run import DryRun, dry_run, empty_ursa
 from dimo.config import Config, load_config, to_flat
 from dimo.errors import DimoError
 from dimo.run.launch import engine_kind
+from dimo.worlds import checkpoint_folder, is_world
 
 GIB = 2**30
+SPARE = 2 * GIB  # for what is not covered
 NETWORKS = {"teacher": "teacher", "student": "student", "aux": "auxiliary", "ema": "moving average"}
 UNSEEN = (
     "not covered: values, speed, workspaces of GPU kernels, allocator fragmentation, NCCL buffers, the CUDA context "
@@ -169,6 +171,24 @@ def alternatives(plan: Plan, size: str | None, preset: str | None, overrides: Se
     return found
 
 
+def largest_batch(plan: Plan, size: str | None, preset: str | None, overrides: Sequence[str], memory: float) -> str:
+    """The largest batch per GPU in `memory` bytes less SPARE, as text; arguments as in `alternatives`.
+
+    In place of no activation checkpointing it is that with pointwise, which costs hardly any time. Memory grows in
+    proportion to the batch, so two dry runs tell it.
+    """
+    how, batch = plan.config.model.activation_checkpointing, plan.config.distill.batch_size_per_gpu
+    how, totals = "pointwise" if how == "none" else how, []
+    for samples in (batch, 2 * batch):
+        print(f"dimo: trying {how}, batch {samples}", file=sys.stderr)
+        words = f"model.activation_checkpointing={how}", f"distill.batch_size_per_gpu={samples}"
+        totals.append(_go_through(load_config(preset, [*overrides, *words]), size).total)
+    each = (totals[1] - totals[0]) / batch
+    more = max(0, int((memory - SPARE - totals[0]) // each))
+    takes = (totals[0] + more * each) / GIB
+    return f"model.activation_checkpointing={how} distill.batch_size_per_gpu={batch + more}, {takes:.2f} GiB"
+
+
 def format_plan(plan: Plan, name: str, memory: float) -> str:
     """The plan as text; `name` is the model, `memory` that of one GPU, in bytes."""
     d, t, n = plan.config.distill, plan.config.training, plan.run.num_visual_tokens
@@ -255,4 +275,6 @@ def plan_report(
     text = format_plan(plan, f"URSA-{size}" if size else str(config.distill.teacher_ckpt), memory)
     if plan.total > memory:
         text += "\n\n" + format_alternatives(alternatives(plan, size, preset, overrides), memory)
+    elif size is not None or not is_world(checkpoint_folder(config.distill.teacher_ckpt)):
+        text += f"\n\nlargest batch: {largest_batch(plan, size, preset, overrides, memory)}"
     return text
