@@ -64,26 +64,28 @@ class Trainer:
         self.ursa, self.path = ursa, ursa.path
         self.grid = self.ursa.latents_shape(d.num_frames, d.height, d.width)
         self.num_visual_tokens = math.prod(self.grid)
-        samples = d.batch_size_per_gpu * config.training.gradient_accumulation_steps * self.engine.world_size
+        samples = d.batch_size_per_gpu * config.training.gradient_accumulation_steps * self.engine.data_world_size
         self.tokens_per_step = samples * self.num_visual_tokens
         if is_world(self.ursa.folder):
             require_world(load_world(self.ursa.folder), self.grid, self.path.codebook_size)
-        self.prompts = prompts or open_prompts(config, self.ursa, self.engine.rank, self.engine.world_size)
+        self.prompts = prompts or open_prompts(config, self.ursa, self.engine.data_rank, self.engine.data_world_size)
         self.empty_ids = self.ursa.tokenize([""], d.max_prompt_length)
         self.uncond_ids = self.ursa.tokenize([d.negative_prompt], d.max_prompt_length)
 
         teacher = self.ursa.transformer.requires_grad_(False).eval()
-        student, aux, ema = (self.engine.copy_of(teacher, learns) for learns in (True, True, False))
+        learning = (
+            (teacher.model.embed_tokens, config.model.train_embeddings),
+            (teacher.lm_head, config.model.train_head),
+        )
+        shared = [part for part, learns in learning if not learns]
+        self.engine.require_heads(teacher.config.num_key_value_heads)
+        student, aux, ema = (self.engine.copy_of(teacher, learns, shared) for learns in (True, True, False))
         if config.training.mixed_precision == "bf16":
             teacher.bfloat16()  # frozen, so it needs no float32 master weights
         asked = exact_teacher(self.ursa.folder, self.path) if d.teacher == "exact" else teacher
         self.networks = Networks(asked, student, aux, ema)
-        for network in (student, aux, ema):
-            if not config.model.train_embeddings:
-                network.model.embed_tokens = self.engine.frozen(network.model.embed_tokens, teacher.model.embed_tokens)
-            if not config.model.train_head:
-                network.lm_head = self.engine.frozen(network.lm_head, teacher.lm_head)
-                network.model.norm.requires_grad_(False)  # small, so each network keeps its own, in its own precision
+        for network in (student, aux, ema) if not config.model.train_head else ():
+            network.model.norm.requires_grad_(False)  # small, so each network keeps its own, in its own precision
         for network in (student, ema):
             network.model.norm.weight.data.mul_(config.model.logit_gain)
         self.attention = choose(config.model.attention, self.device, teacher.lm_head.weight.dtype, teacher.config)
@@ -107,7 +109,8 @@ class Trainer:
         # codes, a GPU recomputes them faster than it goes through stored ones: what reads them is compiled then
         large = d.t_draws * d.batch_size_per_gpu * self.num_visual_tokens * self.path.codebook_size > 2**25
         many = self.device.type == "cuda" and self.path.codebook_size > BLOCK
-        self.dense = not (large or many) and config.training.mixed_precision == "no"
+        whole = config.training.mixed_precision == "no" and self.engine.split is None
+        self.dense = whole and not (large or many)
         self.guard = Guard(self.engine, config.training.max_bad_steps)
         self.averages = Averages()
         self.events: list[dict] = []  # {"step", "event", ...}; drained by the training loop
@@ -180,15 +183,15 @@ class Trainer:
 
     def seed_of(self, index: int) -> int:
         """Generator seed from (seed, rank, step), so that a resumed run draws the same numbers."""
-        return ((self.config.experiment.seed * 1_000_003 + index) * 4099 + self.engine.rank) % 2**63
+        return ((self.config.experiment.seed * 1_000_003 + index) * 4099 + self.engine.data_rank) % 2**63
 
     def draw_prompts(self) -> torch.Tensor:
         """Stage 1: txt_ids (B, L)."""
         return self.prompts.batch(self.settings.batch_size_per_gpu, self.generator)
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        """The autocast context of the forward passes."""
-        return self.engine.autocast()
+        """The autocast context of the step's forward passes, in which GPUs that share samples divide the tokens."""
+        return self.engine.dividing()
 
     def agreed(self) -> contextlib.AbstractContextManager:
         """Context around stages: a NonFiniteError on one rank is raised on all."""
@@ -260,7 +263,7 @@ class Trainer:
     def _student_teacher_kl(self, step: Step) -> torch.Tensor:
         if step.kd is not None:
             return step.kd
-        with self.engine.autocast():
+        with self.autocast():
             student = predict(self.networks.student, step.txt_ids_at_t, step.x_t, self.grid, step.dense)
         return losses.kl(step.teacher, student)
 
@@ -309,6 +312,7 @@ class Trainer:
         self.aux.load_state(tensors["aux"], state["optimizers"]["aux"])
         load_full_state(self.networks.ema, tensors["ema"])
         self.prompts.load_state_dict(state["prompts"])
+        rank_state = self.engine.of_sharers(rank_state)
         if rank_state is not None:
             memory = {k: None if v is None else v.to(self.device) for k, v in rank_state["x_init"].items()}
             self.x_init.load_state_dict(memory)
@@ -335,7 +339,7 @@ class Trainer:
             command = f"dimo check-alignment {self.ursa.folder} --num_frames {d.num_frames} --height {d.height} "
             command += f"--width {d.width} --runs {runs}"
             return f"the logits slice is not checked: no clean tokens are kept in {runs}; `{command}` checks it", False
-        with self.autocast():
+        with self.engine.autocast():
             alignment = check_slice(self.ursa, clean, d.max_prompt_length, self.dense)
         if alignment.found in ("right", None):
             return alignment.sentence, alignment.found == "right"

@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from dimo.errors import DimoError, may_read, require_ids, require_shape
 from dimo.ursa.chunks import ENTRIES, FEW_CODES, chunks, tokens_at_once
 from dimo.ursa.normaliser import LogNormaliser
-from dimo.ursa.prediction import Sparse
 from dimo.ursa.probability_path import LAST, MetricPath, MixturePath, time_like
+from dimo.ursa.sparse import Sparse
 from dimo.worlds import is_world, load_world
 from dimo.worlds.protocol import World, prompt_length
 from dimo.worlds.teacher import PAD, encode, words
