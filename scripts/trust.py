@@ -105,7 +105,7 @@ class Bench:
         """The metrics of a student's codes (P, V, N), and what the oracle says of them."""
         videos = self.videos(codes, codes.shape[1], network)
         videos.reference = self.teacher
-        scores = score(self.world, codes.flatten(0, 1), videos.prompts)
+        scores = score(self.world, codes.flatten(0, 1).to(self.device), videos.prompts)
         return {"metrics": measure(videos), "oracle": self.oracle(scores, codes.shape[1])}
 
     def oracle(self, scores: Scores, copies: int) -> dict[str, float]:
