@@ -33,11 +33,12 @@ from dimo.worlds.protocol import Scores, prompt_length
 ARMS = {  # good ones, and what is known to be slow, blurred or to collapse
     "recipe": [],
     "low rate": ["optim.lr=2e-4"],
+    "high rate": ["optim.lr=1e-2", "optim.muon_lr=5e-2"],
     "gain 1": ["model.logit_gain=1", "model.final_logit_gain=1"],
     "reinforce": ["distill.estimator=reinforce"],
-    "KD alone": ["distill.w_distill=0", "distill.w_kd=1", "model.logit_gain=1", "model.final_logit_gain=1"],
 }
-ORACLE = ("token_accuracy", "adherence", "coverage", trust.ALL)
+ORACLE = ("token_accuracy", "right_prompt", "coverage", trust.ALL)
+HEALTHY = 0.5  # the oracle's coverage of a student that has not collapsed
 KNOWN = REFERENCE_FREE | JUDGED
 STEPS, OTHER = 25, 4  # of the teacher; videos of a prompt that it makes again
 BATCH = 512
@@ -109,8 +110,14 @@ class Bench:
         return {"metrics": measure(videos), "oracle": self.oracle(scores, codes.shape[1])}
 
     def oracle(self, scores: Scores, copies: int) -> dict[str, float]:
-        """Coverage here is that of the nearest valid videos, whether right or not: it can be had of bad students."""
-        found = {"token_accuracy": scores.accuracy.mean().item(), "adherence": scores.adherent.float().mean().item()}
+        """Figures that bad students have as well, all about the nearest valid video of any prompt.
+
+        token_accuracy: the share of equal tokens. right_prompt: how often it is of the prompt asked for; unlike
+        adherence, which a plain video has for many prompts, ties count for one of them. coverage: that of its free
+        factors within a prompt, whatever the video's quality.
+        """
+        right = scores.prompt.view(len(self.prompts), copies) == torch.arange(len(self.prompts))[:, None]
+        found = {"token_accuracy": scores.accuracy.mean().item(), "right_prompt": right.float().mean().item()}
         covered = [
             sum(coverage(one, bins) or 0.0 for one in labels.view(-1, copies)) / len(self.prompts)
             for labels, bins in scores.free.values()
@@ -159,13 +166,15 @@ def measure_all(args, runs: dict[str, Config]) -> list[dict]:
         for folder in sorted(Path(config.experiment.output_dir, "checkpoints").glob("milestone-*")):
             networks[f"{family}, step {int(folder.name.split('-')[1])}"] = family, folder
     networks |= {"ships": ("ships", SHIPPED_STUDENT), "untrained": ("untrained", None)}
-    bench = Bench(args)
+    bench, found = Bench(args), list[dict]()
 
     def add(name: str, family: str, codes: Callable[[], torch.Tensor], network=None) -> None:
         if name not in rows:
-            rows[name] = {"family": family} | bench.measure(codes(), network)
+            about = {"family": family, "damaged": network is None}
+            rows[name] = about | bench.measure(codes(), network)
             write_text(file, json.dumps(rows))
             print(name, {k: round(v, 3) for k, v in rows[name]["oracle"].items()}, file=sys.stderr, flush=True)
+        found.append(rows[name])
 
     for name, (family, folder) in networks.items():
         network = load_student(bench.ursa, folder) if folder else bench.ursa.transformer
@@ -174,32 +183,45 @@ def measure_all(args, runs: dict[str, Config]) -> list[dict]:
     for family, made in failures(good, bench.grid, bench.world.codebook_size).items():
         for name, codes in made.items():
             add(name, family, lambda: codes)  # noqa: B023
-    return list(rows.values())
-
-
-def correlations(rows: list[dict]) -> dict[str, dict]:
-    """{metric: its correlation with the figure that it stands for, and with all of the oracle's}."""
-    found = {}
-    for name, oracle in trust.STANDS_FOR.items():
-        some = [row for row in rows if row["metrics"].get(name) is not None]
-        values = [trust.goodness(KNOWN[name].better, row["metrics"][name]) for row in some]
-        by = {
-            figure: trust.correlation(values, [row["oracle"][figure] for row in some], [row["family"] for row in some])
-            for figure in ORACLE
-        }
-        if some and by[oracle]:
-            found[name] = {"oracle": oracle} | by[oracle] | {"with": {f: c and c["rho"] for f, c in by.items()}}
     return found
 
 
+def correlations(rows: list[dict]) -> dict[str, dict]:
+    """{metric: its correlation with the figure that it stands for, and with all of the oracle's}.
+
+    "healthy": that of trained students which have not collapsed, among which checkpoints are chosen.
+    """
+    found = {}
+    for name, oracle in trust.STANDS_FOR.items():
+        some = [row for row in rows if row["metrics"].get(name) is not None]
+        by = {figure: _correlation(some, name, figure) for figure in ORACLE}
+        own = by[oracle]
+        if own:
+            healthy = [row for row in some if not row["damaged"] and row["oracle"]["coverage"] >= HEALTHY]
+            found[name] = {"oracle": oracle} | own | {
+                "healthy": _correlation(healthy, name, oracle), "with": {f: c and c["rho"] for f, c in by.items()},
+            }  # fmt: skip
+    return found
+
+
+def _correlation(rows: list[dict], name: str, figure: str) -> dict | None:
+    values = [trust.goodness(KNOWN[name].better, row["metrics"][name]) for row in rows]
+    return trust.correlation(values, [row["oracle"][figure] for row in rows], [row["family"] for row in rows])
+
+
 def table(found: dict[str, dict]) -> str:
-    lines = [f"| metric | stands for | rank correlation | {' | '.join(ORACLE)} |", "|" + "---|" * (3 + len(ORACLE))]
+    heads = ["metric", "stands for", "rank correlation", "healthy students", *(f"with {figure}" for figure in ORACLE)]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for name, row in sorted(found.items(), key=lambda item: -item[1]["rho"]):
-        low, high = row["interval"]
         weak = "weak: " if row["rho"] < trust.WEAK else ""
-        cells = " | ".join("-" if rho is None else f"{rho:.2f}" for rho in row["with"].values())
-        lines.append(f"| `{name}` | {row['oracle']} | {weak}{row['rho']:.2f} [{low:.2f}, {high:.2f}] | {cells} |")
+        others = ["-" if rho is None else f"{rho:.2f}" for rho in row["with"].values()]
+        cells = [f"`{name}`", row["oracle"], weak + _cell(row), _cell(row["healthy"]), *others]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _cell(row: dict | None) -> str:
+    return f"{row['rho']:.2f} [{row['interval'][0]:.2f}, {row['interval'][1]:.2f}]" if row else "-"
 
 
 def main() -> None:
@@ -220,7 +242,7 @@ def main() -> None:
     rows = measure_all(args, runs)
     found = correlations(rows)
     about = {"students": len(rows), "families": len({row["family"] for row in rows}), "metrics": found}
-    command = "python scripts/trust.py " + " ".join(sys.argv[2:])
+    command = " ".join(["python scripts/trust.py OUT", *sys.argv[2:]])
     write_text(args.out / "trust.json", json.dumps({"command": command, "worlds": {"shapes": about}}, indent=1) + "\n")
     write_text(args.out / "trust.md", table(found))
     print(

@@ -23,7 +23,7 @@ STANDS_FOR = (
     dict.fromkeys(("token_entropy", "teacher_nll", "nll_difference"), "token_accuracy")
     | dict.fromkeys(("guided_nll", "guided_nll_difference", "motion", "flicker", "sharpness"), "token_accuracy")
     | dict.fromkeys(("pixel_motion", "pixel_flicker", "pixel_sharpness"), "token_accuracy")
-    | dict.fromkeys(("prompt_gain", "retrieval"), "adherence")
+    | dict.fromkeys(("prompt_gain", "retrieval"), "right_prompt")
     | dict.fromkeys(("spread", "spread_ratio", "distinct", "diversity", "codes_used"), "coverage")
     | dict.fromkeys(("frechet", "feature_coverage"), ALL)
 )
@@ -81,6 +81,8 @@ def correlation(one: Sequence[float], other: Sequence[float], families: Sequence
         found = spearman(a[index], b[index])
         if found is not None:
             again.append(found)
+    if not again:
+        return None
     low, high = torch.tensor(again).quantile(torch.tensor([0.025, 0.975])).tolist()
     return {"rho": rho, "interval": [low, high], "students": len(one)}
 
