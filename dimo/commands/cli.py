@@ -126,6 +126,8 @@ def _plan(args) -> None:
 def _evaluate(args) -> None:
     from dimo.config import load_config
     from dimo.evaluation.evaluate import evaluate_to_folder, format_table
+    from dimo.evaluation.metrics import columns_of
+    from dimo.evaluation.trust import weak_ones
     from dimo.run.origin import run_config, run_of
 
     if args.student and _is_override(args.student) and not Path(args.student).exists():  # it is an override
@@ -138,7 +140,8 @@ def _evaluate(args) -> None:
     is_run = run is not None and source.is_dir() and source.samefile(run)
     weights = source / "checkpoints" / "final" if is_run else source
     out = Path(args.out) if args.out else (source if is_run else Path("runs/evaluation"))
-    print(format_table(evaluate_to_folder(config, weights, out)))
+    rows = evaluate_to_folder(config, weights, out)
+    print(format_table(rows), *filter(None, [weak_ones(columns_of(rows))]), sep="\n")
     names = ("report.json", "sheet.png", "codes.safetensors")
     print("written: " + ", ".join(str(out / name) for name in names if (out / name).exists()))
 
