@@ -270,7 +270,8 @@ function render({ model, el }) {
   };
 
   const at = ([f, y, x]) => (f * grid[1] + y) * grid[2] + x;
-  const says = (asked) => `${about.titles[asked.of]}, t ${asked.t}, seed ${asked.seed}`;
+  const says = (asked) => `${about.titles[asked.of]}, ` + (about.statistics[view.statistic].over_noises
+    ? `one pass over ${about.noises} noises` : `t ${asked.t}, seed ${asked.seed}`);
   let values = [], range = [0, 1];
   const shade = (value) => {
     let [low, high] = range;

@@ -7,7 +7,7 @@ import math
 import matplotlib
 import numpy as np
 
-from dimo.views.explorer_view import COLOURS, colours_of, scale_of
+from dimo.views.explorer_view import COLOURS, colours_of, named, scale_of
 from dimo.views.figure import Figure
 from dimo.views.fonts import families, legible
 
@@ -35,10 +35,9 @@ def twin(view: dict, about: dict) -> Figure:
         _mosaic(axes[0], np.frombuffer(panes[-1]["picture"]["rgb"], np.uint8).reshape(size), grid, None)
         axes[0].set_title("decoded frames", fontsize=9, loc="left")
     for axis, pane in zip(axes[pictured:], panes):
-        values, asked = np.frombuffer(pane["values"], "<f4").reshape(grid), pane["asked"]
+        values = np.frombuffer(pane["values"], "<f4").reshape(grid)
         _mosaic(axis, colours_of(values, low, high), grid, view["token"])
-        named = f"{statistic['title']}, {about['titles'][asked['of']]}, t {asked['t']:g}, seed {asked['seed']}"
-        axis.set_title(f"{named}: mean {values.mean():.3g}", fontsize=9, loc="left")
+        axis.set_title(f"{named(view, about, pane)}: mean {values.mean():.3g}", fontsize=9, loc="left")
     shades = matplotlib.cm.ScalarMappable(
         matplotlib.colors.Normalize(low, high), matplotlib.colors.ListedColormap(COLOURS / 255)
     )
