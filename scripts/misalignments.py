@@ -102,23 +102,22 @@ def verdicts(ursa: Ursa, seed: int) -> Iterator[tuple[str, str | None]]:
 
 
 def opened(name: str, folder: Path) -> Ursa:
-    place = checkpoint_folder(name)
     if name == "tiles":
         world = TilesWorld(*LONG, shades=3)
-        place = write_checkpoint(folder, world, train_teacher(world, RECIPE, progress=False), RECIPE.alpha, RECIPE.c)
-    ursa = load_ursa(place)
+        write_checkpoint(folder, world, train_teacher(world, RECIPE, progress=False), RECIPE.alpha, RECIPE.c)
+    ursa = load_ursa(folder if name == "tiles" else checkpoint_folder(name))
     ursa.transformer.requires_grad_(False)
     return ursa
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("worlds", nargs="*", default=["shapes", "tiles"], help="shapes, tiles (default: both)")
+    parser.add_argument("worlds", nargs="*", metavar="WORLD", help="shapes or tiles (default: both)")
     parser.add_argument("--batches", type=int, default=20)
     parser.add_argument("--first", type=int, default=0, help="seed of the first batch")
     args = parser.parse_args()
     wrong = 0
-    for name in args.worlds:
+    for name in args.worlds or ("shapes", "tiles"):
         with tempfile.TemporaryDirectory() as folder:
             ursa, found = opened(name, Path(folder) / name), collections.defaultdict(list)
             print(f"{name}: {args.batches} batches of 64 clips at t = {NEAR_DATA}", flush=True)

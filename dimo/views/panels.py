@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from dimo.errors import DimoError
 from dimo.run.folder import RunFolder
@@ -191,7 +191,10 @@ def _draw_panel(axis: Axes, panel: Panel, histories: list[History]) -> None:
     if panel.log:
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter(LogFormatter())
+        low, high = axis.get_ylim()
+        few = high < 100 * low  # hardly a power of ten in it: 2 and 5 are labelled, too
+        axis.yaxis.set_minor_locator(LogLocator(subs=(2, 5) if few else "auto"))
+        axis.yaxis.set_minor_formatter("{x:g}" if few else NullFormatter())
     else:
         axis.ticklabel_format(axis="y", useOffset=False)
         axis.locator_params(axis="y", nbins=5)
