@@ -26,7 +26,7 @@ def twin(view: dict, about: dict) -> Figure:
     """
     low, high = scale_of(view, about)
     statistic, grid, panes = about["statistics"][view["statistic"]], about["grid"], view["panes"]
-    figure = Figure(figsize=(13, 4.6), layout="constrained")
+    figure = Figure(figsize=(12, 4.8), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=[5, 6])
     pictured = "picture" in panes[-1]
     axes = left.subplots(len(panes) + pictured, 1, squeeze=False)[:, 0]
@@ -51,12 +51,12 @@ def twin(view: dict, about: dict) -> Figure:
     for axis, top in zip(right.subplots(rows, 3, squeeze=False).flat, pane["top"]):
         places = range(len(top["codes"]))
         axis.barh(places, top["p"], color=NETWORK[top["of"]])
-        axis.set_yticks(places, [f"{code}{' *' if code == pane['x_hat'] else ''}" for code in top["codes"]], fontsize=7)
+        axis.set_yticks(places, [f"{code}{' *' if code == pane['x_hat'] else ''}" for code in top["codes"]], fontsize=8)
         axis.invert_yaxis()
         axis.set_xlim(0, 1)
-        axis.tick_params(axis="x", labelsize=7)
-        axis.set_xlabel("probability", fontsize=7)
-        axis.set_title(f"{about['titles'][top['of']]}: H {top['entropy']:.3g} nats", fontsize=8, loc="left")
+        axis.set_xticks((0, 0.5, 1), ("0", "p .5", "1"), fontsize=8)  # few: text takes most of the time of a figure
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_title(f"{about['titles'][top['of']]}: H {top['entropy']:.3g}", fontsize=9, loc="left")
     for axis in right.axes[len(pane["top"]) :]:
         axis.set_visible(False)
     return figure
