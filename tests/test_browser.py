@@ -209,7 +209,7 @@ def test_in_jupyterlab_notebook_04_leads_from_a_curve_to_a_token(browser, lab, t
         canvas.press(key)
         until(page, lambda where=where: said_by(page, "explorer.asked['token']") == where)
     canvas.press("s")
-    until(page, lambda: said_by(page, "explorer.asked['statistic']") == "rank")
+    until(page, lambda: said_by(page, "explorer.asked['statistic']") == "kl_from_teacher")
 
     curves = page.query_selector("img[alt^='curves of the training']")
     curves.scroll_into_view_if_needed()
