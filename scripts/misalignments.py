@@ -124,6 +124,8 @@ def main() -> int:
             for seed in range(args.first, args.first + args.batches):
                 for what, verdict in verdicts(ursa, seed):
                     found[what].append(verdict or "undecided")
+                named = sum(what == verdicts_of[-1] for what, verdicts_of in found.items())
+                print(f"  batch {seed}: {named} of {len(found)} named", file=sys.stderr, flush=True)
         for what, named in found.items():
             counts = collections.Counter(named)
             others = "".join(f", {other} {n}" for other, n in counts.items() if other != what)
