@@ -109,6 +109,7 @@ def launch_command(config: Config) -> list[str]:
         raise DimoError(f"{file} is for {machines} machines and needs main_process_ip, the address of machine 0")
     words = ["--config_file", str(file), "--num_processes", str(processes)]
     words += ["--mixed_precision", "no"]  # the trainer handles mixed precision itself
+    words += ["--log_dir", os.devnull]  # else torchrun leaves a folder in /tmp; the output goes to `launch_file`
     if machines == 1 and "main_process_port" not in given:
         words += ["--main_process_port", "0"]  # any free port, so that two runs can share a machine
     resolved = launch_file(config, "yaml")

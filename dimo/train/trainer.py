@@ -21,7 +21,7 @@ from dimo.run.folder import RunFolder
 from dimo.train.engine import Engine
 from dimo.train.graph import StepGraphs, require_capturable
 from dimo.train.guards import Guard
-from dimo.train.metrics import MEASURED, Averages, measured
+from dimo.train.metrics import BY_T, MEASURED, QUARTERS, SHARE_OF_T, Averages, gaps_by_t, measured
 from dimo.train.optimizers import assign, ema_decay_at, lr_factor, make_optimizers
 from dimo.train.prompts import WorldPrompts, open_prompts
 from dimo.train.sharded import load_full_state, reshard, to_local
@@ -248,14 +248,15 @@ class Trainer:
         the latest one, only. NaN if no step, or for these two the latest step, was finite.
         """
         self.look()
-        means = dict.fromkeys([*MEASURED, "reward/square"], torch.tensor(math.nan, device=self.device))
+        names = [*MEASURED, "reward/square", *(kind + q for kind in (BY_T, SHARE_OF_T) for q in QUARTERS)]
+        means = dict.fromkeys(names, torch.tensor(math.nan, device=self.device))
         if not self.guard.in_a_row:
             means["gap/student_teacher_kl"] = self._student_teacher_kl(step)
             means["codes/used"] = torch.tensor(float(step.x_hat.unique().numel()), device=self.device)
             means |= measured(step)  # for a second call after the same step, when there is nothing left to average
         means |= self.averages.take()
         values = self.engine.mean(torch.stack([value.detach().float() for value in means.values()])).tolist()
-        means = dict(zip(means, values))
+        means = gaps_by_t(dict(zip(means, values)))
         means["reward/std"] = math.sqrt(max(means.pop("reward/square") - means["reward/mean"] ** 2, 0.0))
         means["loss/kd"] = means["gap/student_teacher_kl"]
         return means | {"lambda_ent": float(self.lambda_ent)} | self.prompts.metrics()
