@@ -313,7 +313,8 @@ def _read_override(override: str) -> tuple[str, str]:
         raise DimoError(f"an override must be a string, got {override!r}; quote an override that contains ': '")
     key, equals, value = override.partition("=")
     if not equals:
-        raise DimoError(f"an override must have the form key=value, got {override!r}")
+        preset = f"; a preset is given by -c {override}" if (PRESETS / f"{override}.yaml").exists() else ""
+        raise DimoError(f"an override must have the form key=value, got {override!r}{preset}")
     _check_known(key)
     return key, unquoted(value)
 
