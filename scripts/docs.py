@@ -85,7 +85,8 @@ def executed() -> tuple[list[Path], str]:
     """Executed notebooks, and a sentence on them."""
     if "DIMO_NOTEBOOKS" in os.environ:
         folder = Path(os.environ["DIMO_NOTEBOOKS"])
-        return sorted(folder.glob("*.ipynb")), f"Executed, from `{folder}`."
+        done = [path for path in sorted(folder.glob("[!.]*.ipynb")) if not path.stem.endswith(".failed")]
+        return done, f"Executed, from `{folder}`."
     names = [f"{name}.ipynb" for name in NAMES]
     folder, about = DEMO, "The tour shows what ships; the others are those of `make demo`, whose student stops early."
     if not all((DEMO / name).exists() for name in names):
