@@ -112,13 +112,16 @@ def tour() -> Path:
 def notebooks(found: list[Path], about: str) -> dict[str, str | bytes]:
     """{path in the documentation: content} of executed notebooks, and their index."""
     from nbconvert import MarkdownExporter
+    from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 
     made: dict[str, str | bytes] = {}
     rows = []
+    exporter = MarkdownExporter(preprocessors=[CoalesceStreamsPreprocessor])
     for path in found:
-        text, resources = MarkdownExporter().from_filename(
+        text, resources = exporter.from_filename(
             str(path), resources={"unique_key": path.stem, "output_files_dir": f"{path.stem}_files"}
         )
+        text = text.replace(f"{Path.cwd()}/", "")  # not the folder of whoever built the site
         made[f"notebooks/{path.stem}.md"] = text
         made |= {f"notebooks/{name}": data for name, data in resources["outputs"].items()}
         title = re.search(r"^# (.+)$", text, re.M)

@@ -149,7 +149,7 @@ def _evaluate(args) -> None:
     out = Path(args.out) if args.out else (source if is_run else Path("runs/evaluation"))
     rows = evaluate_to_folder(config, weights, out)
     print(format_table(rows) if args.all else format_summary(rows), "", sep="\n")
-    after = {sampling(source, config.distill.teacher_ckpt): "a video of the student"}
+    after = {sampling(None if source == SHIPPED_STUDENT else source, config.distill.teacher_ckpt): "a video of it"}
     after |= {f"report {run}": "the run as one page"} if is_run else {"run -c shapes": "distil a student yourself"}
     print(ending(out, ["report.json", "sheet.png", "codes.safetensors"], after))
 

@@ -56,11 +56,11 @@ def program() -> str:
     return "dimo" if found and os.path.samefile(found, called) else str(called)
 
 
-def sampling(folder: Path, teacher_ckpt: str) -> str:
-    """`sample` with a prompt that the run's teacher knows."""
+def sampling(student: Path | None, teacher_ckpt: str) -> str:
+    """`sample` with a prompt that the student's teacher knows; None: the student that ships."""
     teacher = checkpoint_folder(teacher_ckpt)
     prompt = load_world(teacher).prompts[0] if is_world(teacher) else "a red ball"
-    return f'sample --student_ckpt {folder} --prompt "{prompt}"'
+    return f'sample {f"--student_ckpt {student} " if student else ""}--prompt "{prompt}"'
 
 
 def sampled(file: Path) -> str:

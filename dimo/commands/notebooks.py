@@ -310,10 +310,10 @@ def print_summary(run: RunFolder, teacher_ckpt: str) -> None:
             f"\nThe student that ships with dimo was trained for longer: validity {best['validity']:.3f}, "
             f"coverage {best['coverage']:.3f}."
         )
-    after = {"evaluate": "the student that ships, beside the same teacher"} if teacher_ckpt == DEFAULT_WORLD else {}
+    after = {"evaluate": "the student that ships"} if teacher_ckpt == DEFAULT_WORLD else {}
     if (run.path / "checkpoints" / "final").exists():
-        after[sampling(run.path, teacher_ckpt)] = "a video of the student, in one pass"
-    after["train --help"] = "how to change something and train again"
+        after[sampling(run.path, teacher_ckpt)] = "a video"
+    after["train -c shapes optim.lr=5e-4 --name slow"] = "another run, with a key changed"
     print("", ending(run.path, ["report.html", "sheet.png", "notebooks", "checkpoints/final"], after), sep="\n")
 
 
