@@ -121,14 +121,14 @@ def student_row(rows: Iterable[str]) -> str:
     return f"student_{max(made)}"
 
 
-def format_table(rows: dict) -> str:
-    """The rows of a report as text: tables of at most WIDE characters below each other, if it has many columns."""
+def format_table(rows: dict, wide: int = WIDE) -> str:
+    """The rows of a report as text: tables of at most `wide` characters below each other, if it has many columns."""
     names = ["", *rows]
     first, tables = 2 + max(len(name) for name in names), list[list[str]]()
     for column in columns_of(rows):
         cells = [column, *(format_cell(row, column) for row in rows.values())]
         width = max(18, 2 + max(len(cell) for cell in cells))
-        if not tables or len(tables[-1][0]) + width > WIDE:
+        if not tables or len(tables[-1][0]) + width > wide:
             tables.append([f"{name:{first}}" for name in names])
         tables[-1] = [line + f"{cell:>{width}}" for line, cell in zip(tables[-1], cells)]
     return "\n\n".join("\n".join(lines) for lines in tables)
