@@ -77,8 +77,8 @@ def follow(name: str, folder: Path, run: Callable = run_python, looked_at: tuple
     if done.returncode:
         raise SystemExit(f"{' '.join(words)}: exit code {done.returncode}\n{done.stderr[-3000:]}")
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    timed = ("time/", "tokens_per_s", "memory/")
-    metrics = [{k: v for k, v in row.items() if not k.startswith(timed) and k != "time"} for row in rows]
+    apart = ("time/", "tokens_per_s", "memory/", "gap_by_t/")  # what is timed; parts of a gap that is compared
+    metrics = [{k: v for k, v in row.items() if not k.startswith(apart) and k != "time"} for row in rows]
     tensors = {str(step): digest(out / "checkpoints" / f"step-{step:08d}") for step in looked_at}
     return {"command": "dimo " + " ".join(words), "metrics": metrics, "tensors": tensors}
 

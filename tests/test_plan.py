@@ -105,6 +105,18 @@ def test_what_engines_cut():
     assert cut.collectives["reduce_scatter_base"] > 0 and set(whole.collectives) == {"allreduce"}
 
 
+def test_what_fsdp2_sends(one_layer):
+    """Under bf16 weights are gathered as bf16 and gradients averaged in float32; what is frozen is whole everywhere."""
+    words = [*one_layer, "optim.optimizer=adamw", "training.engine=fsdp2", "model.device=cpu"]
+    kept = ["model.train_embeddings=false", "training.mixed_precision=bf16"]
+    more = ([], kept[1:], kept)
+    full, half, frozen = (dry_run(load_config("smoke", [*words, *some]), None, 2) for some in more)
+    assert full.collectives["allgather_base"] == pytest.approx(2 * half.collectives["allgather_base"], rel=1e-3)
+    assert full.collectives["reduce_scatter_base"] == half.collectives["reduce_scatter_base"] > 0
+    assert frozen.collectives["allgather_base"] < half.collectives["allgather_base"]
+    assert frozen.weights["student"] == pytest.approx(frozen.trained["student"], rel=0.01)
+
+
 def test_more_video_is_more_memory_and_the_rest_stays():
     small, large = (dry_run(load_config("smoke", [f"distill.batch_size_per_gpu={b}", ONE_UPDATE])) for b in (8, 32))
     assert small.weights == large.weights and small.gradients == large.gradients

@@ -126,6 +126,8 @@ def _plan(args) -> None:
 def _evaluate(args) -> None:
     from dimo.config import load_config
     from dimo.evaluation.evaluate import evaluate_to_folder, format_table
+    from dimo.evaluation.metrics import columns_of
+    from dimo.evaluation.trust import weak_ones
     from dimo.run.origin import run_config, run_of
 
     if args.student and _is_override(args.student) and not Path(args.student).exists():  # it is an override
@@ -138,7 +140,8 @@ def _evaluate(args) -> None:
     is_run = run is not None and source.is_dir() and source.samefile(run)
     weights = source / "checkpoints" / "final" if is_run else source
     out = Path(args.out) if args.out else (source if is_run else Path("runs/evaluation"))
-    print(format_table(evaluate_to_folder(config, weights, out)))
+    rows = evaluate_to_folder(config, weights, out)
+    print(format_table(rows), *filter(None, [weak_ones(columns_of(rows))]), sep="\n")
     names = ("report.json", "sheet.png", "codes.safetensors")
     print("written: " + ", ".join(str(out / name) for name in names if (out / name).exists()))
 
@@ -146,6 +149,7 @@ def _evaluate(args) -> None:
 def _ablate(args) -> None:
     from dimo.evaluation.ablate import ablate
     from dimo.evaluation.grid import read_grid
+    from dimo.evaluation.jobs import visible_gpus
 
     try:
         lrs = [float(lr) for lr in args.lrs.split(",")] if args.lrs else None
@@ -153,7 +157,8 @@ def _ablate(args) -> None:
         raise DimoError(f"--lrs must be numbers separated by commas, got {args.lrs!r}") from None
     grid = read_grid(args.grid, args.config, args.overrides, args.arms, lrs, args.seeds, args.worlds)
     out = Path(args.out or f"runs/{grid.name}")
-    print(ablate(grid, out, args.jobs, args.together, args.minutes))
+    jobs = max(1, len(visible_gpus())) if args.jobs is None else args.jobs
+    print(ablate(grid, out, jobs, args.together, args.minutes))
     print(f"written: {out / 'grid.md'}, {out / 'grid.json'}")
 
 

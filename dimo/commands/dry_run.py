@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
@@ -104,7 +104,7 @@ def dry_run(config: Config, size: str | None = None, num_processes: int = 1) -> 
     if config.distill.teacher == "exact":
         raise DimoError("memory is counted for networks; to plan for the others, use distill.teacher=network")
     on_gpu = config.model.device != "cpu"
-    model = dataclasses.replace(config.model, device="cpu", backend="native", compile=False)
+    model = dataclasses.replace(config.model, device="cpu", backend="native", compile=False, attention="auto")
     training = dataclasses.replace(config.training, cuda_graph=False)
     config = dataclasses.replace(config, model=model, training=training)
     engine, meter = engine_kind(config.training.engine), _Meter()
@@ -165,6 +165,11 @@ def _real_mesh(*arguments, **options):
         return init_device_mesh(*arguments, **options)
 
 
+def _part_of_mesh(mesh: DeviceMesh, name: str, get=DeviceMesh.__getitem__):
+    with _disable_current_modes():
+        return get(mesh, name)
+
+
 def _apply(module: torch.nn.Module, function, recurse: bool = True) -> torch.nn.Module:
     """Replaces `Module._apply`, used to move and cast networks, which cannot swap the contents of fake tensors."""
     for part in module.modules():
@@ -184,6 +189,7 @@ def _without_values():
         ),  # its actual value; the original warns when a tensor is copied
         mock.patch.object(dist, "all_gather_object", _gather_object),
         mock.patch.object(dist, "init_device_mesh", _real_mesh),
+        mock.patch.object(DeviceMesh, "__getitem__", _part_of_mesh),
     ):
         yield
 

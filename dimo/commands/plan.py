@@ -192,10 +192,11 @@ def largest_batch(plan: Plan, size: str | None, preset: str | None, overrides: S
 def format_plan(plan: Plan, name: str, memory: float) -> str:
     """The plan as text; `name` is the model, `memory` that of one GPU, in bytes."""
     d, t, n = plan.config.distill, plan.config.training, plan.run.num_visual_tokens
-    videos = d.batch_size_per_gpu * t.num_processes * t.gradient_accumulation_steps
+    videos = d.batch_size_per_gpu * t.num_processes // t.sequence_parallel * t.gradient_accumulation_steps
     lines = [
         f"{name} at {d.num_frames}x{d.height}x{d.width}: {n:,} tokens per video, {d.batch_size_per_gpu} video(s) per "
-        f"GPU, {t.num_processes} GPU(s), engine {t.engine}, mixed_precision {t.mixed_precision}",
+        f"GPU, {t.num_processes} GPU(s), engine {t.engine}, mixed_precision {t.mixed_precision}, "
+        f"attention {plan.config.model.attention}",
         "",
         f"{'per GPU':32}{'GiB':>8}",
         *(f"{part:32}{size / GIB:8.2f}" for part, size in plan.parts.items()),

@@ -20,6 +20,7 @@ from dimo.config.served import require_captioned_video, with_protocol
 from dimo.config.values import read_value, read_yaml, unquoted, write_yaml
 from dimo.errors import DimoError, nearest, reason
 from dimo.paths import user_path
+from dimo.ursa.attention import KERNELS
 from dimo.ursa.inputs import latents_shape_for
 from dimo.ursa.layout import makes_images, vae_strides
 from dimo.ursa.loading import BACKENDS, DTYPES
@@ -60,18 +61,20 @@ RANGES = {  # {phrase: (test, keys)}; null values are not tested
         "distill.shuffle_buffer distill.kd_every optim.ema_every "
         "experiment.log_every experiment.save_every experiment.sample_every experiment.keep_last "
         "training.gradient_accumulation_steps training.max_bad_steps training.max_train_steps training.num_processes "
+        "training.sequence_parallel "
         "evaluation.videos_per_prompt evaluation.batch_size",
     ),
     "lie in [0, 2^63)": (lambda value: 0 <= value < 2**63, "experiment.seed evaluation.seed"),
 }
 FITS = {"none": 6_000, "pointwise": 11_000, "selective": 36_000}  # visual tokens per step, see `checkpointing_for`
+DIVISIBLE = {"model.backend": "native", "distill.teacher": "network"}  # what training.sequence_parallel needs
 CAPTURABLE = {  # what training.cuda_graph needs; `dimo.train.graph` checks the rest
     "model.device": ("auto", "cuda"),
     "model.backend": ("native",),
     "distill.prompt_source": ("world",),
     "training.num_processes": (1,),
     "training.gradient_accumulation_steps": (1,),
-    "training.mixed_precision": ("no",),
+    "training.mixed_precision": ("no", "bf16"),
 }
 
 
@@ -142,11 +145,11 @@ def _default_preset(written: dict[str, Any]) -> str | None:
 def checkpointing_for(config: Config) -> str:
     """The cheapest activation checkpointing with which a training step of URSA-1.7B fits into 80 GB.
 
-    By visual tokens per step: none at 5,120, selective at 33,280 and full at 66,560 were measured on H100 and H200
+    By visual tokens of a GPU: none at 5,120, selective at 33,280 and full at 66,560 were measured on H100 and H200
     (docs/performance.md), pointwise at 10,240 is counted by `dimo plan`.
     """
     d = config.distill
-    tokens = d.batch_size_per_gpu * math.prod(_grid(config))
+    tokens = d.batch_size_per_gpu * math.prod(_grid(config)) // config.training.sequence_parallel
     return next((how for how, most in FITS.items() if tokens <= most), "full")
 
 
@@ -181,6 +184,7 @@ def validate(config: Config) -> None:
         "distill.teacher": ("network", "exact"),
         "distill.aux_objective": ("denoise", "match_teacher"),
         "model.activation_checkpointing": CHECKPOINTING,
+        "model.attention": KERNELS,
         "distill.aux_pass": ("own", "shared"),
         "distill.baseline": ("ema", "leave_one_out"),
         "distill.aux_target": ("sampled", "exact"),
@@ -241,6 +245,15 @@ def validate(config: Config) -> None:
     d.beta()
     d.shift_value()
     _grid(config)
+    t = config.training
+    if t.num_processes % t.sequence_parallel:
+        raise DimoError(
+            f"training.sequence_parallel must divide training.num_processes={t.num_processes}, got "
+            f"{t.sequence_parallel}"
+        )
+    for key, value in DIVISIBLE.items() if t.sequence_parallel > 1 else ():
+        if flat[key] != value:
+            raise DimoError(f"training.sequence_parallel needs {key}={value}, got {flat[key]}")
     for key, values in CAPTURABLE.items() if config.training.cuda_graph else ():
         if flat[key] not in values:
             raise DimoError(f"training.cuda_graph=true needs {key}={values[0]}, got {flat[key]}")

@@ -8,17 +8,17 @@ optimizers, gradient norm and clipping. Master weights are float32 under every e
 from __future__ import annotations
 
 import atexit
+import contextlib
 import copy
-import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from dimo.config import Config, device_of
 from dimo.errors import DimoError
@@ -26,6 +26,7 @@ from dimo.run.ranks import count_ranks, everywhere, launched_or_alone
 from dimo.train.masters import MasterAdamW, learning_of, with_first_moments
 from dimo.train.optimizers import set_lr_factor
 from dimo.train.sharded import full_tensors, load_full_state, placed_like, reshard, to_local
+from dimo.ursa.sequence import Split, splitting
 
 BUCKET_ENTRIES = 2**26  # gradient entries per all-reduce: 256 MiB of float32
 SENT_ALONE = 2**20  # gradients with at least so many entries are all-reduced during the backward pass, once ready
@@ -59,37 +60,61 @@ class Engine:
             # A gloo thread releases the tensors of the last collective with a delay. If that happens while Python
             # shuts down, the process aborts, and the launcher reports the run as failed.
             atexit.register(time.sleep, 0.2)
+        self.sharers = config.training.sequence_parallel if dist.is_initialized() else 1
+        self.split = None
+        if self.sharers > 1:
+            self._require_divisible()
+            shape = self.world_size // self.sharers, self.sharers
+            mesh = dist.init_device_mesh(self.device.type, shape, mesh_dim_names=("samples", "tokens"))
+            self.split = Split(mesh["tokens"])
+        # of the samples: the GPUs that share one have the same draws
+        self.data_rank, self.data_world_size = self.rank // self.sharers, self.world_size // self.sharers
         self._zero2 = {
             "train_micro_batch_size_per_gpu": config.distill.batch_size_per_gpu,
             "gradient_accumulation_steps": config.training.gradient_accumulation_steps,
             "gradient_clipping": config.optim.max_grad_norm,
-            "zero_optimization": {"stage": 2},
+            "zero_optimization": {"stage": 2, "overlap_comm": True, "reduce_bucket_size": BUCKET_ENTRIES},
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 2**31,
         }
 
-    def copy_of(self, model: torch.nn.Module, learns: bool) -> torch.nn.Module:
-        """A float32 copy of the model, sharded under fsdp2; `learns` says whether it requires gradients."""
-        model = copy.deepcopy(model).requires_grad_(learns)
-        if self.kind == "fsdp2":
-            mesh = dist.init_device_mesh(self.device.type, (self.world_size,))
-            for part in (model.model.embed_tokens, *model.model.layers):
-                fully_shard(part, mesh=mesh, reshard_after_forward=True)
-            fully_shard(model, mesh=mesh, reshard_after_forward=False)  # the head is used after `hidden` has returned
-            register_fsdp_forward_method(model, "hidden")
-        return model
+    def copy_of(self, model: torch.nn.Module, learns: bool, shared: Sequence[torch.nn.Module] = ()) -> torch.nn.Module:
+        """A float32 copy of the model, sharded under fsdp2; `learns` says whether it requires gradients.
 
-    def frozen(self, own: torch.nn.Module, teachers: torch.nn.Module) -> torch.nn.Module:
-        """A frozen part of a network: the teacher's module itself, or under fsdp2 the network's own, sharded copy."""
-        return own.requires_grad_(False) if self.kind == "fsdp2" else teachers
+        The modules `shared` of the model are not copied: the copy has them in common with it, whole and frozen.
+        """
+        copied = copy.deepcopy(model, {id(part): part for part in shared}).requires_grad_(learns)
+        for part in shared:
+            part.requires_grad_(False)
+        if self.kind == "fsdp2":
+            self._shard(copied, shared)
+        return copied
+
+    def _shard(self, model: torch.nn.Module, shared: Sequence[torch.nn.Module]) -> None:
+        """Shard layer by layer. Under bf16 the weights are rounded before they are gathered, not after: half the bytes.
+
+        Their gradients, which autocast computes in bf16 as well, are averaged in float32.
+        """
+        bf16 = torch.bfloat16 if self.mixed_precision == "bf16" else None
+        policy = MixedPrecisionPolicy(bf16, torch.float32 if bf16 else None, cast_forward_inputs=False)
+        how: dict = {"mesh": dist.init_device_mesh(self.device.type, (self.world_size,)), "mp_policy": policy}
+        embeddings = model.model.embed_tokens
+        for part in (*model.model.layers, *(() if embeddings in shared else (embeddings,))):
+            fully_shard(part, reshard_after_forward=True, **how)
+        whole = {p for part in shared for p in part.parameters()}
+        # the head is used after `hidden` has returned
+        fully_shard(model, reshard_after_forward=False, ignored_params=whole, **how)
+        register_fsdp_forward_method(model, "hidden")
 
     def learner(self, model: torch.nn.Module, make: Callable[[torch.nn.Module], list]) -> Learner:
         """A learner of the model, with the optimizers that `make` creates for it."""
         if self.kind == "deepspeed_zero2":
-            return Zero2Learner(model, make(model), self.max_grad_norm, self._zero2)
+            from dimo.train.zero2 import Zero2Learner  # which builds on this module
+
+            return Zero2Learner(model, make(model), self.max_grad_norm, self.sharers, self._zero2)
         if self.copies:
             model.hold(torch.bfloat16)
-        return Learner(model, make(model), self.max_grad_norm)
+        return Learner(model, make(model), self.max_grad_norm, self.sharers)
 
     def autocast(self) -> torch.autocast:
         """The autocast context of the forward passes, as set by training.mixed_precision.
@@ -98,6 +123,27 @@ class Engine:
         """
         bf16 = self.mixed_precision == "bf16"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
+
+    @contextlib.contextmanager
+    def dividing(self) -> Iterator[None]:
+        """`autocast` in which GPUs that share samples divide their tokens; all of them must make the same passes."""
+        with self.autocast(), splitting(self.split):
+            yield
+
+    def require_heads(self, heads: int) -> None:
+        """Raise DimoError unless the GPUs that share samples can divide a network's key and value heads."""
+        if heads % self.sharers:
+            raise DimoError(f"training.sequence_parallel={self.sharers} must divide the {heads} key and value heads")
+
+    def _require_divisible(self) -> None:
+        if self.world_size % self.sharers:
+            raise DimoError(
+                f"training.sequence_parallel={self.sharers} must divide the number of processes, {self.world_size}"
+            )
+
+    def of_sharers(self, value: Any) -> Any:
+        """The value of the first of the GPUs that share this one's samples. Collective."""
+        return value if self.sharers == 1 else self.everywhere(value)[self.data_rank * self.sharers]
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank. This and the following methods are collective."""
@@ -122,11 +168,13 @@ class Learner:
 
     This class serves a single process, DDP and FSDP2. Under DDP the gradients are all-reduced here, because a step may
     run several forward passes of a network before one backward pass, which torch's reducer does not allow. FSDP2
-    averages them in its backward pass.
+    averages them in its backward pass. Of GPUs that share samples (`sharers`) each has a summand of the gradient.
     """
 
-    def __init__(self, model: torch.nn.Module, optimizers: list[torch.optim.Optimizer], max_grad_norm: float):
-        self.model, self.optimizers, self.max_grad_norm = model, optimizers, max_grad_norm
+    def __init__(
+        self, model: torch.nn.Module, optimizers: list[torch.optim.Optimizer], max_grad_norm: float, sharers: int = 1
+    ):
+        self.model, self.optimizers, self.max_grad_norm, self.sharers = model, optimizers, max_grad_norm, sharers
         self.learning = learning_of(model)
         self.sharded = isinstance(model, FSDPModule)
         self.gradients: list[torch.Tensor] = []  # local shards; averaged over the ranks after `gradient_norm`
@@ -152,7 +200,7 @@ class Learner:
     def backward(self, loss: torch.Tensor, last: bool = True) -> None:
         """Accumulate the gradient of the loss; `last`: no further backward pass before the update."""
         self.last = last
-        loss.backward()
+        (loss * self.sharers).backward()
 
     def gradient_norm(self) -> torch.Tensor:
         """The norm of the gradient averaged over the ranks, equal on all of them: NaN on one rank is NaN on all."""
@@ -211,75 +259,6 @@ class Learner:
             for name, values in with_first_moments(state).items():
                 if named[name] in mine:
                     optimizer.state[named[name]] = {k: placed_like(named[name], v) for k, v in values.items()}
-
-
-class Zero2Learner(Learner):
-    """A `Learner` under DeepSpeed ZeRO-2: optimizer states and averaged gradients are sharded, weights are replicated.
-
-    Each network has its own DeepSpeed engine. Forward passes call the network and not the engine, since there may be
-    several before one backward pass. Written for DeepSpeed 0.19.
-    """
-
-    averages = False
-
-    def __init__(self, model: torch.nn.Module, optimizers: list, max_grad_norm: float, settings: dict):
-        import deepspeed  # optional dependency
-        from deepspeed.utils import logger
-
-        logger.setLevel(logging.WARNING)
-        self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizers[0], config=dict(settings))
-        self.zero = self.engine.optimizer
-        super().__init__(model, optimizers, max_grad_norm)
-
-    def backward(self, loss: torch.Tensor, last: bool = True) -> None:
-        self.zero.clear_backward_seen_flag()
-        self.engine.set_gradient_accumulation_boundary(last)
-        self.engine.backward(loss, scale_wrt_gas=False)
-
-    def gradient_norm(self) -> torch.Tensor:
-        norm = torch.as_tensor(self.zero.scaled_global_norm(), device=self.engine.device)
-        return torch.where(norm < 0, torch.nan, norm)  # DeepSpeed returns -1 for NaN or infinity
-
-    def update(self, norm: torch.Tensor) -> None:
-        self.engine.step()
-
-    def discard(self) -> None:
-        self.zero.zero_grad()
-        for group in range(len(self.zero.bit16_groups)):
-            self.zero.averaged_gradients[group] = None
-            self.zero.all_grad_tensors[group] = None
-
-    def state(self) -> dict[str, dict[str, torch.Tensor]]:
-        from deepspeed.utils import safe_get_full_optimizer_state
-
-        state, keep = {}, dist.get_rank() == 0
-        steps = {i: self.optimizers[0].state[p].get("step") for i, p in enumerate(self._flat())}
-        for group, parameters in enumerate(self.zero.bit16_groups):
-            for p in parameters if steps[group] is not None else ():
-                moments = {key: safe_get_full_optimizer_state(p, key) for key in ("exp_avg", "exp_avg_sq")}
-                state[p] = {k: v.cpu() for k, v in {"step": steps[group], **moments}.items()} if keep else {}
-        return {name: state[p] for name, p in self.model.named_parameters() if p in state and keep}
-
-    def load_state(self, weights: dict[str, torch.Tensor], state: dict[str, dict[str, torch.Tensor]]) -> None:
-        from deepspeed.utils import safe_set_full_optimizer_state
-
-        load_full_state(self.model, weights)
-        self.zero.refresh_fp32_params()
-        if not state:
-            return
-        state = with_first_moments(state)
-        held, step = self.optimizers[0].state, next(iter(state.values()))["step"]
-        for p in self._flat():
-            if p not in held:
-                held[p] = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
-            held[p]["step"] = step.to(p.device, copy=True)
-        self.zero._lazy_init_hp_params_optimizer_state()  # maps parameters to their moments in the flat buffers
-        for name, p in self.model.named_parameters():
-            for key in ("exp_avg", "exp_avg_sq") if name in state else ():
-                safe_set_full_optimizer_state(p, state[name][key].to(p.device), key)
-
-    def _flat(self) -> list[torch.Tensor]:
-        return [group["params"][0] for group in self.optimizers[0].param_groups]
 
 
 def _asked_for() -> str:

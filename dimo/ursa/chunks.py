@@ -23,15 +23,28 @@ FEW_CODES = 2048  # up to this codebook size, K x K tables and full logits are s
 BLOCK = 256  # codes per block in `pick`
 
 
+_latest: dict[tuple[int, torch.device], int] = {}  # entries per temporary of these codes, as last chosen on that GPU
+
+
 def tokens_at_once(codes: int, device: torch.device) -> int:
-    """Chunk size in tokens for logits with `codes` entries per token; halved until it fits the free GPU memory."""
+    """Chunk size in tokens for logits with `codes` entries per token; halved until it fits the free GPU memory.
+
+    While a CUDA graph is captured it is that of the step before, for which everything is compiled.
+    """
     entries = ENTRIES.get(device.type, ENTRIES["cuda"])
     if device.type == "cuda" and torch.cuda.is_available():
+        entries = _fitting(entries, codes, device)
+    tokens = max(1, entries // codes)
+    return tokens if tokens < 128 else tokens // 128 * 128
+
+
+def _fitting(entries: int, codes: int, device: torch.device) -> int:
+    if not (torch.cuda.is_current_stream_capturing() and (codes, device) in _latest):
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         while entries > 128 * codes and NEEDED * entries > torch.cuda.mem_get_info(device)[0] + unused:
             entries //= 2  # powers of two, since each size compiles its own graph
-    tokens = max(1, entries // codes)
-    return tokens if tokens < 128 else tokens // 128 * 128
+        _latest[codes, device] = entries
+    return _latest[codes, device]
 
 
 def chunks(size: int, *tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
