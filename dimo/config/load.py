@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from dimo.config.schema import Config, config_keys, default_of, kind_of, to_flat
+from dimo.config.schema import Config, Distill, config_keys, default_of, kind_of, to_flat
 from dimo.config.served import require_captioned_video, with_protocol
 from dimo.config.values import read_value, read_yaml, unquoted, write_yaml
 from dimo.errors import DimoError, nearest, reason
@@ -220,6 +220,26 @@ def validate(config: Config) -> None:
         raise DimoError(
             "distill.min_* and distill.motion_prefix need a file of captions, but distill.prompt_source is world"
         )
+    _require_consistent(d)
+    d.beta()
+    d.shift_value()
+    _grid(config)
+    t = config.training
+    if t.num_processes % t.sequence_parallel:
+        raise DimoError(
+            f"training.sequence_parallel must divide training.num_processes={t.num_processes}, got "
+            f"{t.sequence_parallel}"
+        )
+    for key, value in DIVISIBLE.items() if t.sequence_parallel > 1 else ():
+        if flat[key] != value:
+            raise DimoError(f"training.sequence_parallel needs {key}={value}, got {flat[key]}")
+    for key, values in CAPTURABLE.items() if config.training.cuda_graph else ():
+        if flat[key] not in values:
+            raise DimoError(f"training.cuda_graph=true needs {key}={values[0]}, got {flat[key]}")
+
+
+def _require_consistent(d: Distill) -> None:
+    """Raise DimoError for values of `distill` that exclude each other."""
     if d.aux_pass == "shared" and d.aux_objective == "denoise" and d.t_draws > d.aux_steps:
         raise DimoError(
             f"distill.aux_pass=shared needs aux_steps >= t_draws, got distill.t_draws={d.t_draws} and "
@@ -242,21 +262,6 @@ def validate(config: Config) -> None:
         raise DimoError(
             f"distill.ent_anneal_from must not be after ent_anneal_to, got {d.ent_anneal_from} and {d.ent_anneal_to}"
         )
-    d.beta()
-    d.shift_value()
-    _grid(config)
-    t = config.training
-    if t.num_processes % t.sequence_parallel:
-        raise DimoError(
-            f"training.sequence_parallel must divide training.num_processes={t.num_processes}, got "
-            f"{t.sequence_parallel}"
-        )
-    for key, value in DIVISIBLE.items() if t.sequence_parallel > 1 else ():
-        if flat[key] != value:
-            raise DimoError(f"training.sequence_parallel needs {key}={value}, got {flat[key]}")
-    for key, values in CAPTURABLE.items() if config.training.cuda_graph else ():
-        if flat[key] not in values:
-            raise DimoError(f"training.cuda_graph=true needs {key}={values[0]}, got {flat[key]}")
 
 
 def _grid(config: Config) -> tuple[int, int, int]:
@@ -330,7 +335,8 @@ def _read_override(override: str) -> tuple[str, str]:
         raise DimoError(f"an override must be a string, got {override!r}; quote an override that contains ': '")
     key, equals, value = override.partition("=")
     if not equals:
-        raise DimoError(f"an override must have the form key=value, got {override!r}")
+        preset = f"; a preset is given by -c {override}" if (PRESETS / f"{override}.yaml").exists() else ""
+        raise DimoError(f"an override must have the form key=value, got {override!r}{preset}")
     _check_known(key)
     return key, unquoted(value)
 
