@@ -1,6 +1,7 @@
 """Pages of the documentation that are made when it is built (a hook of mkdocs): reference, notebooks, equations.
 
-The notebooks come from the folder DIMO_NOTEBOOKS, executed ones (default: those of `make demo`).
+The notebooks are executed ones: those in the folder DIMO_NOTEBOOKS, if it is set; else those of `make demo`; else they
+are executed here, on the smoke preset, once for all builds that follow.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ import yaml
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File
 
+from dimo.commands.notebooks import NAMES, is_done, notebook_folder, run_notebooks
 from dimo.commands.parser import make_parser
 from dimo.config import PRESETS, config_keys
 from dimo.config.schema import default_of, kind_of
 
-NOTEBOOKS = Path("runs/demo/notebooks")
+DEMO, SMOKE, TOUR = Path("runs/demo/notebooks"), Path("build/smoke"), Path("build/tour/00_tour.ipynb")
 CODE = re.compile(r"(```.*?```|`[^`\n]*`)", re.S)
 # $$ ... $$ alone on its lines, or $ ... $ within a line
 EQUATION = re.compile(r"\$\$(?P<block>.+?)\$\$|\$(?P<inline>[^$\n]+?)\$", re.S)
@@ -26,7 +28,7 @@ EQUATION = re.compile(r"\$\$(?P<block>.+?)\$\$|\$(?P<inline>[^$\n]+?)\$", re.S)
 def on_files(files, config):
     """Add the pages that are made."""
     made = {"reference/configuration.md": configuration(), "reference/commands.md": commands()}
-    made |= notebooks(Path(os.environ.get("DIMO_NOTEBOOKS", NOTEBOOKS)))
+    made |= notebooks(*executed())
     for name, content in made.items():
         files.append(File.generated(config, name, content=content))
     return files
@@ -79,22 +81,50 @@ def commands() -> str:
     return "\n".join(pages)
 
 
-def notebooks(folder: Path) -> dict[str, str | bytes]:
-    """{path in the documentation: content} of the executed notebooks in a folder, and their index."""
-    made: dict[str, str | bytes] = {}
-    found = sorted(folder.glob("*.ipynb"))
-    rows = [f"- [{path.stem}]({path.stem}.md)" for path in found]
-    about = (
-        f"Executed, from `{folder}`." if found else f"`make demo` executes them into `{NOTEBOOKS}`, then `make docs`."
-    )
-    made["notebooks/index.md"] = "\n".join(["# Notebooks\n", about, "", *rows, ""])
-    if found:
-        from nbconvert import MarkdownExporter
+def executed() -> tuple[list[Path], str]:
+    """Executed notebooks, and a sentence on them."""
+    if "DIMO_NOTEBOOKS" in os.environ:
+        folder = Path(os.environ["DIMO_NOTEBOOKS"])
+        done = [path for path in sorted(folder.glob("[!.]*.ipynb")) if not path.stem.endswith(".failed")]
+        return done, f"Executed, from `{folder}`."
+    names = [f"{name}.ipynb" for name in NAMES]
+    folder, about = DEMO, "The tour shows what ships; the others are those of `make demo`, whose student stops early."
+    if not all((DEMO / name).exists() for name in names):
+        folder = run_notebooks("smoke", [f"experiment.output_dir={SMOKE}"]).path / "notebooks"
+        about = (
+            "The tour shows what ships. The others were executed on the smoke preset, in which every part runs and "
+            "nothing is learnt; after `make demo`, `make docs` shows a student that has learnt something."
+        )
+    return [tour(), *(folder / name for name in names)], about
 
-        for path in found:
-            text, resources = MarkdownExporter().from_filename(
-                str(path), resources={"unique_key": path.stem, "output_files_dir": f"{path.stem}_files"}
-            )
-            made[f"notebooks/{path.stem}.md"] = text
-            made |= {f"notebooks/{name}": data for name, data in resources["outputs"].items()}
+
+def tour() -> Path:
+    """The notebook that looks at what ships, executed."""
+    source = notebook_folder() / TOUR.name
+    if not is_done(TOUR, source, {}):
+        import papermill
+
+        TOUR.parent.mkdir(parents=True, exist_ok=True)
+        papermill.execute_notebook(str(source), str(TOUR), kernel_name="python3", progress_bar=False)
+    return TOUR
+
+
+def notebooks(found: list[Path], about: str) -> dict[str, str | bytes]:
+    """{path in the documentation: content} of executed notebooks, and their index."""
+    from nbconvert import MarkdownExporter
+    from nbconvert.preprocessors import CoalesceStreamsPreprocessor
+
+    made: dict[str, str | bytes] = {}
+    rows = []
+    exporter = MarkdownExporter(preprocessors=[CoalesceStreamsPreprocessor])
+    for path in found:
+        text, resources = exporter.from_filename(
+            str(path), resources={"unique_key": path.stem, "output_files_dir": f"{path.stem}_files"}
+        )
+        text = text.replace(f"{Path.cwd()}/", "")  # not the folder of whoever built the site
+        made[f"notebooks/{path.stem}.md"] = text
+        made |= {f"notebooks/{name}": data for name, data in resources["outputs"].items()}
+        title = re.search(r"^# (.+)$", text, re.M)
+        rows.append(f"- [{title[1] if title else path.stem}]({path.stem}.md)")
+    made["notebooks/index.md"] = "\n".join(["# Notebooks\n", about, "", *rows, ""])
     return made

@@ -3,11 +3,13 @@
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import nbformat
 import pytest
 
+import docs
 from dimo.config import config_keys
 
 ROOT = Path(__file__).parent.parent
@@ -39,6 +41,26 @@ def test_an_executed_notebook_is_shown_with_its_picture(site):
     page = (site / "notebooks/01_inputs.html").read_text()
     picture = re.search(r'src="(01_inputs_files/[^"]+\.png)"', page)
     assert picture and (site / "notebooks" / picture[1]).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_demos_notebooks_are_taken_where_they_are_all_there_and_else_made(tmp_path, monkeypatch):
+    asked = []
+    made = types.SimpleNamespace(path=tmp_path / "smoke")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DIMO_NOTEBOOKS", raising=False)
+    monkeypatch.setattr(docs, "tour", lambda: Path("00_tour.ipynb"))
+    monkeypatch.setattr(docs, "run_notebooks", lambda preset, keys: asked.append((preset, keys)) or made)
+    demo = tmp_path / "runs" / "demo" / "notebooks"
+    demo.mkdir(parents=True)
+    for name in list(docs.NAMES)[:-1]:
+        (demo / f"{name}.ipynb").touch()
+    found, about = docs.executed()
+    assert asked == [("smoke", ["experiment.output_dir=build/smoke"])] and "nothing is learnt" in about
+    assert [path.name for path in found] == ["00_tour.ipynb", *(f"{name}.ipynb" for name in docs.NAMES)]
+    assert found[-1].parent == made.path / "notebooks"
+    (demo / f"{list(docs.NAMES)[-1]}.ipynb").touch()
+    found, about = docs.executed()
+    assert len(asked) == 1 and found[-1].resolve().parent == demo and "make demo" in about
 
 
 def test_equations_are_drawn_without_a_script(site):

@@ -7,7 +7,7 @@ import logging
 import torch
 import torch.distributed as dist
 
-from dimo.train.engine import Learner
+from dimo.train.learner import Learner
 from dimo.train.masters import with_first_moments
 from dimo.train.sharded import load_full_state
 
