@@ -25,6 +25,7 @@ DEMO, SMOKE, TOUR = Path("runs/demo/notebooks"), Path("build/smoke"), Path("buil
 CODE = re.compile(r"(```.*?```|`[^`\n]*`)", re.S)
 # $$ ... $$ alone on its lines, or $ ... $ within a line
 EQUATION = re.compile(r"\$\$(?P<block>.+?)\$\$|\$(?P<inline>[^$\n]+?)\$", re.S)
+FIRST_NAME = re.compile(r"(?<=<tr>\n<td><code>)[^<]+")
 
 
 def on_files(files, config):
@@ -41,6 +42,11 @@ def on_page_markdown(markdown, page, config, files):
     parts = CODE.split(markdown)
     parts[::2] = [EQUATION.sub(_mathml, part) for part in parts[::2]]
     return "".join(parts)
+
+
+def on_page_content(html, page, config, files):
+    """Names in a table's first column may be broken after a dot or an underscore, which a phone needs."""
+    return FIRST_NAME.sub(lambda found: found[0].replace("_", "_<wbr>").replace(".", ".<wbr>"), html)
 
 
 def _mathml(found: re.Match) -> str:
