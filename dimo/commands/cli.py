@@ -174,6 +174,7 @@ def _ablate(args) -> None:
 
 
 def _inspect(args) -> None:
+    from dimo.commands.ending import next_commands
     from dimo.commands.inspect_folder import format_rows, inspect_folder
 
     folder = checkpoint_folder(args.folder)
@@ -181,6 +182,9 @@ def _inspect(args) -> None:
     print(format_rows(rows, missing))
     if missing:
         raise DimoError(f"{len(missing)} part(s) of {folder} are missing or damaged")
+    after = {f"check-alignment {args.folder}": "is the logits slice read right"}
+    after |= {f"plan --teacher_ckpt {args.folder} --num_processes 8": "memory per GPU and time"}
+    print(next_commands(after))
 
 
 def _check_alignment(args) -> int:
@@ -222,7 +226,7 @@ def _report(args) -> None:
     from dimo.commands.report import write_run_report
     from dimo.run.folder import RunFolder
 
-    print(f"written: {write_run_report(RunFolder(args.folder))}")
+    print(f"written: {write_run_report(RunFolder(args.folder))}, one file to open in a browser or to send")
 
 
 def _replay(args) -> None:

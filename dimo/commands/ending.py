@@ -28,8 +28,13 @@ MOST = 44  # characters of a first column that the others are brought in line wi
 def ending(folder: Path, names: list[str], following: dict[str, str]) -> str:
     """The files of `names` (keys of MADE) that exist in a folder, and commands, {words after "dimo": what they do}."""
     made = {str(folder / name): MADE[name] for name in names if (folder / name).exists()}
+    return "\n".join(["made:", *_columns(made), next_commands(following)])
+
+
+def next_commands(following: dict[str, str]) -> str:
+    """Commands to copy, {words after "dimo": what they do}."""
     commands = {f"{program()} {words}".rstrip(): meaning for words, meaning in following.items()}
-    return "\n".join(["made:", *_columns(made), "next:", *_columns(commands, "# ")])
+    return "\n".join(["next:", *_columns(commands, "# ")])
 
 
 def finished(run: RunFolder, teacher_ckpt: str) -> str:

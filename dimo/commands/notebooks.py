@@ -190,7 +190,7 @@ def _execute(run: RunFolder, name: str, source: Path, parameters: dict, force: b
     problem, others = None, psutil.Process().children(recursive=True)  # children that are not ours
     before, begin = run.status(), time.monotonic()
     try:
-        with _kernel() as kernel:
+        with own_kernel() as kernel:
             papermill.execute_notebook(
                 str(source),
                 str(working),
@@ -222,7 +222,7 @@ def _execute(run: RunFolder, name: str, source: Path, parameters: dict, force: b
 
 
 @contextlib.contextmanager
-def _kernel():
+def own_kernel():
     """A kernel manager class that runs this Python interpreter, whatever kernels the user has installed as python3.
 
     It communicates over Unix sockets in a private folder; TCP ports would be open to all users of the machine.
