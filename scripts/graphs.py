@@ -58,6 +58,9 @@ TILES = {
     ],
     "network as teacher, guidance 3, exact target": ["distill.guidance_scale=3", "distill.aux_target=exact"],
     "exact teacher, bf16": ["distill.teacher=exact", "training.mixed_precision=bf16"],
+    "exact teacher, bf16, AdamW": [
+        "distill.teacher=exact", "training.mixed_precision=bf16", "optim.optimizer=adamw", "optim.ema_every=3",
+    ],
     "network as teacher, bf16, guidance 3": ["distill.guidance_scale=3", "training.mixed_precision=bf16"],
 }  # fmt: skip
 STEPS = 14  # three ordinary ones of each kind, then replays

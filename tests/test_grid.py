@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from dimo.config import load_config
 from dimo.config.load import shipped_grids
 from dimo.errors import DimoError
-from dimo.evaluation.ablate import _workers, ablate, stopping_at, worth
+from dimo.evaluation.ablate import _workers, ablate, worth
 from dimo.evaluation.grid import read_grid
 from dimo.evaluation.intervals import cell, format_grid, interval, t_quantile
-from dimo.run.signals import Preempted, Signals
+from dimo.run.signals import Preempted, Signals, stopping_at
 
 TINY = Path(__file__).parent / "data" / "tiny-ursa"
 SMALL = """

@@ -16,7 +16,6 @@ import os
 import shutil
 import signal
 import statistics
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -36,7 +35,7 @@ from dimo.evaluation.intervals import format_grid
 from dimo.evaluation.jobs import visible_gpus
 from dimo.files import write_text
 from dimo.run.lifeline import end_with_parent
-from dimo.run.signals import PREEMPTED, Preempted, handling
+from dimo.run.signals import PREEMPTED, Preempted, handling, stopping_at
 from dimo.train.together import train_and_compare
 from dimo.train.trainer import Trainer
 from dimo.worlds import checkpoint_folder
@@ -256,38 +255,6 @@ def _score_teacher(run: Run, deadline: float | None) -> None:
 
 def _is_late(deadline: float | None) -> bool:
     return deadline is not None and time.time() > deadline
-
-
-@contextlib.contextmanager
-def stopping_at(deadline: float | None) -> Iterator[None]:
-    """In this context, from `deadline` on, this process gets SIGTERM every second, upon which a training run saves.
-
-    It may come, from outside as well, while no run has its own handler: then nothing happens, and the next one, a
-    second later, ends the run.
-    """
-    if deadline is None:
-        yield
-        return
-    over, told = threading.Event(), threading.Event()
-
-    def ring(deadline: float) -> None:
-        while not over.wait(1.0):
-            if told.is_set() or _is_late(deadline):
-                os.kill(os.getpid(), signal.SIGTERM)
-
-    def pass_over(number: int, _) -> None:
-        if number != signal.SIGTERM:
-            raise KeyboardInterrupt
-        told.set()  # by another process, perhaps
-
-    with handling(pass_over):
-        clock = threading.Thread(target=ring, args=(deadline,), daemon=True)
-        clock.start()
-        try:
-            yield
-        finally:
-            over.set()
-            clock.join()
 
 
 @contextlib.contextmanager

@@ -29,6 +29,7 @@ from dimo.paths import user_path
 from dimo.run.cold_start import COMMAND_BEGAN, command_began
 from dimo.run.folder import RunFolder, write_text
 from dimo.run.lifeline import GRACE_S, adopt_orphans
+from dimo.run.progress import OneLine
 from dimo.run.signals import PREEMPTED, handling
 
 
@@ -84,6 +85,7 @@ def launch(config: Config, grace_s: float = GRACE_S) -> int:
             time.sleep(0.1)
             follow()
         follow()
+        follow.shown.clear()
     if machine > 0:  # machine 0 writes the status
         told = asked and child.returncode % 256 in (256 - signal.SIGTERM, 128 + signal.SIGTERM)
         return 0 if child.returncode == 0 else PREEMPTED if told or child.returncode == PREEMPTED else 1
@@ -175,12 +177,13 @@ class _Follower:
         self.file = open(path, "rb")
         self.file.seek(0, os.SEEK_END)
         self.decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
+        self.shown = OneLine()
 
     def __call__(self) -> None:
         text = self.decode(self.file.read())
         if text:
-            sys.stderr.write(text)
-            sys.stderr.flush()
+            self.shown.write(text)
+            self.shown.flush()
 
 
 class _Family:

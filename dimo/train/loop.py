@@ -103,6 +103,9 @@ def _train(
     c, last = trainer.config.experiment, trainer.config.training.max_train_steps
     _require_one_run(trainer)
     first = _resume(trainer, run, checkpoints)
+    if progress and run.writes:
+        begin = f"steps {first} to {last} of {run.path}; Ctrl-C saves and stops, the same command goes on"
+        print(f"dimo: {begin}", file=sys.stderr, flush=True)
     if trainer.prompts.about:
         run.say(trainer.prompts.about)
     run.say(trainer.attention.about, aloud=trainer.attention.surprises)

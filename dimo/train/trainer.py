@@ -14,7 +14,7 @@ from dimo.config.older import as_begun
 from dimo.distill import losses, stages
 from dimo.distill.schedules import Baseline, EntropyController, XInit, fade
 from dimo.distill.stages import Step
-from dimo.distill.step import Networks, nine_stages
+from dimo.distill.step import nine_stages
 from dimo.errors import DimoError, NonFiniteError, trusted_values
 from dimo.run.cold_start import ColdStart
 from dimo.run.folder import RunFolder
@@ -22,12 +22,12 @@ from dimo.train.engine import Engine
 from dimo.train.graph import StepGraphs, require_capturable
 from dimo.train.guards import Guard
 from dimo.train.metrics import BY_T, MEASURED, QUARTERS, SHARE_OF_T, Averages, gaps_by_t, measured
+from dimo.train.networks import make_networks
 from dimo.train.optimizers import assign, ema_decay_at, lr_factor, make_optimizers
 from dimo.train.prompts import WorldPrompts, open_prompts
 from dimo.train.sharded import load_full_state, reshard, to_local
 from dimo.train.together import train_together
 from dimo.ursa import Ursa, load_ursa, predict
-from dimo.ursa.attention import choose
 from dimo.ursa.chunks import BLOCK
 from dimo.ursa.cpu import keep_memory
 from dimo.ursa.sampler import student_times
@@ -35,7 +35,6 @@ from dimo.ursa.weights import scale_logits
 from dimo.views.clean_tokens import known_clean_tokens
 from dimo.views.reading import check_slice
 from dimo.worlds import checkpoint_folder, is_world, load_world, require_world
-from dimo.worlds.exact import exact_teacher
 
 
 class Trainer:
@@ -72,28 +71,8 @@ class Trainer:
         self.empty_ids = self.ursa.tokenize([""], d.max_prompt_length)
         self.uncond_ids = self.ursa.tokenize([d.negative_prompt], d.max_prompt_length)
 
-        teacher = self.ursa.transformer.requires_grad_(False).eval()
-        learning = (
-            (teacher.model.embed_tokens, config.model.train_embeddings),
-            (teacher.lm_head, config.model.train_head),
-        )
-        shared = [part for part, learns in learning if not learns]
-        self.engine.require_heads(teacher.config.num_key_value_heads)
-        student, aux, ema = (self.engine.copy_of(teacher, learns, shared) for learns in (True, True, False))
-        if config.training.mixed_precision == "bf16":
-            teacher.bfloat16()  # frozen, so it needs no float32 master weights
-        asked = exact_teacher(self.ursa.folder, self.path) if d.teacher == "exact" else teacher
-        self.networks = Networks(asked, student, aux, ema)
-        for network in (student, aux, ema) if not config.model.train_head else ():
-            network.model.norm.requires_grad_(False)  # small, so each network keeps its own, in its own precision
-        for network in (student, ema):
-            network.model.norm.weight.data.mul_(config.model.logit_gain)
-        self.attention = choose(config.model.attention, self.device, teacher.lm_head.weight.dtype, teacher.config)
-        for network in (teacher, student, aux, ema) if config.model.backend == "native" else ():
-            compiled = config.model.compile and self.device.type == "cuda"
-            network.run_with(compiled, config.model.activation_checkpointing, self.attention.name)
-        if config.model.backend == "native":
-            teacher.hold(teacher.lm_head.weight.dtype)
+        self.networks, self.attention = make_networks(config, ursa, self.engine)
+        student, aux = self.networks.student, self.networks.aux
         self.student = self.engine.learner(student, lambda net: make_optimizers(net, o.lr, o.muon_lr, o))
         self.aux = self.engine.learner(aux, lambda net: make_optimizers(net, o.aux_lr, o.muon_lr * o.aux_lr / o.lr, o))
         self.x_init = XInit(self.path.codebook_size, d.p_corrupt, d.corrupt_ratio)

@@ -1,4 +1,4 @@
-"""Training under DeepSpeed ZeRO-2: the learner of `dimo.train.engine` on top of a DeepSpeed engine."""
+"""Training under DeepSpeed ZeRO-2: the learner of `dimo.train.learner` on top of a DeepSpeed engine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import torch
 import torch.distributed as dist
 
-from dimo.train.engine import Learner
+from dimo.train.learner import Learner
 from dimo.train.masters import with_first_moments
 from dimo.train.sharded import load_full_state
 
