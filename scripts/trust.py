@@ -217,7 +217,7 @@ def table(found: dict[str, dict]) -> str:
     heads = ["metric", "stands for", "rank correlation", "healthy students", *(f"with {figure}" for figure in ORACLE)]
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for name, row in sorted(found.items(), key=lambda item: -item[1]["rho"]):
-        weak = "weak: " if row["rho"] < trust.WEAK else ""
+        weak = "weak: " if round(row["rho"], 2) < trust.WEAK else ""
         others = ["-" if rho is None else f"{rho:.2f}" for rho in row["with"].values()]
         cells = [f"`{name}`", row["oracle"], weak + _cell(row), _cell(row["healthy"]), *others]
         lines.append(f"| {' | '.join(cells)} |")

@@ -101,7 +101,7 @@ def measured() -> dict[str, dict[str, dict]]:
 
 def is_weak(metric: str) -> bool:
     """Whether a metric's correlation was measured, and is below WEAK in some world."""
-    return any(row["rho"] < WEAK for row in measured().get(metric, {}).values())
+    return any(round(row["rho"], 2) < WEAK for row in measured().get(metric, {}).values())
 
 
 def sentence(metric: str) -> str:
