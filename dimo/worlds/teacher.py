@@ -19,7 +19,7 @@ from dimo.ursa import MetricPath, UrsaConfig, UrsaTransformer, load_ursa, predic
 from dimo.ursa.chunks import FEW_CODES
 from dimo.worlds import WORLD_FILE, is_world
 from dimo.worlds.oracle import score
-from dimo.worlds.protocol import World, prompt_index, prompt_length
+from dimo.worlds.protocol import World, prompt_index, prompt_length, prompts_to_score
 
 PAD, UNKNOWN, BOV = "<pad>", "<unk>", "<bov>"
 ROPE_THETA = 10.0  # for at most ten positions; with URSA's 1,000,000 half of the frequencies would be constant
@@ -50,6 +50,14 @@ class TeacherRecipe:
     lr: float = _field(2e-3, "peak learning rate, with cosine decay to zero")
     seed: int = _field(0, "seed of initialisation and data")
     device: str = _field("cpu", "cpu or cuda")
+
+
+RECIPES = {  # of worlds for which the defaults are not meant
+    # 2.6 million parameters: at bf16, teacher and student are 11 MB together
+    "sprites": TeacherRecipe(
+        layers=6, hidden=192, intermediate=384, heads=6, head_dim=32, c=3.0, batch_size=128, steps=20_000, lr=1.5e-3
+    ),
+}
 
 
 def words(world: World) -> list[str]:
@@ -166,7 +174,7 @@ def make_teacher(world: World, recipe: TeacherRecipe, folder: Path, videos_per_p
         raise DimoError(f"the teacher's weights are not finite after {recipe.steps} steps; try a lower lr")
     write_checkpoint(folder, world, transformer, recipe.alpha, recipe.c)
     ursa = load_ursa(folder, recipe.device)
-    prompts = [p for p in world.prompts for _ in range(videos_per_prompt)]
+    prompts = [p for p in prompts_to_score(world) for _ in range(videos_per_prompt)]
     rows = max(1, TOKENS // math.prod(world.latents_shape))
     batches = ursa.tokenize(prompts, prompt_length(world)).split(rows)
     lines = [f"{'passes':>6} {'guidance':>9} {'validity':>9} {'adherence':>10}"]
