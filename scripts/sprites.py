@@ -1,9 +1,9 @@
 """Make what the sprites world ships with, and measure it.
 
 python scripts/sprites.py pictures    # dimo/worlds/data/sprites/*.png; needs Debian's fonts-noto-color-emoji
-python scripts/sprites.py vae         # dimo/worlds/data/sprites/vae, in minutes on a CPU
+python scripts/sprites.py vae         # dimo/worlds/data/sprites/vae: the patches and their codes
 python scripts/sprites.py gate        # how often clips are read right, as drawn and after the tokenizer
-python scripts/sprites.py failures    # the oracle's scores of clips that are not right
+python scripts/sprites.py failures    # what oracle and reader say of clips that are not right
 python scripts/sprites.py sheet       # runs/sprites.png
 """
 
@@ -11,46 +11,57 @@ from __future__ import annotations
 
 import argparse
 import math
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch.nn import functional as F
 
-from dimo.ursa.fsq_vae import FsqVae, neighbourhoods, patches, still_start
-from dimo.views.sheets import save_sheet
+from dimo.ursa.patch_vae import PatchVae
+from dimo.views.sheets import video_sheet
 from dimo.worlds import DATA
-from dimo.worlds.fsq import LEVELS
+from dimo.worlds.fsq import fsq_codebook
 from dimo.worlds.oracle import score
 from dimo.worlds.protocol import prompt_index
-from dimo.worlds.sprite_frames import CELL, FRAMES, SIDE, SPRITES, TEXTURES, TILE, poses, render, starts
-from dimo.worlds.sprite_reader import read
-from dimo.worlds.sprites import CONFIDENT, SpritesWorld
+from dimo.worlds.sprite_frames import BLOCK, CARD, CELL, CELLS, SIZES, SPRITES, TEXTURES, TILE, pieces, render
+from dimo.worlds.sprite_reader import read, reads_as
+from dimo.worlds.sprites import FSQ, SpritesWorld
 
 FOLDER = DATA / "sprites"
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")  # Debian's package fonts-noto-color-emoji
-LR = 3e-3
-FACTORS = ("sprite", "motion", "strength", "row", "column", "texture", "phase")
+FACTORS = ("sprite", "motion", "strength", "row", "column", "texture", "time", "phase")
 STRIKE = 109  # the only size at which its pictures can be drawn
+TINTS = {"noon": (1, 1, 1), "dawn": (1.06, 0.84, 0.80), "dusk": (0.52, 0.52, 0.78)}
 
 
 def pictures(font: Path) -> None:
-    """Draw every emoji into a square of SIDE pixels, eight to a row, and every texture as a tile that repeats."""
-    drawn = ImageFont.truetype(str(font), STRIKE)
-    atlas = Image.new("RGBA", (8 * SIDE, math.ceil(len(SPRITES) / 8) * SIDE))
+    """Draw every emoji at all sizes side by side, eight emoji to a row; every texture at every time; and the card."""
+    drawn, width = ImageFont.truetype(str(font), STRIKE), sum(SIZES)
+    atlas = Image.new("RGBA", (8 * width, math.ceil(len(SPRITES) / 8) * SIZES[0]))
     for i, character in enumerate(SPRITES.values()):
         large = Image.new("RGBA", (160, 160))
         ImageDraw.Draw(large).text((8, 8), character, font=drawn, embedded_color=True)
         large = large.crop(large.getbbox())
         square = Image.new("RGBA", (max(large.size),) * 2)
         square.paste(large, ((square.width - large.width) // 2, (square.height - large.height) // 2))
-        atlas.paste(square.resize((SIDE, SIDE), Image.Resampling.LANCZOS), (i % 8 * SIDE, i // 8 * SIDE))
+        for size, before in zip(SIZES, (0, SIZES[0], SIZES[0] + SIZES[1])):
+            at = i % 8 * width + before, i // 8 * SIZES[0]
+            atlas.paste(square.resize((size, size), Image.Resampling.LANCZOS), at)
     FOLDER.mkdir(parents=True, exist_ok=True)
     atlas.save(FOLDER / "sprites.png", optimize=True)
     tiles = np.concatenate([texture(name) for name in TEXTURES], 1)
+    tiles = np.concatenate([tiles * tint for tint in TINTS.values()], 0)
     Image.fromarray((tiles.clip(0, 1) * 255).round().astype(np.uint8)).save(FOLDER / "textures.png", optimize=True)
+    card(8 * CARD).resize((CARD, CARD), Image.Resampling.LANCZOS).save(FOLDER / "card.png", optimize=True)
+
+
+def card(size: int) -> Image.Image:
+    """A white card with a thin grey edge and round corners, of the size of a cell."""
+    picture, pixel = Image.new("RGBA", (size, size), (120, 125, 135, 0)), size // CARD
+    ImageDraw.Draw(picture).rounded_rectangle(
+        (0, 0, size - 1, size - 1), CELL * pixel, fill=(252, 252, 250, 255), outline=(120, 125, 135, 255), width=pixel
+    )
+    return picture
 
 
 def waves(rng: np.random.Generator, count: int, lowest: float, highest: float) -> np.ndarray:
@@ -96,169 +107,125 @@ def brick(y: np.ndarray, x: np.ndarray) -> np.ndarray:
     return np.where(mortar, 2.0, np.where(y < 8, -0.3, 0.3))
 
 
-def windows(world: SpritesWorld, size: int, generator: torch.Generator) -> torch.Tensor:
-    """Tokens of clips around their sprites, (size, 5, 10, 10, PIXELS), all -1 where they are outside of the picture."""
-    choice = world.choose(size, generator)[1]
-    _, motion, strength, row, column, _, _ = choice
-    tokens = patches(still_start(render(*choice)))
-    at = torch.randint(FRAMES, (size,), generator=generator, device=tokens.device)
-    cell = starts().to(tokens.device)[motion, strength, :, 0] + torch.stack([row, column], 1)
-    moved = (poses().to(tokens.device)[motion, strength, at, :2] / CELL).round().long()
-    jitter = torch.randint(-1, 2, cell.shape, generator=generator, device=tokens.device)
-    corner = (cell + moved + jitter - 1).clamp(0, 8)
-    wide = F.pad(tokens, (0, 0, 1, 1, 1, 1), value=-1.0)
-    return torch.stack([one[:, y : y + 10, x : x + 10] for one, (y, x) in zip(wide, corner.tolist())])
+def table() -> torch.Tensor:
+    """(K, 8, 8, 3) uint8: every patch of every clip at the code whose FSQ neighbours look like it.
 
-
-def principal_components(vae: FsqVae, tokens: torch.Tensor) -> None:
-    """Set the tokenizer's transform from tokens (n, PIXELS)."""
-    vae.mean.copy_(tokens.mean(0))
-    variance, basis = torch.linalg.eigh((tokens - vae.mean).T @ (tokens - vae.mean) / len(tokens))
-    order = variance.argsort(descending=True)[: vae.components]
-    kept = variance[order].sum() / variance.sum()
-    print(f"{vae.components} of {len(variance)} components keep {kept:.4f} of the variance", flush=True)
-    vae.basis.copy_(basis.T[order])
-    vae.spread.copy_(variance[order].sqrt())
-
-
-def train_vae(out: Path, minutes: float, device: str, codes: int, hidden: int, batch: int, clips: int) -> None:
-    """Train the tokenizer on clips of all prompts but the held-out ones.
-
-    The loss is the squared error of each component, divided by its standard deviation: fine detail counts for more than
-    it would in pixels.
+    The first principal component divides the patches into as many equal parts as the first FSQ dimension has levels,
+    the second one each of these, and so on. The few codes that are left over get a mixture of two neighbours.
     """
-    generator = torch.Generator(device).manual_seed(0)
-    torch.manual_seed(0)
-    start, step, losses = time.perf_counter(), 0, []
-    world, vae = SpritesWorld(), FsqVae(LEVELS[codes], hidden=hidden).to(device)
-    with torch.no_grad():
-        vae.encoder[-1].weight *= 5  # so that most codes are used from the start
-    optimizer = torch.optim.AdamW([*vae.encoder.parameters(), *vae.decoder.parameters()], lr=LR, betas=(0.9, 0.98))
-    shown = torch.cat([windows(world, 16, generator) for _ in range(6)]).flatten(0, 3)
-    principal_components(vae, shown[shown[:, 0] >= 0])
-    weight = vae.spread / vae.spread.mean()
+    patches = every_patch().flatten(1)
+    centred = patches.double() - patches.double().mean(0)
+    basis = torch.linalg.eigh(centred.T @ centred)[1].flip(1)[:, : len(FSQ)]
+    scores, made = centred @ basis, torch.zeros(math.prod(FSQ), patches.shape[1], dtype=torch.uint8)
+    used = torch.zeros(len(made), dtype=torch.bool)
 
-    def fresh() -> torch.Tensor:
-        tokens = windows(world, 16, generator)
-        inside = (tokens[..., :1] >= 0).float()
-        return torch.cat([(tokens - vae.mean) @ vae.basis.T / vae.spread, inside], -1).bfloat16()
+    def place(rows: torch.Tensor, first: int, dimension: int) -> None:
+        if dimension == len(FSQ):
+            made[first], used[first] = patches[rows[0]], True
+            return
+        rows = rows[scores[rows, dimension].argsort(stable=True)]
+        for level, part in enumerate(rows.tensor_split(FSQ[dimension])):
+            if len(part):
+                place(part, first + level * math.prod(FSQ[:dimension]), dimension + 1)
 
-    buffer = torch.cat([fresh() for _ in range(clips // 16)])
-    while (passed := (time.perf_counter() - start) / 60 / minutes) < 1:
-        if step % 16 == 15:
-            oldest = step // 16 * 16 % clips
-            buffer[oldest : oldest + 16] = fresh()
-        for group in optimizer.param_groups:
-            group["lr"] = LR * min(1, (step + 1) / 100) * (1 - passed)
-        tokens = buffer[torch.randint(len(buffer), (batch,), generator=generator, device=device)]
-        tokens, inside = tokens[..., :-1], tokens[..., -1:].float()
-        with torch.autocast(device, torch.bfloat16):
-            seen = vae.features(vae.quantise(vae.encoder(tokens).float()), inside)[:, :, 1:-1, 1:-1]
-            drawn = vae.decoder(neighbourhoods(seen)).float()
-        error = (drawn - tokens[:, :, 1:-1, 1:-1]).square() * inside[:, :, 1:-1, 1:-1]
-        loss = (error * weight).mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        step += 1
-        if step % 100 == 0:
-            print(f"step {step}, {passed:.0%}: loss {sum(losses[-100:]) / 100:.4f}", flush=True)
-        if step % 500 == 0:
-            vae.save(out)
-    vae.save(out)
+    place(torch.arange(len(patches)), 0, 0)
+    book = fsq_codebook(FSQ)
+    for code in (~used).nonzero()[:, 0].tolist():
+        near = (book - book[code]).square().sum(1).masked_fill(~used, 9).topk(2, largest=False).indices
+        made[code] = made[near].float().mean(0).byte()
+    return made.view(-1, CELL, CELL, 3)
+
+
+def every_patch() -> torch.Tensor:
+    """(n, 8, 8, 3) uint8, all different: those of textures, of cards, and of cards' corners over textures."""
+    card, corner, plain = pieces()
+    end = torch.arange(BLOCK) % (BLOCK - 1) == 0
+    parts = card[:, :, ~(end[:, None] & end)], corner, plain
+    return torch.cat([x.reshape(-1, CELL**2 * 3) for x in parts]).unique(dim=0).view(-1, CELL, CELL, 3)
 
 
 def held_out_clips(world: SpritesWorld, clips: int, seed: int) -> tuple[torch.Tensor, ...]:
-    """What `render` needs for so many clips, of the held-out prompts in turn."""
+    """Prompt, start and phase of so many clips, of the held-out prompts in turn."""
     index = prompt_index(world, world.held_out)[torch.arange(clips) % len(world.held_out)]
-    return world.choose(clips, torch.Generator().manual_seed(seed), index)[1]
+    return world.choose(clips, torch.Generator().manual_seed(seed), index)
 
 
-def gate(clips: int, seed: int, vae: FsqVae) -> None:
+def gate(clips: int, seed: int) -> None:
     """Print how often the reader reads held-out clips right, as drawn and after the tokenizer."""
-    world = SpritesWorld()
-    choice, read_as, confidence, error = held_out_clips(world, clips, seed), {}, {}, []
-    for part in zip(*(c.split(16) for c in choice)):
-        drawn = render(*part)
+    world, vae = SpritesWorld(), PatchVae.load(FOLDER / "vae")
+    wanted, read_as, confidence, error = [], {}, {}, []
+    for part in zip(*(c.split(16) for c in held_out_clips(world, clips, seed))):
+        wanted.append(torch.stack(world.factors(*part), 1))
+        drawn = render(*wanted[-1].T)
         made = {"as drawn": drawn, "after the tokenizer": vae.decode(vae.encode(drawn))}
-        error.append((made["after the tokenizer"] - drawn).square().mean((1, 2, 3, 4)))
+        error.append((made["after the tokenizer"] - drawn).abs().max())
         for name, frames in made.items():
-            seen = read(frames, world.sprites, world.textures)
+            seen = read(frames)
             read_as.setdefault(name, []).append(torch.stack(seen.choice(), 1))
             confidence.setdefault(name, []).append(seen.confidence)
     print(f"{clips} clips of the {len(world.held_out)} held-out prompts, seed {seed}; shares that are read right")
-    print(f"{'':20}" + "".join(f"{name:>9}" for name in (*FACTORS, "all", "sure")) + "  least sure")
+    print(f"{'':20}" + "".join(f"{name:>9}" for name in (*FACTORS, "all")) + "  least sure")
     for name in read_as:
-        right, sure = torch.cat(read_as[name]) == torch.stack(choice, 1), torch.cat(confidence[name])
+        right, sure = torch.cat(read_as[name]) == torch.cat(wanted), torch.cat(confidence[name])
         shares = [*right.float().mean(0).tolist(), right.all(1).float().mean().item()]
-        shares.append((sure >= CONFIDENT).float().mean().item())
         print(f"{name:20}" + "".join(f"{share:9.4f}" for share in shares) + f"  {sure.min():10.3f}")
-    print(f"PSNR of the tokenizer: {-10 * torch.cat(error).mean().log10():.1f} dB")
+    print(f"largest error of a pixel after the tokenizer: {max(error):g}")
 
 
-def failures(clips: int, seed: int, vae: FsqVae) -> None:
-    """Print the oracle's scores of clips that are not right, and of right ones."""
-    world = SpritesWorld()
-    generator = torch.Generator().manual_seed(seed)
-    prompt, choice = world.choose(clips, generator)
-    codes = world.encode(choice)
-    grid = codes.view(-1, *world.latents_shape)
-    other, still = grid.roll(1, 0), grid[:, 1:2]
-    noise = torch.randint(world.codebook_size, codes.shape, generator=generator)
-    left = torch.arange(16) < 8
+def failures(clips: int, seed: int) -> None:
+    """Print what the oracle and the reader say of clips that are not right, and of right ones."""
+    world, generator = SpritesWorld(), torch.Generator().manual_seed(seed)
+    prompt, start, phase = world.choose(clips, generator)
+    codes = world.render(prompt, start, phase)
+    grid, noise = codes.view(-1, *world.latents_shape), torch.randint(world.codebook_size, codes.shape)
     rows = {
         "right": grid,
-        "another clip from half time on": torch.cat([grid[:, :3], other[:, 3:]], 1),
-        "another clip on the right half": torch.where(left, grid, other),
-        "second latent frame repeated": still.expand_as(grid),
-        "latent frames backwards": grid.flip(1),
+        "another clip from half time on": torch.cat([grid[:, :3], grid.roll(1, 0)[:, 3:]], 1),
+        "another clip on the right half": torch.where(torch.arange(CELLS) < CELLS // 2, grid, grid.roll(1, 0)),
+        "second latent frame repeated": grid[:, 1:2].expand_as(grid),
     }
-    for share in (0.02, 0.05, 0.1, 0.2, 0.5, 1.0):
-        rows[f"{share:.0%} of the tokens random"] = torch.where(
-            torch.rand(codes.shape, generator=generator) < share, noise, codes
-        )
-    prompts = [world.prompts[i] for i in prompt.tolist()]
-    print(f"{clips} clips, seed {seed}: shares")
+    for share in (0.002, 0.01, 0.05, 0.2):
+        random = torch.rand(codes.shape, generator=generator) < share
+        rows[f"{share:.1%} of the tokens random"] = torch.where(random, noise, codes)
+    print(
+        f"{clips} clips, seed {seed}: shares by the oracle, and that the reader reads as their prompts with confidence"
+    )
     for name, made in rows.items():
-        scores = score(world, made.flatten(1), prompts)
-        valid, adherent = (x.float().mean().item() for x in (scores.valid, scores.adherent))
-        print(f"{name:32} valid {valid:.3f}  adherent {adherent:.3f}  tokens {scores.accuracy.mean():.3f}")
+        codes = made.reshape(clips, -1)
+        scores, seen = score(world, codes, [world.prompts[i] for i in prompt]), reads_as(world, codes, prompt)
+        shares = [x.float().mean().item() for x in (scores.valid, scores.adherent, scores.accuracy, seen)]
+        named = zip(("valid", "adherent", "tokens", "read"), shares)
+        print(f"{name:32}" + "".join(f"  {what} {share:.3f}" for what, share in named))
 
 
-def sheet(file: Path, clips: int, seed: int, vae: FsqVae) -> None:
-    """Clips of held-out prompts as drawn and after the tokenizer, as a contact sheet."""
+def sheet(file: Path, clips: int, seed: int) -> None:
+    """Five frames of clips of held-out prompts, each under its prompt."""
     world = SpritesWorld()
-    choice = held_out_clips(world, clips * 7, seed)
-    drawn = render(*(c[::7] for c in choice))
-    save_sheet(file, {"as drawn": drawn, "after the tokenizer": vae.decode(vae.encode(drawn))},
-               [world.held_out[i * 7 % len(world.held_out)] for i in range(clips)])  # fmt: skip
+    prompt, start, phase = (x[::5] for x in held_out_clips(world, clips * 5, seed))
+    frames = world.decoder().decode(world.render(prompt, start, phase).view(-1, *world.latents_shape))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    video_sheet({"": frames}, [world.prompts[i] for i in prompt.tolist()], shown=5).savefig(file, dpi=150)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     actions = parser.add_subparsers(dest="action", required=True)
     actions.add_parser("pictures").add_argument("--font", type=Path, default=FONT)
-    train = actions.add_parser("vae")
-    train.add_argument("--out", type=Path, default=FOLDER / "vae")
-    train.add_argument("--device", default="cpu")
-    for name, default in {"minutes": 12.0, "codes": 1000, "hidden": 256, "batch": 24, "clips": 768}.items():
-        train.add_argument(f"--{name}", type=type(default), default=default)
-    for name, clips in {"gate": 1024, "failures": 96, "sheet": 9}.items():
+    actions.add_parser("vae")
+    for name, clips in {"gate": 256, "failures": 32, "sheet": 9}.items():
         one = actions.add_parser(name)
         one.add_argument("--clips", type=int, default=clips)
         one.add_argument("--seed", type=int, default=1)
-        one.add_argument("--vae", type=Path, default=FOLDER / "vae")
     one.add_argument("--out", type=Path, default=Path("runs/sprites.png"))
     args = parser.parse_args()
-    if args.action in ("gate", "failures"):
-        {"gate": gate, "failures": failures}[args.action](args.clips, args.seed, FsqVae.load(args.vae))
-    elif args.action == "sheet":
-        sheet(args.out, args.clips, args.seed, FsqVae.load(args.vae))
-    elif args.action == "vae":
-        train_vae(args.out, args.minutes, args.device, args.codes, args.hidden, args.batch, args.clips)
-    elif args.action == "pictures":
+    if args.action == "pictures":
         pictures(args.font)
+    elif args.action == "vae":
+        PatchVae(table()).save(FOLDER / "vae")
+    elif args.action == "sheet":
+        sheet(args.out, args.clips, args.seed)
+    else:
+        {"gate": gate, "failures": failures}[args.action](args.clips, args.seed)
 
 
 if __name__ == "__main__":

@@ -242,12 +242,12 @@ def load_vae(folder: Path, codebook_size: int, device="cpu") -> tuple[Any, str]:
         if decoder.palette.shape[0] != codebook_size:
             raise DimoError(f"the palette in {where} has {decoder.palette.shape[0]} codes, not {codebook_size}")
         return decoder, ""
-    if config.get("_class_name") == "FsqVae":
-        from dimo.ursa.fsq_vae import FsqVae
+    if config.get("_class_name") == "PatchVae":
+        from dimo.ursa.patch_vae import PatchVae
 
-        vae = FsqVae.load(where).to(device)
+        vae = PatchVae.load(where).to(device)
         if vae.codebook_size != codebook_size:
-            raise DimoError(f"the FSQ levels in {where} make {vae.codebook_size} codes, not {codebook_size}")
+            raise DimoError(f"the table in {where} has {vae.codebook_size} patches, not {codebook_size}")
         return vae, ""
     try:
         upstream = import_upstream()

@@ -6,8 +6,6 @@ import math
 
 import torch
 
-from dimo.ursa.fsq_vae import fsq_vectors
-
 # Level sets by the number of their codes K; the last is URSA's.
 LEVELS = {
     16: (2, 2, 2, 2),
@@ -20,5 +18,11 @@ LEVELS = {
 
 
 def fsq_codebook(levels: tuple[int, ...]) -> torch.Tensor:
-    """(K, D) float32 vectors in [-1, 1], the first dimension varying fastest, as in URSA's scheduler folder."""
-    return fsq_vectors(torch.arange(math.prod(levels)), levels)
+    """(K, D) float32 vectors in [-1, 1], the first dimension varying fastest, as in URSA's scheduler folder.
+
+    A dimension of L levels takes the values (level - L // 2) / (L // 2): an even number of levels ends below 1.
+    """
+    basis = torch.tensor([math.prod(levels[:i]) for i in range(len(levels))])
+    sizes = torch.tensor(levels)
+    level = torch.arange(math.prod(levels))[:, None] // basis % sizes
+    return (level - sizes // 2) / (sizes // 2).float()

@@ -1,19 +1,20 @@
-"""The pictures of the sprites world, and how its clips are drawn: one sprite over one texture, 17 frames of 128x128.
+"""The pictures of the sprites world, and how its clips are drawn: a card with an emoji over a texture, 17 frames of
+128x128 pixels.
 
-A sprite of 40x40 pixels starts on a grid of 8 pixels, the size of a token, and moves by whole pixels; it is drawn by
-bilinear interpolation where it turns or zooms. The texture is a tile of 16x16 pixels, shifted by 0 or 8 pixels to the
-left and up, and stands still.
+Everything falls on a grid of 8 pixels, the size of a token, and stands still for the frames of one latent frame: so the
+8x8 patches that can appear are few enough for each to be a code. The card is 32x32 pixels with rounded corners. A
+corner shows the texture behind it, but no emoji; the rest of a card shows no texture. The emoji is seen at three sizes,
+the largest turned four ways. The texture is a tile of 16x16 pixels, shifted by 0 or 8 pixels to the left and up.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 from pathlib import Path
 
 import torch
-from torch.nn import functional as F
 
+from dimo.ursa.inputs import TEMPORAL_STRIDE
 from dimo.ursa.weights import require_file
 
 PICTURES = Path(__file__).parent / "data" / "sprites"
@@ -30,119 +31,141 @@ SPRITES = {  # in the order of the atlas; the characters are those of Unicode
     "crown": "👑", "gem": "💎", "flame": "🔥", "dinosaur": "🦕",
 }  # fmt: skip
 TEXTURES = ("sand", "grass", "water", "bricks", "snow", "wood", "night", "tiles")
-SIDE, TILE, CANVAS, CELL = 40, 16, 128, 8  # pixels of a sprite, a texture, a frame and a token
-FRAMES = 17
+TIMES = ("", " at dawn", " at dusk")  # of day, which tint the texture; without one it is noon
 MOTIONS = (
     "moving left", "moving right", "moving up", "moving down", "bouncing", "turning left", "turning right",
     "zooming in", "zooming out",
 )  # fmt: skip
-STRENGTHS = (2, 4)  # "motion=2.0": pixels per frame, or as much of a turn, a jump or a zoom
+STRENGTHS = (2, 4)  # "motion=2.0": pixels per frame, or as much of a jump, a turn or a zoom
+CELL, CELLS = 8, 16  # pixels of a token; tokens of a frame along each axis
+CANVAS, CARD, TILE = 128, 32, 16  # pixels of a frame, a card and a texture's tile
+BLOCK = CARD // CELL  # tokens of a card along each axis
+STEPS = 5  # latent frames
 PHASES = (TILE // CELL) ** 2
-BOX = 64  # pixels: room for a sprite that is turned or has grown
-MARGIN = (BOX - SIDE) // 2
+SIZES = (24, 16, 12)  # pixels of an emoji
+POSES = 6  # the largest turned clockwise by 0, 90, 180 and 270 degrees, then the smaller ones
+PLACES = CELLS - BLOCK + 1  # of a card along each axis
 
 
 @functools.cache
-def sprite_pictures() -> torch.Tensor:
-    """(sprites, 4, SIDE, SIDE) float32 in [0, 1]: RGB times alpha, and alpha."""
-    atlas = _picture("sprites.png", 4)
-    rows = atlas.unflatten(0, (-1, SIDE)).unflatten(2, (-1, SIDE))  # (rows, SIDE, columns, SIDE, 4)
-    sprites = rows.permute(0, 2, 4, 1, 3).flatten(0, 1)[: len(SPRITES)]
-    return torch.cat([sprites[:, :3] * sprites[:, 3:], sprites[:, 3:]], 1)
+def cards() -> torch.Tensor:
+    """(sprites, POSES, CARD, CARD, 3) uint8: every emoji in every pose on its card, without the card's corners."""
+    card, atlas = _picture("card.png"), _picture("sprites.png").unflatten(0, (-1, SIZES[0]))
+    drawn, left = [], 0
+    corner = torch.arange(CARD)
+    corner = (corner < CELL) | (corner >= CARD - CELL)
+    outside = corner[:, None] & corner  # where no emoji is drawn
+    for size in SIZES:
+        emoji = atlas.unflatten(2, (-1, sum(SIZES)))[:, :size, :, left : left + size].transpose(1, 2).flatten(0, 1)
+        turns = range(4) if size == SIZES[0] else range(1)
+        wide = torch.zeros(len(emoji), CARD, CARD, 4, dtype=torch.uint8)
+        margin = (CARD - size) // 2
+        for turn in turns:
+            wide[:, margin : CARD - margin, margin : CARD - margin] = emoji.rot90(-turn, (1, 2))
+            wide[:, outside] = 0
+            drawn.append(over(wide[..., :3], wide[..., 3:], card[..., :3].expand(len(emoji), -1, -1, -1)))
+        left += size
+    return torch.stack(drawn, 1)[: len(SPRITES)]
 
 
 @functools.cache
-def texture_pictures() -> torch.Tensor:
-    """(textures, 3, TILE, TILE) float32 RGB in [0, 1]."""
-    return _picture("textures.png", 3).unflatten(1, (-1, TILE)).permute(1, 3, 0, 2).contiguous()
+def card_alpha() -> torch.Tensor:
+    """(CARD, CARD, 1) uint8: 255 but in the four corner cells."""
+    return _picture("card.png")[..., 3:]
 
 
-def _picture(name: str, channels: int) -> torch.Tensor:
+@functools.cache
+def backgrounds() -> torch.Tensor:
+    """(textures * times, TILE, TILE, 3) uint8, the time of day varying fastest."""
+    tiles = _picture("textures.png")[..., :3].unflatten(1, (-1, TILE)).unflatten(0, (-1, TILE))
+    return tiles.permute(2, 0, 1, 3, 4).flatten(0, 1)
+
+
+def over(colour: torch.Tensor, alpha: torch.Tensor, behind: torch.Tensor) -> torch.Tensor:
+    """Pictures, all uint8: `colour` with alpha (..., 1) over `behind`, in whole numbers, the same on every machine."""
+    alpha = alpha.int()
+    return ((alpha * colour + (255 - alpha) * behind + 127) // 255).to(torch.uint8)
+
+
+def pieces() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """All patches of clips, uint8: (sprites, POSES, BLOCK, BLOCK, 8, 8, 3) of cards, whose corners do not count;
+    (backgrounds, 2, 2, 2, 2, 8, 8, 3) of cards' corners, by the cell of the tile behind them and which corner it is;
+    and (backgrounds, 2, 2, 8, 8, 3) of tiles.
+    """
+    plain, card, alpha = cells(backgrounds()), cells(cards()), cells(card_alpha())
+    ends = torch.tensor([0, BLOCK - 1])
+    ends = ends[:, None], ends
+    return card, over(card[0, 0][ends], alpha[ends], plain[:, :, :, None, None]), plain
+
+
+def cells(pictures: torch.Tensor) -> torch.Tensor:
+    """(..., 8 H, 8 W, C) -> (..., H, W, 8, 8, C)."""
+    return pictures.unflatten(-3, (-1, CELL)).unflatten(-2, (-1, CELL)).transpose(-4, -3)
+
+
+def _picture(name: str) -> torch.Tensor:
+    """(height, width, 4 or 3) uint8."""
     import imageio.v3 as iio  # slow, so only when needed
 
     require_file(PICTURES / name)
-    return torch.from_numpy(iio.imread(PICTURES / name)[..., :channels]).float() / 255
+    return torch.from_numpy(iio.imread(PICTURES / name).copy())
 
 
 @functools.cache
-def starts() -> torch.Tensor:
-    """(motions, strengths, 2, 2) int64: first cell and number of cells, along y and x, where a sprite may start.
+def ways() -> torch.Tensor:
+    """(motions, strengths, STEPS, 3) int64: the pose, and how many cells down and right of its start, of every motion.
 
-    The sprite stays in the picture. Numbers are multiples of 4, so that quarters of the range are equally likely.
+    At motion=m a card moves by m pixels per frame, jumps to 8 m pixels, turns by m / 4 quarters per latent frame, or
+    zooms between half (m = 4) or two thirds (m = 2) of its size and the whole.
     """
-    table = torch.empty(len(MOTIONS), len(STRENGTHS), 2, 2, dtype=torch.long)
-    for m, motion in enumerate(MOTIONS):
-        for s, strength in enumerate(STRENGTHS):
-            way = strength * (FRAMES - 1) // CELL
-            whole, first, last = (0, 12), (0, 12 - way), (way, 12 - way)
-            table[m, s] = torch.tensor(
-                {
-                    "moving left": (whole, last), "moving right": (whole, first), "moving up": (last, whole),
-                    "moving down": (first, whole), "bouncing": ((4, 8), whole),
-                }.get(motion, ((2, 8), (2, 8)) if "zooming" in motion else (whole, whole))
+    table = torch.zeros(len(MOTIONS), len(STRENGTHS), STEPS, 3, dtype=torch.long)
+    small, middle = POSES - 1, POSES - 2
+    for s, m in enumerate(STRENGTHS):
+        for f in range(STEPS):
+            go, jump, turn = f * m * TEMPORAL_STRIDE // CELL, min(f, STEPS - 1 - f) * m // 2, f * m // 4 % 4
+            grow = [small, small, middle, 0, 0] if m == 4 else [middle, middle, middle, 0, 0]
+            table[:, s, f] = torch.tensor(
+                [
+                    (0, 0, -go), (0, 0, go), (0, -go, 0), (0, go, 0), (0, -jump, 0), (-turn % 4, 0, 0), (turn, 0, 0),
+                    (grow[f], 0, 0), (grow[STEPS - 1 - f], 0, 0),
+                ]
             )  # fmt: skip
     return table
 
 
 @functools.cache
-def poses() -> torch.Tensor:
-    """(motions, strengths, FRAMES, 4) float32: shift down and right in pixels, scale, and angle in radians.
+def starts() -> torch.Tensor:
+    """(motions, strengths, 2, 2) int64: first cell and number of cells, along y and x, where a card may start.
 
-    At motion=m a sprite moves by m pixels per frame; bounces every 8 frames to a height of 8 m; turns by 45 m degrees
-    in all, clockwise to the right; and zooms from 1 - m/10 to 1 + m/10 of its size, or back.
+    The card stays in the picture. Numbers are multiples of 4, so that quarters of the range are equally likely.
     """
-    frame = torch.arange(FRAMES)
-    zero, one = torch.zeros(FRAMES), torch.ones(FRAMES)
-    table = torch.empty(len(MOTIONS), len(STRENGTHS), FRAMES, 4)
-    for s, m in enumerate(STRENGTHS):
-        jump = (8 * m * 4 * (frame % 8 / 8) * (1 - frame % 8 / 8)).round()
-        turn, zoom = frame / (FRAMES - 1) * math.radians(45 * m), m / 10 * (frame / (FRAMES - 1) * 2 - 1)
-        rows = {
-            "moving left": (zero, -m * frame, one, zero),
-            "moving right": (zero, m * frame, one, zero),
-            "moving up": (-m * frame, zero, one, zero),
-            "moving down": (m * frame, zero, one, zero),
-            "bouncing": (-jump, zero, one, zero),
-            "turning left": (zero, zero, one, -turn),
-            "turning right": (zero, zero, one, turn),
-            "zooming in": (zero, zero, 1 + zoom, zero),
-            "zooming out": (zero, zero, 1 - zoom, zero),
-        }
-        for i, motion in enumerate(MOTIONS):
-            table[i, s] = torch.stack([torch.as_tensor(column).float() for column in rows[motion]], 1)
-    return table
+    moved = ways()[..., 1:]
+    first = (-moved).amax(2).clamp(min=0)
+    count = PLACES - first - moved.amax(2).clamp(min=0)
+    return torch.stack([first, count // 4 * 4], -1)
 
 
-def render(sprite, motion, strength, row, column, texture, phase) -> torch.Tensor:
-    """Clips (B, FRAMES, CANVAS, CANVAS, 3), RGB in [0, 1], from indices (B,) each.
+def render(sprite, motion, strength, row, column, texture, time, phase) -> torch.Tensor:
+    """Clips (B, 17, CANVAS, CANVAS, 3), RGB in [0, 1], from indices (B,) each.
 
     Args:
-        row, column: counted from the first cell where the sprite may start (`starts`).
-        texture, phase: of TEXTURES and of PHASES.
+        row, column: counted from the first cell where the card may start (`starts`).
+        texture, time, phase: of TEXTURES, TIMES and PHASES.
     """
-    device = sprite.device
-    pose = poses().to(device)[motion, strength]  # (B, FRAMES, 4)
+    device, size = sprite.device, len(sprite)
+    way = ways().to(device)[motion, strength]  # (B, STEPS, 3)
     first = starts().to(device)[motion, strength, :, 0]
-    corner = CELL * (first + torch.stack([row, column], 1))  # (B, 2)
-    cos, sin, zero = pose[..., 3].cos(), pose[..., 3].sin(), torch.zeros_like(pose[..., 3])
-    theta = torch.stack([cos, sin, zero, -sin, cos, zero], -1) * (BOX / SIDE / pose[..., 2:3])
-    grid = F.affine_grid(theta.view(-1, 2, 3), [len(sprite) * FRAMES, 4, BOX, BOX], align_corners=False)
-    atlas = sprite_pictures().to(device)[sprite].repeat_interleave(FRAMES, 0)
-    drawn = F.grid_sample(atlas, grid, align_corners=False).unflatten(0, (-1, FRAMES)).flatten(-2)
-    wide = F.pad(background(texture, phase), [MARGIN] * 4)  # a turned sprite's box may stand out of the picture
-    frames = wide[:, None].repeat(1, FRAMES, 1, 1, 1)
-    y, x = (pose[..., :2].long() + corner[:, None] + MARGIN + (SIDE - BOX) // 2).unbind(-1)  # (B, FRAMES)
-    inside = torch.arange(BOX, device=device)
-    where = (y[..., None, None] + inside[:, None]) * wide.shape[-1] + x[..., None, None] + inside
-    where = where.flatten(2)[:, :, None].expand(-1, -1, 3, -1)
-    flat = frames.flatten(-2)
-    flat.scatter_(-1, where, drawn[:, :, :3] + (1 - drawn[:, :, 3:]) * flat.gather(-1, where))
-    return frames[..., MARGIN:-MARGIN, MARGIN:-MARGIN].permute(0, 1, 3, 4, 2)
-
-
-def background(texture: torch.Tensor, phase: torch.Tensor) -> torch.Tensor:
-    """(B, 3, CANVAS, CANVAS), RGB in [0, 1]: the texture shifted to the left and up, by `phase` % 2 and // 2 cells."""
-    pixel = torch.arange(CANVAS, device=phase.device)
+    corner = CELL * (first[:, None] + torch.stack([row, column], 1)[:, None] + way[..., 1:])
+    pixel = torch.arange(CANVAS, device=device)
     y, x = ((pixel + CELL * shift[:, None]) % TILE for shift in (phase // 2, phase % 2))
-    pictures = texture_pictures().to(phase.device).permute(0, 2, 3, 1)
-    return pictures[texture[:, None, None], y[:, :, None], x[:, None]].permute(0, 3, 1, 2)
+    tile = backgrounds().to(device)[texture * len(TIMES) + time]
+    plain = tile[torch.arange(size, device=device)[:, None, None], y[:, :, None], x[:, None]]  # (B, CANVAS, CANVAS, 3)
+    frames = plain[:, None].repeat(1, STEPS, 1, 1, 1)
+    inside = torch.arange(CARD, device=device)
+    at = (
+        torch.arange(size, device=device)[:, None, None, None], torch.arange(STEPS, device=device)[:, None, None],
+        (corner[..., 0, None] + inside)[..., None], (corner[..., 1, None] + inside)[..., None, :],
+    )  # fmt: skip
+    drawn = cards().to(device)[sprite[:, None], way[..., 0]]
+    frames[at] = over(drawn, card_alpha().to(device), frames[at])
+    return torch.cat([frames[:, :1], frames[:, 1:].repeat_interleave(TEMPORAL_STRIDE, 1)], 1).float() / 255

@@ -1,12 +1,11 @@
-"""Reads clips of the sprites world: which sprite, motion and texture is seen, where, and how sure that is.
+"""Reads clips of the sprites world: which sprite, motion and background is seen, where, and how sure that is.
 
-It shares names, sizes and pictures with the renderer (`dimo.worlds.sprite_frames`) and nothing else: templates are
-turned and zoomed by Pillow, and motions are followed by rules of its own. Of every second frame, at half resolution:
+It sees pixels and shares names, sizes and pictures with the renderer (`dimo.worlds.sprite_frames`) and nothing else:
+cards are put together by Pillow, and motions are followed by rules of its own. At half resolution:
 
-1. The median over time against every texture at every phase gives the background.
-2. What differs from it in the first frame is compared with every sprite, at the five sizes with which clips start, on
-   every cell of the grid, at a quarter of the resolution. The best few are kept.
-3. Each of them is followed through the frames by every motion that can start so; the one that leaves least
+1. The median over time against every texture, time of day and phase gives the background.
+2. In the first frame of every latent frame, every card is compared with every place on the grid.
+3. The sprite that fits best over all of these is followed by every motion from every start; the one that leaves least
    unexplained is what was read.
 4. Confidence is the worst frame's share of the clip's departure from the plain texture that is explained.
 """
@@ -16,22 +15,35 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import math
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
 from dimo.errors import require_shape
+from dimo.ursa.chunks import chunks
 from dimo.ursa.weights import require_file
-from dimo.worlds.sprite_frames import CANVAS, CELL, FRAMES, MOTIONS, PHASES, PICTURES, SIDE, STRENGTHS, TILE
+from dimo.worlds.sprite_frames import (
+    CANVAS,
+    CARD,
+    CELL,
+    MOTIONS,
+    PHASES,
+    PICTURES,
+    SIZES,
+    SPRITES,
+    STRENGTHS,
+    TILE,
+    TIMES,
+)
+from dimo.worlds.sprites import SpritesWorld
 
-READ = tuple(range(0, FRAMES, 2))  # the frames that are read
-FOLLOWED = (0, 2, 4, 6, 8)  # of those, by which the motion is chosen
-KEPT = 8  # sprites, sizes and places of the first frame that are followed
-HALF = CANVAS // 2
-BOX = 32  # half-resolution pixels of a template: room for a sprite that is turned or has grown
-CELLS = (CANVAS - SIDE) // CELL + 1  # places along an axis
+FRAMES = 17
+READ = (0, 1, 5, 9, 13)  # the frames that are matched; confidence judges all
+HALF, BOX = CANVAS // 2, CARD // 2  # half-resolution pixels of a frame and of a card
+ALONG = (CANVAS - CARD) // CELL + 1  # places of a card along an axis
+CONFIDENT = 0.6  # `scripts/sprites.py failures` says how sure it is of real clips and of others
+AT_ONCE = 16  # clips
 PALE = 6.0  # energy below which a departure from the texture is not judged by its share alone
 CLIPPED = 0.15  # a pixel farther than this from a texture is no worse for it
 
@@ -46,6 +58,7 @@ class Reading:
     row: torch.Tensor
     column: torch.Tensor
     texture: torch.Tensor
+    time: torch.Tensor
     phase: torch.Tensor
     confidence: torch.Tensor
 
@@ -55,126 +68,94 @@ class Reading:
 
 
 @torch.no_grad()
-def read(frames: torch.Tensor, sprites: int, textures: int) -> Reading:
-    """Read clips (B, 17, 128, 128, 3), RGB in [0, 1], of the first so many sprites and textures."""
+def read(frames: torch.Tensor) -> Reading:
+    """Read clips (B, 17, 128, 128, 3), RGB in [0, 1]."""
     require_shape("frames", frames, ("B", FRAMES, CANVAS, CANVAS, 3))
-    small = F.avg_pool2d(frames[:, READ].flatten(0, 1).permute(0, 3, 1, 2), 2).unflatten(0, (-1, len(READ)))
-    device = str(frames.device)
-    tiles = _tiles(device)[: textures * PHASES]
-    middle = small.median(1).values[:, None]
-    behind = (middle - tiles).abs().clamp(max=CLIPPED).mean((2, 3, 4)).argmin(1)
-    plain = tiles[behind]  # (B, 3, HALF, HALF)
-    templates, paths = _templates(sprites, device), _paths(device)
-    sprite, pose, cell = _first_frame(small[:, 0], plain, templates)
-    kept = torch.arange(len(frames), device=frames.device)
-    path, which = _follow(small, plain, templates, paths, sprite, pose, cell)
-    first, count = paths["first"][path], paths["count"][path]
-    sprite, cell = sprite[kept, which], cell[kept, which].clamp(first, first + count - 1)  # for what is no clip at all
-    way = paths["at"][path] + cell[:, None] * (CELL // 2)  # (B, frames, 2)
-    seen = _explained(small, plain, templates[sprite[:, None], paths["pose"][path]], way)
+    device, rows = str(frames.device), torch.arange(len(frames), device=frames.device)
+    small = F.avg_pool2d(frames.flatten(0, 1).permute(0, 3, 1, 2), 2).unflatten(0, (-1, FRAMES))
+    tiles = _tiles(device)
+    far = [(middle - tiles).abs().clamp(max=CLIPPED).mean((1, 2, 3)) for middle in small.median(1).values]
+    behind = torch.stack(far).argmin(1)
+    residue = _residues(small[:, READ], device)  # (B, frames, places, sprites, poses)
+    sprite = residue.amin((2, 4)).sum(1).argmin(1)
+    way = _ways(device)
+    followed = residue[rows, :, :, sprite][:, torch.arange(len(READ), device=frames.device), way.place, way.pose].sum(2)
+    best = followed.argmin(1)
+    confidence = _explained(small, tiles[behind], sprite, way.pose[best], way.place[best], device)
+    start = way.start[best]
     return Reading(
-        sprite, path // len(STRENGTHS), path % len(STRENGTHS), cell[:, 0] - first[:, 0], cell[:, 1] - first[:, 1],
-        behind // PHASES, behind % PHASES, seen.amin(1),
+        sprite, way.kind[best] // len(STRENGTHS), way.kind[best] % len(STRENGTHS), start[:, 0], start[:, 1],
+        behind // (PHASES * len(TIMES)), behind // PHASES % len(TIMES), behind % PHASES, confidence,
     )  # fmt: skip
 
 
-def _first_frame(frame, plain, templates):
-    """The KEPT best sprites, poses and cells of frame (B, 3, HALF, HALF): (B, KEPT), (B, KEPT), (B, KEPT, 2).
+def reads_as(world: SpritesWorld, codes: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
+    """Whether clips, codes (B, N), are read as the prompts of index (B,), and with confidence: (B,) bool on the CPU.
 
-    With g the frame minus the texture b, and c and a a template's colour times alpha and its alpha, the unexplained
-    |g - (c - a b)|^2 of a place is, but for |g|^2, four products of a map of the frame with one of the template.
+    They are read on a GPU where there is one, a few at a time.
     """
-    frame, plain = F.avg_pool2d(frame, 2), F.avg_pool2d(plain, 2)
-    difference, size, step = frame - plain, BOX // 2, CELL // 4
-    maps = torch.cat(
-        [difference, (difference * plain).sum(1, True), plain, plain.square().sum(1, True)], 1
-    )  # (B, 8, 32, 32)
-    margin = size // 2 - SIDE // 8
-    places = F.unfold(F.pad(maps, [margin] * 4), size, stride=step).transpose(1, 2)  # (B, cells, 8 * size^2)
-    starts = F.avg_pool2d(templates[:, : len(STARTS)].flatten(0, 1), 2)
-    colour, alpha = starts[:, :3], starts[:, 3:]
-    weights = torch.cat([-2 * colour, 2 * alpha, -2 * colour * alpha, alpha.square()], 1).flatten(1)
-    left = places @ weights.T + colour.square().sum((1, 2, 3))  # (B, cells, sprites * poses)
-    best = left.flatten(1).topk(KEPT, largest=False).indices
-    cell, what = best // left.shape[2], best % left.shape[2]
-    return what // len(STARTS), what % len(STARTS), torch.stack([cell // CELLS, cell % CELLS], -1)
+    device, vae = "cuda" if torch.cuda.is_available() else "cpu", world.decoder()
+    right = []
+    for some, asked in chunks(AT_ONCE, codes.to(device), prompt.to(device)):
+        seen = read(vae.to(device).decode(some.view(-1, *world.latents_shape)))
+        kind, behind = seen.motion * len(STRENGTHS) + seen.strength, seen.texture * len(TIMES) + seen.time
+        same = [a == b for a, b in zip((seen.sprite, kind, behind), world.attributes(asked))]
+        right.append((same[0] & same[1] & same[2] & (seen.confidence >= CONFIDENT)).cpu())
+    return torch.cat(right)
 
 
-def _follow(small, plain, templates, paths, sprite, pose, cell):
-    """The path (B,) and the index (B,) among those kept that leave least unexplained."""
-    moments = list(FOLLOWED)
-    best = torch.full(sprite.shape[:1], torch.inf, device=sprite.device)
-    path = torch.zeros_like(sprite[:, 0])
-    which = torch.zeros_like(path)
-    for k, p in itertools.product(range(sprite.shape[1]), range(len(paths["pose"]))):
-        first, count = paths["first"][p], paths["count"][p]
-        can = (pose[:, k] == paths["pose"][p, 0]) & ((cell[:, k] >= first) & (cell[:, k] < first + count)).all(1)
-        rows = can.nonzero()[:, 0]
-        if not len(rows):
-            continue
-        way = paths["at"][p][moments] + cell[rows, k, None] * (CELL // 2)
-        template = templates[sprite[rows, k, None], paths["pose"][p][moments]]
-        residue, empty = _residues(small[rows][:, moments], plain[rows], template, way)
-        left = (residue - empty).sum(1)
-        better = left < best[rows]
-        rows, left = rows[better], left[better]
-        best[rows], path[rows], which[rows] = left, p, k
-    return path, which
+def _residues(small: torch.Tensor, device: str) -> torch.Tensor:
+    """|small - card|^2 without the corners: small (B, M, 3, HALF, HALF) -> (B, M, places, sprites, poses)."""
+    cards, alpha = _cards(device)
+    solid = (alpha == 1).float()
+    places = F.unfold(small.flatten(0, 1), BOX, stride=CELL // 2).transpose(1, 2)  # (B * M, places, 3 BOX^2)
+    solid, flat = solid.expand(3, -1, -1).flatten(), cards.flatten(2)
+    known = flat.flatten(0, 1) * solid
+    left = (places.square() @ solid)[..., None] - 2 * places @ known.T + known.square().sum(1)
+    return left.view(*small.shape[:2], ALONG**2, *flat.shape[:2])
 
 
-def _residues(small, plain, template, way):
-    """Squared differences (B, M) inside the boxes at `way` (B, M, 2): from the composite, and from the texture alone.
-
-    small (B, M, 3, HALF, HALF), plain (B, 3, HALF, HALF), template (B, M, 4, BOX, BOX).
-    """
-    margin = BOX // 2
-    inside = torch.arange(BOX, device=way.device)
-    y, x = (way + margin - (BOX - SIDE // 2) // 2).unbind(-1)
-    where = (y[..., None, None] + inside[:, None]) * (HALF + 2 * margin) + x[..., None, None] + inside
-    where = where.flatten(2)[:, :, None].expand(-1, -1, 3, -1)
-    valid = F.pad(torch.ones_like(plain[:1, :1]), [margin] * 4).flatten(2).expand(*where.shape[:2], -1)
-    valid = valid.gather(2, where[:, :, 0])[:, :, None]
-    behind = F.pad(plain, [margin] * 4).flatten(2)[:, None].expand(-1, where.shape[1], -1, -1).gather(3, where)
-    difference = F.pad(small, [margin] * 4).flatten(3).gather(3, where) - behind
-    colour, alpha = template[:, :, :3].flatten(3), template[:, :, 3:].flatten(3)
-    left = (difference - colour + alpha * behind) * valid
-    return left.square().sum((2, 3)), difference.square().sum((2, 3))
-
-
-def _explained(small, plain, template, way):
-    """(B, frames): 1 - |clip - composite|^2 / (|composite - texture|^2 + PALE), over whole frames."""
-    inside, empty = _residues(small, plain, template, way)
-    whole = (small - plain[:, None]).square().sum((2, 3, 4))
-    drawn, _ = _residues(plain[:, None].expand_as(small), plain, template, way)
-    return 1 - (whole - empty + inside) / (drawn + PALE)
+def _explained(small, plain, sprite, pose, place, device: str) -> torch.Tensor:
+    """(B,) of the worst frame: 1 - |clip - composite|^2 / (|composite - texture|^2 + PALE)."""
+    cards, alpha = _cards(device)
+    composite = plain[:, None].repeat(1, pose.shape[1], 1, 1, 1)
+    for b, f in itertools.product(range(len(sprite)), range(pose.shape[1])):
+        y, x = CELL // 2 * (int(place[b, f]) // ALONG), CELL // 2 * (int(place[b, f]) % ALONG)
+        under = composite[b, f, :, y : y + BOX, x : x + BOX]
+        under.copy_(alpha * cards[sprite[b], pose[b, f]] + (1 - alpha) * under)
+    composite = torch.cat([composite[:, :1], composite[:, 1:].repeat_interleave(4, 1)], 1)
+    wrong = (small - composite).square().sum((2, 3, 4))
+    return (1 - wrong / ((composite - plain[:, None]).square().sum((2, 3, 4)) + PALE)).amin(1)
 
 
 @functools.cache
 def _tiles(device: str) -> torch.Tensor:
-    """(textures * phases, 3, HALF, HALF): every texture, shifted by 0 or 8 pixels up and to the left."""
-    strip, tiles = _numbers(_open("textures.png").convert("RGB")), []
-    for left, up, aside in itertools.product(range(0, strip.shape[2], TILE), (0, CELL), (0, CELL)):
-        tile = strip[:, :, left : left + TILE].roll((-up, -aside), (1, 2))
-        tiles.append(F.avg_pool2d(tile, 2).repeat(1, CANVAS // TILE, CANVAS // TILE))
+    """(textures * times * phases, 3, HALF, HALF): every texture at every time, shifted by 0 or 8 pixels up and left."""
+    sheet, tiles = _numbers(_open("textures.png").convert("RGB")), []
+    for left, top in itertools.product(range(0, sheet.shape[2], TILE), range(0, sheet.shape[1], TILE)):
+        for up, aside in itertools.product((0, CELL), (0, CELL)):
+            tile = sheet[:, top : top + TILE, left : left + TILE].roll((-up, -aside), (1, 2))
+            tiles.append(F.avg_pool2d(tile, 2).repeat(1, CANVAS // TILE, CANVAS // TILE))
     return torch.stack(tiles).to(device)
 
 
 @functools.cache
-def _templates(sprites: int, device: str) -> torch.Tensor:
-    """(sprites, poses, 4, BOX, BOX): every sprite in every pose of `_poses`, RGB times alpha and alpha."""
+def _cards(device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(sprites, poses, 3, BOX, BOX) RGB of every card in every pose of POSES, and alpha (BOX, BOX) of them all."""
     from PIL import Image
 
-    atlas, drawn, side = _open("sprites.png").convert("RGBA"), [], 2 * BOX
-    for i in range(sprites):
-        left, top = i % 8 * SIDE, i // 8 * SIDE
-        square = Image.new("RGBA", (side, side))
-        square.paste(atlas.crop((left, top, left + SIDE, top + SIDE)), ((side - SIDE) // 2,) * 2)
-        for size, degrees in _poses():
-            c, s = math.cos(math.radians(degrees)) / size, math.sin(math.radians(degrees)) / size
-            back = (c, s, BOX * (1 - c - s), -s, c, BOX * (1 + s - c))  # from where a pixel comes
-            turned = square.transform((side, side), Image.Transform.AFFINE, back, Image.Resampling.BICUBIC)
-            drawn.append(_numbers(turned.convert("RGBa")))
-    return F.avg_pool2d(torch.stack(drawn), 2).unflatten(0, (sprites, -1)).to(device)
+    atlas, card, drawn = _open("sprites.png").convert("RGBA"), _open("card.png").convert("RGBA"), []
+    for i in range(len(SPRITES)):
+        for size, quarters in POSES:
+            left = i % 8 * sum(SIZES) + sum(s for s in SIZES if s > size)
+            emoji = atlas.crop((left, i // 8 * SIZES[0], left + size, i // 8 * SIZES[0] + size)).rotate(-90 * quarters)
+            layer = Image.new("RGBA", card.size)
+            layer.paste(emoji, ((CARD - size) // 2,) * 2)
+            for corner in itertools.product((0, CARD - CELL), repeat=2):
+                layer.paste((0, 0, 0, 0), (*corner, corner[0] + CELL, corner[1] + CELL))
+            drawn.append(_numbers(Image.alpha_composite(card, layer).convert("RGB")))
+    alpha = F.avg_pool2d(_numbers(card)[3:], 2)[0]
+    return F.avg_pool2d(torch.stack(drawn), 2).unflatten(0, (-1, len(POSES))).to(device), alpha.to(device)
 
 
 def _open(name: str):
@@ -189,59 +170,48 @@ def _numbers(image) -> torch.Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
 
-STARTS = ((1.0, 0.0), (0.8, 0.0), (0.6, 0.0), (1.2, 0.0), (1.4, 0.0))  # poses of first frames: size, degrees clockwise
+POSES = ((24, 0), (24, 1), (24, 2), (24, 3), (16, 0), (12, 0))  # pixels of the emoji, quarters turned clockwise
 
 
-def _followed(motion: str, strength: int) -> list[tuple[int, int, float, float]]:
-    """Where a sprite is in the frames READ: pixels down and right of its start, size, degrees clockwise."""
-    end, seen = FRAMES - 1, []
-    for frame in READ:
-        down = right = 0
-        size, degrees = 1.0, 0.0
+def _followed(motion: str, strength: int) -> list[tuple[int, int, tuple[int, int]]]:
+    """Where a card is in the frames READ: cells down and right of its start, and its pose."""
+    seen, last = [], len(READ) - 1
+    for i in range(len(READ)):
+        down = right = quarters = 0
+        size = 24
         if motion.startswith("moving"):
             y, x = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}[motion.split()[1]]
-            down, right = y * strength * frame, x * strength * frame
+            down, right = y * i * strength // 2, x * i * strength // 2
         elif motion == "bouncing":
-            down = -8 * strength * {0: 0, 2: 12, 4: 16, 6: 12}[frame % 8] // 16
+            down = -strength // 2 * (i if i <= 2 else last - i)
         elif motion.startswith("turning"):
-            degrees = (1 if motion.endswith("right") else -1) * 45.0 * strength * frame / end
+            quarters = (1 if motion.endswith("right") else -1) * (i if strength == 4 else i // 2) % 4
         else:
-            much = strength / 10 * (2 * frame / end - 1)
-            size = 1 + (much if motion.endswith("in") else -much)
-        seen.append((down, right, round(size, 4), degrees))
+            sizes = {4: (12, 12, 16, 24, 24), 2: (16, 16, 16, 24, 24)}[strength]
+            size = sizes[i if motion.endswith("in") else last - i]
+        seen.append((down, right, (size, quarters)))
     return seen
 
 
-@functools.cache
-def _poses() -> list[tuple[float, float]]:
-    """All sizes and angles in which sprites are seen, those of STARTS first."""
-    ways = [_followed(motion, strength) for motion in MOTIONS for strength in STRENGTHS]
-    return list(dict.fromkeys([*STARTS, *((size, degrees) for way in ways for _, _, size, degrees in way)]))
+@dataclasses.dataclass
+class _Ways:
+    """Every motion at every strength from every start, W in all."""
+
+    kind: torch.Tensor  # (W,) motion * strengths + strength
+    start: torch.Tensor  # (W, 2) row and column, counted from the first where it may start
+    pose: torch.Tensor  # (W, frames) of POSES
+    place: torch.Tensor  # (W, frames) row * ALONG + column
 
 
 @functools.cache
-def _paths(device: str) -> dict[str, torch.Tensor]:
-    """Tables of every motion at every strength, P in all.
-
-    "pose" (P, frames) are indices in `_poses`, "at" (P, frames, 2) half-resolution pixels from the start. "first" and
-    "count" (P, 2) are the cells where it may start: the sprite stays in the picture, and their number is the largest
-    multiple of four, which leaves out the first ones.
-    """
-    pose, at, first, count = [], [], [], []
-    for motion, strength in itertools.product(MOTIONS, STRENGTHS):
+def _ways(device: str) -> _Ways:
+    """A card stays in the picture, and starts at a multiple of four rows and columns: of those there are, the first."""
+    rows = []
+    for kind, (motion, strength) in enumerate(itertools.product(MOTIONS, STRENGTHS)):
         way = _followed(motion, strength)
-        pose.append([_poses().index((size, degrees)) for _, _, size, degrees in way])
-        at.append([(down // 2, right // 2) for down, right, _, _ in way])
-        for axis in (0, 1):
-            far = [stop[axis] for stop in way]
-            low, high = -min(far) // CELL, CELLS - 1 - max(far) // CELL
-            if motion.startswith("zooming"):
-                low, high = 2, CELLS - 3  # there is room for the largest
-            spare = (high - low + 1) % 4
-            first.append(low + spare)
-            count.append(high - low + 1 - spare)
-    table = {name: torch.tensor(value, device=device) for name, value in (("pose", pose), ("at", at))}
-    ends = {
-        name: torch.tensor(value, device=device).view(-1, 2) for name, value in (("first", first), ("count", count))
-    }
-    return table | ends
+        inside = [[at for at in range(ALONG) if all(0 <= at + stop[axis] < ALONG for stop in way)] for axis in (0, 1)]
+        down, right = (kept[: len(kept) // 4 * 4] for kept in inside)
+        for y, x in itertools.product(down, right):
+            place = [(y + stop[0]) * ALONG + x + stop[1] for stop in way]
+            rows.append((kind, (y - down[0], x - right[0]), [POSES.index(stop[2]) for stop in way], place))
+    return _Ways(*(torch.tensor(column, device=device) for column in zip(*rows)))
