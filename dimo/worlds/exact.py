@@ -1,4 +1,4 @@
-"""The exact teacher of the worlds tiles and sprites: p(x_1 | x_t, prompt) of every token, by Bayes' rule over all valid videos.
+"""The exact teacher of tiles and sprites: p(x_1 | x_t, prompt) of every token, by Bayes' rule over all valid videos.
 
 Videos v_m of a prompt are equally likely and noise falls on each token by itself, so
     log p(v_m | x_t) = sum_i log p_t(x_t^i | v_m^i) + const,

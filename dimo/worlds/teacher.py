@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from dimo.errors import DimoError, are_finite
-from dimo.files import whole_folder
+from dimo.errors import DimoError, are_finite, reason
+from dimo.files import whole_file, whole_folder
 from dimo.ursa import MetricPath, UrsaConfig, UrsaTransformer, load_ursa, predict, sample, save_student, visual_logits
 from dimo.ursa.chunks import FEW_CODES
 from dimo.worlds import WORLD_FILE, is_world
@@ -26,7 +26,9 @@ ROPE_THETA = 10.0  # for at most ten positions; with URSA's 1,000,000 half of th
 EMPTY_PROMPT_SHARE = 0.1
 EMA_DECAY = 0.999
 TOKENS = 2**18  # sampled at a time when a new teacher is scored
+SCORED = 2**20  # tokens of all videos with which a new teacher is scored, about
 GUIDANCE = 3.0  # of the last row of a new teacher's scores
+KEEP_EVERY = 500  # steps
 
 
 def _field(default, help: str):
@@ -53,9 +55,9 @@ class TeacherRecipe:
 
 
 RECIPES = {  # of worlds for which the defaults are not meant
-    # 2.6 million parameters: at bf16, teacher and student are 11 MB together
+    # 2.9 million parameters: at bf16, teacher and student are 11.5 MB together
     "sprites": TeacherRecipe(
-        layers=6, hidden=192, intermediate=384, heads=6, head_dim=32, c=3.0, batch_size=128, steps=20_000, lr=1.5e-3
+        layers=6, hidden=160, intermediate=320, heads=5, head_dim=32, c=1.0, batch_size=128, steps=10_000, lr=1.5e-3
     ),
 }
 
@@ -101,11 +103,19 @@ def initialise(model: UrsaTransformer) -> None:
         torch.nn.init.normal_(weight, std=std)
 
 
-def train_teacher(world: World, recipe: TeacherRecipe, progress: bool = True) -> UrsaTransformer:
+def train_teacher(
+    world: World, recipe: TeacherRecipe, progress: bool = True, kept: Path | None = None
+) -> UrsaTransformer:
     """Train a teacher by denoising; returns the EMA of its weights.
 
     Cross-entropy of the clean tokens at t uniform in [0, 0.999), one per sample or per latent frame, with 10% empty
-    prompts for classifier-free guidance.
+    prompts for classifier-free guidance. On a GPU in bfloat16, compiled.
+
+    Args:
+        kept: a file that holds the state of training, written every KEEP_EVERY steps; training goes on from it.
+
+    Raises:
+        DimoError: `kept` is of another world or recipe.
     """
     device = recipe.device
     torch.manual_seed(recipe.seed)
@@ -113,12 +123,16 @@ def train_teacher(world: World, recipe: TeacherRecipe, progress: bool = True) ->
     path = MetricPath(world.codebook().to(device), recipe.alpha, recipe.c)
     model = UrsaTransformer(ursa_config(world, recipe))
     initialise(model)
-    model = model.to(device)
+    model = model.to(device).run_with(compile=device == "cuda")
     ema = copy.deepcopy(model).requires_grad_(False)
     prompt_ids, pad = encode(world, world.prompts).to(device), words(world).index(PAD)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=(0.9, 0.99), weight_decay=0.0)
     warmup = min(300, recipe.steps // 10 + 1)
-    bar = tqdm(range(recipe.steps), desc="teacher", unit="step", disable=not progress, mininterval=1)
+    state = _State(kept, world, recipe, {"model": model, "ema": ema, "optimizer": optimizer}, generator)
+    steps = range(state.load(), recipe.steps)
+    bar = tqdm(
+        steps, desc="teacher", unit="step", disable=not progress, mininterval=1, initial=steps.start, total=recipe.steps
+    )
     for step in bar:
         decay = 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
         for group in optimizer.param_groups:
@@ -129,7 +143,9 @@ def train_teacher(world: World, recipe: TeacherRecipe, progress: bool = True) ->
         t = t.repeat_interleave(math.prod(world.latents_shape[1:]), 1) if recipe.t_per == "frame" else t
         drop = torch.rand(recipe.batch_size, generator=generator, device=device) < EMPTY_PROMPT_SHARE
         txt_ids = prompt_ids[prompt].masked_fill(drop[:, None], pad)
-        loss = _denoising(model, txt_ids, path.sample(x_1, t, generator), x_1, world.latents_shape)
+        x_t = path.sample(x_1, t, generator)
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            loss = _denoising(model, txt_ids, x_t, x_1, world.latents_shape)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -138,7 +154,43 @@ def train_teacher(world: World, recipe: TeacherRecipe, progress: bool = True) ->
             torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), max(1 - EMA_DECAY, 1 / (step + 1)))
         if step % 100 == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
-    return ema
+        if (step + 1) % KEEP_EVERY == 0:
+            state.save(step + 1)
+    return ema.run_with(compile=False)
+
+
+class _State:
+    """What training needs to go on where it stopped, in the file `kept`; None keeps nothing."""
+
+    def __init__(self, kept: Path | None, world: World, recipe: TeacherRecipe, parts: dict, generator: torch.Generator):
+        self.kept, self.parts, self.generator = kept, parts, generator
+        self.of = {"world": world.name, **dataclasses.asdict(world), **dataclasses.asdict(recipe)}
+
+    def load(self) -> int:
+        """The number of steps done."""
+        if self.kept is None or not self.kept.exists():
+            return 0
+        try:
+            state = torch.load(self.kept, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises many types for a damaged file
+            raise DimoError(f"{self.kept} is damaged: remove it to start afresh ({reason(error)})") from error
+        if state["of"] != self.of:
+            differ = ", ".join(name for name in self.of if state["of"].get(name) != self.of[name])
+            raise DimoError(
+                f"{self.kept} holds a teacher that is half trained, with other values of {differ}: give those again, "
+                "or remove it to start afresh"
+            )
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        self.generator.set_state(state["generator"])
+        return state["step"]
+
+    def save(self, step: int) -> None:
+        if self.kept is None:
+            return
+        parts = {name: part.state_dict() for name, part in self.parts.items()}
+        with whole_file(self.kept) as beside:
+            torch.save({"of": self.of, "step": step, "generator": self.generator.get_state(), **parts}, beside)
 
 
 def _denoising(model: UrsaTransformer, txt_ids, x_t, x_1, latents_shape) -> torch.Tensor:
@@ -158,6 +210,8 @@ def _denoising(model: UrsaTransformer, txt_ids, x_t, x_1, latents_shape) -> torc
 def make_teacher(world: World, recipe: TeacherRecipe, folder: Path, videos_per_prompt: int = 64) -> str:
     """Train a teacher, write its checkpoint folder and score it.
 
+    Training that was interrupted goes on from the file FOLDER.training.pt beside it.
+
     Returns:
         Validity and adherence by number of sampling steps, and guided, as a table.
 
@@ -169,12 +223,16 @@ def make_teacher(world: World, recipe: TeacherRecipe, folder: Path, videos_per_p
     folder = Path(folder).resolve()
     if folder.exists() and not is_world(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise DimoError(f"{folder} exists and is not a world's checkpoint folder: give another one, or remove it")
-    transformer = train_teacher(world, recipe)
+    kept = folder.with_name(f"{folder.name}.training.pt")
+    transformer = train_teacher(world, recipe, kept=kept)
     if not all(are_finite(p) for p in transformer.parameters()):
         raise DimoError(f"the teacher's weights are not finite after {recipe.steps} steps; try a lower lr")
     write_checkpoint(folder, world, transformer, recipe.alpha, recipe.c)
+    kept.unlink(missing_ok=True)
     ursa = load_ursa(folder, recipe.device)
-    prompts = [p for p in prompts_to_score(world) for _ in range(videos_per_prompt)]
+    asked = prompts_to_score(world)
+    videos_per_prompt = max(1, min(videos_per_prompt, SCORED // (len(asked) * math.prod(world.latents_shape))))
+    prompts = [p for p in asked for _ in range(videos_per_prompt)]
     rows = max(1, TOKENS // math.prod(world.latents_shape))
     batches = ursa.tokenize(prompts, prompt_length(world)).split(rows)
     lines = [f"{'passes':>6} {'guidance':>9} {'validity':>9} {'adherence':>10}"]
