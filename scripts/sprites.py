@@ -4,28 +4,36 @@ python scripts/sprites.py pictures    # dimo/worlds/data/sprites/*.png; needs De
 python scripts/sprites.py vae         # dimo/worlds/data/sprites/vae: the patches and their codes
 python scripts/sprites.py gate        # how often clips are read right, as drawn and after the tokenizer
 python scripts/sprites.py failures    # what oracle and reader say of clips that are not right
+python scripts/sprites.py judge FOLDER [--student RUN --passes 1 --guidance 1]    # a teacher, or a student
 python scripts/sprites.py sheet       # runs/sprites.png
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from dimo.evaluation.scored import coverage_detail
+from dimo.ursa import load_ursa, sample
+from dimo.ursa.loading import load_student
 from dimo.ursa.patch_vae import PatchVae
 from dimo.views.sheets import video_sheet
-from dimo.worlds import DATA
+from dimo.worlds import DATA, load_world
+from dimo.worlds.exact import exact_teacher
 from dimo.worlds.fsq import fsq_codebook
 from dimo.worlds.oracle import score
-from dimo.worlds.protocol import prompt_index
+from dimo.worlds.protocol import prompt_index, prompt_length
 from dimo.worlds.sprite_frames import BLOCK, CARD, CELL, CELLS, SIZES, SPRITES, TEXTURES, TILE, pieces, render
 from dimo.worlds.sprite_reader import read, reads_as
 from dimo.worlds.sprites import FSQ, SpritesWorld
+from dimo.worlds.teacher import PAD, words
 
 FOLDER = DATA / "sprites"
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")  # Debian's package fonts-noto-color-emoji
@@ -198,6 +206,44 @@ def failures(clips: int, seed: int) -> None:
         print(f"{name:32}" + "".join(f"  {what} {share:.3f}" for what, share in named))
 
 
+@torch.no_grad()
+def judge(
+    folder: Path, weights: Path | None, passes: list[int], guidance: list[float], videos: int, exact: bool
+) -> None:
+    """Print what oracle and reader say of a teacher's, or a student's, videos of held-out prompts; write a sheet."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    ursa, world = load_ursa(folder, device, torch.bfloat16 if device == "cuda" else torch.float32), load_world(folder)
+    network = load_student(ursa, weights) if weights else ursa.transformer
+    network = exact_teacher(folder, ursa.path) if exact else network
+    asked = [prompt for prompt in world.held_out for _ in range(videos)]
+    index, ids = prompt_index(world, asked), ursa.tokenize(asked, prompt_length(world)).to(device)
+    print(f"{len(asked)} videos of {len(world.held_out)} held-out prompts by {'exact' if exact else weights or folder}")
+    print("passes guidance | valid adherent tokens | read as the prompt | coverage of places, phases | seconds")
+    shown = {}
+    for steps, scale in itertools.product(passes, guidance):
+        generator, begin = torch.Generator(device).manual_seed(0), time.perf_counter()
+        made = [
+            sample(
+                network, ursa.path, part, world.latents_shape, steps, generator=generator, guidance_scale=scale,
+                uncond_ids=torch.full_like(part, words(world).index(PAD)),
+            )
+            for part in ids.split(256)
+        ]  # fmt: skip
+        codes = torch.cat(made)
+        seconds, scores, seen = time.perf_counter() - begin, score(world, codes, asked), reads_as(world, codes, index)
+        shares = [x.float().mean().item() for x in (scores.valid, scores.adherent, scores.accuracy)]
+        detail = coverage_detail(scores, near=True)
+        covered = [f"{detail[name]:.3f}" if detail[name] is not None else "none" for name in ("places", "phases")]
+        print(
+            f"{steps:6} {scale:8g} | {shares[0]:.3f} {shares[1]:8.3f} {shares[2]:6.3f} | {seen.float().mean():18.3f} | "
+            f"{covered[0]:>20}, {covered[1]} | {seconds:.1f}", flush=True,
+        )  # fmt: skip
+        few = codes[:: 5 * videos].cpu().view(-1, *world.latents_shape)
+        shown[f"{steps} passes, guidance {scale:g}"] = world.decoder().decode(few)
+    out = Path(weights or folder)
+    video_sheet(shown, asked[:: 5 * videos]).savefig((out if out.is_dir() else out.parent) / "judged.png", dpi=100)
+
+
 def sheet(file: Path, clips: int, seed: int) -> None:
     """Five frames of clips of held-out prompts, each under its prompt."""
     world = SpritesWorld()
@@ -212,6 +258,13 @@ def main() -> None:
     actions = parser.add_subparsers(dest="action", required=True)
     actions.add_parser("pictures").add_argument("--font", type=Path, default=FONT)
     actions.add_parser("vae")
+    one = actions.add_parser("judge")
+    one.add_argument("folder", type=Path)
+    one.add_argument("--student", type=Path)
+    one.add_argument("--exact", action="store_true")
+    one.add_argument("--passes", type=int, nargs="+", default=[25])
+    one.add_argument("--guidance", type=float, nargs="+", default=[1.0, 3.0, 5.0])
+    one.add_argument("--videos", type=int, default=16)
     for name, clips in {"gate": 256, "failures": 32, "sheet": 9}.items():
         one = actions.add_parser(name)
         one.add_argument("--clips", type=int, default=clips)
@@ -222,6 +275,8 @@ def main() -> None:
         pictures(args.font)
     elif args.action == "vae":
         PatchVae(table()).save(FOLDER / "vae")
+    elif args.action == "judge":
+        judge(args.folder, args.student, args.passes, args.guidance, args.videos, args.exact)
     elif args.action == "sheet":
         sheet(args.out, args.clips, args.seed)
     else:

@@ -305,8 +305,12 @@ def test_teacher_and_student_are_12_megabytes_in_bf16(sprites):
 
 def test_without_a_teacher_a_sentence_says_how_to_train_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DimoError, match="sprites ships without a teacher: train one with `dimo world train sprites -o"):
+    with pytest.raises(
+        DimoError, match="worlds/sprites is neither a folder .*`dimo world train sprites -o worlds/sprites` makes"
+    ):
         checkpoint_folder(load_config("sprites").distill.teacher_ckpt)
+    with pytest.raises(DimoError, match="sprites ships without a teacher: train one with `dimo world train sprites -o"):
+        checkpoint_folder("sprites")
 
 
 def test_the_command_proposes_the_worlds_own_network(capsys):

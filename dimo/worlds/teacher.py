@@ -57,7 +57,7 @@ class TeacherRecipe:
 RECIPES = {  # of worlds for which the defaults are not meant
     # 2.9 million parameters: at bf16, teacher and student are 11.5 MB together
     "sprites": TeacherRecipe(
-        layers=6, hidden=160, intermediate=320, heads=5, head_dim=32, c=1.0, batch_size=128, steps=10_000, lr=1.5e-3
+        layers=6, hidden=160, intermediate=320, heads=5, head_dim=32, c=2.0, batch_size=128, steps=10_000, lr=1.5e-3
     ),
 }
 
