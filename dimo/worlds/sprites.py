@@ -8,7 +8,7 @@ With `strays`, that share of the clips is of another prompt than it comes with, 
 teacher, exact or trained, follows its prompt no more often than that, unless it is guided.
 
 An emoji says nothing of the texture, and the texture nothing of the emoji, once it is known on which way the card is: a
-card has no texture in it, its corners have no emoji. So sums over all clips, of which there are some ten million, are
+card has no texture in it, its corners have no emoji. So sums over all clips, of which there are 12 million, are
 taken for the emoji and for the texture separately (`SpritesWorld.sums`): the oracle compares with every clip, and the
 exact teacher (`dimo.worlds.exact`) counts every one.
 """

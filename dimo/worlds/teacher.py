@@ -88,11 +88,12 @@ def ursa_config(world: World, recipe: TeacherRecipe) -> UrsaConfig:
 
 
 @torch.no_grad()
-def initialise(model: UrsaTransformer) -> None:
+def initialise(model: UrsaTransformer, codebook: torch.Tensor) -> None:
     """Initialise in place: embeddings with std 1, matrices with std 1/sqrt(fan_in), residual branches scaled by depth.
 
     Qwen3's std of 0.02 suits hidden sizes of thousands; with 64 the activations start near zero and training stalls
-    (docs/experiments.md).
+    (docs/experiments.md). Of more than FEW_CODES codes, half of the variance of embeddings and head is a random linear
+    map of the codebook: log p_t(x_t | x_1) is linear in the vector of x_t, and so many codes are slow to learn singly.
     """
     for name, weight in model.named_parameters():
         if weight.dim() != 2:
@@ -101,6 +102,11 @@ def initialise(model: UrsaTransformer) -> None:
         if "o_proj" in name or "down_proj" in name:
             std /= (2 * model.config.num_hidden_layers) ** 0.5
         torch.nn.init.normal_(weight, std=std)
+        if weight.shape[0] >= len(codebook) > FEW_CODES:  # the embeddings, whose last rows are the codes, and the head
+            points = (codebook - codebook.mean(0)) / codebook.std(0).clamp(min=1e-6)
+            linear = points @ torch.randn(points.shape[1], weight.shape[1]) * (std / points.shape[1] ** 0.5)
+            rows = weight[-len(codebook) :]
+            rows.copy_((rows + linear) / 2**0.5)
 
 
 def train_teacher(
@@ -122,7 +128,7 @@ def train_teacher(
     generator = torch.Generator(device).manual_seed(recipe.seed)
     path = MetricPath(world.codebook().to(device), recipe.alpha, recipe.c)
     model = UrsaTransformer(ursa_config(world, recipe))
-    initialise(model)
+    initialise(model, world.codebook())
     model = model.to(device).run_with(compile=device == "cuda")
     ema = copy.deepcopy(model).requires_grad_(False)
     prompt_ids, pad = encode(world, world.prompts).to(device), words(world).index(PAD)
