@@ -123,6 +123,9 @@ def test_a_grid_that_is_not_there():
         read_grid("stabilizers")
     with pytest.raises(DimoError, match="has no arm 'magic'; choose from AdamW"):
         read_grid("methods", arms=["magic"])
+    with pytest.raises(DimoError, match="p1.yaml has no world 'N = 49'; did you mean 'N = 48'"):
+        read_grid("p1", worlds=["N = 49"])
+    assert list(read_grid("p1", worlds=["N = 48"]).places) == ["N = 48"]
 
 
 def test_a_grid_is_tuned_reported_and_continued(tmp_path):

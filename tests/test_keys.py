@@ -167,6 +167,7 @@ EVALUATED = [
     Row("evaluation.batch_size", 10, "student_1/ untrained_1/ teacher_1/"),
 ]
 ELSEWHERE = {  # {key: the test that shows it}
+    "distill.protocol": "test_a_protocol_replaces_what_a_preset_says_of_guidance_and_nothing_that_is_said_beside_it",
     "model.device": "test_a_gpu_that_is_not_there_is_missed_where_it_is_asked_for",
     "model.backend": "test_the_other_backend_is_loaded_where_it_is_asked_for",
     "model.compile": "test_layers_are_compiled_on_a_gpu_where_it_is_asked_for",

@@ -151,7 +151,7 @@ def _ablate(args) -> None:
         lrs = [float(lr) for lr in args.lrs.split(",")] if args.lrs else None
     except ValueError:
         raise DimoError(f"--lrs must be numbers separated by commas, got {args.lrs!r}") from None
-    grid = read_grid(args.grid, args.config, args.overrides, args.arms, lrs, args.seeds)
+    grid = read_grid(args.grid, args.config, args.overrides, args.arms, lrs, args.seeds, args.worlds)
     out = Path(args.out or f"runs/{grid.name}")
     print(ablate(grid, out, args.jobs, args.together, args.minutes))
     print(f"written: {out / 'grid.md'}, {out / 'grid.json'}")

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from dimo.config.schema import Config, config_keys, default_of, kind_of, to_flat
+from dimo.config.served import require_captioned_video, with_protocol
 from dimo.config.values import read_value, read_yaml, unquoted, write_yaml
 from dimo.errors import DimoError, nearest, reason
 from dimo.paths import user_path
@@ -98,7 +99,7 @@ def load_config(config: str | Path | None = None, overrides: Sequence[str] = ())
     written = dict(_read_override(override) for override in overrides)
     by_size = not config and "model.activation_checkpointing" not in written
     config = config or _default_preset(written)
-    written = (_read(config) if config else {}) | written
+    written = with_protocol(_read(config) if config else {}, written)
     result = Config()
     for key, field in config_keys().items():
         value = _refer(key, written.get(key, default_of(field)), written)
@@ -207,6 +208,7 @@ def validate(config: Config) -> None:
     if not flat["evaluation.teacher_steps"] or min(flat["evaluation.teacher_steps"]) < 1:
         raise DimoError(f"evaluation.teacher_steps must list positive integers, got {flat['evaluation.teacher_steps']}")
     d = config.distill
+    require_captioned_video(d, of_world=_is_world(d.teacher_ckpt))
     asks_for_captions = d.motion_value() is not None or bool(d.score_minimums())
     if d.prompt_source == "world" and asks_for_captions:
         raise DimoError(

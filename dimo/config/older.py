@@ -25,6 +25,7 @@ BEFORE = {
     "distill.motion_prefix": "none",
     "distill.motion_share": 0.6,
     "distill.shuffle_buffer": 10_000,
+    "distill.protocol": "none",
     "distill.negative_prompt": "",
     "distill.student_steps": 1,
     "distill.aux_pass": "own",

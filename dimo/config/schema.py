@@ -107,6 +107,9 @@ class Distill:
         0, "text tokens per prompt, left-padded or truncated; 0: 320, or the longest prompt of a world"
     )
     batch_size_per_gpu: int = _key(64, "samples per process and micro-batch (see training.gradient_accumulation_steps)")
+    protocol: str = _key(
+        "none", "none, or vbench, URSA's own: guidance_scale 7, negative_prompt and motion_prefix 9, unless set"
+    )
     guidance_scale: float = _key(1.0, "classifier-free guidance scale of the teacher; 1: no guidance")
     guidance_trunc: float = _key(
         0.9, "time t in [0, 1] from which on the teacher is not guided (t = 0 is noise, 1 is data)"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from dimo.errors import DimoError, are_finite, reason
 
 WEIGHTS = "diffusion_pytorch_model"
 LFS_POINTER = b"version https://git-lfs"
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}  # safetensors' names
 BOM = b"\xef\xbb\xbf"
 UNFINISHED = (".incomplete", ".part", ".crdownload", ".aria2")  # suffixes of unfinished downloads
 _VARIANT = re.compile(rf"{WEIGHTS}(?:\.safetensors\.index|\.bin\.index)?(\.\w+)\.(?:safetensors|bin|json)")
@@ -123,6 +125,18 @@ def weight_shapes(source: str | Path) -> dict[str, tuple[int, ...]]:
         except SafetensorError as error:
             raise _damaged(file, error) from error
     return shapes
+
+
+def weight_dtypes(source: str | Path) -> list[str]:
+    """Names of the dtypes of the weights that `read_weights` would read, most tensors first."""
+    found: Counter[str] = Counter()
+    for file in weight_files(source):
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt") as content:
+                found.update(str(content.get_slice(key).get_dtype()) for key in content.keys())
+        else:
+            found.update(str(value.dtype).removeprefix("torch.") for value in read_pickle(file).values())
+    return [DTYPES.get(name, name) for name, _ in found.most_common()]
 
 
 def _read_safetensors(file: Path) -> dict[str, torch.Tensor]:
