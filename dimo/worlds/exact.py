@@ -105,7 +105,7 @@ class ExactTeacher:
         t = time_like(t, x_t)
         if not per_token:
             return t[:, :1]
-        frames = t.unflatten(1, (self.world.frames, -1))
+        frames = t.unflatten(1, (self.world.latents_shape[0], -1))
         if may_read(t) and not bool((frames == frames[..., :1]).all()):
             raise DimoError("t must be the same for all tokens of a latent frame")
         return frames[..., 0]

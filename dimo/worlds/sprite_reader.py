@@ -151,8 +151,8 @@ def _cards(device: str) -> tuple[torch.Tensor, torch.Tensor]:
             emoji = atlas.crop((left, i // 8 * SIZES[0], left + size, i // 8 * SIZES[0] + size)).rotate(-90 * quarters)
             layer = Image.new("RGBA", card.size)
             layer.paste(emoji, ((CARD - size) // 2,) * 2)
-            for corner in itertools.product((0, CARD - CELL), repeat=2):
-                layer.paste((0, 0, 0, 0), (*corner, corner[0] + CELL, corner[1] + CELL))
+            for x, y in itertools.product((0, CARD - CELL), repeat=2):
+                layer.paste((0, 0, 0, 0), (x, y, x + CELL, y + CELL))
             drawn.append(_numbers(Image.alpha_composite(card, layer).convert("RGB")))
     alpha = F.avg_pool2d(_numbers(card)[3:], 2)[0]
     return F.avg_pool2d(torch.stack(drawn), 2).unflatten(0, (-1, len(POSES))).to(device), alpha.to(device)
@@ -173,7 +173,7 @@ def _numbers(image) -> torch.Tensor:
 POSES = ((24, 0), (24, 1), (24, 2), (24, 3), (16, 0), (12, 0))  # pixels of the emoji, quarters turned clockwise
 
 
-def _followed(motion: str, strength: int) -> list[tuple[int, int, tuple[int, int]]]:
+def _followed(motion: str, strength: int) -> list[tuple[tuple[int, int], tuple[int, int]]]:
     """Where a card is in the frames READ: cells down and right of its start, and its pose."""
     seen, last = [], len(READ) - 1
     for i in range(len(READ)):
@@ -189,7 +189,7 @@ def _followed(motion: str, strength: int) -> list[tuple[int, int, tuple[int, int
         else:
             sizes = {4: (12, 12, 16, 24, 24), 2: (16, 16, 16, 24, 24)}[strength]
             size = sizes[i if motion.endswith("in") else last - i]
-        seen.append((down, right, (size, quarters)))
+        seen.append(((down, right), (size, quarters)))
     return seen
 
 
@@ -209,9 +209,11 @@ def _ways(device: str) -> _Ways:
     rows = []
     for kind, (motion, strength) in enumerate(itertools.product(MOTIONS, STRENGTHS)):
         way = _followed(motion, strength)
-        inside = [[at for at in range(ALONG) if all(0 <= at + stop[axis] < ALONG for stop in way)] for axis in (0, 1)]
+        inside = [
+            [at for at in range(ALONG) if all(0 <= at + cells[axis] < ALONG for cells, _ in way)] for axis in (0, 1)
+        ]
         down, right = (kept[: len(kept) // 4 * 4] for kept in inside)
         for y, x in itertools.product(down, right):
-            place = [(y + stop[0]) * ALONG + x + stop[1] for stop in way]
-            rows.append((kind, (y - down[0], x - right[0]), [POSES.index(stop[2]) for stop in way], place))
+            place = [(y + cells[0]) * ALONG + x + cells[1] for cells, _ in way]
+            rows.append((kind, (y - down[0], x - right[0]), [POSES.index(pose) for _, pose in way], place))
     return _Ways(*(torch.tensor(column, device=device) for column in zip(*rows)))
