@@ -63,7 +63,7 @@ def test_config_lists_keys_and_resolves_presets(capsys):
         (["ablate", "--grid", "p2"], "p2 is neither a grid that ships nor an existing YAML file"),
         (["ablate", "--minutes", "0"], "minutes positive, got 1, 1, 0"),
         (["train", "-c", "tiles"], "; `dimo world train tiles -o worlds/tiles` makes one"),
-        (["train", "-c", "smoke", "distill.teacher=exact"], "only the worlds tiles and sprites have an exact teacher, got 'shapes'"),
+        (["train", "-c", "smoke", "distill.teacher=exact"], "only the worlds tiles and sprites have an exact teacher"),
         (
             ["plan", "-c", "tiles"],
             "memory is counted for networks; to plan for the others, use distill.teacher=network",
