@@ -28,10 +28,12 @@ lab: .venv/installed
 
 # torch first and pinned: a looser range pulls gigabytes of CUDA. Not compiled: of 14,000 modules a fifth is ever imported
 .venv/installed: pyproject.toml
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --disable-pip-version-check --no-compile torch==2.13.0
-	$(BIN)/pip install --disable-pip-version-check --no-compile -e ".[notebooks,dev,docs]"
-	touch $@
+	@echo "installing into .venv, once: PyTorch first, which is large, then dimo with its notebooks"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/pip install --disable-pip-version-check --no-compile torch==2.13.0
+	@echo "PyTorch is there; now 100 smaller packages, which takes about a minute"
+	@$(BIN)/pip install --disable-pip-version-check --no-compile --quiet -e ".[notebooks,dev,docs]"
+	@touch $@
 
 # beside URSA's own code: make test-upstream SOURCE=folder, one of baaivision/URSA at 29284bb
 UPSTREAM := .venv-upstream/bin

@@ -134,7 +134,9 @@ def test_evaluate_takes_key_value_with_and_without_a_student(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
         "dimo.evaluation.evaluate.evaluate_to_folder",
-        lambda config, weights, out: asked.append((config.evaluation, str(weights), str(out))) or {},
+        lambda config, weights, out: (
+            asked.append((config.evaluation, str(weights), str(out))) or {"student_1": {"spread": 1.0}}
+        ),
     )
     for words, student in (
         (["run", "evaluation.seed=1"], "run"),

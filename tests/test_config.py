@@ -197,7 +197,12 @@ def test_bad_files_are_refused_in_a_sentence(text, sentence, tmp_path):
 
 @pytest.mark.parametrize(
     ("size", "batch", "kept"),
-    [((17, 256, 256), 1, "none"), ((49, 320, 512), 1, "selective"), ((49, 320, 512), 2, "full")],
+    [
+        ((17, 256, 256), 1, "none"),
+        ((17, 256, 256), 2, "pointwise"),
+        ((49, 320, 512), 1, "selective"),
+        ((49, 320, 512), 2, "full"),
+    ],
 )
 def test_a_folder_without_a_preset_is_trained_with_what_fits(tmp_path, size, batch, kept):
     own = [f"distill.teacher_ckpt={tmp_path}", f"distill.batch_size_per_gpu={batch}"]

@@ -1,14 +1,19 @@
 """The documentation as a site: it builds without a warning, and what is made at build time is there."""
 
 import re
+import shlex
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import nbformat
 import pytest
 
-from dimo.config import config_keys
+import docs
+from dimo.commands.cli import parse
+from dimo.config import config_keys, load_config
+from dimo.config.flags import as_override, flags
 
 ROOT = Path(__file__).parent.parent
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
@@ -29,7 +34,7 @@ def site(tmp_path_factory):
 
 
 def test_every_key_and_every_command_has_its_place(site):
-    page = (site / "reference/configuration.html").read_text()
+    page = (site / "reference/configuration.html").read_text().replace("<wbr>", "")
     assert [key for key in config_keys() if f"<code>{key.split('.')[1]}</code>" not in page] == []
     commands = (site / "reference/commands.html").read_text()
     assert all(f"usage: dimo {name}" in commands for name in ("train", "run", "evaluate", "sample", "world"))
@@ -41,6 +46,26 @@ def test_an_executed_notebook_is_shown_with_its_picture(site):
     assert picture and (site / "notebooks" / picture[1]).read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_demos_notebooks_are_taken_where_they_are_all_there_and_else_made(tmp_path, monkeypatch):
+    asked = []
+    made = types.SimpleNamespace(path=tmp_path / "smoke")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DIMO_NOTEBOOKS", raising=False)
+    monkeypatch.setattr(docs, "tour", lambda: Path("00_tour.ipynb"))
+    monkeypatch.setattr(docs, "run_notebooks", lambda preset, keys: asked.append((preset, keys)) or made)
+    demo = tmp_path / "runs" / "demo" / "notebooks"
+    demo.mkdir(parents=True)
+    for name in list(docs.NAMES)[:-1]:
+        (demo / f"{name}.ipynb").touch()
+    found, about = docs.executed()
+    assert asked == [("smoke", ["experiment.output_dir=build/smoke"])] and "little is learnt" in about
+    assert [path.name for path in found] == ["00_tour.ipynb", *(f"{name}.ipynb" for name in docs.NAMES)]
+    assert found[-1].parent == made.path / "notebooks"
+    (demo / f"{list(docs.NAMES)[-1]}.ipynb").touch()
+    found, about = docs.executed()
+    assert len(asked) == 1 and found[-1].resolve().parent == demo and "make demo" in about
+
+
 def test_equations_are_drawn_without_a_script(site):
     page = (site / "concepts.html").read_text()
     assert page.count("<math") > 10 and "$$" not in page and "KL" in page
@@ -49,6 +74,21 @@ def test_equations_are_drawn_without_a_script(site):
 def test_no_page_loads_anything_from_elsewhere(site):
     loads = re.compile(r'<(?:script|img|link)[^>]*?(?:src|href)="(https?://[^"]+)"')
     assert [(page.name, found) for page in site.rglob("*.html") for found in loads.findall(page.read_text())] == []
+
+
+GUIDES = [ROOT / "README.md", ROOT / "docs/getting-started.md", *sorted((ROOT / "docs/guides").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.stem)
+def test_commands_of_a_page_are_taken_as_they_stand(page):
+    text = page.read_text().replace("\\\n", " ")
+    for line in re.findall(r"^    +(dimo [a-z].*)$", text, re.M):
+        if "$" in line:  # within a loop of the shell
+            continue
+        args = parse(shlex.split(line, comments=True)[1:])
+        if "overrides" in args and args.command != "evaluate":
+            words = [word.partition("=") for word in getattr(args, "parameters", [])]
+            load_config(args.config, [*args.overrides, *(as_override(flags().get(k, k), v) for k, _, v in words)])
 
 
 def test_links_of_the_readme_lead_somewhere():

@@ -223,6 +223,7 @@ def test_the_command_names_engine_processes_and_a_free_port(tmp_path):
     words = launch_command(config)
     after = dict(zip(words, words[1:]))
     assert after["--num_processes"] == "2" and after["--main_process_port"] == "0"
+    assert after["--log_dir"] == os.devnull  # torchrun would leave a folder in /tmp
     assert Path(after["--config_file"]).name == "ddp.yaml" and words[-1] == f"config={tmp_path}/launch.yaml"
     config = of_two_machines(tmp_path, 1, num_processes=16)
     words = launch_command(config)

@@ -1,22 +1,26 @@
 """The five notebooks, really executed at smoke size; and what the repository promises about them."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 from forks import python
 from jupyter_client.launcher import launch_kernel
 
+import docs
 from dimo.commands.notebooks import is_done, notebook_folder, run_notebooks
 from dimo.errors import DimoError
 from dimo.run.folder import RunFolder
 
 pytestmark = pytest.mark.usefixtures("forked_kernels")
 NAMES = ["01_inputs", "02_losses", "03_train", "04_diagnostics", "05_evaluation"]
+PICTURE = re.compile(r"!\[[^\]]*\]\(([^)]+\.png)\)")
 TOUR = "00_tour"  # of what ships: `dimo run` does not need it; test_browser.py executes it
 
 
@@ -73,6 +77,17 @@ def test_every_figure_is_shown_as_a_picture(executed):
         page = (run.path / "notebooks" / f"{name}.html").read_text()
         assert page.count('src="data:image/png') == len(pictures)
     assert [len(shown) for shown in figures.values()] == [3, 3, 1, 3, 0]
+
+
+def test_the_documentation_shows_them_with_their_pictures(executed):
+    run, _ = executed
+    pages = docs.notebooks(sorted((run.path / "notebooks").glob("*.ipynb")), "Executed here.")
+    index = pages["notebooks/index.md"]
+    assert all(f"({name}.md)" in index for name in NAMES) and "[02 " in index and "Executed here." in index
+    pictures = {path for path in pages if path.endswith(".png")}
+    shown = {f"notebooks/{path}" for name in NAMES for path in PICTURE.findall(pages[f"notebooks/{name}.md"])}
+    assert len(pictures) >= 10 and shown == pictures
+    assert str(Path.cwd()) not in "".join(pages[f"notebooks/{name}.md"] for name in NAMES)
 
 
 def test_a_second_time_nothing_is_executed_again(executed, capsys):
@@ -155,7 +170,7 @@ def test_copies_are_left_alone_and_a_damaged_notebook_is_named_where_it_is_neede
     for name in NAMES[1:]:
         with pytest.raises(DimoError, match=f"{name}.ipynb is not a readable notebook .*git checkout"):
             run_notebooks("smoke", settings, only=[name])
-    assert "05_evaluation ..." not in capsys.readouterr().out
+    assert "05_evaluation: the student" not in capsys.readouterr().out
 
 
 def test_the_kernel_is_this_python_whatever_is_installed_under_its_name(copied, tmp_path, monkeypatch, capfd):

@@ -74,6 +74,6 @@ def test_a_run_itself_an_unreadable_one_and_none(tmp_path, capsys):
     capsys.readouterr()
     assert main(["runs", str(tmp_path / "a" / "checkpoints")]) == 2
     (tmp_path / "none").mkdir()
-    assert main(["runs", str(tmp_path / "none")]) == 0 and capsys.readouterr().out.endswith("no runs\n")
+    assert main(["runs", str(tmp_path / "none")]) == 0 and capsys.readouterr().out.startswith("no runs; ")
     with pytest.raises(DimoError, match="is not a folder"):
         list_runs(tmp_path / "nowhere")

@@ -39,7 +39,9 @@ class RandomIds:
 def require_size(size: str) -> None:
     """Raise DimoError for an unknown size."""
     if size not in SIZES:
-        raise DimoError(f"size must be one of {', '.join(SIZES)}, got {size!r}{nearest(size, SIZES)}")
+        hint = nearest(size, SIZES)
+        hint = hint if "did you mean" in hint else ""
+        raise DimoError(f"size must be one of {', '.join(SIZES)}, got {size!r}{hint}")
 
 
 def random_ursa(size: str, device: torch.device) -> Ursa:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import sys
+import textwrap
 from pathlib import Path
 
 from dimo.commands.parser import CONFIGURABLE, make_parser
@@ -13,7 +15,7 @@ from dimo.commands.suite_files import SuiteRequest
 from dimo.commands.world_train import world_train
 from dimo.config.flags import split_flags
 from dimo.config.values import read_value
-from dimo.errors import DimoError, reason
+from dimo.errors import DimoError, nearest, reason
 from dimo.output import lasting_output
 from dimo.paths import user_path
 from dimo.run.signals import PREEMPTED, Preempted
@@ -69,6 +71,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         if any("\ud800" <= letter <= "\udfff" for letter in argument):  # surrogates: bytes that Python could not decode
             raise DimoError(f"the argument {argument!r} is not UTF-8; was it copied from a file in another encoding?")
     parser, commands = make_parser()
+    if not argv or argv[0] == "help":
+        argv = [*argv[1:2], "--help"]
+    if not argv[0].startswith("-") and argv[0] not in commands:
+        raise DimoError(f"there is no command {argv[0]!r}{nearest(argv[0], commands)}")
     argv = [_underscored(argument) for argument in argv]
     flagged: list[str] = []
     if argv and argv[0] in CONFIGURABLE:
@@ -99,6 +105,7 @@ def _is_override(word: str) -> bool:
 
 
 def _train(args) -> None:
+    from dimo.commands.ending import finished
     from dimo.commands.train import train, train_seeds
     from dimo.config import load_config
 
@@ -108,7 +115,7 @@ def _train(args) -> None:
     config = load_config(args.config, [*args.overrides, *keys])
     seeds = [read_value("--seeds", "int", word) for word in words]
     for run in train_seeds(config, seeds) if seeds else [train(config)]:
-        print(f"finished: {run.path}/checkpoints/final; next: dimo evaluate {run.path}")
+        print(finished(run, config.distill.teacher_ckpt))
 
 
 def _run(args) -> None:
@@ -124,8 +131,12 @@ def _plan(args) -> None:
 
 
 def _evaluate(args) -> None:
+    from dimo.commands.ending import ending, sampling
     from dimo.config import load_config
     from dimo.evaluation.evaluate import evaluate_to_folder, format_table
+    from dimo.evaluation.metrics import columns_of
+    from dimo.evaluation.summary import format_summary
+    from dimo.evaluation.trust import weak_ones
     from dimo.run.origin import run_config, run_of
 
     if args.student and _is_override(args.student) and not Path(args.student).exists():  # it is an override
@@ -138,14 +149,18 @@ def _evaluate(args) -> None:
     is_run = run is not None and source.is_dir() and source.samefile(run)
     weights = source / "checkpoints" / "final" if is_run else source
     out = Path(args.out) if args.out else (source if is_run else Path("runs/evaluation"))
-    print(format_table(evaluate_to_folder(config, weights, out)))
-    names = ("report.json", "sheet.png", "codes.safetensors")
-    print("written: " + ", ".join(str(out / name) for name in names if (out / name).exists()))
+    rows = evaluate_to_folder(config, weights, out)
+    weak = [weak_ones(columns_of(rows))] if args.all else []
+    print(format_table(rows) if args.all else format_summary(rows), *filter(None, weak), "", sep="\n")
+    after = {sampling(None if source == SHIPPED_STUDENT else source, config.distill.teacher_ckpt): "a video of it"}
+    after |= {f"report {run}": "the run as one page"} if is_run else {"run -c shapes": "distil a student yourself"}
+    print(ending(out, ["report.json", "sheet.png", "codes.safetensors"], after))
 
 
 def _ablate(args) -> None:
     from dimo.evaluation.ablate import ablate
     from dimo.evaluation.grid import read_grid
+    from dimo.evaluation.jobs import visible_gpus
 
     try:
         lrs = [float(lr) for lr in args.lrs.split(",")] if args.lrs else None
@@ -153,11 +168,13 @@ def _ablate(args) -> None:
         raise DimoError(f"--lrs must be numbers separated by commas, got {args.lrs!r}") from None
     grid = read_grid(args.grid, args.config, args.overrides, args.arms, lrs, args.seeds, args.worlds)
     out = Path(args.out or f"runs/{grid.name}")
-    print(ablate(grid, out, args.jobs, args.together, args.minutes))
+    jobs = max(1, len(visible_gpus())) if args.jobs is None else args.jobs
+    print(ablate(grid, out, jobs, args.together, args.minutes))
     print(f"written: {out / 'grid.md'}, {out / 'grid.json'}")
 
 
 def _inspect(args) -> None:
+    from dimo.commands.ending import next_commands
     from dimo.commands.inspect_folder import format_rows, inspect_folder
 
     folder = checkpoint_folder(args.folder)
@@ -165,6 +182,9 @@ def _inspect(args) -> None:
     print(format_rows(rows, missing))
     if missing:
         raise DimoError(f"{len(missing)} part(s) of {folder} are missing or damaged")
+    after = {f"check-alignment {args.folder}": "is the logits slice read right"}
+    after |= {f"plan --teacher_ckpt {args.folder} --num_processes 8": "memory per GPU and time"}
+    print(next_commands(after))
 
 
 def _check_alignment(args) -> int:
@@ -174,6 +194,8 @@ def _check_alignment(args) -> int:
 
 
 def _sample(args) -> None:
+    if not (args.teacher_ckpt or args.student_ckpt or args.suite):
+        args.student_ckpt = str(SHIPPED_STUDENT)
     request = Request(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Request)})
     asked = SuiteRequest(**{f.name: getattr(args, f.name) for f in dataclasses.fields(SuiteRequest)})
     if asked.suite is not None:
@@ -186,9 +208,11 @@ def _sample(args) -> None:
     for name, value in vars(asked).items():
         if value is not None:
             raise DimoError(f"--{name} is a flag of --suite vbench or geneval")
+    from dimo.commands.ending import sampled
+
     prompts = args.prompt + (read_prompts(args.prompt_file) if args.prompt_file else [])
     for file in sample_to_folder(request, prompts, args.out_dir):
-        print(f"written: {file}, {file.with_suffix('.json').name}")
+        print(f"written: {file}, {sampled(file.with_suffix('.json'))}")
 
 
 def _export(args) -> None:
@@ -202,7 +226,7 @@ def _report(args) -> None:
     from dimo.commands.report import write_run_report
     from dimo.run.folder import RunFolder
 
-    print(f"written: {write_run_report(RunFolder(args.folder))}")
+    print(f"written: {write_run_report(RunFolder(args.folder))}, one file to open in a browser or to send")
 
 
 def _replay(args) -> None:
@@ -242,7 +266,10 @@ def _config(args) -> None:
 
     if args.presets:
         for file in sorted(PRESETS.glob("*.yaml")):
-            print(f"{file.stem:10} {file.read_text().splitlines()[0].removeprefix('# ')}")
+            lines = file.read_text().splitlines()
+            about = " ".join(line[2:] for line in itertools.takewhile(lambda line: line.startswith("# "), lines))
+            indent = f"{'':20}"
+            print(textwrap.fill(f"{file.stem:20}{about}", 100, subsequent_indent=indent, break_on_hyphens=False))
     elif args.config or args.overrides:
         print(to_yaml(load_config(args.config, args.overrides)), end="")
     else:

@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 from tqdm import tqdm
 
+from dimo.commands.ending import ending, sampling
 from dimo.commands.report import write_run_report
 from dimo.commands.train import refuse_early, train
 from dimo.config import Config, config_keys, load_config, to_yaml
@@ -24,14 +25,21 @@ from dimo.config.flags import as_override, flags
 from dimo.config.older import as_begun
 from dimo.config.values import read_value, unquoted
 from dimo.errors import DimoError, nearest, reason
-from dimo.evaluation.evaluate import format_table
+from dimo.evaluation.summary import format_summary
 from dimo.run.folder import RunFolder, write_text
 from dimo.run.launch import children_told_to_stop, machine_of, wait_for_children
+from dimo.run.progress import OneLine
 from dimo.run.signals import Preempted
 from dimo.views.live import HEADLESS
 from dimo.worlds import DEFAULT_WORLD, SHIPPED_STUDENT
 
-NAMES = ("01_inputs", "02_losses", "03_train", "04_diagnostics", "05_evaluation")
+NAMES = {
+    "01_inputs": "the token splice and the logits slice",
+    "02_losses": "a training step, stopped after each stage",
+    "03_train": "the training",
+    "04_diagnostics": "curves, samples and alarms",
+    "05_evaluation": "the student beside its teacher",
+}
 SHARED = ("config", "overrides")  # parameters of every notebook
 # scripts that nbconvert's pages would load from elsewhere; one of them cannot be left out, only replaced
 FROM_ELSEWHERE = dict.fromkeys(("mathjax_url", "require_js_url", "jquery_url", "mermaid_layout_elk_js_url"), "")
@@ -44,7 +52,9 @@ def notebook_folder() -> Path:
     places = [Path(__file__).parents[2] / "notebooks", Path("notebooks")]
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         installed = importlib.metadata.files("dimo") or []
-        places[1:1] = [Path(str(file.locate())).parent for file in installed if file.name == f"{NAMES[0]}.ipynb"]
+        places[1:1] = [
+            Path(str(file.locate())).parent for file in installed if file.name == f"{next(iter(NAMES))}.ipynb"
+        ]
     for folder in places:
         if any((folder / f"{name}.ipynb").exists() for name in NAMES):
             return folder.resolve()
@@ -90,6 +100,7 @@ def run_notebooks(
     if c.overwrite or not c.resume:
         overrides += ["experiment.overwrite=false", "experiment.resume=true"]  # handled by the line above
     shared = {"config": config or "shapes", "overrides": overrides}
+    print(f"{run.path}: {', '.join(chosen)}; if this is stopped, the same command goes on", flush=True)
     with children_told_to_stop() as asked:
         for name, path in chosen.items():
             own = shared | {k: v for k, v in extra.items() if k in known[name]}
@@ -174,11 +185,12 @@ def _execute(run: RunFolder, name: str, source: Path, parameters: dict, force: b
         return
     working = done.with_name(f".{name}.partial.ipynb")
     failed = done.with_name(f"{name}.failed.ipynb")
-    print(f"{name} ...", flush=True)
+    print(f"{name}: {NAMES[name]} ...", flush=True)
+    progress = OneLine()
     problem, others = None, psutil.Process().children(recursive=True)  # children that are not ours
     before, begin = run.status(), time.monotonic()
     try:
-        with _kernel() as kernel:
+        with own_kernel() as kernel:
             papermill.execute_notebook(
                 str(source),
                 str(working),
@@ -187,7 +199,7 @@ def _execute(run: RunFolder, name: str, source: Path, parameters: dict, force: b
                 kernel_manager_class=kernel,
                 cwd=os.getcwd(),
                 progress_bar=False,
-                stderr_file=sys.stderr,  # progress bars of training
+                stderr_file=progress,
             )
     except papermill.exceptions.PapermillExecutionError as error:
         os.replace(working, failed)
@@ -199,6 +211,7 @@ def _execute(run: RunFolder, name: str, source: Path, parameters: dict, force: b
     except OSError as error:  # a full disk: papermill writes after every cell
         working.unlink(missing_ok=True)
         problem, stopped = f"notebook {name} could not be written to {done.parent}: {reason(error)}", False
+    progress.clear()
     wait_for_children(others)  # children of a dead kernel may still be saving
     if problem:
         _write_ending(run, problem, stopped, before)
@@ -209,7 +222,7 @@ def _execute(run: RunFolder, name: str, source: Path, parameters: dict, force: b
 
 
 @contextlib.contextmanager
-def _kernel():
+def own_kernel():
     """A kernel manager class that runs this Python interpreter, whatever kernels the user has installed as python3.
 
     It communicates over Unix sockets in a private folder; TCP ports would be open to all users of the machine.
@@ -287,18 +300,21 @@ def _write_html(notebook: Path, page: Path) -> None:
 
 
 def print_summary(run: RunFolder, teacher_ckpt: str) -> None:
-    """Print the table of metrics, the result of the shipped student for comparison, and where to find the output."""
+    """Print how good the student is, beside its teacher and the student that ships; what was made; what comes next."""
     report, shipped = run.path / "report.json", SHIPPED_STUDENT / "report.json"
     if report.exists():
-        print(format_table(json.loads(report.read_text())))
+        print("", format_summary(json.loads(report.read_text(encoding="utf-8"))), sep="\n")
     if report.exists() and teacher_ckpt == DEFAULT_WORLD and shipped.exists():
         best = json.loads(shipped.read_text())["student_1"]
         print(
-            "\nThe student that ships with dimo, the best of three longer runs, has a validity of "
-            f"{best['validity']:.3f} and a coverage of {best['coverage']:.3f}; `dimo evaluate` evaluates it."
+            f"\nThe student that ships with dimo was trained for longer: validity {best['validity']:.3f}, "
+            f"coverage {best['coverage']:.3f}."
         )
-    made = [name for name in ("report.html", "sheet.png") if (run.path / name).exists()]
-    print(f"\nSee {', '.join(f'{run.path}/{name}' for name in made)} and {run.path}/notebooks/")
+    after = {"evaluate": "the student that ships"} if teacher_ckpt == DEFAULT_WORLD else {}
+    if (run.path / "checkpoints" / "final").exists():
+        after[sampling(run.path, teacher_ckpt)] = "a video"
+    after["train -c shapes optim.lr=5e-4 --name slow"] = "another run, with a key changed"
+    print("", ending(run.path, ["report.html", "sheet.png", "notebooks", "checkpoints/final"], after), sep="\n")
 
 
 def _require_jupyter():

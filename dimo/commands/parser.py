@@ -6,8 +6,9 @@ import argparse
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
+from dimo import __version__
 from dimo.commands.check_alignment import add_check_alignment
 from dimo.commands.examples import EXAMPLES, examples
 from dimo.commands.sample import Request
@@ -26,16 +27,29 @@ flags: the last part of every configuration key is also a flag (`--lr 5e-4` is o
 `dimo config` lists all keys with their meanings."""
 
 
-def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+class Parser(argparse.ArgumentParser):
+    """Tells a slip in one sentence; what is left out, with an example of how the command is called."""
+
+    def error(self, message: str) -> NoReturn:
+        left_out = message.partition("the following arguments are required: ")[2]
+        name = self.prog.removeprefix("dimo ")
+        known = next((some for some in EXAMPLES if name.startswith(some)), "")
+        example = f", as in `dimo {known} {next(iter(EXAMPLES[known]))}`" if known and left_out else ""
+        what = f"needs {left_out.upper().replace('-O/--OUT', '-o FOLDER')}{example}" if left_out else message
+        self.exit(2, f"dimo: {name}{' ' if left_out else ': '}{what}; see {self.prog} --help\n")
+
+
+def make_parser() -> tuple[Parser, dict[str, Parser]]:
     """The parser, and those of its subcommands by name. The parsed arguments have the subcommand as `command`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="dimo",
         description="Distil a discrete video diffusion model into a one-step generator.",
         epilog=examples([name for name in EXAMPLES if " " not in name], most=1)
         + "\n\nRepeating a command resumes its run. Run folders are runs/<name>/.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(metavar="command", dest="command", required=True)
+    parser.add_argument("--version", action="version", version=f"dimo {__version__}", help="show the version")
+    commands = parser.add_subparsers(metavar="command", dest="command")
     command = partial(_command, commands)
     _add_training(command)
     _add_results(command)
@@ -97,14 +111,10 @@ def _add_training(command: Callable) -> None:
     sub.add_argument("--lrs", help="the student's learning rates to choose from, instead of the grid's")
     sub.add_argument("--arm", "--method", action="append", dest="arms", metavar="NAME",
                      help="only this arm, such as reinforce; may be repeated")  # fmt: skip
-    sub.add_argument(
-        "--world",
-        action="append",
-        dest="worlds",
-        metavar="NAME",
-        help="only this world, such as 'N = 48'; may be repeated",
-    )
-    sub.add_argument("--jobs", type=_integer, default=1, help="number of processes, a GPU each (default: %(default)s)")
+    sub.add_argument("--world", action="append", dest="worlds", metavar="NAME",
+                     help="only this world, such as 'N = 48'; may be repeated")  # fmt: skip
+    sub.add_argument("--jobs", type=_integer,
+                     help="number of processes, which share the GPUs there are (default: one per GPU)")  # fmt: skip
     sub.add_argument("--together", type=_integer, default=1,
                      help="number of runs that a process trains at a time (default: %(default)s)")  # fmt: skip
     sub.add_argument("--minutes", type=_number, help="stop after so long; the same command goes on")
@@ -122,6 +132,7 @@ def _add_results(command: Callable) -> None:
     sub.add_argument("--student_ckpt", help="the same, as a flag")
     sub.add_argument("-o", "--out", "--out_dir", help="folder for report.json and sheet.png (default: the run folder "
                      "if one was given, else runs/evaluation)")  # fmt: skip
+    sub.add_argument("--all", action="store_true", help="print every metric with its interval, in a wide table")
     sub.add_argument("--set", action="append", default=[], help=argparse.SUPPRESS)  # key=value, in its older spelling
     _overrides(sub)
 

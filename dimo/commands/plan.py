@@ -16,8 +16,11 @@ from dimo.commands.dry_run import DryRun, dry_run, empty_ursa
 from dimo.config import Config, load_config, to_flat
 from dimo.errors import DimoError
 from dimo.run.launch import engine_kind
+from dimo.run.progress import CostBar
+from dimo.worlds import checkpoint_folder, is_world
 
 GIB = 2**30
+SPARE = 2 * GIB  # for what is not covered
 NETWORKS = {"teacher": "teacher", "student": "student", "aux": "auxiliary", "ema": "moving average"}
 UNSEEN = (
     "not covered: values, speed, workspaces of GPU kernels, allocator fragmentation, NCCL buffers, the CUDA context "
@@ -101,6 +104,7 @@ def parts_of(run: DryRun, kind: str, num_processes: int) -> dict[str, int]:
     if kind == "deepspeed_zero2":
         kept, gradients = (kept + sum(run.trained.values())) // n, gradients // n
     parts = {f"weights of the {NETWORKS.get(name, name)}": size for name, size in run.weights.items()}
+    parts |= {"bf16 copies of the weights": run.copies} if run.copies else {}
     return parts | {"optimizers": kept, "gradients": gradients, "activations and logits": activations}
 
 
@@ -160,21 +164,42 @@ def alternatives(plan: Plan, size: str | None, preset: str | None, overrides: Se
         engines = [f"training.engine={engine}" for engine in ("deepspeed_zero2", "fsdp2")]
         changes += [[*some, engine] for engine in engines for some in ([], sparing)[: 1 + bool(sparing)]]
     found = {}
-    for change in changes:
-        print(f"dimo: trying {' '.join(change)}", file=sys.stderr)
-        with contextlib.suppress(DimoError):  # the engine does not support the optimizer
-            words = [word for some in change for word in some.split()]
-            found[" ".join(change)] = _go_through(load_config(preset, [*overrides, *words]), size).total
+    with CostBar("plan", len(changes), "changes tried") as bar:
+        for i, change in enumerate(changes):
+            bar.show(i, " ".join(change))
+            with contextlib.suppress(DimoError):  # the engine does not support the optimizer
+                words = [word for some in change for word in some.split()]
+                found[" ".join(change)] = _go_through(load_config(preset, [*overrides, *words]), size).total
+        bar.show(len(changes), "done")
     return found
+
+
+def largest_batch(plan: Plan, size: str | None, preset: str | None, overrides: Sequence[str], memory: float) -> str:
+    """The largest batch per GPU in `memory` bytes less SPARE, as text; arguments as in `alternatives`.
+
+    In place of no activation checkpointing it is that with pointwise, which costs hardly any time. Memory grows in
+    proportion to the batch, so two dry runs tell it.
+    """
+    how, batch = plan.config.model.activation_checkpointing, plan.config.distill.batch_size_per_gpu
+    how, totals = "pointwise" if how == "none" else how, []
+    for samples in (batch, 2 * batch):
+        print(f"dimo: trying {how}, batch {samples}", file=sys.stderr)
+        words = f"model.activation_checkpointing={how}", f"distill.batch_size_per_gpu={samples}"
+        totals.append(_go_through(load_config(preset, [*overrides, *words]), size).total)
+    each = (totals[1] - totals[0]) / batch
+    more = max(0, int((memory - SPARE - totals[0]) // each))
+    takes = (totals[0] + more * each) / GIB
+    return f"model.activation_checkpointing={how} distill.batch_size_per_gpu={batch + more}, {takes:.2f} GiB"
 
 
 def format_plan(plan: Plan, name: str, memory: float) -> str:
     """The plan as text; `name` is the model, `memory` that of one GPU, in bytes."""
     d, t, n = plan.config.distill, plan.config.training, plan.run.num_visual_tokens
-    videos = d.batch_size_per_gpu * t.num_processes * t.gradient_accumulation_steps
+    videos = d.batch_size_per_gpu * t.num_processes // t.sequence_parallel * t.gradient_accumulation_steps
     lines = [
         f"{name} at {d.num_frames}x{d.height}x{d.width}: {n:,} tokens per video, {d.batch_size_per_gpu} video(s) per "
-        f"GPU, {t.num_processes} GPU(s), engine {t.engine}, mixed_precision {t.mixed_precision}",
+        f"GPU, {t.num_processes} GPU(s), engine {t.engine}, mixed_precision {t.mixed_precision}, "
+        f"attention {plan.config.model.attention}",
         "",
         f"{'per GPU':32}{'GiB':>8}",
         *(f"{part:32}{size / GIB:8.2f}" for part, size in plan.parts.items()),
@@ -250,8 +275,12 @@ def plan_report(
         tokens = plan.run.num_visual_tokens
         went = f"one step ran as rank 0 of {config.training.num_processes}; {tokens:,} tokens per video"
         return "\n".join([went, f"peak: {plan.total / GIB:.2f} GiB", *_collectives(plan), UNSEEN])
+    name = f"URSA-{size}" if size else str(config.distill.teacher_ckpt)
+    print(f"plan: a step of {name} on tensors without values; half a minute for 1.7B", file=sys.stderr, flush=True)
     plan, memory = make_plan(config, size, memory_gib), gpu_memory(memory_gib)
-    text = format_plan(plan, f"URSA-{size}" if size else str(config.distill.teacher_ckpt), memory)
+    text = format_plan(plan, name, memory)
     if plan.total > memory:
         text += "\n\n" + format_alternatives(alternatives(plan, size, preset, overrides), memory)
+    elif size is not None or not is_world(checkpoint_folder(config.distill.teacher_ckpt)):
+        text += f"\n\nlargest batch: {largest_batch(plan, size, preset, overrides, memory)}"
     return text

@@ -20,6 +20,7 @@ from dimo.data.readers import caption_column, caption_text, read_rows
 from dimo.errors import DimoError, reason, require_shape
 from dimo.files import save_file, whole_file, write_text
 from dimo.run.origin import run_config, run_of
+from dimo.run.progress import CostBar
 from dimo.ursa import Ursa, UrsaTransformer, load_ursa, sample
 from dimo.ursa.device import pick_device, pick_dtype
 from dimo.ursa.frames import eight_bits
@@ -190,27 +191,32 @@ def sample_to_folder(request: Request, prompts: list[str], out: str | Path) -> l
     if not prompts:
         raise DimoError("prompts must not be empty; give --prompt or --prompt_file")
     sampler = open_sampler(request, prompts)
-    ursa, r = sampler.ursa, sampler.request
-    if ursa.vae is None:
-        log.warning("codes will be written instead of frames: %s", ursa.no_vae)
+    if sampler.ursa.vae is None:
+        log.warning("codes will be written instead of frames: %s", sampler.ursa.no_vae)
     written = []
-    for i, prompt in enumerate(prompts):
-        kept, start = _cut_to(ursa, prompt, sampler.max_prompt_length), time.perf_counter()
-        codes = sampler.codes(prompt, r.seed)
-        made = {"prompt_cut_to": kept, "seconds_sampling": time.perf_counter() - start}
-        stem = Path(out) / f"{i:04d}"
-        if ursa.vae is None:
-            file = _write_codes(stem, codes)
-            made["no_frames"] = ursa.no_vae
-        else:
-            frames = ursa.decode(codes)[0].cpu()
-            file = _write_frames_or_codes(stem, frames, codes)
-            made["frames"] = len(frames)
-        how = {"file": file.name, "prompt": prompt, **dataclasses.asdict(r), **made}
-        how |= {"dimo": dimo.__version__, "torch": torch.__version__}
-        write_text(file.with_suffix(".json"), json.dumps(how, indent=2, ensure_ascii=False) + "\n")
-        written.append(file)
+    with CostBar("sample", len(prompts), "videos", shown=len(prompts) > 1) as bar:
+        for i, prompt in enumerate(prompts):
+            written.append(_sample_one(sampler, prompt, Path(out) / f"{i:04d}"))
+            bar.show(i + 1, prompt)
     return written
+
+
+def _sample_one(sampler: Sampler, prompt: str, stem: Path) -> Path:
+    ursa, r = sampler.ursa, sampler.request
+    kept, start = _cut_to(ursa, prompt, sampler.max_prompt_length), time.perf_counter()
+    codes = sampler.codes(prompt, r.seed)
+    made = {"prompt_cut_to": kept, "seconds_sampling": time.perf_counter() - start}
+    if ursa.vae is None:
+        file = _write_codes(stem, codes)
+        made["no_frames"] = ursa.no_vae
+    else:
+        frames = ursa.decode(codes)[0].cpu()
+        file = _write_frames_or_codes(stem, frames, codes)
+        made["frames"] = len(frames)
+    how = {"file": file.name, "prompt": prompt, **dataclasses.asdict(r), **made}
+    how |= {"dimo": dimo.__version__, "torch": torch.__version__}
+    write_text(file.with_suffix(".json"), json.dumps(how, indent=2, ensure_ascii=False) + "\n")
+    return file
 
 
 def write_frames(stem: Path, frames: torch.Tensor, fps: int = FPS) -> Path:

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
+from dimo.commands.ending import next_commands
 from dimo.commands.examples import examples
 from dimo.worlds.registry import WORLDS
 from dimo.worlds.teacher import RECIPES, TeacherRecipe, make_teacher
@@ -43,3 +44,5 @@ def world_train(args: argparse.Namespace) -> None:
         return kind(**{field.name: getattr(args, field.name) for field in dataclasses.fields(kind)})
 
     print(make_teacher(chosen(WORLDS[args.world]), chosen(TeacherRecipe), Path(args.out)))
+    print(f"written: {args.out}, a checkpoint folder in URSA's layout")
+    print(next_commands({f"inspect {args.out}": "its sizes, which a training on it needs"}))

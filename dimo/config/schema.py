@@ -56,8 +56,9 @@ class Model:
         False, "torch.compile the transformer layers (GPU, backend native); compiling takes about a minute"
     )
     activation_checkpointing: str = _key(
-        "none", "none, selective (keep attention outputs, recompute the rest) or full; backend native only"
+        "none", "none, or recompute: pointwise (norms, RoPE, SwiGLU), selective (all but attention), full; only native"
     )
+    attention: str = _key("auto", "kernel of attention: auto (fa4 where it works), fa4, cudnn, flash or math")
     train_embeddings: bool = _key(
         True, "train the token embeddings; false: frozen at the teacher's, one copy shared by all networks"
     )
@@ -283,9 +284,8 @@ class Optim:
     beta2: float = _key(0.99, "AdamW beta2 (decay of the second moment)")
     weight_decay: float = _key(0.0, "AdamW decoupled weight decay")
     max_grad_norm: float = _key(1.0, "gradient-norm clipping threshold, applied to student and auxiliary separately")
-    ema_decay: float = _key(
-        0.9995, "decay of the student's weight EMA, which is what is sampled and saved as the final student"
-    )
+    ema_decay: float = _key(0.9995, "decay of the student's weight EMA, which is sampled and saved as the student")
+    ema_every: int = _key(1, "steps between updates of the EMA, whose decay is then that of so many steps")
 
 
 @dataclasses.dataclass
@@ -297,9 +297,9 @@ class Training:
         "ddp", "multi-process engine: ddp, fsdp2, deepspeed_zero2, or path of an accelerate YAML file", path=True
     )
     gradient_accumulation_steps: int = _key(1, "micro-batches of batch_size_per_gpu samples per update")
+    sequence_parallel: int = _key(1, "GPUs that divide the tokens of each sample; they share one batch_size_per_gpu")
     cuda_graph: bool = _key(
-        False,
-        "replay the training step of a built-in world as a CUDA graph: with model.compile a fifth of the time; one GPU",
+        False, "replay the step of a built-in world as a CUDA graph: with model.compile a fifth of the time; one GPU"
     )
     max_bad_steps: int = _key(5, "consecutive steps skipped for NaN or infinity before training stops with an error")
 

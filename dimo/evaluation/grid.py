@@ -39,7 +39,7 @@ from dimo.worlds.teacher import TeacherRecipe
 
 PARTS = {"about", "base", "worlds", "arms", "rates", "tuning_seeds", "seeds"}
 STEPS = "training.max_train_steps"
-TEACHER_STEPS = 25  # at which the teacher is scored beside every reported student
+TEACHER_STEPS = 25  # at which teachers are scored, once for each world and guidance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,9 +102,8 @@ class Grid:
             rates = {"lr": rate, "aux_lr": rate * o.aux_lr / o.lr, "muon_lr": rate * o.muon_lr / o.lr}
             words += [f"optim.{name}={value}" for name, value in rates.items()]
         folder = out / f"{_slug(place.name)}-{_slug(arm)}-lr{rate if rate else 'own':.6}-seed{seed}"
-        steps = [] if seed in self.tuning_seeds else [f"evaluation.teacher_steps=[{TEACHER_STEPS}]"]
         own = [f"experiment.seed={seed}", f"experiment.output_dir={folder}", f"experiment.name={self.name}"]
-        return folder, ["evaluation.teacher_steps=[1]", "evaluation.judged_videos=0", *steps, *words, *own]
+        return folder, ["evaluation.teacher_steps=[1]", "evaluation.judged_videos=0", *words, *own]
 
     def _steps(self, words: list[str]) -> int:
         return self._load([word for word in words if not _is_share(word)]).training.max_train_steps

@@ -67,7 +67,7 @@ def _speed(run: RunFolder) -> float | None:
 def format_runs(runs: list[Run]) -> str:
     """A table with state, step/max, steps/s, time since the last update and name; a failed run's error below it."""
     if not runs:
-        return "no runs"
+        return "no runs; `dimo run -c shapes` makes the first"
     rows = [("state", "step", "steps/s", "age", "name")]
     for run in runs:
         speed = "-" if run.steps_per_s is None else f"{run.steps_per_s:.3g}"

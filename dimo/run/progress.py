@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import statistics
 import sys
 import time
@@ -12,6 +14,7 @@ from tqdm import tqdm
 
 RECENT = 50  # steps for the median duration, which ignores compiling and saving
 EVERY_S = 10.0  # seconds between lines of a `CostBar`
+A_LINE = re.compile(r"[a-z][a-z ]*? \d+/\d+ ")  # how a line of `Progress` or `CostBar` begins
 
 
 class Progress:
@@ -92,6 +95,34 @@ class CostBar:
             left = (now - self.begin[0]) / worked * (self.total - done) if worked else None
             eta = "" if left is None else f"  ETA {tqdm.format_interval(left)}"
             print(f"{self.name} {done}/{self.total} {self.unit}  {what}{eta}", file=sys.stderr, flush=True)
+
+
+class OneLine:
+    """stderr for the lines of progress of another process, a kernel or a worker: in a terminal each replaces the last.
+
+    Everything else is passed on, and so is everything where stderr is no terminal.
+    """
+
+    def __init__(self) -> None:
+        self.is_open = False  # the cursor is behind a line of progress
+
+    def write(self, text: str) -> int:
+        for line in text.splitlines(keepends=True) if sys.stderr.isatty() else [text]:
+            self.clear()
+            self.is_open = sys.stderr.isatty() and bool(A_LINE.match(line))
+            if self.is_open:
+                line = line.rstrip("\n")[: shutil.get_terminal_size().columns - 1]
+            sys.stderr.write(line)
+        return len(text)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+    def clear(self) -> None:
+        """Take away the line of progress, for what is printed next."""
+        if self.is_open:
+            sys.stderr.write("\r\x1b[K")
+            self.is_open = False
 
 
 def _speed(seconds: float) -> str:

@@ -103,8 +103,12 @@ def _train(
     c, last = trainer.config.experiment, trainer.config.training.max_train_steps
     _require_one_run(trainer)
     first = _resume(trainer, run, checkpoints)
+    if progress and run.writes:
+        begin = f"steps {first} to {last} of {run.path}; Ctrl-C saves and stops, the same command goes on"
+        print(f"dimo: {begin}", file=sys.stderr, flush=True)
     if trainer.prompts.about:
         run.say(trainer.prompts.about)
+    run.say(trainer.attention.about, aloud=trainer.attention.surprises)
     _say_alignment(trainer, run)
     run.cut_at(first)
     run.write_environment()
@@ -114,12 +118,15 @@ def _train(
     watch = Watch(trainer, run, first)
     bar = Progress(first, last, shown=progress and run.writes)
     clock, since = time.perf_counter(), first
+    trainer.cold_start.mark("networks and checks")
     for index in bar:
         try:
             step, extra = trainer.step(index)
         finally:
             _drain_events(trainer, run)
         done = index + 1
+        if index == first:
+            run.say(trainer.cold_start.end())
         # one small all-reduce: has any rank received a signal, and have all ranks written their files of a checkpoint
         told, written = count_ranks([signals.received is not None, checkpoints.written()], trainer.device)
         if written == trainer.accelerator.num_processes:
@@ -129,6 +136,7 @@ def _train(
             _drain_events(trainer, run)
             seconds = (time.perf_counter() - clock) / (done - since)
             values["time/step_s"] = seconds
+            values |= trainer.cold_start.once()
             values["tokens_per_s"] = trainer.tokens_per_step / seconds
             if watch.is_due(done):
                 values |= watch.measure()

@@ -96,11 +96,17 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def read_weights(source: str | Path) -> dict[str, torch.Tensor]:
-    """Read a full state dict from a weights file (.safetensors, .bin, .pt), or a folder with one or with its shards."""
+def read_weights(source: str | Path, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
+    """Read a full state dict from a weights file (.safetensors, .bin, .pt), or a folder with one or with its shards.
+
+    Safetensors files are mapped, and with a GPU as `device` each tensor goes there by itself; others stay on the CPU.
+    """
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:  # which safetensors takes for the first GPU
+        device = torch.device("cuda", torch.cuda.current_device())
     state: dict[str, torch.Tensor] = {}
     for file in weight_files(source):
-        _join(state, _read_safetensors(file) if file.suffix == ".safetensors" else read_pickle(file), file)
+        _join(state, _read_safetensors(file, device) if file.suffix == ".safetensors" else read_pickle(file), file)
     return state
 
 
@@ -139,9 +145,10 @@ def weight_dtypes(source: str | Path) -> list[str]:
     return [DTYPES.get(name, name) for name, _ in found.most_common()]
 
 
-def _read_safetensors(file: Path) -> dict[str, torch.Tensor]:
+def _read_safetensors(file: Path, device: torch.device) -> dict[str, torch.Tensor]:
     try:
-        return load_file(file)
+        # safetensors knows no "cpu:0", which is accelerate's name of the CPU of one of several processes
+        return load_file(file, "cpu" if device.type == "cpu" else str(device))
     except SafetensorError as error:
         raise _damaged(file, error) from error
 

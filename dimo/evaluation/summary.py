@@ -1,0 +1,55 @@
+"""What a report says in a few lines that fit into a terminal of 80 to 100 columns."""
+
+from __future__ import annotations
+
+from dimo.evaluation.comparison import AGAIN
+from dimo.evaluation.evaluate import student_row
+
+# the metrics that decide, with an oracle and without; all others are in report.json and report.html
+ORACLE = {
+    "validity": "share of videos that are exactly one that the world can make",
+    "adherence": "share of videos that are nearest to one of their own prompt",
+    "coverage": "how evenly valid videos use what their prompt leaves open; best 1",
+}
+JUDGE = {
+    "nll_difference": "how much less likely the teacher finds them than its own videos, nats per token; best 0",
+    "retrieval": "share of videos that fit their own prompt better than others; best 1",
+    "feature_coverage": "share of the teacher's videos that have one of these near them; best the last row's",
+    "spread_ratio": "how far the videos of a prompt differ, relative to the teacher's; best 1, near 0 a collapse",
+}
+CODES = {
+    "spread": "how far the videos of a prompt differ; near 0 a collapse",
+    "distinct": "share of different videos among those of a prompt",
+}
+KINDS = {"student": "student", "untrained": "what it started from", "teacher": "teacher"}
+
+
+def format_summary(rows: dict[str, dict]) -> str:
+    """The metrics that decide as a table, a row for each sampler, and what they mean.
+
+    Args:
+        rows: a report, as `evaluate_to_folder` returns it.
+    """
+    student = rows[student_row(rows)]
+    columns = next(some for some in (ORACLE, JUDGE, CODES) if some is CODES or some.keys() <= student.keys())
+    shown = {title_of(name): row for name, row in rows.items() if not name.endswith("argmax")}
+    if columns is ORACLE:
+        shown.pop(next((title_of(name) for name in rows if name.endswith(AGAIN)), ""), None)
+    first = max(map(len, shown))
+    lines = [" " * first + "".join(f"  {name:>9}" for name in columns)]
+    for title, row in shown.items():
+        cells = (f"  {_number(row.get(name)):>{max(9, len(name))}}" for name in columns)
+        lines.append(f"{title:{first}}{''.join(cells)}")
+    lines += ["", *(f"{name}: {meaning}" for name, meaning in columns.items())]
+    return "\n".join(lines)
+
+
+def title_of(row: str) -> str:
+    """The name of a report's row in words: student_1 is "student, 1 pass"."""
+    kind, steps = row.removesuffix(AGAIN).split("_")[:2]
+    title = f"{KINDS[kind]}, {steps} {'pass' if steps == '1' else 'passes'}"
+    return f"{title}, other noise" if row.endswith(AGAIN) else title
+
+
+def _number(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.3f}"
