@@ -210,18 +210,19 @@ def test_places_are_equally_likely(sprites):
             assert torch.bincount(labels, minlength=16).tolist() == [count // 16] * 16
 
 
+@pytest.fixture(scope="module")
+def exact(small):
+    return ExactTeacher(small[0], MetricPath(small[0].codebook(), 0.9, 3.0))
+
+
 @pytest.mark.parametrize("t, asked", [(0.1, 5), (0.03, None)])
-def test_the_exact_teacher_is_bayes_rule_over_all_clips(small, generator, t, asked):
+def test_the_exact_teacher_is_bayes_rule_over_all_clips(small, exact, generator, t, asked):
     world, prompts, videos = small
-    path = MetricPath(world.codebook(), 0.9, 3.0)
-    x_t = path.sample(videos[torch.randint(len(videos), (1,), generator=generator)].long(), t, generator)
-    txt_ids = (
-        encode(world, world.prompts[5:6]) if asked is not None else torch.zeros_like(encode(world, world.prompts[:1]))
-    )
-    got = ExactTeacher(world, path).predict(txt_ids, x_t, world.latents_shape, t)
-    beta, points = 3.0 * (t / (1 - t)) ** 0.9, path.codebook.double()
-    log_p = -beta * torch.cdist(points, points).square()  # of x_t by x_1, symmetric but for the normaliser
-    log_p = (log_p - log_p.logsumexp(0))[x_t[0]]  # (N, K)
+    x_t = exact.path.sample(videos[torch.randint(len(videos), (1,), generator=generator)].long(), t, generator)
+    txt_ids = encode(world, world.prompts[5:6]) * (asked is not None)  # 0 is <pad>
+    got = exact.predict(txt_ids, x_t, world.latents_shape, t)
+    beta, points = 3.0 * (t / (1 - t)) ** 0.9, exact.path.codebook.double()
+    log_p = (-beta * torch.cdist(points, points).square()).log_softmax(0)[x_t[0]]  # log p_t(x_t | x_1), (N, K)
     clip = torch.cat([log_p.gather(1, part.T.long()).sum(0) for part in videos.split(4096)])
     number = torch.bincount(prompts)[prompts].double()  # every prompt's clips are as likely as another's
     prior = 1 / (108 * number)
