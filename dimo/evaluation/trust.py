@@ -17,7 +17,8 @@ from dimo.errors import DimoError, require_shape
 FILE = Path(__file__).with_name("trust.json")
 WEAK = 0.8  # a correlation below it
 RESAMPLES = 2000
-# The figure of the oracle that each metric stands in for where there is none, chosen before anything was measured.
+# The figure of the oracle that each metric stands in for where there is none. Chosen beforehand, but for right_prompt:
+# adherence, which was tried first, counts ties in favour, and calls the plain videos of a collapsed student right.
 ALL = "all three"  # their product
 STANDS_FOR = (
     dict.fromkeys(("token_entropy", "teacher_nll", "nll_difference"), "token_accuracy")
