@@ -128,7 +128,7 @@ def are_finite(weights: torch.Tensor) -> bool:
 
 def capturing(tensor: torch.Tensor) -> bool:
     """Whether a CUDA graph is being captured: values cannot be read back then; the warm-up steps have checked them."""
-    return tensor.is_cuda and torch.cuda.is_current_streamcapturing()
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _spell(shape: tuple) -> str:

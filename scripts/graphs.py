@@ -1,10 +1,11 @@
 """Check training.cuda_graph on a GPU, and time it.
 
     python scripts/graphs.py                  # all checks, then times; exit code 1 if a check fails
-    python scripts/graphs.py steps time       # some of them: steps eager resume seeds nan time
+    python scripts/graphs.py steps time       # some of them: steps tiles eager resume seeds nan time
     python scripts/graphs.py time --compile   # with model.compile=true
 
-Preset shapes_long in small runs. "off by" is the norm of the difference of the weights of student, auxiliary and EMA,
+Preset shapes_long in small runs, and for `tiles` a world of 320 tokens x 1,000 codes, whose logits are made in chunks;
+scripts/steps.py times such worlds. "off by" is the norm of the difference of the weights of student, auxiliary and EMA,
 as a share of what the weights have moved. A sampled token that flips changes more than rounding, so what is compared is
 first compared with itself: a second run of the ordinary steps gives the noise, which the graphs may exceed threefold.
 """
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from steps import make_tiles
 
 from dimo.config import load_config
 from dimo.errors import DimoError, trusted_values
@@ -46,6 +48,20 @@ CASES = {  # 40 steps of training, of which the first STEPS are made
     "stage 7 in every second step": ["distill.w_kd=0.5", "distill.kd_every=2"],
     "reinforce": ["distill.estimator=reinforce"],
     "forward KL, AdamW": ["distill.divergence=forward", "optim.optimizer=adamw", "distill.w_reinforce=0.1"],
+}  # fmt: skip
+TILES = {
+    "exact teacher and target": ["distill.teacher=exact", "distill.aux_target=exact"],
+    "exact teacher, stabilisers, guidance 3, mixed times": [
+        "distill.teacher=exact", "distill.t_curriculum_steps=7", "distill.lambda_ent=0.02", "distill.t_shift=law",
+        "distill.lambda_ent_high=0.2", "distill.entropy_floor=0.9999", "distill.guidance_scale=3",
+        "distill.t_per=mixed",
+    ],
+    "network as teacher, guidance 3, exact target": ["distill.guidance_scale=3", "distill.aux_target=exact"],
+    "exact teacher, bf16": ["distill.teacher=exact", "training.mixed_precision=bf16"],
+    "exact teacher, bf16, AdamW": [
+        "distill.teacher=exact", "training.mixed_precision=bf16", "optim.optimizer=adamw", "optim.ema_every=3",
+    ],
+    "network as teacher, bf16, guidance 3": ["distill.guidance_scale=3", "training.mixed_precision=bf16"],
 }  # fmt: skip
 STEPS = 14  # three ordinary ones of each kind, then replays
 SMALL = [
@@ -88,10 +104,16 @@ def without_capture(trainer: Trainer, steps: int) -> None:
     torch.cuda.synchronize()
 
 
-def steps(folder: Path) -> bool:
+def tiles(folder: Path) -> bool:
+    """The same of a larger world, whose teacher has learnt nothing."""
+    keys = make_tiles(folder / "world", 320, 1_000)
+    return steps(folder, {name: [*keys, *more] for name, more in TILES.items()})
+
+
+def steps(folder: Path, cases: dict[str, list[str]] = CASES) -> bool:
     """Replays against the same steps without capture; metrics, memory and events too."""
     good = True
-    for name, more in CASES.items():
+    for name, more in cases.items():
         made: list[tuple[Trainer, torch.Tensor]] = []
         for capture in (False, False, True):
             trainer = trainer_for(folder / "steps", *more)
@@ -241,7 +263,7 @@ def times(folder: Path) -> bool:
     return True
 
 
-CHECKS = {"steps": steps, "eager": eager, "resume": resume, "seeds": seeds, "nan": nan, "time": times}
+CHECKS = {"steps": steps, "tiles": tiles, "eager": eager, "resume": resume, "seeds": seeds, "nan": nan, "time": times}
 
 
 def main() -> None:

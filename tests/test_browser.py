@@ -17,6 +17,7 @@ import torch
 from dimo.commands.report import write_run_report
 from dimo.config import load_config, to_yaml
 from dimo.run.folder import RunFolder
+from dimo.train.trainer import Trainer
 from dimo.ursa.weights import read_weights
 from dimo.views.explorer_view import ExplorerView, colours_of, scale_of
 from dimo.views.models import open_models
@@ -94,15 +95,32 @@ def same_pixels(canvas, explorer, request):
     return all(shown.get(colour, 0) > least for colour in expected(explorer, request))
 
 
-@pytest.fixture
-def lab(tmp_path):
-    """JupyterLab on the tour, with few videos, in a process of its own; yields the notebook's address."""
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished run of a few steps."""
+    folder = tmp_path_factory.mktemp("runs") / "few"
+    keys = ["training.max_train_steps=4", "experiment.save_every=2", "experiment.sample_every=4"]
+    keys += ["distill.batch_size_per_gpu=2", "model.device=cpu", f"experiment.output_dir={folder}"]
+    Trainer(load_config("smoke", keys)).train(progress=False)
+    return folder, keys
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory, trained):
+    """JupyterLab in a process of its own, for the tour with few videos, 01 and 04; yields its address."""
+    tmp_path = tmp_path_factory.mktemp("lab")
     (tmp_path / "root").mkdir()
-    notebook = json.loads((Path(__file__).parents[1] / "notebooks" / "00_tour.ipynb").read_text())
-    for cell in notebook["cells"]:
-        if "parameters" in cell["metadata"].get("tags", []):
-            cell["source"] = "prompts_shown, videos_per_prompt, seed = 2, 4, 0"
-    (tmp_path / "root" / "x.ipynb").write_text(json.dumps(notebook))
+    given = {
+        "00_tour": "prompts_shown, videos_per_prompt, seed = 2, 4, 0",
+        "01_inputs": f"config, overrides, clips, passes = 'smoke', {trained[1]}, 64, 25",
+        "04_diagnostics": f"config, overrides, follow = 'smoke', {trained[1]}, False",
+    }
+    for name, parameters in given.items():
+        notebook = json.loads((Path(__file__).parents[1] / "notebooks" / f"{name}.ipynb").read_text())
+        for cell in notebook["cells"]:
+            if "parameters" in cell["metadata"].get("tags", []):
+                cell["source"] = parameters
+        (tmp_path / "root" / f"{name}.ipynb").write_text(json.dumps(notebook))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -123,7 +141,7 @@ def lab(tmp_path):
                     break
             assert process.poll() is None, (tmp_path / "log").read_text()
             time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}/lab/tree/x.ipynb?reset"
+        yield f"http://127.0.0.1:{port}/lab/tree"
     finally:
         process.terminate()
         process.wait(20)
@@ -138,18 +156,82 @@ ASK = """async (code) => { let said = ""; const kernel = jupyterapp.shell.curren
   await asked.done; return said; }"""
 
 
-def test_in_jupyterlab_a_click_and_a_key_reach_python(browser, lab):
-    page, wrong = page_of(browser)
-    page.goto(lab)
+def run_all(page, address):
+    """Open a notebook and run all of its cells; returns what its checks say, by name."""
+    page.goto(f"{address}?reset")
     page.wait_for_function("() => window.jupyterapp?.shell.currentWidget?.context", timeout=60_000)
     page.evaluate(READY)
     page.evaluate(RUN)
+    return json.loads(page.evaluate(ASK, "import json; print(json.dumps(checks.rows))"))
+
+
+def said_by(page, code):
+    return json.loads(page.evaluate(ASK, f"import json; print(json.dumps({code}))"))
+
+
+def until(page, condition):
+    for _ in range(100):
+        if condition():
+            return
+        page.wait_for_timeout(100)
+    raise AssertionError("it did not come")
+
+
+def test_in_jupyterlab_the_checks_of_notebook_01_are_all_there(browser, lab):
+    page, wrong = page_of(browser)
+    rows = run_all(page, f"{lab}/01_inputs.ipynb")
+    assert all(passed for passed, _ in rows.values()) and "training's slice, of logits is not misread" in rows
+    assert wrong == []
+    page.close()
+
+
+def test_in_jupyterlab_notebook_04_leads_from_a_curve_to_a_token(browser, lab, trained):
+    """Clicks on a token and on the dashboard, keys, and t."""
+    page, wrong = page_of(browser)
+    rows = run_all(page, f"{lab}/04_diagnostics.ipynb")
+    assert all(passed for passed, _ in rows.values()) and "the student has not collapsed" in rows
+    page.wait_for_selector(".dimo .panel .row", timeout=60_000)
+    explorer = ExplorerView([open_models(trained[0])])
+    first, canvas = explorer.first_request(), page.query_selector_all(".dimo canvas.map")[1]
+    canvas.scroll_into_view_if_needed()
+    assert same_pixels(canvas, explorer, first)
+    before = page.evaluate(TOP)
+    canvas.click(position=cell_of(canvas, 2, 0, 1))
+    until(page, lambda: page.evaluate(TOP) != before)
+    assert same_top(page.evaluate(TOP), explorer.view(first | {"token": [2, 0, 1]})["panes"][0]["top"])
+    assert said_by(page, "explorer.asked['token']") == [2, 0, 1]
+    colours = colours_shown(canvas)
+    slider = page.query_selector(".dimo input[aria-label=t]")
+    slider.press("ArrowRight")
+    until(page, lambda: colours_shown(canvas) != colours)
+    until(page, lambda: said_by(page, "explorer.asked['panes'][0]['t']") == 0.21)
+    for key, where in (("ArrowDown", [2, 1, 1]), ("PageUp", [1, 1, 1])):
+        canvas.press(key)
+        until(page, lambda where=where: said_by(page, "explorer.asked['token']") == where)
+    canvas.press("s")
+    until(page, lambda: said_by(page, "explorer.asked['statistic']") == "kl_from_teacher")
+
+    curves = page.query_selector("img[alt^='curves of the training']")
+    curves.scroll_into_view_if_needed()
+    x, y = said_by(page, "(lambda b, f: [b.x0 / f.width + 0.02, 1 - b.y1 / f.height + 0.02])"
+                         "(board.figure.axes[0].bbox, board.figure.bbox)")  # fmt: skip
+    box = curves.bounding_box()
+    curves.click(position={"x": x * box["width"], "y": y * box["height"]})
+    until(page, lambda: said_by(page, "board.about.value") == "below: few at step 2")
+    page.wait_for_function("() => document.querySelectorAll('.dimo').length === 2")
+    assert said_by(page, "board.explorer.children[0].about['models']") == ["few, step 2"]
+    assert wrong == []
+    page.close()
+
+
+def test_in_jupyterlab_a_click_and_a_key_reach_python(browser, lab):
+    page, wrong = page_of(browser)
+    rows = run_all(page, f"{lab}/00_tour.ipynb")
+    assert all(passed for passed, _ in rows.values()) and len(rows) == 3
     page.wait_for_selector(".dimo .panel .row", timeout=60_000)
     canvas = page.query_selector_all(".dimo canvas.map")[1]
     explorer = ExplorerView([open_models("shapes", student=SHIPPED_STUDENT)])
     canvas.scroll_into_view_if_needed()
-    page.wait_for_function("() => document.querySelector('.jp-Notebook').innerText.includes('ok   every prompt has')")
-    assert "FAIL" not in page.inner_text(".jp-Notebook")
     first = explorer.first_request()
     assert same_pixels(canvas, explorer, first)
 
@@ -167,12 +249,8 @@ def test_in_jupyterlab_a_click_and_a_key_reach_python(browser, lab):
     canvas.press("ArrowLeft")
     page.wait_for_function("() => document.querySelector('.dimo').innerText.includes('frame 1, row 2, column 2')")
     pane = first["panes"][0] | {"t": 0.21}
-    for _ in range(50):
-        asked = json.loads(page.evaluate(ASK, "import json; print(json.dumps(explorer.asked))"))
-        if asked["token"] == [1, 2, 2]:
-            break
-        page.wait_for_timeout(100)
-    assert asked["token"] == [1, 2, 2] and asked["panes"] == [pane]
+    until(page, lambda: said_by(page, "explorer.asked['token']") == [1, 2, 2])
+    assert said_by(page, "explorer.asked['panes']") == [pane]
     assert same_pixels(canvas, explorer, first | {"panes": [pane], "token": [1, 2, 2]})
 
     said = page.evaluate(

@@ -42,6 +42,25 @@ def test_every_key_says_what_it_means():
     assert set(to_flat(load_config())) == set(config_keys())
 
 
+def test_a_protocol_replaces_what_a_preset_says_of_guidance_and_nothing_that_is_said_beside_it(tmp_path):
+    vbench = "distill.protocol=vbench"
+
+    def of(*words, config="distill_dimo"):
+        flat = to_flat(load_config(config, list(words)))
+        return tuple(flat[f"distill.{key}"] for key in ("guidance_scale", "negative_prompt", "motion_prefix"))
+
+    upstream = "worst quality, low quality, inconsistent motion, static, still, blurry, jittery, distorted, ugly"
+    assert of() == (3.0, "", "none")
+    assert of(vbench) == (7.0, upstream, "9")
+    assert of("distill.guidance_scale=5", vbench, "distill.negative_prompt=dull") == (5.0, "dull", "9")
+    file = tmp_path / "mine.yaml"
+    teacher = "teacher_ckpt: elsewhere, prompt_source: captions.txt"
+    file.write_text(f"distill: {{{teacher}, protocol: vbench, guidance_scale: 4}}\n", encoding="utf-8")
+    assert of(config=file) == (4.0, upstream, "9")
+    file.write_text(to_yaml(load_config("distill_dimo", [vbench, "distill.motion_prefix=3"])), encoding="utf-8")
+    assert of(config=file) == (7.0, upstream, "3")
+
+
 @pytest.mark.parametrize(
     ("config", "override", "sentence"),
     [
@@ -70,6 +89,9 @@ def test_every_key_says_what_it_means():
         (None, "distill.height=30", "height must be a multiple of 8, got 30; the nearest are 24 or 32"),
         (None, "evaluation.teacher_steps=[]", "evaluation.teacher_steps must list"),
         (None, "experiment.log_every=0", "experiment.log_every must be at least 1"),
+        (None, "distill.protocol=vbensh", "protocol must be none or vbench, got 'vbensh'; did you mean 'vbench'"),
+        (None, "distill.protocol=vbench", "needs a URSA checkpoint and a file of captions, but"),
+        ("distill_dimo_image", "distill.protocol=vbench", "is how videos are made, with a motion prefix, but"),
         ("distill_dimo", "training.cuda_graph=true", "cuda_graph=true needs distill.prompt_source=world, got"),
     ],
 )
@@ -175,7 +197,12 @@ def test_bad_files_are_refused_in_a_sentence(text, sentence, tmp_path):
 
 @pytest.mark.parametrize(
     ("size", "batch", "kept"),
-    [((17, 256, 256), 1, "none"), ((49, 320, 512), 1, "selective"), ((49, 320, 512), 2, "full")],
+    [
+        ((17, 256, 256), 1, "none"),
+        ((17, 256, 256), 2, "pointwise"),
+        ((49, 320, 512), 1, "selective"),
+        ((49, 320, 512), 2, "full"),
+    ],
 )
 def test_a_folder_without_a_preset_is_trained_with_what_fits(tmp_path, size, batch, kept):
     own = [f"distill.teacher_ckpt={tmp_path}", f"distill.batch_size_per_gpu={batch}"]

@@ -20,7 +20,7 @@ from dimo.errors import DimoError
 from dimo.run.folder import RunFolder
 from dimo.run.rows import RowReader
 from dimo.views.alarms import MEMORY, SPIKE, WINDOW, Alarms
-from dimo.views.dashboard import Dashboard, dashboard
+from dimo.views.dashboard import Dashboard, dashboard, nearest_checkpoint, place_in
 from dimo.views.figure import Figure
 from dimo.views.history import History, running_mean, thin
 from dimo.views.live import HEADLESS
@@ -293,10 +293,52 @@ def test_the_widget_follows_a_training_to_its_end_and_has_a_picture_beside_it(ru
     until(lambda: not board.follow.value)
     data = board._repr_mimebundle_()
     assert "application/vnd.jupyter.widget-view+json" in data and base64.b64decode(data["image/png"]) == board.png
-    assert board.png != first and board.image.value == board.png and board.about.value == ""
+    assert board.png != first and board.image.box.png == board.png and board.about.value == ""
     shown, whole = (matplotlib.image.imread(io.BytesIO(png)) for png in (board.png, dashboard_figure(run)._repr_png_()))
     assert np.array_equal(shown, whole)  # the widget and its twin
     assert board.sheets.images[0].value == (run.path / "samples" / "step-00000002.png").read_bytes()
+    board.close()
+
+
+def test_a_click_is_a_step_of_the_run_whose_line_is_nearest(tmp_path):
+    runs = []
+    for i in range(2):
+        runs.append(RunFolder(tmp_path / f"run{i}"))
+        runs[i].path.mkdir()
+        for step in (10, 20, 30):
+            runs[i].log({"step": step, "entropy/student": 1.0 + i, "loss/aux": float(step)})
+    figure = dashboard_figure(runs)
+    axis = panels(figure)["entropy, student (nats per token)"]
+    for i, step in ((0, 13.0), (1, 27.0)):
+        x, y = axis.transData.transform((step, 1.0 + i))
+        found = place_in(figure, x / figure.bbox.width, 1 - (y - 9) / figure.bbox.height)  # a little below the line
+        assert found == (i, pytest.approx(step))
+    assert place_in(figure, 0.001, 0.999) is None
+    run = runs[0]
+    with pytest.raises(DimoError, match="run0 has no checkpoint yet"):
+        nearest_checkpoint(run, 20)
+    for name in ("step-00000010", "step-00000040", "final"):
+        (run.path / "checkpoints" / name).mkdir(parents=True)
+    run.write_status(state="finished", step=40, max_steps=40)
+    assert [nearest_checkpoint(run, step) for step in (0, 24, 26, 99)] == [10, 10, "final", "final"]
+
+
+def test_a_click_on_the_widget_opens_the_explorer_there(run, live, monkeypatch):
+    log(run, 10, 20)
+    board, opened = dashboard(run), []
+    monkeypatch.setattr(
+        "dimo.views.dashboard.explore", lambda *asked: opened.append(asked) or __import__("ipywidgets").Label()
+    )
+    axis = board.figure.axes[0]
+    x, y = axis.transAxes.transform((0.5, 0.5))
+    place = {"x": x / board.figure.bbox.width, "y": 1 - y / board.figure.bbox.height}
+    board.image.box._handle_custom_msg(place, [])  # as the page sends it
+    assert "has no checkpoint yet" in board.about.value and opened == []
+    (run.path / "checkpoints" / "step-00000020").mkdir(parents=True)
+    for _ in range(2):
+        board.image.box._handle_custom_msg(place, [])
+    assert opened == [(board.board.histories[0].run, (20,))] * 2 and len(board.explorer.children) == 1
+    assert board.about.value == "below: run at step 20"
     board.close()
 
 

@@ -9,7 +9,8 @@ from processes import WITH_ZERO2, run_script
 from dimo.config import load_config
 from dimo.distill.step import nine_stages
 from dimo.errors import DimoError
-from dimo.train.engine import average, load_full_state
+from dimo.train.learner import average
+from dimo.train.sharded import load_full_state
 from dimo.train.trainer import Trainer, step_through
 from dimo.ursa import load_ursa, visual_logits
 from dimo.worlds import checkpoint_folder
@@ -26,13 +27,13 @@ SETTINGS = [
 ONE_STEP = f"""
 import sys
 import torch
-import dimo.train.engine as engine
+import dimo.train.learner as learner
 import dimo.train.trainer as module
 from dimo.distill.step import nine_stages
 from dimo.config import load_config
 
-engine.SENT_ALONE, send, sent = 5000, engine.Learner._send, []  # matrices alone while backward goes on, norms together
-engine.Learner._send = lambda self, p: (sent.append(p), send(self, p))[1]
+learner.SENT_ALONE, send, sent = 5000, learner.Learner._send, []  # norms together
+learner.Learner._send = lambda self, p: (sent.append(p), send(self, p))[1]
 load, shorten = module.load_ursa, torch.Tensor.float
 
 
@@ -301,21 +302,22 @@ def test_bf16_masters_are_float32_and_every_pass_sees_the_latest_weights():
 
 AVERAGE = """
 import pytest, torch, torch.distributed as dist
-import dimo.train.engine as engine
+import dimo.train.learner as learner
 from dimo.errors import DimoError
 from dimo.config import load_config
+from dimo.train.engine import Engine
 
 dist.init_process_group("gloo")
 for entries in (1, 7, 10_000):
-    engine.BUCKET_ENTRIES = entries
+    learner.BUCKET_ENTRIES = entries
     own = [torch.arange(n, dtype=torch.float64).add(100 * dist.get_rank() + n).view(shape)
            for n, shape in ((6, (2, 3)), (1, ()), (12, (3, 4)), (3, (3,)))]
     want = [t - 100 * dist.get_rank() + 50 for t in own]
-    engine.average(own)
+    learner.average(own)
     assert all(torch.equal(a, b) for a, b in zip(own, want)), entries
-engine.Engine(load_config("smoke", ["model.device=cpu", "optim.optimizer=adamw"]))
+Engine(load_config("smoke", ["model.device=cpu", "optim.optimizer=adamw"]))
 with pytest.raises(DimoError, match="muon needs full matrices, but fsdp2 shards them; use optim.optimizer=adamw"):
-    engine.Engine(load_config("smoke", ["model.device=cpu", "optim.optimizer=muon"]))
+    Engine(load_config("smoke", ["model.device=cpu", "optim.optimizer=muon"]))
 """
 
 

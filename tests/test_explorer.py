@@ -13,10 +13,11 @@ import pytest
 from dimo.commands.notebooks import _write_html
 from dimo.errors import DimoError
 from dimo.views import explorer as front
+from dimo.views import explorer_view
 from dimo.views.explorer_data import token_map
 from dimo.views.explorer_stored import stored
 from dimo.views.explorer_twin import twin
-from dimo.views.explorer_view import ExplorerView, colours_of, scale_of
+from dimo.views.explorer_view import ExplorerView, colours_of, named, scale_of
 from dimo.views.models import open_models
 from dimo.worlds import SHIPPED_STUDENT
 
@@ -48,6 +49,26 @@ def test_a_request_is_answered_and_a_bad_one_leaves_what_is_shown(widget, view):
     assert "token must lie in latents_shape (3, 4, 4)" in widget.view["error"] and widget.view["id"] == 99
 
 
+def test_a_click_on_another_token_and_the_way_back_compute_no_map(view, monkeypatch):
+    first = view.first_request()
+    pane, counted, token_maps = first["panes"][0] | {"of": "one_pass"}, [], explorer_view.token_maps
+    monkeypatch.setattr(explorer_view, "token_maps", lambda *args: counted.append(args[3:]) or token_maps(*args))
+    asked = [("rank", (0, 0, 0), {}), ("rank", (2, 1, 3), {}), ("rank", (2, 1, 3), {"t": 0.6}), ("rank", (0, 0, 1), {})]
+    asked += [("information", (0, 0, 0), {}), ("mean_entropy", (1, 1, 1), {"t": 0.3, "seed": 5})]
+    shown = [
+        view.view(first | {"statistic": statistic, "token": list(token), "panes": [pane | turned]})["panes"][0][
+            "values"
+        ]
+        for statistic, token, turned in asked
+    ]
+    assert counted == [("rank", "one_pass"), ("rank", "one_pass"), ("information", "one_pass")]  # t does not change I
+    assert shown[0] == shown[1] == shown[3] and shown[4] != shown[5]
+    monkeypatch.setattr(explorer_view, "MAPS", 2)
+    for t in (0.11, 0.12, 0.13):
+        view.view(first | {"panes": [pane | {"t": t}]})
+    assert len(view._maps) == 2
+
+
 def test_it_can_be_moved_from_python(widget, tmp_path):
     widget.explorer.models[0].folder = tmp_path
     widget.show(t=0.6, of="student", statistic="tv", token=(1, 1, 1))
@@ -75,6 +96,8 @@ def test_two_states_share_one_scale_and_the_figure_has_the_pages_pixels(view):
     alike = view.view(first | {"statistic": "kl_to_teacher", "panes": [a | {"of": "student"}]})
     alike["panes"][0]["values"] = np.full(48, 1e-7, "<f4").tobytes()
     assert scale_of(alike, about) == (0, 1e-3)  # rounding is one colour
+    decided = view.view(first | {"statistic": "information", "panes": [a | {"of": "one_pass"}]})
+    assert named(decided, about, decided["panes"][0]).endswith("student at x_init, one pass over 64 noises")
     figure = twin(made, about)
     images = [axis.images[0].get_array() for axis in figure.axes if axis.images]
     assert len(images) == 3  # decoded frames, A, B

@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 from dimo.config import load_config
 from dimo.errors import DimoError
 from dimo.train.trainer import Trainer
-from dimo.ursa import Chunked, MetricPath, MixturePath, chunks, visual_logits
+from dimo.ursa import Chunked, Dense, MetricPath, MixturePath, chunks, visual_logits
 from dimo.views.explorer_data import STATISTICS, Setting, ask, offered, token_at, token_map, top_codes
 from dimo.views.models import checkpoints_of, open_models
+from dimo.views.noise_maps import entropies_over, noises_of
 from dimo.worlds import SHIPPED_STUDENT
 from dimo.worlds.exact import ExactTeacher
 from dimo.worlds.tiles import TilesWorld
@@ -61,7 +62,22 @@ def full_logits(models, answer, setting):
     return {name: z / setting.temperature for name, z in at.items()}
 
 
+@torch.no_grad()
+def over_noises(models, answer, setting, of):
+    """log-probabilities (n, N, K) of one pass from every noise, all at once."""
+    n, g = noises_of(models.grid, models.device), torch.Generator().manual_seed(0)
+    x_init = torch.randint(models.ursa.path.codebook_size, (n, math.prod(models.grid)), generator=g)
+    network = models.networks["teacher" if of == "conditional" else "student"]
+    z = visual_logits(network, answer.txt_ids.expand(n, -1), x_init, models.grid).double()
+    return (z / setting.temperature).log_softmax(-1)
+
+
 def naive(models, answer, setting, statistic, z, of):
+    if statistic in ("mean_entropy", "information"):
+        log_p = over_noises(models, answer, setting, of)
+        left_open = -(log_p.exp() * log_p).sum(-1).mean(0)
+        mean = log_p.exp().mean(0)
+        return left_open if statistic == "mean_entropy" else -(mean * mean.log()).sum(-1) - left_open
     x, rows = answer.x_hat[0], range(answer.x_hat.shape[1])
     log_p, log_t = z[of].log_softmax(-1), z["guided"].log_softmax(-1)
     p, t = log_p.exp(), log_t.exp()
@@ -95,6 +111,56 @@ def test_maps_are_those_of_full_logits(models, statistic):
         assert torch.allclose(got.flatten().double(), want, atol=1e-4, rtol=5e-4), of
         spread.append(want.std().item())
     assert min(spread) > 1e-3 and offered(models)[statistic] == list(STATISTICS[statistic].of)
+
+
+def test_what_the_noise_decides_has_its_closed_form(monkeypatch):
+    """Of a code that is the noise's but for a share e of errors, log 2 - h(e) is decided; of one that is deaf, 0."""
+    monkeypatch.setitem(chunks.ENTRIES, "cpu", 3 * 4)
+    e = 0.1
+    clean = torch.tensor([[1 - e, e, 0, 0], [e, 1 - e, 0, 0]]).repeat(4, 1)  # of 8 noises, half of each kind
+    deaf = torch.tensor([0.5, 0.25, 0.25, 0]).expand(8, 4)
+    p = torch.stack([clean, deaf, torch.eye(4).repeat(2, 1), clean, deaf], 1)  # (8, 5, 4)
+    found = entropies_over([Dense(part.clamp(min=1e-38).log()) for part in p.split(3)])
+    h = -e * math.log(e) - (1 - e) * math.log(1 - e)
+    assert found["mean_entropy"].tolist() == pytest.approx([h, 1.5 * math.log(2), 0, h, 1.5 * math.log(2)], abs=1e-5)
+    decided = [math.log(2) - h, 0, math.log(4), math.log(2) - h, 0]
+    assert found["information"].tolist() == pytest.approx(decided, abs=1e-5)
+    colder = entropies_over([Dense(p.clamp(min=1e-38).log())], temperature=0.5)
+    q = e**2 / (e**2 + (1 - e) ** 2)
+    h = -q * math.log(q) - (1 - q) * math.log(1 - q)
+    assert colder["information"][0].item() == pytest.approx(math.log(2) - h, abs=1e-5)
+    with pytest.raises(DimoError, match="at least one batch of noises"):
+        entropies_over([])
+    gpu = torch.device("cuda")
+    assert [noises_of(grid, gpu) for grid in ((3, 4, 4), (5, 32, 32), (13, 40, 64))] == [64, 25, 8]
+
+
+def test_the_shipped_student_is_decided_by_its_noise_and_the_teacher_is_not():
+    shipped = open_models("shapes", student=SHIPPED_STUDENT)
+    setting = Setting(shipped.prompts[0])
+    answer = ask(shipped, setting.prompt)
+    decided, left = (
+        {of: token_map(shipped, answer, setting, statistic, of).mean() for of in ("conditional", "one_pass")}
+        for statistic in ("information", "mean_entropy")
+    )
+    assert decided["one_pass"] > 1 > 0.5 > decided["conditional"] and left["one_pass"] < 0.1 < 1 < left["conditional"]
+
+
+def test_nothing_is_compiled_while_somebody_waits(models, monkeypatch):
+    compiles = []
+
+    def on_device(function, x):
+        compiles.append(chunks._compiles.get())
+        return function
+
+    monkeypatch.setattr("dimo.ursa.prediction.on_device", on_device)
+    monkeypatch.setattr("dimo.ursa.probability_path.on_device", on_device)
+    monkeypatch.setattr(models.ursa.path, "_table", None)  # as of many codes
+    answer = ask(models, SETTING.prompt)
+    for statistic in offered(models):
+        token_map(models, answer, SETTING, statistic, offered(models)[statistic][0])
+    top_codes(answer, SETTING, 3)
+    assert len(compiles) >= 2 and not any(compiles)
 
 
 def test_the_gradient_follows_the_runs_beta_in_time(models):

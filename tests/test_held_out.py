@@ -183,6 +183,24 @@ def test_of_other_captions_than_the_runs_nothing_is_claimed(tmp_path, caplog):
         assert ("held out of training for evaluation" in caplog.text) == (held_out is not None)
 
 
+def test_captions_that_were_trained_on_are_counted(tiny, tmp_path, caplog):
+    twice = [*CAPTIONS, *(f"{caption.upper()}." for caption in CAPTIONS[:30])]
+    run = Trainer(config_for(tmp_path, twice, "training.max_train_steps=1")).train(False)
+    held = open_prompts(load_config(run.path / "config.yaml"), tiny).held_out
+    trained = [caption.lower().strip(".") for caption in twice if caption not in held]
+    again = sum(caption.lower().strip(".") in trained for caption in held)
+    assert 0 < again < 8 and {CAPTIONS[0], CAPTIONS[1]} <= {*trained}
+    (tmp_path / "other.csv").write_text(f"caption\na new one\nanother\n{CAPTIONS[0].title()} \n{CAPTIONS[1]}\n")
+    for more, count, seen in (([], 8, again), ([f"--prompt_file={tmp_path / 'other.csv'}"], 4, 2)):
+        caplog.clear()
+        words = [*more, "evaluation.teacher_steps=[1]", "evaluation.judged_videos=0", f"--out={tmp_path / 'out'}"]
+        assert main(["evaluate", str(run.path), *words]) == 0
+        rows = json.loads((tmp_path / "out" / "report.json").read_text())
+        assert rows["student_1"]["prompts_held_out"] == count - seen and rows["student_1"]["prompts_trained_on"] == seen
+        assert f"{seen} of the {count} captions are among those that {run.path} was trained on" in caplog.text
+        assert prompts_of(rows) == f"Prompts: {count - seen} held-out captions, and {seen} that were trained on."
+
+
 def test_prompts_that_become_one_by_cutting_are_said(tiny, tmp_path):
     captions = [f"a very long caption about a {word} thing" for word in WORDS]
     config = config_for(tmp_path, captions, "distill.max_prompt_length=3", "evaluation.held_out=0")

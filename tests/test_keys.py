@@ -65,6 +65,7 @@ STEPPED = [
     Row("experiment.seed", 1, "step.txt_ids step.x_init student"),
     Row("experiment.seed", 1, "step.txt_ids", beside=CAPTIONS),
     Row("model.activation_checkpointing", "full", "count.blocks", still="student aux loss"),
+    Row("model.attention", "math", "student aux", still="step.x_init"),
     Row("model.train_embeddings", "false", f"student.{EMBEDDINGS} aux.{EMBEDDINGS} ema.{EMBEDDINGS}"),
     Row("model.train_head", "true", "student.lm_head aux.lm_head ema.lm_head"),
     Row("model.logit_gain", 2, "student.model.norm ema.model.norm loss/total", still="aux.model.norm"),
@@ -139,6 +140,7 @@ STEPPED = [
     Row("optim.weight_decay", 0.5, f"student.{EMBEDDINGS} aux.{EMBEDDINGS}", still=f"aux.{MATRIX}"),
     Row("optim.max_grad_norm", 1e-7, f"student.{EMBEDDINGS} aux.{EMBEDDINGS}", still="grad_norm/aux"),
     Row("optim.ema_decay", 0, "ema final", still="student"),
+    Row("optim.ema_every", 2, "ema final", still="student"),
     Row("training.max_train_steps", 30, "student optim/lr", steps=2),
     Row("training.mixed_precision", "bf16", "student aux"),
     Row("training.gradient_accumulation_steps", 2, "student aux"),
@@ -167,12 +169,14 @@ EVALUATED = [
     Row("evaluation.batch_size", 10, "student_1/ untrained_1/ teacher_1/"),
 ]
 ELSEWHERE = {  # {key: the test that shows it}
+    "distill.protocol": "test_a_protocol_replaces_what_a_preset_says_of_guidance_and_nothing_that_is_said_beside_it",
     "model.device": "test_a_gpu_that_is_not_there_is_missed_where_it_is_asked_for",
     "model.backend": "test_the_other_backend_is_loaded_where_it_is_asked_for",
     "model.compile": "test_layers_are_compiled_on_a_gpu_where_it_is_asked_for",
     "experiment.trackers": "test_a_tracker_gets_every_logged_row_and_one_identity_for_a_resumed_run",
     "training.num_processes": "test_the_command_names_engine_processes_and_a_free_port",
     "training.engine": "test_the_command_names_engine_processes_and_a_free_port",
+    "training.sequence_parallel": "test_two_that_share_a_sample_make_the_steps_of_one",
     "training.cuda_graph": "test_a_replayed_run_is_the_run_without_graphs",
     "training.max_bad_steps": "test_after_so_many_in_a_row_it_stops_and_the_batch_can_be_replayed",
 }

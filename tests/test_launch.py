@@ -118,7 +118,10 @@ class StandIn:
         (folder / "worker.py").write_text(WORKER)
         (folder / "launcher.py").write_text(LAUNCHER)
         words = [folder / "launcher.py", str(self.out), mode, str(folder), str(grace)]
-        self.process = python.start(words, cwd=folder, stderr=subprocess.PIPE, text=True)
+        self.temporary = folder / "tmp"
+        self.temporary.mkdir()
+        env = os.environ | {"TMPDIR": str(self.temporary)}
+        self.process = python.start(words, cwd=folder, stderr=subprocess.PIPE, text=True, env=env)
 
     def ready(self):
         return self.both_say("ready")
@@ -132,6 +135,7 @@ class StandIn:
         """(exit code, status, stderr), after no process is left."""
         _, err = self.process.communicate(timeout=LIMIT_S)
         wait_until(lambda: not living_in(self.folder))
+        assert list(self.temporary.iterdir()) == []  # torchrun's folders would stay
         return self.process.returncode, RunFolder(self.out).status(), err
 
 

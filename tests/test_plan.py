@@ -9,6 +9,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from dimo.bench.sizes import SIZES
+from dimo.commands import plan
 from dimo.commands.cli import main
 from dimo.commands.dry_run import dry_run
 from dimo.commands.plan import GIB, alternatives, make_plan, parts_of
@@ -16,6 +17,7 @@ from dimo.config import load_config
 from dimo.errors import DimoError
 from dimo.train.trainer import Trainer
 from dimo.ursa import UrsaConfig, UrsaTransformer
+from dimo.ursa.transformer import CHECKPOINTING
 from dimo.worlds import checkpoint_folder
 
 pytestmark = pytest.mark.filterwarnings("error:Accessing the data pointer of FakeTensor")  # `dimo plan` showed it
@@ -103,10 +105,39 @@ def test_what_engines_cut():
     assert cut.collectives["reduce_scatter_base"] > 0 and set(whole.collectives) == {"allreduce"}
 
 
+def test_what_fsdp2_sends(one_layer):
+    """Under bf16 weights are gathered as bf16 and gradients averaged in float32; what is frozen is whole everywhere."""
+    words = [*one_layer, "optim.optimizer=adamw", "training.engine=fsdp2", "model.device=cpu"]
+    kept = ["model.train_embeddings=false", "training.mixed_precision=bf16"]
+    more = ([], kept[1:], kept)
+    full, half, frozen = (dry_run(load_config("smoke", [*words, *some]), None, 2) for some in more)
+    assert full.collectives["allgather_base"] == pytest.approx(2 * half.collectives["allgather_base"], rel=1e-3)
+    assert full.collectives["reduce_scatter_base"] == half.collectives["reduce_scatter_base"] > 0
+    assert frozen.collectives["allgather_base"] < half.collectives["allgather_base"]
+    assert frozen.weights["student"] == pytest.approx(frozen.trained["student"], rel=0.01)
+
+
 def test_more_video_is_more_memory_and_the_rest_stays():
     small, large = (dry_run(load_config("smoke", [f"distill.batch_size_per_gpu={b}", ONE_UPDATE])) for b in (8, 32))
     assert small.weights == large.weights and small.gradients == large.gradients
     assert large.peak == pytest.approx(4 * small.peak, rel=0.1)
+
+
+def test_each_kind_of_checkpointing_keeps_less_than_the_one_before(one_layer):
+    settings = [*one_layer, "training.mixed_precision=bf16", "model.activation_checkpointing="]
+    peaks = [dry_run(load_config("smoke", [*settings[:-1], settings[-1] + how])).peak for how in CHECKPOINTING]
+    assert sorted(set(peaks), reverse=True) == peaks
+
+
+def test_the_largest_batch_fits_and_one_more_does_not(one_layer, monkeypatch):
+    monkeypatch.setattr(plan, "SPARE", 0)
+    own = [*one_layer, "distill.t_draws=1", "distill.batch_size_per_gpu=4"]
+    how = "model.activation_checkpointing=pointwise"  # in place of none
+    runs = [dry_run(load_config("smoke", [*own, how, f"distill.batch_size_per_gpu={n}"])) for n in (6, 7)]
+    memory = sum(sum(parts_of(run, "ddp", 1).values()) for run in runs) / 2
+    asked = plan.Plan(load_config("smoke", own), runs[0], {})
+    told = plan.largest_batch(asked, None, "smoke", own, memory)
+    assert told.startswith(f"{how} distill.batch_size_per_gpu=6, ")
 
 
 def test_what_to_change_is_gone_through_too(one_layer):

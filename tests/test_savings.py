@@ -190,7 +190,7 @@ def gradients(model, ids):
     return [logits.detach(), *(p.grad.clone() for p in model.parameters())]
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+@pytest.mark.parametrize("checkpointing", transformer.CHECKPOINTING)
 def test_compiled_and_checkpointed_layers_give_the_same_from_one_graph(monkeypatch, generator, checkpointing):
     graphs = []
 
@@ -235,8 +235,8 @@ def test_checkpointing_keeps_less(monkeypatch, generator):
             logits = model(ids, rope_positions(3, (2, 2, 2)))
         held[how] = sum(kept.values())
         del logits
-    assert held["none"] > 2 * held["full"]
-    with pytest.raises(DimoError, match="checkpointing must be one of none, selective, full"):
+    assert held["none"] > 2 * held["full"]  # what the two kinds in between keep is not shown to hooks, see test_plan.py
+    with pytest.raises(DimoError, match="checkpointing must be one of none, pointwise, selective, full"):
         small(0).run_with(checkpointing="some")
 
 
@@ -256,13 +256,13 @@ def test_bench_measures_what_runs(tmp_path):
     assert min(spent["3 student's pass"], spent["6 auxiliary"], spent["9 losses, update"]) > spent["2 x_init"]
     assert report["step"]["seconds"] > 0 and report["naive"]["ratio"] > 0 and set(report["generate"]) == {1, 2}
     assert {"draw", "auxiliary", "student", "all"} < report["losses"].keys() and any("naive" in line for line in lines)
-    assert report["attention"]["flash, grouped"]["seconds"] > 0 and report["attention"]["cudnn, grouped"] is None
+    assert report["attention"]["flash, grouped"]["seconds"] > 0 and "why" in report["attention"]["cudnn, grouped"]
     assert report["kernels"]["aten::mm"][1] > 10
     network = random_ursa("tiny", torch.device("cpu")).transformer
     frozen = sum(part.weight.numel() for part in (network.model.embed_tokens, network.model.norm, network.lm_head))
     trained = sum(p.numel() for p in network.parameters()) - frozen
-    # both networks with AdamW's two moments, and the average, in float32; what is frozen of each in bfloat16
-    assert 28 * trained + 6 * frozen < 1e9 * report["save"]["gb"] < 1.01 * (28 * trained + 6 * frozen)
+    # both networks with AdamW's second moment, and the average, in float32; what is frozen of each in bfloat16
+    assert 20 * trained + 6 * frozen < 1e9 * report["save"]["gb"] < 1.01 * (20 * trained + 6 * frozen)
     write_report(report, tmp_path / "deep" / "bench.json")
     assert json.loads((tmp_path / "deep" / "bench.json").read_text())["tokens"] == 8
     assert [f.name for f in (tmp_path / "deep").iterdir()] == ["bench.json"]
@@ -333,4 +333,4 @@ def test_layers_are_compiled_on_a_gpu_where_it_is_asked_for(tmp_path, monkeypatc
     overrides = ["model.device=cpu", f"model.compile={asked}", f"experiment.output_dir={tmp_path}"]
     with pytest.raises(Told) as how:
         Trainer(load_config("smoke", overrides), ursa)
-    assert how.value.args == (asked, "none"), "model.compile"
+    assert how.value.args == (asked, "none", "auto"), "model.compile"

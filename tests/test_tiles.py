@@ -273,6 +273,19 @@ def test_nothing_is_read_back_while_training(straying, path, generator):
         assert torch.equal(plain.codes, got.codes)
 
 
+def test_the_normaliser_of_many_codes_is_that_of_the_sum():
+    """Where the exact teacher interpolates it, against the sum over all codes."""
+    world = TilesWorld.of_size(48, codes=4096, palettes=4)
+    teacher = ExactTeacher(world, MetricPath(world.codebook(), 0.9, 3.0))
+    t = torch.cat([torch.linspace(0, 0.998, 60, dtype=torch.float64), torch.tensor([0.76, 0.77, 0.775])])
+    beta = 3 * (t / (1 - t)) ** 0.9
+    points = torch.nn.functional.normalize(world.codebook(), dim=-1).double()
+    square = (points[:, None] - points[world.used_codes]).square().sum(-1)  # (K, C)
+    want = torch.stack([(-b * square).exp().sum(0).log() for b in beta])
+    got = teacher._log_normaliser(beta)
+    assert got.dtype == torch.float64 and (got - want).abs().max() < 1e-6
+
+
 def test_no_probability_is_negative_by_rounding(tiny, path, teacher, generator):
     x_t, t = torch.randint(16, (600, N), generator=generator), torch.rand(600, generator=generator) * 0.999
     got = teacher.predict(torch.zeros(600, 4, dtype=torch.long), x_t, GRID, t)  # of all prompts

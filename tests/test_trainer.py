@@ -203,6 +203,23 @@ def test_the_ema_follows_by_its_decay(tmp_path):
         assert torch.allclose(new, 0.9 * old + 0.1 * student, atol=1e-6)
 
 
+def test_an_ema_of_every_fourth_step_decays_by_four_steps(tmp_path):
+    trainer = Trainer(config_for(tmp_path, "optim.ema_decay=0.9", "optim.ema_every=4"))
+    ema, student = (list(network.parameters()) for network in (trainer.networks.ema, trainer.networks.student))
+    with torch.no_grad():
+        for p in student:
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    before = [p.clone() for p in ema]
+    for index in (200, 201, 202, 203):  # of which the last is the 204th
+        assert all(torch.equal(old, new) for old, new in zip(before, ema))
+        trainer.prepare(index)
+        trainer.update_ema()
+    trained = [rows for rows in zip(before, ema, student) if rows[2].requires_grad]
+    assert all(torch.allclose(new, 0.9**4 * old + (1 - 0.9**4) * now, atol=1e-6) for old, new, now in trained)
+    trainer.prepare(3)  # with the warm-up's decay of each of the four
+    assert trainer.ema_weight == pytest.approx(1 - (1 / 10) * (2 / 11) * (3 / 12) * (4 / 13))
+
+
 @pytest.mark.parametrize(
     "more", [["distill.estimator=reinforce"], ["distill.guidance_scale=2"], ["distill.t_per=frame"]]
 )

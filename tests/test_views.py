@@ -114,6 +114,8 @@ def test_a_map_of_small_values_beside_one_of_large_ones_is_not_of_one_colour():
     shown = [ax.images[0] for ax in token_maps({"before": 1 + torch.rand(2, 3, 3), "after": after}, "nats").axes[:4]]
     colours = shown[2].norm(shown[2].get_array())
     assert colours.max() - colours.min() > 0.2 and len({i.get_clim() for i in shown}) == 1
+    parts = token_maps({"before": 1 + torch.rand(2, 3, 3), "after": after}, "nats", may_be_log=False)
+    assert type(parts.axes[0].images[0].norm) is matplotlib.colors.Normalize
 
 
 def test_sheet_shows_each_videos_own_pixels(tmp_path):
@@ -171,6 +173,15 @@ def test_checks_show_everything_and_raise_what_failed(capsys):
     with pytest.raises(DimoError, match=r"1 of 2 checks failed: bad \(7 of 9\)"):
         checks.finish()
     assert "FAIL bad" in capsys.readouterr().out
+    checks.add("one more", False, "a sentence " * 12, turn="raise distill.lambda_ent")
+    with pytest.raises(DimoError, match="2 of 3 checks failed"):
+        checks.finish()
+    checks.add("one more", True, "a sentence " * 12, turn="raise distill.lambda_ent")
+    said = capsys.readouterr().out
+    assert "\n         -> raise distill.lambda_ent\n" in said and max(map(len, said.splitlines())) <= 88
+    with pytest.raises(DimoError):
+        checks.finish()
+    assert "-> raise" not in capsys.readouterr().out  # nothing to turn where it passed
 
 
 def test_the_sheets_of_several_runs_are_those_of_the_same_time(tmp_path):

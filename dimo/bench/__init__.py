@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 
+from dimo.bench.attention import attention_alone
 from dimo.bench.naive import naive_step, require_naive
-from dimo.bench.parts import Clock, attention_alone, kernels_of, losses_alone, matrix_product, saving, stage_times
+from dimo.bench.parts import Clock, kernels_of, losses_alone, matrix_product, saving, stage_times
 from dimo.bench.sizes import model_flops, passes_of, random_prompts, random_ursa, require_size, step_flops
 from dimo.config import Config, device_of, load_config
 from dimo.errors import DimoError, nearest, reason
@@ -76,6 +77,8 @@ def bench(
         ursa = random_ursa(size, device)
         prompts = random_prompts(ursa, d.max_prompt_length)
     trainer = Trainer(config, ursa, prompts)
+    report["attention_used"] = trainer.attention.name
+    progress(trainer.attention.about)
     network = trainer.networks.student.config
     text = trainer.prompts.batch(d.batch_size_per_gpu, trainer.generator.manual_seed(0)).to(device)
     sequence = text.shape[1] + 1 + trainer.num_visual_tokens
@@ -178,7 +181,7 @@ def _other_parts(trainer: Trainer, text, parts, generate_steps, clock: Clock, pr
         report["attention"] = {}
         for name, result in attention_alone(trainer, len(text), text.shape[1], clock):
             report["attention"][name] = result
-            progress(_line(f"attention of a layer: {name}", result) if result else f"attention: {name} is unsupported")
+            progress(_attention_line(name, result))
     return report
 
 
@@ -224,6 +227,13 @@ def _line(name: str, result: dict) -> str:
     if "extra_gib" in result:
         text += f" ({result['extra_gib']:.2f} GiB of it for the losses, including head gradients)"
     return text
+
+
+def _attention_line(name: str, result: dict) -> str:
+    if "why" in result:
+        return f"attention of a layer: {name}: not here: {result['why'][:100]}"
+    off = " ".join(f"{error:.1e}" for error in result["errors"].values())
+    return _line(f"attention of a layer: {name}", result) + f"  off float32 (out, dq, dk, dv): {off}"
 
 
 def _name(device: torch.device) -> str:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
-from torch.nn import functional as F
-from torch.nn.attention import sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
 
@@ -19,7 +16,6 @@ from dimo.errors import trusted_values
 from dimo.run.checkpoints import HostCopies
 from dimo.train.trainer import Trainer
 from dimo.ursa import Chunked
-from dimo.ursa.transformer import ATTENTION
 
 STAGES = (
     "1 prompts", "2 x_init", "3 student's pass", "4 x_t", "5 teacher", "6 auxiliary", "7 student at x_t",
@@ -162,38 +158,6 @@ def saving(trainer: Trainer, clock: Clock) -> dict[str, float]:
     first = time.perf_counter() - begin
     size = sum(x.nbytes for x in tree_leaves(made) if isinstance(x, torch.Tensor))
     return clock(copy) | {"first": first, "gb": size / 1e9}
-
-
-def attention_alone(trainer: Trainer, batch: int, text: int, clock: Clock) -> Iterator[tuple[str, dict | None]]:
-    """Time one layer's attention, forward and backward, for each kernel, with grouped and with repeated keys.
-
-    Yields:
-        (name, result), where the result is None if the kernel does not support this.
-    """
-    config, device = trainer.networks.student.config, trainer.device
-    dtype = torch.bfloat16 if trainer.config.training.mixed_precision == "bf16" else torch.float32
-    length = text + 1 + trainer.num_visual_tokens
-    heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-
-    def leaf(heads):
-        return torch.randn(batch, length, heads, size, device=device, dtype=dtype).transpose(1, 2).requires_grad_()
-
-    for backend in ATTENTION[:-1]:
-        for grouped in (True, False):
-            q, k, v = leaf(heads), *(leaf(kv_heads if grouped else heads) for _ in range(2))
-            grad = torch.randn_like(q)
-
-            def both(backend=backend, grouped=grouped, q=q, k=k, v=v, grad=grad):
-                with sdpa_kernel(backend):
-                    out = F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
-                torch.autograd.grad(out, (q, k, v), grad)
-
-            tflop, result = 3 * 4 * batch * heads * length**2 * size / 1e12, None
-            with contextlib.suppress(RuntimeError):  # the kernel does not support this
-                result = clock(both)
-                result["tflops"] = tflop / result["seconds"]
-                result["share_of_product"] = result["tflops"] / matrix_product(clock)
-            yield f"{backend.name.removesuffix('_ATTENTION').lower()}, {'grouped' if grouped else 'repeated'}", result
 
 
 def kernels_of(trainer: Trainer, clock: Clock) -> dict[str, tuple[float, int]]:

@@ -134,7 +134,9 @@ def _evaluate(args) -> None:
     from dimo.commands.ending import ending, sampling
     from dimo.config import load_config
     from dimo.evaluation.evaluate import evaluate_to_folder, format_table
+    from dimo.evaluation.metrics import columns_of
     from dimo.evaluation.summary import format_summary
+    from dimo.evaluation.trust import weak_ones
     from dimo.run.origin import run_config, run_of
 
     if args.student and _is_override(args.student) and not Path(args.student).exists():  # it is an override
@@ -148,7 +150,8 @@ def _evaluate(args) -> None:
     weights = source / "checkpoints" / "final" if is_run else source
     out = Path(args.out) if args.out else (source if is_run else Path("runs/evaluation"))
     rows = evaluate_to_folder(config, weights, out)
-    print(format_table(rows) if args.all else format_summary(rows), "", sep="\n")
+    weak = [weak_ones(columns_of(rows))] if args.all else []
+    print(format_table(rows) if args.all else format_summary(rows), *filter(None, weak), "", sep="\n")
     after = {sampling(None if source == SHIPPED_STUDENT else source, config.distill.teacher_ckpt): "a video of it"}
     after |= {f"report {run}": "the run as one page"} if is_run else {"run -c shapes": "distil a student yourself"}
     print(ending(out, ["report.json", "sheet.png", "codes.safetensors"], after))
@@ -157,14 +160,16 @@ def _evaluate(args) -> None:
 def _ablate(args) -> None:
     from dimo.evaluation.ablate import ablate
     from dimo.evaluation.grid import read_grid
+    from dimo.evaluation.jobs import visible_gpus
 
     try:
         lrs = [float(lr) for lr in args.lrs.split(",")] if args.lrs else None
     except ValueError:
         raise DimoError(f"--lrs must be numbers separated by commas, got {args.lrs!r}") from None
-    grid = read_grid(args.grid, args.config, args.overrides, args.arms, lrs, args.seeds)
+    grid = read_grid(args.grid, args.config, args.overrides, args.arms, lrs, args.seeds, args.worlds)
     out = Path(args.out or f"runs/{grid.name}")
-    print(ablate(grid, out, args.jobs, args.together, args.minutes))
+    jobs = max(1, len(visible_gpus())) if args.jobs is None else args.jobs
+    print(ablate(grid, out, jobs, args.together, args.minutes))
     print(f"written: {out / 'grid.md'}, {out / 'grid.json'}")
 
 

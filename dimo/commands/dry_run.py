@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
@@ -43,7 +43,8 @@ class DryRun:
     Attributes:
         weights: of each network; weights that networks share are counted once.
         trained: trainable weights of each network that has some.
-        kept: optimizer states and everything else that is kept between steps, except weights.
+        copies: what holds the bf16 copies of trainable weights (`dimo.train.masters`).
+        kept: optimizer states and everything else that is kept between steps, except weights and copies.
         gradients: of the larger trained network.
         peak: highest memory use within a step, beyond what is kept between steps.
         collectives: data sent in a step, by collective.
@@ -51,6 +52,7 @@ class DryRun:
 
     weights: dict[str, int]
     trained: dict[str, int]
+    copies: int
     kept: int
     gradients: int
     peak: int
@@ -96,16 +98,28 @@ def dry_run(config: Config, size: str | None = None, num_processes: int = 1) -> 
     Raises:
         DimoError: an invalid configuration, an unknown size or folder, or a process group is already initialised.
     """
+    from dimo.train.masters import copies_of
     from dimo.train.trainer import Trainer
 
     if config.distill.teacher == "exact":
         raise DimoError("memory is counted for networks; to plan for the others, use distill.teacher=network")
     on_gpu = config.model.device != "cpu"
-    model = dataclasses.replace(config.model, device="cpu", backend="native", compile=False)
+    model = dataclasses.replace(config.model, device="cpu", backend="native", compile=False, attention="auto")
     training = dataclasses.replace(config.training, cuda_graph=False)
     config = dataclasses.replace(config, model=model, training=training)
-    processes, meter = _fake_processes(num_processes, engine_kind(config.training.engine)), _Meter()
-    with processes, _without_values(), _as_on_a_gpu(on_gpu), _Fake(allow_non_fake_inputs=True), meter.with_resizing():
+    engine, meter = engine_kind(config.training.engine), _Meter()
+    processes = _fake_processes(num_processes, engine)
+    holds: contextlib.AbstractContextManager = contextlib.nullcontext()
+    if engine == "deepspeed_zero2" and num_processes > 1:  # it casts in every pass
+        holds = mock.patch.object(UrsaTransformer, "hold", lambda network, _: network)
+    with (
+        processes,
+        holds,
+        _without_values(),
+        _as_on_a_gpu(on_gpu),
+        _Fake(allow_non_fake_inputs=True),
+        meter.with_resizing(),
+    ):
         ursa = empty_ursa(size, config.distill.teacher_ckpt)
         prompts = WorldPrompts(["a red ball"], ursa, config.distill.max_prompt_length)
         trainer = Trainer(config, ursa, prompts)
@@ -118,19 +132,22 @@ def dry_run(config: Config, size: str | None = None, num_processes: int = 1) -> 
         for name, network in vars(trainer.networks).items():
             weights[name] = _bytes(network.parameters(), seen)
             trained[name] = _bytes((p for p in network.parameters() if p.requires_grad), set())
+        learners = trainer.student, trainer.aux
+        copies = _bytes((held for one in learners for held, _ in copies_of(one.model).values()), set())
         return DryRun(
-            weights, {name: n for name, n in trained.items() if n}, before - sum(weights.values()),
-            max(trained.values()), meter.peak - before, dict(meter.collectives), trainer.num_visual_tokens,
+            weights, {name: n for name, n in trained.items() if n}, copies, before - sum(weights.values()) - copies,
+            max(_bytes(one.learning, set()) for one in learners), meter.peak - before, dict(meter.collectives),
+            trainer.num_visual_tokens,
         )  # fmt: skip
 
 
 def _bytes(tensors, seen: set[int]) -> int:
     """Total size of the tensors whose storage is not in `seen`; adds their storages to it."""
     size = 0
-    for tensor in map(_own, tensors):
-        if tensor.untyped_storage()._cdata not in seen:
-            seen.add(tensor.untyped_storage()._cdata)
-            size += tensor.numel() * tensor.element_size()
+    for storage in (_own(tensor).untyped_storage() for tensor in tensors):
+        if storage._cdata not in seen:
+            seen.add(storage._cdata)
+            size += storage.nbytes()
     return size
 
 
@@ -146,6 +163,11 @@ def _gather_object(values: list, value, group=None) -> None:
 def _real_mesh(*arguments, **options):
     with _disable_current_modes():  # it reads back the values of its rank tensor
         return init_device_mesh(*arguments, **options)
+
+
+def _part_of_mesh(mesh: DeviceMesh, name: str, get=DeviceMesh.__getitem__):
+    with _disable_current_modes():
+        return get(mesh, name)
 
 
 def _apply(module: torch.nn.Module, function, recurse: bool = True) -> torch.nn.Module:
@@ -167,6 +189,7 @@ def _without_values():
         ),  # its actual value; the original warns when a tensor is copied
         mock.patch.object(dist, "all_gather_object", _gather_object),
         mock.patch.object(dist, "init_device_mesh", _real_mesh),
+        mock.patch.object(DeviceMesh, "__getitem__", _part_of_mesh),
     ):
         yield
 

@@ -13,7 +13,7 @@ from dimo.errors import DimoError
 from dimo.ursa import MixturePath, UrsaConfig, UrsaTransformer, latents_shape_for
 from dimo.ursa.layout import read_config, require_checkpoint, vae_config, vae_strides
 from dimo.ursa.loading import import_upstream, load_path, load_tokenizer, require_codes_of
-from dimo.ursa.weights import misfit, require_file, weight_files, weight_shapes
+from dimo.ursa.weights import misfit, require_file, weight_dtypes, weight_files, weight_shapes
 from dimo.worlds import video_size
 
 GIB = 2**30
@@ -89,7 +89,8 @@ def _transformer(folder: Path, config: UrsaConfig) -> list[tuple[str, str]]:
     if problem:
         raise DimoError(f"the weights of {folder} do not fit its config.json: {problem}")
     size = sum(file.stat().st_size for file in files)
-    return [*rows, ("weights", f"{', '.join(file.name for file in files)} ({size / GIB:.2f} GiB)")]
+    kinds = " and ".join(weight_dtypes(folder))
+    return [*rows, ("weights", f"{', '.join(file.name for file in files)} ({size / GIB:.2f} GiB, {kinds})")]
 
 
 def _path(folder: Path, config: UrsaConfig) -> list[tuple[str, str]]:

@@ -111,7 +111,10 @@ def _add_training(command: Callable) -> None:
     sub.add_argument("--lrs", help="the student's learning rates to choose from, instead of the grid's")
     sub.add_argument("--arm", "--method", action="append", dest="arms", metavar="NAME",
                      help="only this arm, such as reinforce; may be repeated")  # fmt: skip
-    sub.add_argument("--jobs", type=_integer, default=1, help="number of processes, a GPU each (default: %(default)s)")
+    sub.add_argument("--world", action="append", dest="worlds", metavar="NAME",
+                     help="only this world, such as 'N = 48'; may be repeated")  # fmt: skip
+    sub.add_argument("--jobs", type=_integer,
+                     help="number of processes, which share the GPUs there are (default: one per GPU)")  # fmt: skip
     sub.add_argument("--together", type=_integer, default=1,
                      help="number of runs that a process trains at a time (default: %(default)s)")  # fmt: skip
     sub.add_argument("--minutes", type=_number, help="stop after so long; the same command goes on")

@@ -17,8 +17,10 @@ from dimo.config import Config, load_config, to_flat
 from dimo.errors import DimoError
 from dimo.run.launch import engine_kind
 from dimo.run.progress import CostBar
+from dimo.worlds import checkpoint_folder, is_world
 
 GIB = 2**30
+SPARE = 2 * GIB  # for what is not covered
 NETWORKS = {"teacher": "teacher", "student": "student", "aux": "auxiliary", "ema": "moving average"}
 UNSEEN = (
     "not covered: values, speed, workspaces of GPU kernels, allocator fragmentation, NCCL buffers, the CUDA context "
@@ -102,6 +104,7 @@ def parts_of(run: DryRun, kind: str, num_processes: int) -> dict[str, int]:
     if kind == "deepspeed_zero2":
         kept, gradients = (kept + sum(run.trained.values())) // n, gradients // n
     parts = {f"weights of the {NETWORKS.get(name, name)}": size for name, size in run.weights.items()}
+    parts |= {"bf16 copies of the weights": run.copies} if run.copies else {}
     return parts | {"optimizers": kept, "gradients": gradients, "activations and logits": activations}
 
 
@@ -171,13 +174,32 @@ def alternatives(plan: Plan, size: str | None, preset: str | None, overrides: Se
     return found
 
 
+def largest_batch(plan: Plan, size: str | None, preset: str | None, overrides: Sequence[str], memory: float) -> str:
+    """The largest batch per GPU in `memory` bytes less SPARE, as text; arguments as in `alternatives`.
+
+    In place of no activation checkpointing it is that with pointwise, which costs hardly any time. Memory grows in
+    proportion to the batch, so two dry runs tell it.
+    """
+    how, batch = plan.config.model.activation_checkpointing, plan.config.distill.batch_size_per_gpu
+    how, totals = "pointwise" if how == "none" else how, []
+    for samples in (batch, 2 * batch):
+        print(f"dimo: trying {how}, batch {samples}", file=sys.stderr)
+        words = f"model.activation_checkpointing={how}", f"distill.batch_size_per_gpu={samples}"
+        totals.append(_go_through(load_config(preset, [*overrides, *words]), size).total)
+    each = (totals[1] - totals[0]) / batch
+    more = max(0, int((memory - SPARE - totals[0]) // each))
+    takes = (totals[0] + more * each) / GIB
+    return f"model.activation_checkpointing={how} distill.batch_size_per_gpu={batch + more}, {takes:.2f} GiB"
+
+
 def format_plan(plan: Plan, name: str, memory: float) -> str:
     """The plan as text; `name` is the model, `memory` that of one GPU, in bytes."""
     d, t, n = plan.config.distill, plan.config.training, plan.run.num_visual_tokens
-    videos = d.batch_size_per_gpu * t.num_processes * t.gradient_accumulation_steps
+    videos = d.batch_size_per_gpu * t.num_processes // t.sequence_parallel * t.gradient_accumulation_steps
     lines = [
         f"{name} at {d.num_frames}x{d.height}x{d.width}: {n:,} tokens per video, {d.batch_size_per_gpu} video(s) per "
-        f"GPU, {t.num_processes} GPU(s), engine {t.engine}, mixed_precision {t.mixed_precision}",
+        f"GPU, {t.num_processes} GPU(s), engine {t.engine}, mixed_precision {t.mixed_precision}, "
+        f"attention {plan.config.model.attention}",
         "",
         f"{'per GPU':32}{'GiB':>8}",
         *(f"{part:32}{size / GIB:8.2f}" for part, size in plan.parts.items()),
@@ -259,4 +281,6 @@ def plan_report(
     text = format_plan(plan, name, memory)
     if plan.total > memory:
         text += "\n\n" + format_alternatives(alternatives(plan, size, preset, overrides), memory)
+    elif size is not None or not is_world(checkpoint_folder(config.distill.teacher_ckpt)):
+        text += f"\n\nlargest batch: {largest_batch(plan, size, preset, overrides, memory)}"
     return text

@@ -15,13 +15,13 @@ import json
 import logging
 from pathlib import Path
 
+from dimo.config.served import NEGATIVE_PROMPT
 from dimo.data.lines import read_lines
 from dimo.errors import DimoError, reason
 from dimo.files import write_text
 
 log = logging.getLogger(__name__)
 LONGEST_NAME = 255 - len(f".{2**22}.partial")  # bytes; a file is written under a longer name first
-NEGATIVE_PROMPT = "worst quality, low quality, inconsistent motion, static, still, blurry, jittery, distorted, ugly"
 
 
 DISTRIBUTED = (

@@ -16,8 +16,9 @@ from dimo.errors import DimoError
 # keys that affect neither what is learnt nor the order of the data; max_train_steps may only grow
 FREE_KEYS = {f"experiment.{k}" for k in ("name", "output_dir", "log_every", "save_every", "sample_every", "keep_last")}
 FREE_KEYS |= {f"experiment.{k}" for k in ("keep_every", "resume", "overwrite", "student_dtype", "trackers")}
-FREE_KEYS |= {"model.device", "model.compile", "model.activation_checkpointing"}
+FREE_KEYS |= {"model.device", "model.compile", "model.activation_checkpointing", "model.attention"}
 FREE_KEYS |= {"training.num_processes", "training.engine", "training.max_bad_steps", "training.cuda_graph"}
+FREE_KEYS |= {"training.sequence_parallel"}
 FREE_KEYS |= {"evaluation.judged_videos"}
 FREE_KEYS |= {"distill.teacher_ckpt", "distill.prompt_source"}  # paths; dimo.run.sources compares the content
 GROWING_KEYS = {"training.max_train_steps"}

@@ -15,10 +15,13 @@ from typing import Any
 
 import torch
 
+from dimo.config.consistent import require_consistent
 from dimo.config.schema import Config, config_keys, default_of, kind_of, to_flat
+from dimo.config.served import require_captioned_video, with_protocol
 from dimo.config.values import read_value, read_yaml, unquoted, write_yaml
 from dimo.errors import DimoError, nearest, reason
 from dimo.paths import user_path
+from dimo.ursa.attention import KERNELS
 from dimo.ursa.inputs import latents_shape_for
 from dimo.ursa.layout import makes_images, vae_strides
 from dimo.ursa.loading import BACKENDS, DTYPES
@@ -56,20 +59,23 @@ RANGES = {  # {phrase: (test, keys)}; null values are not tested
     "be at least 1": (
         lambda value: value >= 1,
         "distill.guidance_scale distill.student_steps distill.aux_steps distill.t_draws distill.batch_size_per_gpu "
-        "distill.shuffle_buffer distill.kd_every "
+        "distill.shuffle_buffer distill.kd_every optim.ema_every "
         "experiment.log_every experiment.save_every experiment.sample_every experiment.keep_last "
         "training.gradient_accumulation_steps training.max_bad_steps training.max_train_steps training.num_processes "
+        "training.sequence_parallel "
         "evaluation.videos_per_prompt evaluation.batch_size",
     ),
     "lie in [0, 2^63)": (lambda value: 0 <= value < 2**63, "experiment.seed evaluation.seed"),
 }
+FITS = {"none": 6_000, "pointwise": 11_000, "selective": 36_000}  # visual tokens per step, see `checkpointing_for`
+DIVISIBLE = {"model.backend": "native", "distill.teacher": "network"}  # what training.sequence_parallel needs
 CAPTURABLE = {  # what training.cuda_graph needs; `dimo.train.graph` checks the rest
     "model.device": ("auto", "cuda"),
     "model.backend": ("native",),
     "distill.prompt_source": ("world",),
     "training.num_processes": (1,),
     "training.gradient_accumulation_steps": (1,),
-    "training.mixed_precision": ("no",),
+    "training.mixed_precision": ("no", "bf16"),
 }
 
 
@@ -98,7 +104,7 @@ def load_config(config: str | Path | None = None, overrides: Sequence[str] = ())
     written = dict(_read_override(override) for override in overrides)
     by_size = not config and "model.activation_checkpointing" not in written
     config = config or _default_preset(written)
-    written = (_read(config) if config else {}) | written
+    written = with_protocol(_read(config) if config else {}, written)
     result = Config()
     for key, field in config_keys().items():
         value = _refer(key, written.get(key, default_of(field)), written)
@@ -140,11 +146,12 @@ def _default_preset(written: dict[str, Any]) -> str | None:
 def checkpointing_for(config: Config) -> str:
     """The cheapest activation checkpointing with which a training step of URSA-1.7B fits into 80 GB.
 
-    Measured on H100 and H200 (README), by visual tokens per step: none at 5,120, selective at 33,280, full at 66,560.
+    By visual tokens of a GPU: none at 5,120, selective at 33,280 and full at 66,560 were measured on H100 and H200
+    (docs/performance.md), pointwise at 10,240 is counted by `dimo plan`.
     """
     d = config.distill
-    tokens = d.batch_size_per_gpu * math.prod(_grid(config))
-    return "none" if tokens <= 6_000 else "selective" if tokens <= 36_000 else "full"
+    tokens = d.batch_size_per_gpu * math.prod(_grid(config)) // config.training.sequence_parallel
+    return next((how for how, most in FITS.items() if tokens <= most), "full")
 
 
 def _is_world(teacher_ckpt: str | Path) -> bool:
@@ -178,6 +185,7 @@ def validate(config: Config) -> None:
         "distill.teacher": ("network", "exact"),
         "distill.aux_objective": ("denoise", "match_teacher"),
         "model.activation_checkpointing": CHECKPOINTING,
+        "model.attention": KERNELS,
         "distill.aux_pass": ("own", "shared"),
         "distill.baseline": ("ema", "leave_one_out"),
         "distill.aux_target": ("sampled", "exact"),
@@ -207,36 +215,25 @@ def validate(config: Config) -> None:
     if not flat["evaluation.teacher_steps"] or min(flat["evaluation.teacher_steps"]) < 1:
         raise DimoError(f"evaluation.teacher_steps must list positive integers, got {flat['evaluation.teacher_steps']}")
     d = config.distill
+    require_captioned_video(d, of_world=_is_world(d.teacher_ckpt))
     asks_for_captions = d.motion_value() is not None or bool(d.score_minimums())
     if d.prompt_source == "world" and asks_for_captions:
         raise DimoError(
             "distill.min_* and distill.motion_prefix need a file of captions, but distill.prompt_source is world"
         )
-    if d.aux_pass == "shared" and d.aux_objective == "denoise" and d.t_draws > d.aux_steps:
-        raise DimoError(
-            f"distill.aux_pass=shared needs aux_steps >= t_draws, got distill.t_draws={d.t_draws} and "
-            f"distill.aux_steps={d.aux_steps}; use distill.aux_pass=own"
-        )
-    if d.aux_target == "exact" and d.aux_objective != "denoise":
-        raise DimoError(f"distill.aux_target=exact is a target of distill.aux_objective=denoise, got {d.aux_objective}")
-    leaves_one_out = d.w_reinforce > 0 or (d.estimator == "reinforce" and d.baseline == "leave_one_out")
-    if leaves_one_out and d.batch_size_per_gpu < 2:
-        raise DimoError(
-            "distill.w_reinforce and distill.baseline=leave_one_out compare the samples of a batch: "
-            f"distill.batch_size_per_gpu must be at least 2, got {d.batch_size_per_gpu}"
-        )
-    if d.w_distill == d.w_kd == 0:
-        raise DimoError(
-            "distill.w_distill and distill.w_kd are both 0, so the student would learn nothing (w_distill also "
-            "multiplies w_reinforce)"
-        )
-    if d.ent_anneal_to and d.ent_anneal_from > d.ent_anneal_to:
-        raise DimoError(
-            f"distill.ent_anneal_from must not be after ent_anneal_to, got {d.ent_anneal_from} and {d.ent_anneal_to}"
-        )
+    require_consistent(d)
     d.beta()
     d.shift_value()
     _grid(config)
+    t = config.training
+    if t.num_processes % t.sequence_parallel:
+        raise DimoError(
+            f"training.sequence_parallel must divide training.num_processes={t.num_processes}, got "
+            f"{t.sequence_parallel}"
+        )
+    for key, value in DIVISIBLE.items() if t.sequence_parallel > 1 else ():
+        if flat[key] != value:
+            raise DimoError(f"training.sequence_parallel needs {key}={value}, got {flat[key]}")
     for key, values in CAPTURABLE.items() if config.training.cuda_graph else ():
         if flat[key] not in values:
             raise DimoError(f"training.cuda_graph=true needs {key}={values[0]}, got {flat[key]}")

@@ -25,6 +25,7 @@ BEFORE = {
     "distill.motion_prefix": "none",
     "distill.motion_share": 0.6,
     "distill.shuffle_buffer": 10_000,
+    "distill.protocol": "none",
     "distill.negative_prompt": "",
     "distill.student_steps": 1,
     "distill.aux_pass": "own",
@@ -39,6 +40,7 @@ BEFORE = {
     "optim.muon_lr": 7.5e-3,
     "optim.muon_momentum": 0.9,
     "optim.min_lr_share": 0.0,
+    "optim.ema_every": 1,
     "training.gradient_accumulation_steps": 1,
 }
 # {new key: the key that used to control both}

@@ -56,8 +56,9 @@ class Model:
         False, "torch.compile the transformer layers (GPU, backend native); compiling takes about a minute"
     )
     activation_checkpointing: str = _key(
-        "none", "none, selective (keep attention outputs, recompute the rest) or full; backend native only"
+        "none", "none, or recompute: pointwise (norms, RoPE, SwiGLU), selective (all but attention), full; only native"
     )
+    attention: str = _key("auto", "kernel of attention: auto (fa4 where it works), fa4, cudnn, flash or math")
     train_embeddings: bool = _key(
         True, "train the token embeddings; false: frozen at the teacher's, one copy shared by all networks"
     )
@@ -107,6 +108,9 @@ class Distill:
         0, "text tokens per prompt, left-padded or truncated; 0: 320, or the longest prompt of a world"
     )
     batch_size_per_gpu: int = _key(64, "samples per process and micro-batch (see training.gradient_accumulation_steps)")
+    protocol: str = _key(
+        "none", "none, or vbench, URSA's own: guidance_scale 7, negative_prompt and motion_prefix 9, unless set"
+    )
     guidance_scale: float = _key(1.0, "classifier-free guidance scale of the teacher; 1: no guidance")
     guidance_trunc: float = _key(
         0.9, "time t in [0, 1] from which on the teacher is not guided (t = 0 is noise, 1 is data)"
@@ -280,9 +284,8 @@ class Optim:
     beta2: float = _key(0.99, "AdamW beta2 (decay of the second moment)")
     weight_decay: float = _key(0.0, "AdamW decoupled weight decay")
     max_grad_norm: float = _key(1.0, "gradient-norm clipping threshold, applied to student and auxiliary separately")
-    ema_decay: float = _key(
-        0.9995, "decay of the student's weight EMA, which is what is sampled and saved as the final student"
-    )
+    ema_decay: float = _key(0.9995, "decay of the student's weight EMA, which is sampled and saved as the student")
+    ema_every: int = _key(1, "steps between updates of the EMA, whose decay is then that of so many steps")
 
 
 @dataclasses.dataclass
@@ -294,9 +297,9 @@ class Training:
         "ddp", "multi-process engine: ddp, fsdp2, deepspeed_zero2, or path of an accelerate YAML file", path=True
     )
     gradient_accumulation_steps: int = _key(1, "micro-batches of batch_size_per_gpu samples per update")
+    sequence_parallel: int = _key(1, "GPUs that divide the tokens of each sample; they share one batch_size_per_gpu")
     cuda_graph: bool = _key(
-        False,
-        "replay the training step of a built-in world as a CUDA graph: with model.compile a fifth of the time; one GPU",
+        False, "replay the step of a built-in world as a CUDA graph: with model.compile a fifth of the time; one GPU"
     )
     max_bad_steps: int = _key(5, "consecutive steps skipped for NaN or infinity before training stops with an error")
 

@@ -16,6 +16,7 @@ from dimo.data.readers import caption_column, caption_text, read_rows
 from dimo.errors import DimoError
 
 MOTION = "motion_score"
+START = {"epoch": 0, "file": 0, "row": 0, "rows": 0, "no_caption": 0, "filtered": 0}  # a position
 
 
 class PromptStream:
@@ -64,7 +65,7 @@ class PromptStream:
         self.kind, self.files = list_files(path)
         self._scores = list(dict.fromkeys([*self.minimum, *([MOTION] if motion == "score" else [])]))
         self._captions = [caption_column(file, self.kind, self._scores) for file in self.files]
-        self._start({"epoch": 0, "file": 0, "row": 0, "rows": 0, "no_caption": 0, "filtered": 0})
+        self._start(dict(START))
 
     def take(self, size: int) -> list[str]:
         """This rank's next `size` prompts. The global position advances by size * world_size."""
@@ -75,6 +76,13 @@ class PromptStream:
     def first(self, size: int) -> list[str]:
         """Up to `size` upcoming prompts of the global sequence, without consuming them."""
         return self._block[self._used : self._used + size]
+
+    def once(self) -> Iterator[str]:
+        """Every prompt of the first epoch, of all ranks, without moving the position."""
+        for at, prompts, _ in self._read(dict(START)):
+            if at["epoch"]:
+                return
+            yield from prompts
 
     def counts(self) -> dict[str, int]:
         """Totals up to the current block: epoch, rows, rows with no_caption, rows filtered by a minimum."""

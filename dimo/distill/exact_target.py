@@ -38,7 +38,7 @@ def exact_denoising(
     require_same_tokens("student", student, prediction)
     require_shape("x_t", x_t, prediction.shape)
     one, fixed, dtype = prediction.kernel(_cross_entropy_to), student.detach(), prediction.states.dtype
-    noisy, times = x_t.flatten(), time_like(t, x_t).flatten()
+    noisy, times = (prediction.part.own(value).flatten() for value in (x_t, time_like(t, x_t)))
 
     def to_target(z: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         likelihood = path.log_likelihood(noisy[rows], times[rows])

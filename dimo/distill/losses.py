@@ -17,6 +17,7 @@ recomputed only if its own probabilities enter the gradient (entropy bonus, poli
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 
@@ -100,7 +101,7 @@ def student_loss(
         known = gaps(teacher, aux, x_hat)
 
     settings = _Settings(
-        x_hat.flatten(), _per_token(beta, x_hat), _per_token(advantage if w_policy else None, x_hat),
+        _codes(x_hat, student), _per_token(beta, student), _per_token(advantage if w_policy else None, student),
         w_distill, w_policy, w_kd, _bonus(lambda_ent, x_hat.device),
     )  # fmt: skip
     fixed = student.detach()  # casts the head to the states' dtype once, for both predictions
@@ -121,13 +122,19 @@ def student_loss(
     return StudentLoss(felt + total.detach(), distill, None if at_t is None else kd, known)
 
 
-def _per_token(value, like: torch.Tensor) -> torch.Tensor | None:
-    """A number or (B, 1 or N), as (B N,) float32 for tokens `like` (B, N); None stays None."""
+def _codes(x: torch.Tensor, of: Prediction) -> torch.Tensor:
+    """The codes (B, N) of the rows of a prediction, (B n,)."""
+    return of.part.own(x).flatten()
+
+
+def _per_token(value, of: Prediction) -> torch.Tensor | None:
+    """A number or (B, 1 or N), as float32 for each row of a prediction, (B n,); None stays None."""
     if value is None:
         return None
     if not isinstance(value, torch.Tensor):
-        value = torch.full((), value, device=like.device)  # not a copy from the host, which no CUDA graph can contain
-    return value.float().expand(like.shape).flatten()
+        # not a copy from the host, which no CUDA graph can contain
+        return torch.full((), float(value), device=of.device).expand(of.held).flatten()
+    return of.part.own(value.float()).expand(of.held).flatten()
 
 
 def _bonus(lambda_ent: float | torch.Tensor, device: torch.device) -> torch.Tensor | None:
@@ -142,17 +149,22 @@ def gaps(teacher: Prediction, aux: Prediction, x_hat: torch.Tensor) -> Gaps:
     """Compare teacher and auxiliary at x_t without gradients, for an advantage; x_hat is (B, N)."""
     require_same_tokens("aux", aux, teacher)
     require_shape("x_hat", x_hat, teacher.shape)
-    teacher, aux, x = teacher.detach(), aux.detach(), x_hat.flatten()
+    teacher, aux, x = teacher.detach(), aux.detach(), _codes(x_hat, aux)
     one = aux.kernel(compare_logits)
     rows = [one(teacher.logits(r), aux.logits(r), x[r], None, torch.float32)[1] for r in aux.row_chunks()]
-    return Gaps(*torch.cat(rows, 1).view(-1, *x_hat.shape))
+    return Gaps(*_whole(torch.cat(rows, 1), aux).view(-1, *x_hat.shape))
+
+
+def _whole(rows: torch.Tensor, of: Prediction) -> torch.Tensor:
+    """Values (V, B n) of the rows held here, as those (V, B N) of all tokens."""
+    return of.part.whole(rows.reshape(-1, of.held[1])).view(len(rows), -1)
 
 
 def denoising(prediction: Dense | Chunked, tokens: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
     """Mean cross-entropy of the clean tokens (B, N), in nats per token, differentiable in the prediction."""
     require_shape("tokens", tokens, prediction.shape)
     require_ids("tokens", tokens, prediction.codebook_size)
-    one, dtype, x = prediction.kernel(_cross_entropy), prediction.states.dtype, tokens.flatten()
+    one, dtype, x = prediction.kernel(_cross_entropy), prediction.states.dtype, _codes(tokens, prediction)
     return mean_loss(prediction, lambda z, rows: one(z, x[rows], label_smoothing, dtype))
 
 
@@ -189,7 +201,7 @@ class _MeanLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, states, head, fixed: Dense | Chunked, function):
-        learns, count, values = any(ctx.needs_input_grad), states.shape[0] * states.shape[1], []
+        learns, count, values = any(ctx.needs_input_grad), math.prod(fixed.shape), []
         d_flat = torch.empty_like(fixed.states.flatten(0, 1)) if learns else None
         d_head = _zeros_of(head, ctx.needs_input_grad[1])
         for rows in fixed.row_chunks():
@@ -198,7 +210,7 @@ class _MeanLoss(torch.autograd.Function):
             if learns:
                 fixed.pull_back(d_z, rows, d_flat, d_head, 1 / count)
         ctx.save_for_backward(None if d_flat is None else d_flat.mul_(1 / count).view_as(states), d_head)
-        return torch.stack(values).sum() / count
+        return fixed.part.total(torch.stack(values).sum()) / count
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -230,7 +242,7 @@ class _StudentLoss(torch.autograd.Function):
     def forward(ctx, states, states_at_t, head, student, at_t, teacher, aux, s: _Settings):
         flat = student.states.flatten(0, 1)
         d_flat, d_flat_at_t = torch.zeros_like(flat), None if at_t is None else torch.zeros_like(flat)
-        d_head, share = _zeros_of(head, ctx.needs_input_grad[2]), 1 / len(flat)
+        d_head, share = _zeros_of(head, ctx.needs_input_grad[2]), 1 / math.prod(student.shape)
         compare, with_own, distil = (student.kernel(f) for f in (compare_logits, _own, _kl))
         zero = torch.zeros((), device=flat.device)
         token, kd, gap_rows = [zero], [zero], []
@@ -258,8 +270,8 @@ class _StudentLoss(torch.autograd.Function):
         d_states = d_flat.mul_(share if own else share * s.w_distill).view_as(states)
         d_at_t = None if d_flat_at_t is None else d_flat_at_t.mul_(share * s.w_kd).view_as(states_at_t)
         ctx.save_for_backward(d_states, d_at_t, d_head)
-        token, kd = torch.stack(token).sum() * share, torch.stack(kd).sum() * share
-        outputs = zero, token, kd, torch.cat(gap_rows, 1) if gap_rows else zero.clone()
+        token, kd = (student.part.total(torch.stack(values).sum()) * share for values in (token, kd))
+        outputs = zero, token, kd, _whole(torch.cat(gap_rows, 1), student) if gap_rows else zero.clone()
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs
 
@@ -270,10 +282,10 @@ class _StudentLoss(torch.autograd.Function):
 
 
 def _zeros_of(head: torch.Tensor | None, learns: bool) -> torch.Tensor | None:
-    """A float32 gradient accumulator; None if the head is frozen or there is none."""
+    """A gradient accumulator of at least float32; None if the head is frozen or there is none."""
     if head is None or not learns:
         return None
-    return torch.zeros(head.shape, dtype=torch.float32, device=head.device)
+    return torch.zeros(head.shape, dtype=torch.promote_types(head.dtype, torch.float32), device=head.device)
 
 
 # The functions below work on a chunk: float32 logits (n, K) -> logit gradients (n, K) in `dtype`, values (n,).
@@ -291,14 +303,9 @@ def compare_logits(z_t, z_a, x, beta, dtype):
     ratio = log_a - log_t
     forward, reverse = -(p_t * ratio).sum(-1), (p_a * ratio).sum(-1)
     log_ratio = -ratio.gather(-1, x.unsqueeze(-1)).squeeze(-1)
-    rows = [
-        forward,
-        reverse,
-        0.5 * (p_t - p_a).abs().sum(-1),
-        -(p_t * log_t).sum(-1),
-        -(p_a * log_a).sum(-1),
-        log_ratio,
-    ]
+    total_variation = 0.5 * (p_t - p_a).abs().sum(-1)
+    entropies = -(p_t * log_t).sum(-1), -(p_a * log_a).sum(-1)
+    rows = [forward, reverse, total_variation, *entropies, log_ratio]
     d_z = None
     if beta is not None:
         beta = beta.unsqueeze(-1)

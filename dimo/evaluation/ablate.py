@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import multiprocessing
 import os
 import shutil
 import signal
 import statistics
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,15 @@ from dimo.evaluation.intervals import format_grid
 from dimo.evaluation.jobs import visible_gpus
 from dimo.files import write_text
 from dimo.run.lifeline import end_with_parent
-from dimo.run.signals import Preempted, handling
+from dimo.run.signals import PREEMPTED, Preempted, handling, stopping_at
 from dimo.train.together import train_and_compare
 from dimo.train.trainer import Trainer
+from dimo.worlds import checkpoint_folder
 from dimo.worlds.teacher import make_teacher
 
+TEACHERS = {  # keys that decide what a teacher makes, beside those of the evaluation and its folder
+    f"distill.{key}" for key in ("teacher", "guidance_scale", "guidance_trunc", "negative_prompt", "max_prompt_length")
+}
 COVERAGE_FLOOR = 0.8  # students without mode collapse had a coverage of at least .84, collapsed ones of at most .71
 RULE = (
     "lr: the rate with the highest validity on the tuning seeds among those with a coverage of at least "
@@ -50,14 +55,15 @@ RULE = (
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One training run in `folder`: a preset or file, and overrides."""
+    """One training run in `folder`, of a grid in `out`: a preset or file, and overrides."""
 
     folder: Path
     preset: str | None
     words: tuple[str, ...]
+    out: Path
 
-    def settings(self) -> Config:
-        return load_config(self.preset, self.words)
+    def settings(self, *more: str) -> Config:
+        return load_config(self.preset, [*self.words, *more])
 
     def result(self) -> dict | None:
         """Its metrics, or why it diverged; None if it is not finished, or another configuration's."""
@@ -67,10 +73,16 @@ class Run:
         rows = json.loads(report.read_text(encoding="utf-8"))
         if "diverged" in rows:
             return rows
-        teacher = rows.get(f"teacher_{TEACHER_STEPS}", {}).get("coverage_near")
+        teacher = teacher_scores(self.settings(), self.out).get("coverage_near")
         row = rows[student_row(rows)]
         of_teacher = row["coverage_near"] / teacher if teacher and row["coverage_near"] is not None else None
         return row | {"coverage_of_teacher": of_teacher}
+
+    def size(self) -> int:
+        """What it costs, up to a factor that arms differ little in."""
+        c = self.settings()
+        d = c.distill
+        return c.training.max_train_steps * d.batch_size_per_gpu * d.num_frames * d.height * d.width
 
     def finish(self, diverged: Diverged | None) -> None:
         """Write the report, and keep little else."""
@@ -117,15 +129,17 @@ def ablate(grid: Grid, out: Path, jobs: int = 1, together: int = 1, minutes: flo
 
     def run(place: Place, arm: str, rate: float | None, seed: int) -> Run:
         folder, words = grid.run(place, arm, rate, seed, out)
-        return Run(folder, grid.preset, tuple(words))
+        return Run(folder, grid.preset, tuple(words), out)
 
     with _workers(jobs) as call:
         base = load_config(grid.preset, [*grid.words, *grid.overrides])
         how = out, device_of(base).type, base.evaluation.videos_per_prompt or 64, deadline
         call(_make_world, [(place, *how) for place in grid.places.values() if place.recipe], "worlds")
+        any_of = {teacher_folder(one.settings(), out): one for one in (run(*p, None, grid.seeds[0]) for p in pairs)}
+        call(_score_teacher, [(one, deadline) for one in any_of.values()], "teachers")
         rates = grid.rates if len(grid.rates) > 1 else ()
         tried = {pair: {r: [run(*pair, r, s) for s in grid.tuning_seeds] for r in rates} for pair in pairs}
-        every = [one for by_rate in tried.values() for runs in by_rate.values() for one in runs]
+        every = [[one for runs in by_rate.values() for one in runs] for by_rate in tried.values()]
         call(_train, _batches(every, together, deadline), "tuning")
         found = {}
         for pair, by_rate in tried.items():
@@ -133,7 +147,7 @@ def ablate(grid: Grid, out: Path, jobs: int = 1, together: int = 1, minutes: flo
             tuned = all(row is not None for some in rows.values() for row in some)
             best = max(rows, key=lambda rate: worth(rows[rate])) if rows else next(iter(grid.rates), None)  # noqa: B023
             found[pair] = best, rows, [run(*pair, best, seed) for seed in grid.seeds] if tuned else []
-        call(_train, _batches([one for *_, runs in found.values() for one in runs], together, deadline), "seeds")
+        call(_train, _batches([runs for *_, runs in found.values()], together, deadline), "seeds")
     result: dict[str, dict] = {}
     for (place, arm), (rate, rows, runs) in found.items():
         results = [one.result() for one in runs]
@@ -167,8 +181,11 @@ def worth(rows: list[dict | None]) -> tuple[bool, float, float, float]:
     return kept, validity if kept else validity * coverage, validity, mean("token_accuracy")
 
 
-def _batches(runs: list[Run], together: int, deadline: float | None) -> list[tuple]:
-    return [(runs[i : i + together], deadline) for i in range(0, len(runs), together)]
+def _batches(arms: list[list[Run]], together: int, deadline: float | None) -> list[tuple]:
+    """Arguments of `_train`, of one arm on one world each, the longest first, so that no process waits for it alone."""
+    batches = [runs[i : i + together] for runs in arms for i in range(0, len(runs), together)]
+    batches.sort(key=lambda runs: -sum(one.size() for one in runs))
+    return [(runs, deadline) for runs in batches]
 
 
 def _train(runs: list[Run], deadline: float | None) -> None:
@@ -183,7 +200,10 @@ def _train(runs: list[Run], deadline: float | None) -> None:
         (one.folder / "report.json").unlink(missing_ok=True)  # of another configuration
     try:
         with stopping_at(deadline):
-            ends = train_and_compare([Trainer(one.settings()) for one in runs])
+            trainers = [Trainer(one.settings()) for one in runs]
+            for trainer in trainers:
+                trainer.ursa.vae = None  # no sheets of samples, which `tidy` would remove
+            ends = train_and_compare(trainers)
     except Preempted:
         if not _is_late(deadline):
             raise  # a signal from outside
@@ -209,38 +229,32 @@ def _make_world(place: Place, out: Path, device: str, videos_per_prompt: int, de
     write_text(about, json.dumps({"by": wanted, "scores": table.splitlines()}, indent=2) + "\n")
 
 
+def teacher_folder(config: Config, out: Path) -> Path:
+    """Where a grid in `out` has the scores of a run's teacher, for all runs whose teacher makes the same videos."""
+    keys = {key: value for key, value in to_flat(config).items() if key in TEACHERS or key.startswith("evaluation.")}
+    text = json.dumps([Path(config.distill.teacher_ckpt).name, sorted(keys.items())], default=str)
+    return out / f"teacher-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def teacher_scores(config: Config, out: Path) -> dict:
+    """The metrics of the teacher's TEACHER_STEPS passes; empty if it has not been scored."""
+    report = teacher_folder(config, out) / "report.json"
+    rows = json.loads(report.read_text(encoding="utf-8")) if report.exists() else {}
+    return rows.get(f"teacher_{TEACHER_STEPS}", {})
+
+
+def _score_teacher(run: Run, deadline: float | None) -> None:
+    """Score the teacher of a run, beside its own single passes in the place of a student."""
+    config = run.settings()
+    if teacher_scores(config, run.out) or _is_late(deadline):
+        return
+    own = checkpoint_folder(config.distill.teacher_ckpt) / "transformer"
+    more = f"evaluation.teacher_steps=[{TEACHER_STEPS}]", "distill.student_steps=1"
+    evaluate_to_folder(run.settings(*more), own, teacher_folder(config, run.out), progress=False)
+
+
 def _is_late(deadline: float | None) -> bool:
     return deadline is not None and time.time() > deadline
-
-
-@contextlib.contextmanager
-def stopping_at(deadline: float | None) -> Iterator[None]:
-    """In this context, from `deadline` on, this process gets SIGTERM every second, upon which a training run saves.
-
-    It may come while no run has its own handler: then nothing happens, and the next one ends the run.
-    """
-    if deadline is None:
-        yield
-        return
-    over = threading.Event()
-
-    def ring(deadline: float) -> None:
-        over.wait(max(0.0, deadline - time.time()))
-        while not over.wait(1.0):
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    def pass_over(number: int, _) -> None:
-        if number != signal.SIGTERM:
-            raise KeyboardInterrupt
-
-    with handling(pass_over):
-        clock = threading.Thread(target=ring, args=(deadline,), daemon=True)
-        clock.start()
-        try:
-            yield
-        finally:
-            over.set()
-            clock.join()
 
 
 @contextlib.contextmanager
@@ -262,17 +276,37 @@ def _workers(jobs: int) -> Iterator[Callable]:
     with ProcessPoolExecutor(jobs, spawn, _begin_worker, (numbers, visible_gpus(), threads, os.getpid())) as pool:
 
         def there(function: Callable, arguments: list[tuple], name: str) -> None:
-            futures = [pool.submit(function, *some) for some in arguments]
+            futures = [pool.submit(_do, os.getpid(), function, some) for some in arguments]
             try:
                 for future in tqdm(
                     as_completed(futures), desc=name, unit="job", total=len(futures), disable=not futures
                 ):
                     future.result()  # the first failure cancels the rest
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
+            except BaseException as error:
+                for process in multiprocessing.active_children():
+                    process.terminate()  # upon which its training runs save
+                pool.shutdown(cancel_futures=True)
+                if isinstance(error, BrokenProcessPool):
+                    raise DimoError("a process of the grid was killed; the same command goes on") from error
                 raise
 
-        yield there
+        with handling(_stop):
+            yield there
+
+
+def _stop(number: int, _) -> None:
+    raise Preempted(f"{signal.Signals(number).name}: runs in progress were saved; the same command goes on")
+
+
+def _do(parent: int, function: Callable, arguments: tuple) -> None:
+    """In a worker: a job, and none after it if a signal stopped this one or the command is gone."""
+    try:
+        function(*arguments)
+    except Preempted:
+        os._exit(PREEMPTED)  # an exception would let it take the next job, which may be on its way already
+    finally:
+        if os.getppid() != parent:
+            os._exit(PREEMPTED)
 
 
 def _begin_worker(numbers: Any, gpus: list[str], threads: int, parent: int) -> None:

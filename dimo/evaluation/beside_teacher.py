@@ -6,16 +6,11 @@ report: the teacher's row from other noise.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
-from dimo.evaluation import bootstrap, features, tokens
+from dimo.evaluation import bootstrap, features
 from dimo.evaluation.bootstrap import Estimate
 from dimo.evaluation.videos import Videos
-from dimo.views.collapse import spread
-
-PerVideo = Callable[..., torch.Tensor | None]  # (codes, path) -> (B,)
 
 
 def _per_prompt(values: torch.Tensor) -> torch.Tensor:
@@ -77,49 +72,24 @@ def feature_coverage(videos: Videos) -> Estimate | None:
     return bootstrap.mean(_per_prompt(covered.view(len(videos.by_prompt), -1)))
 
 
-def _spread(videos: Videos) -> torch.Tensor | None:
-    """Spread of each prompt's videos, (P,); None of single ones."""
-    if videos.path is None or videos.copies < 2:
-        return None
-    path = videos.path
-    return _per_prompt(torch.cat([spread(one.to(path.device), path).cpu() for one in videos.by_prompt.split(1)]))
-
-
 def mean_spread(videos: Videos) -> Estimate | None:
-    own = _spread(videos)
-    return None if own is None else bootstrap.mean(own)
+    return None if videos.spread is None else bootstrap.mean(videos.spread)
 
 
 def spread_ratio(videos: Videos) -> Estimate | None:
-    return _ratio(_spread(videos), None if videos.reference is None else _spread(videos.reference))
+    return _ratio(videos.spread, None if videos.reference is None else videos.reference.spread)
 
 
-def motion_ratio(videos: Videos) -> Estimate | None:
-    return _token_ratio(videos, tokens.motion)
+def token_ratio(videos: Videos, name: str) -> Estimate | None:
+    """Motion, flicker or sharpness of codes, relative to the reference's."""
+    return _ratio(*(None if one is None else one.in_tokens.get(name) for one in (videos, videos.reference)))
 
 
-def flicker_ratio(videos: Videos) -> Estimate | None:
-    return _token_ratio(videos, tokens.flicker)
-
-
-def sharpness_ratio(videos: Videos) -> Estimate | None:
-    return _token_ratio(videos, tokens.sharpness)
-
-
-def _token_ratio(videos: Videos, function: PerVideo) -> Estimate | None:
-    return _ratio(*(None if one is None else _of_tokens(one, function) for one in (videos, videos.reference)))
-
-
-def _of_tokens(videos: Videos, function: PerVideo) -> torch.Tensor | None:
-    """Means (P,) of a function of codes; a few videos at a time, since each code becomes a vector."""
-    path = videos.path
-    if path is None:
+def pixel_ratio(videos: Videos, name: str) -> Estimate | None:
+    """pixel_motion, pixel_flicker or pixel_sharpness, relative to the reference's."""
+    if videos.reference is None or name not in videos.judged or name not in videos.reference.judged:
         return None
-    parts = [
-        function(one.to(path.device), path) for one in videos.codes.split(max(1, 2**20 // videos.codes[0].numel()))
-    ]
-    found = [part.cpu() for part in parts if part is not None]
-    return _per_prompt(torch.cat(found).view(len(videos.by_prompt), -1)) if found else None
+    return _ratio(*(_per_prompt(one.judged_by_prompt(name)) for one in (videos, videos.reference)))
 
 
 def _ratio(own: torch.Tensor | None, other: torch.Tensor | None) -> Estimate | None:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 from typing import Any
 
 import torch
 
 from dimo.errors import DimoError
 from dimo.evaluation import judging, reference_free
+from dimo.evaluation.decoding import PeakMemory, at_once, clock, in_pixels, weight_bytes
 from dimo.ursa import Ursa, UrsaTransformer, sample
 from dimo.ursa.chunks import without_compiling
 from dimo.ursa.sampler import student_times, timesteps
@@ -129,7 +129,7 @@ class Comparison:
         if judged and teacher_steps:
             most = f"teacher_{max(teacher_steps)}"
             self.rows[most + AGAIN] = dataclasses.replace(self.rows[most], again=True)
-        self._warm: set[tuple[str, bool]] = set()  # (network, guided)
+        self._warm: set[tuple[str, bool]] = set()  # (network, guided), and ("decoder", False)
 
     def jobs(self) -> list[Job]:
         """All jobs, row by row, cheap rows first."""
@@ -176,8 +176,10 @@ class Comparison:
         """Run a job of b videos, of which j are judged.
 
         Returns:
-            "codes" (b, N) and "seconds" (), the time to sample them; if j > 0 also what `judging.judge` returns, (j,
-            ...), and for rows of one pass "entropy" (j,), in nats per token. All on the CPU.
+            "codes" (b, N), and if j > 0 also what `judging.judge` returns, (j, ...), for rows of one pass "entropy"
+            (j,), in nats per token, and where there is a VAE what `decoding.in_pixels` measures, (j,). Numbers (): the
+            time that parts took, which names in _seconds tell, of which "seconds" is that of sampling after a first
+            pass; on a GPU "peak_bytes", the memory for sampling and decoding. All on the CPU.
         """
         row, i = self.rows[job.row], job.index
         judged = self._is_judged(i)
@@ -192,16 +194,38 @@ class Comparison:
         g = self._noise(i, OTHER_NOISE if row.again else 0)
         x_init = torch.randint(path.codebook_size, (len(ids), math.prod(self.grid)), generator=g, device=device)
         with without_compiling():
+            begin = clock(device)
             if (row.network, row.guided) not in self._warm:  # the first pass of a network in a process is slower
-                sample(network, path, ids, self.grid, 1, x_init=x_init, **options).cpu()
+                sample(network, path, ids, self.grid, 1, x_init=x_init, **options)
                 self._warm.add((row.network, row.guided))
-            start = time.perf_counter()
-            codes = sample(network, path, ids, self.grid, times, x_init=x_init, generator=g, **options).cpu()
-            made = {"codes": codes, "seconds": torch.tensor(time.perf_counter() - start)}  # .cpu() waits for the GPU
+            warm = clock(device)
+            with PeakMemory(device) as peak:
+                codes = sample(network, path, ids, self.grid, times, x_init=x_init, generator=g, **options)
+                sampled = clock(device)
+            made = {"codes": codes, "first_pass_seconds": warm - begin, "seconds": sampled - warm}
             if judged.any():
-                mine = judged[made_of]
-                made |= self._judge(row, i, index[mine], codes[mine].to(device), x_init[mine.to(device)])
-        return {name: value.cpu() for name, value in made.items()}
+                mine = judged[made_of].to(device)
+                made |= self._judge(row, i, index[mine.cpu()], codes[mine], x_init[mine])
+                made["judge_seconds"] = clock(device) - sampled
+                made |= self._decode(codes[mine])
+            if device.type == "cuda":
+                working = max(peak.bytes, made.pop("decode_bytes", 0))
+                made["peak_bytes"] = weight_bytes(network) + weight_bytes(self.ursa.vae) + working
+        return {name: torch.as_tensor(value).cpu() for name, value in made.items()}
+
+    def _decode(self, codes: torch.Tensor) -> dict[str, Any]:
+        """`in_pixels` of codes (j, N) where there is a VAE, "decode_bytes" and "first_decode_seconds"."""
+        ursa, videos = self.ursa, codes.view(-1, *self.grid)
+        if ursa.vae is None:
+            return {}
+        begin = clock(codes.device)
+        if ("decoder", False) not in self._warm:
+            ursa.decode(videos[: at_once(ursa, self.grid)])
+            self._warm.add(("decoder", False))
+        warm = clock(codes.device)
+        with PeakMemory(codes.device) as peak:
+            made = in_pixels(ursa, videos)
+        return made | {"first_decode_seconds": warm - begin, "decode_bytes": peak.bytes}
 
     def _noise(self, batch: int, offset: int) -> torch.Generator:
         return torch.Generator(self.ursa.path.device).manual_seed((offset + self.seed * 1_000_003 + batch) % 2**63)

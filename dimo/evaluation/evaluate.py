@@ -6,11 +6,11 @@ Videos of a built-in world are scored by its oracle, those of other checkpoints 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -22,11 +22,12 @@ from dimo.evaluation.comparison import AGAIN, Comparison
 from dimo.evaluation.jobs import Job, Parts, alone_in, run_here, run_in_processes
 from dimo.evaluation.metrics import columns_of, measure
 from dimo.evaluation.reference_free import save_codes
-from dimo.evaluation.videos import Videos
+from dimo.evaluation.spent import format_spent, seconds_of_jobs
+from dimo.evaluation.videos import NUMBERS, Videos
 from dimo.files import write_text
 from dimo.run.origin import trained_steps
 from dimo.run.sources import teacher_files
-from dimo.train.prompts import evaluation_prompts, require_prompts_fit
+from dimo.train.prompts import evaluation_prompts, require_prompts_fit, trained_on
 from dimo.ursa import Ursa, UrsaTransformer, load_ursa
 from dimo.ursa.layout import student_file
 from dimo.ursa.loading import load_student
@@ -69,14 +70,13 @@ def evaluate(
 
 
 def rows_of(comparison: Comparison, made: dict[str, dict[str, torch.Tensor]], world: World | None) -> dict:
-    """The metrics of every row, and for captions the number of held-out ones."""
-    known = {"prompts_held_out": comparison.held_out} if world is None else {}
+    """The metrics of every row."""
     videos = {name: videos_of(comparison, row, world) for name, row in made.items()}
     again = next((name for name in videos if name.endswith(AGAIN)), "")
-    for name, row in list(videos.items()) if again else []:  # the teacher's two rows are compared with each other
+    for name, row in videos.items() if again else ():  # the teacher's two rows are compared with each other
         teacher = again.removesuffix(AGAIN)
-        videos[name] = dataclasses.replace(row, reference=videos[again if name == teacher else teacher])
-    return {name: measure(row) | known for name, row in videos.items()}
+        row.reference = videos[again if name == teacher else teacher]
+    return {name: measure(row) for name, row in videos.items()}
 
 
 def videos_of(comparison: Comparison, row: dict[str, torch.Tensor], world: World | None = None) -> Videos:
@@ -86,8 +86,10 @@ def videos_of(comparison: Comparison, row: dict[str, torch.Tensor], world: World
     prompts = [prompt for prompt in different for _ in range(copies)]
     return Videos(
         row["codes"].view(-1, *comparison.grid), prompts, copies, row["seconds"].sum().item(),
-        score(world, row["codes"], prompts) if world else None, comparison.ursa.path,
-        {name: value for name, value in row.items() if name not in ("codes", "seconds")},
+        score(world, row["codes"].to(comparison.ursa.path.device), prompts) if world else None, comparison.ursa.path,
+        {name: value for name, value in row.items() if name not in ("codes", *NUMBERS)},
+        decode_seconds=row["decode_seconds"].sum().item() if "decode_seconds" in row else None,
+        peak_bytes=int(row["peak_bytes"].max()) if "peak_bytes" in row else 0,
     )  # fmt: skip
 
 
@@ -104,11 +106,13 @@ def prompts_of(rows: dict) -> str:
     row = rows["student_1"]
     if "prompts_held_out" not in row:
         return ""
-    held_out = row["prompts_held_out"]
+    held_out, known = row["prompts_held_out"], row.get("prompts_trained_on")
     if held_out is None:
         return "Prompts: captions other than the run's; it is not known which of them it was trained on."
+    if not held_out:
+        return "Prompts: captions that were trained on."
     of = "caption" if held_out == 1 else "captions"
-    return f"Prompts: {held_out} held-out {of}." if held_out else "Prompts: captions that were trained on."
+    return f"Prompts: {held_out} held-out {of}{f', and {known} that were trained on' if known else ''}."
 
 
 def student_row(rows: Iterable[str]) -> str:
@@ -117,14 +121,14 @@ def student_row(rows: Iterable[str]) -> str:
     return f"student_{max(made)}"
 
 
-def format_table(rows: dict) -> str:
-    """The rows of a report as text: tables of at most WIDE characters below each other, if it has many columns."""
+def format_table(rows: dict, wide: int = WIDE) -> str:
+    """The rows of a report as text: tables of at most `wide` characters below each other, if it has many columns."""
     names = ["", *rows]
     first, tables = 2 + max(len(name) for name in names), list[list[str]]()
     for column in columns_of(rows):
         cells = [column, *(format_cell(row, column) for row in rows.values())]
         width = max(18, 2 + max(len(cell) for cell in cells))
-        if not tables or len(tables[-1][0]) + width > WIDE:
+        if not tables or len(tables[-1][0]) + width > wide:
             tables.append([f"{name:{first}}" for name in names])
         tables[-1] = [line + f"{cell:>{width}}" for line, cell in zip(tables[-1], cells)]
     return "\n\n".join("\n".join(lines) for lines in tables)
@@ -152,27 +156,34 @@ def evaluate_to_folder(config: Config, weights: str | Path, out: Path, progress:
     Raises:
         DimoError: see `open_comparison`; another process evaluates into `out`; or a process failed.
     """
+    begin = time.perf_counter()
     comparison, world = open_comparison(config, weights)
     with alone_in(out):
-        return _evaluate_alone(config, weights, out, progress, comparison, world)
+        return _evaluate_alone(config, weights, out, progress, comparison, world, begin)
 
 
 def _evaluate_alone(
-    config: Config, weights: str | Path, out: Path, progress: bool, comparison: Comparison, world: World | None
-) -> dict:
+    config: Config, weights: str | Path, out: Path, progress: bool, comparison: Comparison, world: World | None,
+    begin: float,
+) -> dict:  # fmt: skip
     parts, jobs = parts_of(config, weights, out, comparison.prompts), comparison.jobs()
     missing = parts.missing(jobs)
     processes = max(1, min(processes_for(config), len(missing)))
     if progress:
         _announce(comparison, jobs, missing, processes)
+    opened = time.perf_counter()
     if processes == 1:
         run_here(comparison, jobs, parts, progress)
     else:
         write_text(parts.folder / "config.yaml", to_yaml(config))
         words = [sys.executable, "-m", "dimo.evaluation.worker", str(os.getpid()), str(parts.folder), str(weights)]
         run_in_processes(lambda rank, of: [*words, str(rank), str(of)], jobs, parts, processes, progress)
-    made = comparison.gather(parts.load(jobs))
+    finished, loaded = time.perf_counter(), parts.load(jobs)
+    made = comparison.gather(loaded)
     rows, codes = rows_of(comparison, made, world), {name: row["codes"] for name, row in made.items()}
+    if world is None:
+        _count_overlap(rows, config, weights, comparison)
+    scored = time.perf_counter()
     if world is None:
         save_codes(out / "codes.safetensors", codes, comparison.prompts, comparison.grid)
     first = {name: c[:: comparison.copies].view(-1, *comparison.grid) for name, c in codes.items()}
@@ -180,7 +191,21 @@ def _evaluate_alone(
     _write_sheet(out / "sheet.png", comparison.ursa, first, prompts, max(config.evaluation.teacher_steps))
     write_report(out / "report.json", rows)
     parts.remove()
+    if progress:
+        around = {"loading the networks": opened - begin, "scoring": scored - finished,
+                  "sheet and files": time.perf_counter() - scored}  # fmt: skip
+        in_jobs = seconds_of_jobs(comparison, loaded, missing)
+        print(format_spent(in_jobs, finished - opened, around, processes), file=sys.stderr, flush=True)
     return rows
+
+
+def _count_overlap(rows: dict, config: Config, weights: str | Path, comparison: Comparison) -> None:
+    """Say in every row how many of the prompts the student was trained on, and how many it never saw, if known."""
+    prompts = comparison.prompts[:: comparison.copies]
+    known = trained_on(config, weights, prompts)
+    held_out = comparison.held_out if known is None else len(prompts) - known
+    for row in rows.values():
+        row |= {"prompts_held_out": held_out, "prompts_trained_on": known}
 
 
 def _announce(comparison: Comparison, jobs: list[Job], missing: list[Job], processes: int) -> None:

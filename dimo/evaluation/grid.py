@@ -39,7 +39,7 @@ from dimo.worlds.teacher import TeacherRecipe
 
 PARTS = {"about", "base", "worlds", "arms", "rates", "tuning_seeds", "seeds"}
 STEPS = "training.max_train_steps"
-TEACHER_STEPS = 25  # at which the teacher is scored beside every reported student
+TEACHER_STEPS = 25  # at which teachers are scored, once for each world and guidance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,9 +102,8 @@ class Grid:
             rates = {"lr": rate, "aux_lr": rate * o.aux_lr / o.lr, "muon_lr": rate * o.muon_lr / o.lr}
             words += [f"optim.{name}={value}" for name, value in rates.items()]
         folder = out / f"{_slug(place.name)}-{_slug(arm)}-lr{rate if rate else 'own':.6}-seed{seed}"
-        steps = [] if seed in self.tuning_seeds else [f"evaluation.teacher_steps=[{TEACHER_STEPS}]"]
         own = [f"experiment.seed={seed}", f"experiment.output_dir={folder}", f"experiment.name={self.name}"]
-        return folder, ["evaluation.teacher_steps=[1]", "evaluation.judged_videos=0", *steps, *words, *own]
+        return folder, ["evaluation.teacher_steps=[1]", "evaluation.judged_videos=0", *words, *own]
 
     def _steps(self, words: list[str]) -> int:
         return self._load([word for word in words if not _is_share(word)]).training.max_train_steps
@@ -144,6 +143,7 @@ def read_grid(
     arms: list[str] | None = None,
     rates: list[float] | None = None,
     seeds: int | None = None,
+    worlds: list[str] | None = None,
 ) -> Grid:
     """A grid that ships, by its name, or a YAML file, with what the command changes.
 
@@ -152,6 +152,7 @@ def read_grid(
         overrides: keys of all runs, which replace those of base and worlds; an arm's replace them.
         arms, rates: only these arms; these rates of optim.lr.
         seeds: report seeds 0 to seeds - 1.
+        worlds: only these.
 
     Raises:
         DimoError: no such file; an unknown word, key, world or arm; two arms that are the same; numbers out of range.
@@ -164,15 +165,17 @@ def read_grid(
     base = _group(file, "base", content.get("base", {}), {"preset", "keys"})
     places = {n: _place(file, n, given) for n, given in _group(file, "worlds", content.get("worlds")).items()}
     found = {n: _words(file, f"arm {n}", given) for n, given in _group(file, "arms", content.get("arms")).items()}
-    for arm in arms or ():
-        if arm not in found:
-            raise DimoError(f"{file} has no arm {arm!r}{nearest(arm, found)}")
+    for kind, asked, there in (("arm", arms, set(found)), ("world", worlds, set(places))):
+        for one in asked or ():
+            if one not in there:
+                raise DimoError(f"{file} has no {kind} {one!r}{nearest(one, there)}")
     for (one, a), (other, b) in itertools.combinations(found.items(), 2):
         if sorted(a) == sorted(b) or _slug(one) == _slug(other):
             raise DimoError(f"{file}: the arms {one!r} and {other!r} are the same")
     listed = content.get("rates") or []
     grid = Grid(
-        file.stem, preset or base.get("preset"), _words(file, "base", base.get("keys", {})), places,
+        file.stem, preset or base.get("preset"), _words(file, "base", base.get("keys", {})),
+        {n: place for n, place in places.items() if not worlds or n in worlds},
         {n: words for n, words in found.items() if not arms or n in arms},
         tuple(rates or read_value("rates", "list[float]", listed)),
         tuple(read_value("tuning_seeds", "list[int]", content.get("tuning_seeds") or ["100"])),

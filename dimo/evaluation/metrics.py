@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dimo.evaluation import beside_teacher, bootstrap
+from dimo.evaluation import beside_teacher, bootstrap, trust
 from dimo.evaluation.bootstrap import Estimate
 from dimo.evaluation.comparison import AGAIN
 from dimo.evaluation.reference_free import diversity
@@ -30,7 +30,7 @@ class Metric:
             tables.
         definition: one sentence with the unit, without a full stop.
         function: returns a number, an `Estimate`, or None if the metric is undefined. A detail may be any JSON value.
-        needs: what the judge must have said (`dimo.evaluation.judging.judge`), for metrics of `JUDGED`.
+        needs: what must have been measured (`Videos.has`), for metrics of `JUDGED`.
     """
 
     better: str | None
@@ -142,16 +142,37 @@ JUDGED: dict[str, Metric] = {
     "spread_ratio": Metric("nearer to 1", "spread relative to the teacher's", beside_teacher.spread_ratio),
     "motion": Metric(
         "nearer to 1", "mean squared distance of a token from the one before it in time, in the codebook's space, "
-        "relative to the teacher's", beside_teacher.motion_ratio,
+        "relative to the teacher's", lambda v: beside_teacher.token_ratio(v, "motion"),
     ),
     "flicker": Metric(
         "nearer to 1", "mean squared distance of a token from the nearer of those before and after, relative to the "
-        "teacher's", beside_teacher.flicker_ratio,
+        "teacher's", lambda v: beside_teacher.token_ratio(v, "flicker"),
     ),
     "sharpness": Metric(
         "nearer to 1", "mean squared distance of tokens that are neighbours in height or width, relative to the "
         "teacher's",
-        beside_teacher.sharpness_ratio,
+        lambda v: beside_teacher.token_ratio(v, "sharpness"),
+    ),
+    "pixel_motion": Metric(
+        "nearer to 1", "mean squared difference of a pixel from the frame before, relative to the teacher's",
+        lambda v: beside_teacher.pixel_ratio(v, "pixel_motion"), "decode_seconds",
+    ),
+    "pixel_flicker": Metric(
+        "nearer to 1", "mean squared difference of a pixel from the nearer of the frames before and after, relative to "
+        "the teacher's; undefined where frames are held",
+        lambda v: beside_teacher.pixel_ratio(v, "pixel_flicker"), "decode_seconds",
+    ),
+    "pixel_sharpness": Metric(
+        "nearer to 1", "mean squared difference of pixels that are neighbours in height or width, relative to the "
+        "teacher's", lambda v: beside_teacher.pixel_ratio(v, "pixel_sharpness"), "decode_seconds",
+    ),
+    "seconds_to_frames": Metric(
+        "lower", "seconds from the prompt's token ids to the frames of one video, after a first one",
+        lambda v: v.seconds / len(v.codes) + (v.decode_seconds or 0) / v.judged_videos, "decode_seconds",
+    ),
+    "memory_gib": Metric(
+        "lower", "GPU memory in GiB for a batch: the weights of transformer and VAE, and what sampling and decoding "
+        "need at most", lambda v: v.peak_bytes / 2**30, "peak_bytes",
     ),
 }  # fmt: skip
 
@@ -162,7 +183,7 @@ def measure(videos: Videos) -> dict[str, Any]:
     The last entry, "intervals", holds the 95% intervals of those that have one, {name: [low, high]}.
     """
     metrics = REFERENCE_FREE if videos.scores is None else SCORED
-    metrics = metrics | {name: metric for name, metric in JUDGED.items() if metric.needs in videos.judged}
+    metrics = metrics | {name: metric for name, metric in JUDGED.items() if videos.has(metric.needs)}
     row: dict[str, Any] = {}
     intervals = {}
     for name, metric in metrics.items():
@@ -180,9 +201,12 @@ def columns_of(rows: dict[str, dict]) -> list[str]:
 
 
 def legend(rows: dict[str, dict]) -> list[str]:
-    """A sentence for each column of such a table, and what the brackets are."""
+    """Sentences for each column of such a table, with how far it can be trusted, and what the brackets are."""
     known, columns = SCORED | REFERENCE_FREE | JUDGED, columns_of(rows)
-    said = [f"{name} ({known[name].better} is better): {known[name].definition}." for name in columns]
+    said = [
+        f"{name} ({known[name].better} is better): {known[name].definition}. {trust.sentence(name)}".rstrip()
+        for name in columns
+    ]
     if any(row.get("intervals") for row in rows.values()):
         said.append("In brackets: the 95% interval over prompts.")
     again = next((name for name in rows if name.endswith(AGAIN)), None)

@@ -7,12 +7,17 @@ import functools
 
 import torch
 
+from dimo.evaluation import tokens
 from dimo.evaluation.scored import coverage_detail
 from dimo.ursa.probability_path import MetricPath, MixturePath
+from dimo.views.collapse import spread
 from dimo.worlds.protocol import Scores
 
+CLOCKS = ("first_pass_seconds", "seconds", "judge_seconds", "first_decode_seconds", "decode_seconds")
+NUMBERS = (*CLOCKS, "peak_bytes")  # what a job says of itself, not of each of its videos
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclasses.dataclass(eq=False)
 class Videos:
     """The videos of one row: V videos for each of P prompts, B = P V in total, those of a prompt adjacent.
 
@@ -24,8 +29,11 @@ class Videos:
         scores: the oracle's scores, if there is one.
         path: the teacher's probability path, whose codebook says how far apart two codes are.
         judged: of the first V' videos of every prompt, what `dimo.evaluation.judging.judge` returns, (P V', ...), and
-            for rows of one pass "entropy" (P V',), the mean of `pass_entropy` in nats per token. Empty: none is judged.
+            for rows of one pass "entropy" (P V',), the mean of `pass_entropy` in nats per token; with a VAE also what
+            `dimo.evaluation.decoding.in_pixels` measures, (P V',). Empty: none is judged.
         reference: the teacher's videos of the same P prompts with which these are compared.
+        decode_seconds: time to decode the P V' judged videos, if there is a VAE.
+        peak_bytes: GPU memory for sampling and decoding, the most of all jobs; 0: not measured.
     """
 
     codes: torch.Tensor
@@ -36,11 +44,35 @@ class Videos:
     path: MetricPath | MixturePath | None = None
     judged: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
     reference: Videos | None = None
+    decode_seconds: float | None = None
+    peak_bytes: int = 0
 
     @functools.cached_property
     def coverage_detail(self) -> dict[str, float | None]:
         """`coverage_detail` of the scores, which two metrics report."""
         return coverage_detail(self.scored)
+
+    @functools.cached_property
+    def spread(self) -> torch.Tensor | None:
+        """Spread of each prompt's videos, (P,) float64; None of single ones. Kept, as the teacher's serves all rows."""
+        if self.path is None or self.copies < 2:
+            return None
+        path = self.path
+        return _mean(torch.cat([spread(one.to(path.device), path).cpu() for one in self.by_prompt.split(1)]))
+
+    @functools.cached_property
+    def in_tokens(self) -> dict[str, torch.Tensor]:
+        """Motion, flicker and sharpness of each prompt's codes, (P,) float64, where they are defined. Kept as well."""
+        path, parts = self.path, dict[str, list[torch.Tensor]]()
+        if path is None:
+            return {}
+        # a few videos at a time, since each code becomes a vector
+        for some in self.codes.split(max(1, 2**20 // self.codes[0].numel())):
+            for name in ("motion", "flicker", "sharpness"):
+                found = getattr(tokens, name)(some.to(path.device), path)
+                if found is not None:
+                    parts.setdefault(name, []).append(found.cpu())
+        return {name: _mean(torch.cat(found).view(len(self.by_prompt), -1)) for name, found in parts.items()}
 
     @property
     def by_prompt(self) -> torch.Tensor:
@@ -53,6 +85,20 @@ class Videos:
         assert self.scores is not None  # `measure` takes the metrics of SCORED only where they are there
         return self.scores
 
+    def has(self, name: str) -> bool:
+        """Whether something was measured: an entry of `judged`, or a number such as `peak_bytes`."""
+        return name in self.judged or bool(getattr(self, name, None))
+
+    @property
+    def judged_videos(self) -> int:
+        """P V'."""
+        return len(next(iter(self.judged.values())))
+
     def judged_by_prompt(self, name: str) -> torch.Tensor:
         """What the judge said, (P, V', ...)."""
         return self.judged[name].unflatten(0, (len(self.codes) // self.copies, -1))
+
+
+def _mean(values: torch.Tensor) -> torch.Tensor:
+    """Means (P,) of values (P, ...), in float64."""
+    return values.double().flatten(1).mean(1)

@@ -26,6 +26,7 @@ from dimo.config.values import read_yaml
 from dimo.errors import DimoError, nearest
 from dimo.output import lasting_output
 from dimo.paths import user_path
+from dimo.run.cold_start import COMMAND_BEGAN, command_began
 from dimo.run.folder import RunFolder, write_text
 from dimo.run.lifeline import GRACE_S, adopt_orphans
 from dimo.run.progress import OneLine
@@ -68,9 +69,10 @@ def launch(config: Config, grace_s: float = GRACE_S) -> int:
     stopping = handling(lambda number, _: asked.append(number))
     with lasting_output(), open(launch_file(config, "log"), "ab") as log, stopping:
         follow, begin = _Follower(launch_file(config, "log")), log.tell()
-        threads = {"OMP_NUM_THREADS": "1"} | os.environ  # torchrun's default, set here to avoid its banner
+        # torchrun's default number of threads, set here to avoid its banner
+        variables = {"OMP_NUM_THREADS": "1", **os.environ, COMMAND_BEGAN: str(command_began())}
         child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, env=threads
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, env=variables
         )
         family = _Family(child)
         deadline = None
@@ -109,6 +111,7 @@ def launch_command(config: Config) -> list[str]:
         raise DimoError(f"{file} is for {machines} machines and needs main_process_ip, the address of machine 0")
     words = ["--config_file", str(file), "--num_processes", str(processes)]
     words += ["--mixed_precision", "no"]  # the trainer handles mixed precision itself
+    words += ["--log_dir", os.devnull]  # else torchrun leaves a folder in /tmp; the output goes to `launch_file`
     if machines == 1 and "main_process_port" not in given:
         words += ["--main_process_port", "0"]  # any free port, so that two runs can share a machine
     resolved = launch_file(config, "yaml")

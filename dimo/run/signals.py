@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 import time
@@ -74,3 +75,35 @@ class Signals:
             self.received, self._since = signal.Signals(number).name, now
         elif number == signal.SIGINT and now - self._since > SAME_KEYPRESS_S:
             raise KeyboardInterrupt("stopped at once, without a last checkpoint")
+
+
+@contextlib.contextmanager
+def stopping_at(deadline: float | None) -> Iterator[None]:
+    """In this context, from `deadline` on, this process gets SIGTERM every second, upon which a training run saves.
+
+    It may come, from outside as well, while no run has its own handler: then nothing happens, and the next one, a
+    second later, ends the run.
+    """
+    if deadline is None:
+        yield
+        return
+    over, told = threading.Event(), threading.Event()
+
+    def ring(deadline: float) -> None:
+        while not over.wait(1.0):
+            if told.is_set() or time.time() > deadline:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    def pass_over(number: int, _) -> None:
+        if number != signal.SIGTERM:
+            raise KeyboardInterrupt
+        told.set()  # by another process, perhaps
+
+    with handling(pass_over):
+        clock = threading.Thread(target=ring, args=(deadline,), daemon=True)
+        clock.start()
+        try:
+            yield
+        finally:
+            over.set()
+            clock.join()

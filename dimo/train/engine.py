@@ -8,26 +8,25 @@ optimizers, gradient norm and clipping. Master weights are float32 under every e
 from __future__ import annotations
 
 import atexit
+import contextlib
 import copy
-import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from dimo.config import Config, device_of
 from dimo.errors import DimoError
 from dimo.run.ranks import count_ranks, everywhere, launched_or_alone
-from dimo.train.optimizers import set_lr_factor
-
-BUCKET_ENTRIES = 2**26  # gradient entries per all-reduce: 256 MiB of float32
-SENT_ALONE = 2**20  # gradients with at least so many entries are all-reduced during the backward pass, once ready
+from dimo.train.learner import BUCKET_ENTRIES, Learner
+from dimo.train.sharded import full_tensors, reshard
+from dimo.train.zero2 import Zero2Learner
+from dimo.ursa.sequence import Split, splitting
 
 
 class Engine:
@@ -46,6 +45,9 @@ class Engine:
         self.kind = asked if dist.is_initialized() else "ddp"
         self.device = self.accelerator.device
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
+        # in bf16 AdamW keeps bf16 copies of its float32 weights, if none of them is sharded
+        self.copies = config.training.mixed_precision == "bf16" and config.optim.optimizer == "adamw"
+        self.copies &= self.kind == "ddp" and config.model.backend == "native"
         if self.kind != "ddp" and config.optim.optimizer == "muon":
             raise DimoError(
                 f"optim.optimizer=muon needs full matrices, but {self.kind} shards them; use optim.optimizer=adamw or "
@@ -55,35 +57,59 @@ class Engine:
             # A gloo thread releases the tensors of the last collective with a delay. If that happens while Python
             # shuts down, the process aborts, and the launcher reports the run as failed.
             atexit.register(time.sleep, 0.2)
+        self.sharers = config.training.sequence_parallel if dist.is_initialized() else 1
+        self.split = None
+        if self.sharers > 1:
+            self._require_divisible()
+            shape = self.world_size // self.sharers, self.sharers
+            mesh = dist.init_device_mesh(self.device.type, shape, mesh_dim_names=("samples", "tokens"))
+            self.split = Split(mesh["tokens"])
+        # of the samples: the GPUs that share one have the same draws
+        self.data_rank, self.data_world_size = self.rank // self.sharers, self.world_size // self.sharers
         self._zero2 = {
             "train_micro_batch_size_per_gpu": config.distill.batch_size_per_gpu,
             "gradient_accumulation_steps": config.training.gradient_accumulation_steps,
             "gradient_clipping": config.optim.max_grad_norm,
-            "zero_optimization": {"stage": 2},
+            "zero_optimization": {"stage": 2, "overlap_comm": True, "reduce_bucket_size": BUCKET_ENTRIES},
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 2**31,
         }
 
-    def copy_of(self, model: torch.nn.Module, learns: bool) -> torch.nn.Module:
-        """A float32 copy of the model, sharded under fsdp2; `learns` says whether it requires gradients."""
-        model = copy.deepcopy(model).requires_grad_(learns)
-        if self.kind == "fsdp2":
-            mesh = dist.init_device_mesh(self.device.type, (self.world_size,))
-            for part in (model.model.embed_tokens, *model.model.layers):
-                fully_shard(part, mesh=mesh, reshard_after_forward=True)
-            fully_shard(model, mesh=mesh, reshard_after_forward=False)  # the head is used after `hidden` has returned
-            register_fsdp_forward_method(model, "hidden")
-        return model
+    def copy_of(self, model: torch.nn.Module, learns: bool, shared: Sequence[torch.nn.Module] = ()) -> torch.nn.Module:
+        """A float32 copy of the model, sharded under fsdp2; `learns` says whether it requires gradients.
 
-    def frozen(self, own: torch.nn.Module, teachers: torch.nn.Module) -> torch.nn.Module:
-        """A frozen part of a network: the teacher's module itself, or under fsdp2 the network's own, sharded copy."""
-        return own.requires_grad_(False) if self.kind == "fsdp2" else teachers
+        The modules `shared` of the model are not copied: the copy has them in common with it, whole and frozen.
+        """
+        copied = copy.deepcopy(model, {id(part): part for part in shared}).requires_grad_(learns)
+        for part in shared:
+            part.requires_grad_(False)
+        if self.kind == "fsdp2":
+            self._shard(copied, shared)
+        return copied
+
+    def _shard(self, model: torch.nn.Module, shared: Sequence[torch.nn.Module]) -> None:
+        """Shard layer by layer. Under bf16 the weights are rounded before they are gathered, not after: half the bytes.
+
+        Their gradients, which autocast computes in bf16 as well, are averaged in float32.
+        """
+        bf16 = torch.bfloat16 if self.mixed_precision == "bf16" else None
+        policy = MixedPrecisionPolicy(bf16, torch.float32 if bf16 else None, cast_forward_inputs=False)
+        how: dict = {"mesh": dist.init_device_mesh(self.device.type, (self.world_size,)), "mp_policy": policy}
+        embeddings = model.model.embed_tokens
+        for part in (*model.model.layers, *(() if embeddings in shared else (embeddings,))):
+            fully_shard(part, reshard_after_forward=True, **how)
+        whole = {p for part in shared for p in part.parameters()}
+        # the head is used after `hidden` has returned
+        fully_shard(model, reshard_after_forward=False, ignored_params=whole, **how)
+        register_fsdp_forward_method(model, "hidden")
 
     def learner(self, model: torch.nn.Module, make: Callable[[torch.nn.Module], list]) -> Learner:
         """A learner of the model, with the optimizers that `make` creates for it."""
         if self.kind == "deepspeed_zero2":
-            return Zero2Learner(model, make(model), self.max_grad_norm, self._zero2)
-        return Learner(model, make(model), self.max_grad_norm)
+            return Zero2Learner(model, make(model), self.max_grad_norm, self.sharers, self._zero2)
+        if self.copies:
+            model.hold(torch.bfloat16)
+        return Learner(model, make(model), self.max_grad_norm, self.sharers)
 
     def autocast(self) -> torch.autocast:
         """The autocast context of the forward passes, as set by training.mixed_precision.
@@ -92,6 +118,27 @@ class Engine:
         """
         bf16 = self.mixed_precision == "bf16"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
+
+    @contextlib.contextmanager
+    def dividing(self) -> Iterator[None]:
+        """`autocast` in which GPUs that share samples divide their tokens; all of them must make the same passes."""
+        with self.autocast(), splitting(self.split):
+            yield
+
+    def require_heads(self, heads: int) -> None:
+        """Raise DimoError unless the GPUs that share samples can divide a network's key and value heads."""
+        if heads % self.sharers:
+            raise DimoError(f"training.sequence_parallel={self.sharers} must divide the {heads} key and value heads")
+
+    def _require_divisible(self) -> None:
+        if self.world_size % self.sharers:
+            raise DimoError(
+                f"training.sequence_parallel={self.sharers} must divide the number of processes, {self.world_size}"
+            )
+
+    def of_sharers(self, value: Any) -> Any:
+        """The value of the first of the GPUs that share this one's samples. Collective."""
+        return value if self.sharers == 1 else self.everywhere(value)[self.data_rank * self.sharers]
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank. This and the following methods are collective."""
@@ -109,161 +156,6 @@ class Engine:
         """The full state dict. A sharded one is gathered onto the CPU of rank 0 and empty on the other ranks."""
         reshard(model)
         return full_tensors(model.state_dict(), keep=self.rank == 0)
-
-
-class Learner:
-    """A trained network with its optimizers. Per update: `backward` calls, `gradient_norm`, then `update` or `discard`.
-
-    This class serves a single process, DDP and FSDP2. Under DDP the gradients are all-reduced here, because a step may
-    run several forward passes of a network before one backward pass, which torch's reducer does not allow. FSDP2
-    averages them in its backward pass.
-    """
-
-    def __init__(self, model: torch.nn.Module, optimizers: list[torch.optim.Optimizer], max_grad_norm: float):
-        self.model, self.optimizers, self.max_grad_norm = model, optimizers, max_grad_norm
-        self.sharded = isinstance(model, FSDPModule)
-        self.gradients: list[torch.Tensor] = []  # local shards; averaged over the ranks after `gradient_norm`
-        self.last = True
-        self.sending: dict[torch.Tensor, dist.Work] = {}
-        if self.averages:
-            for p in model.parameters():
-                if p.requires_grad and p.numel() >= SENT_ALONE:
-                    p.register_post_accumulate_grad_hook(self._send)
-
-    @property
-    def averages(self) -> bool:
-        """Whether gradients are averaged by this class and not by the engine."""
-        return dist.is_initialized() and not self.sharded
-
-    def _send(self, p: torch.nn.Parameter) -> None:
-        if self.last:
-            self.sending[p.grad] = dist.all_reduce(p.grad, async_op=True)
-
-    def set_lr_factor(self, factor: float) -> None:
-        set_lr_factor(self.optimizers, factor)
-
-    def backward(self, loss: torch.Tensor, last: bool = True) -> None:
-        """Accumulate the gradient of the loss; `last`: no further backward pass before the update."""
-        self.last = last
-        loss.backward()
-
-    def gradient_norm(self) -> torch.Tensor:
-        """The norm of the gradient averaged over the ranks, equal on all of them: NaN on one rank is NaN on all."""
-        self.gradients = [to_local(p.grad) for p in self.model.parameters() if p.grad is not None]
-        if self.averages:
-            average([gradient for gradient in self.gradients if gradient not in self.sending])
-            for sent in self.sending.values():
-                sent.wait()
-            if self.sending:
-                torch._foreach_div_(list(self.sending), dist.get_world_size())
-            self.sending = {}
-        square = torch.stack(torch._foreach_norm(self.gradients)).square().sum()
-        if self.sharded:
-            dist.all_reduce(square)
-        return square.sqrt()
-
-    def update(self, norm: torch.Tensor) -> None:
-        """Clip to max_grad_norm, step and zero the gradient; `norm` is what `gradient_norm` returned."""
-        torch._foreach_mul_(self.gradients, (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
-        for optimizer in self.optimizers:
-            optimizer.step()
-        self.discard()
-
-    def discard(self) -> None:
-        """Drop the gradient without a step."""
-        self.gradients, self.sending = [], {}
-        for optimizer in self.optimizers:
-            optimizer.zero_grad()
-        reshard(self.model)
-
-    def state(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Full optimizer state, {parameter name: {"exp_avg": ..., ...}}, in the same form under every engine.
-
-        Collective. If it is sharded, it is gathered onto rank 0, and the other ranks hold no tensors.
-        """
-        reshard(self.model)
-        keep = dist.get_rank() == 0 if dist.is_initialized() else True
-        held = {p: optimizer.state[p] for optimizer in self.optimizers for p in list(optimizer.state)}
-        return {name: full_tensors(held[p], keep) for name, p in self.model.named_parameters() if p in held}
-
-    def load_state(self, weights: dict[str, torch.Tensor], state: dict[str, dict[str, torch.Tensor]]) -> None:
-        """Load the results of `Engine.full_state_dict` and `state`; every rank needs the full tensors."""
-        load_full_state(self.model, weights)
-        named = dict(self.model.named_parameters())
-        for optimizer in self.optimizers:
-            mine = {p for group in optimizer.param_groups for p in group["params"]}
-            optimizer.state.clear()
-            for name, values in state.items():
-                if named[name] in mine:
-                    optimizer.state[named[name]] = {k: placed_like(named[name], v) for k, v in values.items()}
-
-
-class Zero2Learner(Learner):
-    """A `Learner` under DeepSpeed ZeRO-2: optimizer states and averaged gradients are sharded, weights are replicated.
-
-    Each network has its own DeepSpeed engine. Forward passes call the network and not the engine, since there may be
-    several before one backward pass. Written for DeepSpeed 0.19.
-    """
-
-    averages = False
-
-    def __init__(self, model: torch.nn.Module, optimizers: list, max_grad_norm: float, settings: dict):
-        import deepspeed  # optional dependency
-        from deepspeed.utils import logger
-
-        logger.setLevel(logging.WARNING)
-        self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizers[0], config=dict(settings))
-        self.zero = self.engine.optimizer
-        super().__init__(model, optimizers, max_grad_norm)
-
-    def backward(self, loss: torch.Tensor, last: bool = True) -> None:
-        self.zero.clear_backward_seen_flag()
-        self.engine.set_gradient_accumulation_boundary(last)
-        self.engine.backward(loss, scale_wrt_gas=False)
-
-    def gradient_norm(self) -> torch.Tensor:
-        norm = torch.as_tensor(self.zero.scaled_global_norm(), device=self.engine.device)
-        return torch.where(norm < 0, torch.nan, norm)  # DeepSpeed returns -1 for NaN or infinity
-
-    def update(self, norm: torch.Tensor) -> None:
-        self.engine.step()
-
-    def discard(self) -> None:
-        self.zero.zero_grad()
-        for group in range(len(self.zero.bit16_groups)):
-            self.zero.averaged_gradients[group] = None
-            self.zero.all_grad_tensors[group] = None
-
-    def state(self) -> dict[str, dict[str, torch.Tensor]]:
-        from deepspeed.utils import safe_get_full_optimizer_state
-
-        state, keep = {}, dist.get_rank() == 0
-        steps = {i: self.optimizers[0].state[p].get("step") for i, p in enumerate(self._flat())}
-        for group, parameters in enumerate(self.zero.bit16_groups):
-            for p in parameters if steps[group] is not None else ():
-                moments = {key: safe_get_full_optimizer_state(p, key) for key in ("exp_avg", "exp_avg_sq")}
-                state[p] = {k: v.cpu() for k, v in {"step": steps[group], **moments}.items()} if keep else {}
-        return {name: state[p] for name, p in self.model.named_parameters() if p in state and keep}
-
-    def load_state(self, weights: dict[str, torch.Tensor], state: dict[str, dict[str, torch.Tensor]]) -> None:
-        from deepspeed.utils import safe_set_full_optimizer_state
-
-        load_full_state(self.model, weights)
-        self.zero.refresh_fp32_params()
-        if not state:
-            return
-        held, step = self.optimizers[0].state, next(iter(state.values()))["step"]
-        for p in self._flat():
-            if p not in held:
-                held[p] = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
-            held[p]["step"] = step.to(p.device, copy=True)
-        self.zero._lazy_init_hp_params_optimizer_state()  # maps parameters to their moments in the flat buffers
-        for name, p in self.model.named_parameters():
-            for key in ("exp_avg", "exp_avg_sq") if name in state else ():
-                safe_set_full_optimizer_state(p, state[name][key].to(p.device), key)
-
-    def _flat(self) -> list[torch.Tensor]:
-        return [group["params"][0] for group in self.optimizers[0].param_groups]
 
 
 def _asked_for() -> str:
@@ -288,63 +180,3 @@ def _asked_for() -> str:
             raise DimoError(f"fsdp_version must be 2 in accelerate's configuration, got {version}")
         return "fsdp2"
     return "ddp"
-
-
-def to_local(tensor: torch.Tensor) -> torch.Tensor:
-    """The local shard of a sharded tensor; any other tensor unchanged."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def full_tensors(values: dict[str, torch.Tensor], keep: bool) -> dict[str, torch.Tensor]:
-    """All-gather sharded tensors one by one onto the CPU of the ranks with `keep`; if none is sharded, no copy is made.
-
-    The other ranks get {} from a dict with sharded tensors. Collective.
-    """
-    if not any(isinstance(value, DTensor) for value in values.values()):
-        return values
-    gathered = {}
-    for name, value in values.items():
-        value = value.full_tensor() if isinstance(value, DTensor) else value
-        if keep:
-            gathered[name] = value.cpu()
-    return gathered
-
-
-@torch.no_grad()
-def load_full_state(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """`load_state_dict` of full tensors into a model that may be sharded."""
-    reshard(model)
-    own = model.state_dict()
-    model.load_state_dict(
-        {name: placed_like(own[name], value) if name in own else value for name, value in weights.items()}
-    )
-
-
-def placed_like(tensor: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """The full tensor `value` on the device of `tensor`, sharded like it unless its shape differs (a step count)."""
-    value = value.to(tensor.device)
-    if not isinstance(tensor, DTensor) or value.shape != tensor.shape:
-        return value
-    return distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
-
-
-def reshard(model: torch.nn.Module) -> None:
-    """Free the parameters that a forward pass under FSDP2 left gathered, so that the sharded ones are in place."""
-    if isinstance(model, FSDPModule):
-        model.reshard()
-
-
-def average(tensors: list[torch.Tensor]) -> None:
-    """Replace every tensor by its mean over all ranks, in a few large all-reduces."""
-    start = 0
-    while start < len(tensors):
-        end, entries = start, 0
-        while end < len(tensors) and (end == start or entries + tensors[end].numel() <= BUCKET_ENTRIES):
-            entries, end = entries + tensors[end].numel(), end + 1
-        bucket = tensors[start:end]
-        flat = torch.cat([tensor.flatten() for tensor in bucket])
-        dist.all_reduce(flat)
-        flat /= dist.get_world_size()
-        pieces = flat.split([tensor.numel() for tensor in bucket])
-        torch._foreach_copy_(bucket, [piece.view_as(tensor) for piece, tensor in zip(pieces, bucket)])
-        start = end

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 ORDINARY = 3  # steps of a kind before its capture: libraries set up their workspaces, and compilers compile
 AHEAD = 2  # replays that may be queued, so that the time between steps is that of the GPU
-COMPILED = 64  # graphs of torch.compile for one function: the networks of each seed have their own
+COMPILED = 64  # graphs of torch.compile for one function: each size, and the networks of each seed, have their own
 CHECKED = ("loss/total", "entropy/student", "entropy/teacher", "entropy/aux")
 
 
@@ -50,11 +50,6 @@ def require_capturable(trainer: Trainer) -> None:
         raise DimoError("training.cuda_graph=true needs a GPU, and PyTorch finds none")
     if trainer.engine.world_size > 1:
         raise DimoError(f"training.cuda_graph=true needs a single process, got {trainer.engine.world_size}")
-    if not trainer.dense:
-        raise DimoError(
-            "training.cuda_graph=true is for small worlds, whose logits are stored whole: t_draws * batch_size_per_gpu "
-            f"* visual tokens * codes must be at most {2**25}; this teacher has {trainer.path.codebook_size} codes"
-        )
 
 
 @dataclasses.dataclass
@@ -91,7 +86,7 @@ class StepGraphs:
         self.bad = torch.full((), -1, dtype=torch.int64, device=device)  # the first step that was not finite
         self.latest = 0
         self.forget()
-        if trainer.config.model.compile:
+        if self.stream is not None:
             torch._dynamo.config.recompile_limit = max(COMPILED, torch._dynamo.config.recompile_limit)
 
     def forget(self) -> None:

@@ -108,6 +108,7 @@ def _train(
         print(f"dimo: {begin}", file=sys.stderr, flush=True)
     if trainer.prompts.about:
         run.say(trainer.prompts.about)
+    run.say(trainer.attention.about, aloud=trainer.attention.surprises)
     _say_alignment(trainer, run)
     run.cut_at(first)
     run.write_environment()
@@ -117,12 +118,15 @@ def _train(
     watch = Watch(trainer, run, first)
     bar = Progress(first, last, shown=progress and run.writes)
     clock, since = time.perf_counter(), first
+    trainer.cold_start.mark("networks and checks")
     for index in bar:
         try:
             step, extra = trainer.step(index)
         finally:
             _drain_events(trainer, run)
         done = index + 1
+        if index == first:
+            run.say(trainer.cold_start.end())
         # one small all-reduce: has any rank received a signal, and have all ranks written their files of a checkpoint
         told, written = count_ranks([signals.received is not None, checkpoints.written()], trainer.device)
         if written == trainer.accelerator.num_processes:
@@ -132,6 +136,7 @@ def _train(
             _drain_events(trainer, run)
             seconds = (time.perf_counter() - clock) / (done - since)
             values["time/step_s"] = seconds
+            values |= trainer.cold_start.once()
             values["tokens_per_s"] = trainer.tokens_per_step / seconds
             if watch.is_due(done):
                 values |= watch.measure()

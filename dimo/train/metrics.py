@@ -13,6 +13,8 @@ MEASURED = (
     "reward/mean", "reward/std", "reward/baseline", "gap/aux_teacher_tv", "gap/student_teacher_kl", "t/mean",
     "x_init/corrupt_share", "codes/used", "logits/std",
 )  # fmt: skip
+QUARTERS = ("0.00", "0.25", "0.50", "0.75")  # where quarters of t begin
+BY_T, SHARE_OF_T = "gap_by_t/", "share_of_t/"  # sums over a quarter's tokens, and its share of all tokens
 
 
 def measured(step: Step) -> dict[str, torch.Tensor]:
@@ -34,7 +36,27 @@ def measured(step: Step) -> dict[str, torch.Tensor]:
         "entropy/aux": gaps.entropy_aux.mean(),
         "gap/aux_teacher_tv": gaps.total_variation.mean(),
     }
+    values |= _by_quarter(gaps.total_variation, step.t)
     return values if step.kd is None else values | {"gap/student_teacher_kl": step.kd}
+
+
+def _by_quarter(gap: torch.Tensor, t: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Sums of gap (R B, N) over the tokens with t (R B,) or (R B, N) in each quarter, and their shares of all tokens.
+
+    Both are divided by the number of all tokens, so that they can be averaged over steps before `gaps_by_t` divides.
+    """
+    quarter = (t * len(QUARTERS)).long().clamp(max=len(QUARTERS) - 1)
+    quarter = (quarter if t.dim() == 2 else quarter[:, None]).expand_as(gap).flatten()
+    inside = (quarter[:, None] == torch.arange(len(QUARTERS), device=t.device)).float()
+    sums, shares = (inside * gap.flatten()[:, None]).mean(0), inside.mean(0)
+    return {BY_T + q: x for q, x in zip(QUARTERS, sums)} | {SHARE_OF_T + q: x for q, x in zip(QUARTERS, shares)}
+
+
+def gaps_by_t(means: dict[str, float]) -> dict[str, float]:
+    """`means` with the mean gap of every quarter of t in place of sums and shares; none where t never was."""
+    made = {name: value for name, value in means.items() if not name.startswith((BY_T, SHARE_OF_T))}
+    there = [q for q in QUARTERS if means.get(SHARE_OF_T + q, 0.0) > 0]
+    return made | {BY_T + q: means[BY_T + q] / means[SHARE_OF_T + q] for q in there}
 
 
 class Averages:

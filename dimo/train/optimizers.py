@@ -8,6 +8,7 @@ import math
 import torch
 
 from dimo.config import Optim
+from dimo.train.masters import MasterAdamW, copies_of
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Muon's quintic: brings singular values close to 1 in five iterations
 STACK_ENTRIES = 2**24  # matrices of equal shape are orthogonalised in batches of up to so many entries
@@ -74,8 +75,15 @@ def make_optimizers(model: torch.nn.Module, lr: float, muon_lr: float, optim: Op
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     inside = {name for name, p in named if ".layers." in name and p.dim() == 2} if optim.optimizer == "muon" else set()
-    rest, decay = [p for name, p in named if name not in inside], optim.weight_decay
-    made = [torch.optim.AdamW(rest, lr=lr, betas=(optim.beta1, optim.beta2), weight_decay=decay, fused=True)]
+    rest = [(name, p) for name, p in named if name not in inside]
+    settings = {"lr": lr, "betas": (optim.beta1, optim.beta2), "weight_decay": optim.weight_decay}
+    copies = copies_of(model)
+    if copies:  # layer by layer, since the compiled update of one serves all
+        layers = itertools.groupby(rest, key=lambda row: row[0].split(".layers.")[-1].split(".")[0])
+        groups = [{"params": [p for _, p in rows]} for _, rows in layers]
+        made: list[torch.optim.Optimizer] = [MasterAdamW(groups, copies, **settings)]
+    else:
+        made = [torch.optim.AdamW([p for _, p in rest], **settings, fused=True)]
     if inside:
         made.append(
             Muon([p for name, p in named if name in inside], muon_lr, optim.muon_momentum, optim.muon_weight_decay)
@@ -110,6 +118,13 @@ def make_capturable(optimizers: list[torch.optim.Optimizer], device: torch.devic
 def warm_ema_decay(decay: float, step: int) -> float:
     """EMA decay with warm-up, min(decay, (1 + step) / (10 + step)), so that the initial weights are soon forgotten."""
     return min(decay, (1 + step) / (10 + step))
+
+
+def ema_decay_at(decay: float, step: int, every: int) -> float:
+    """The decay of an update of the EMA at a step: that of the `every` steps up to it, or 1 between updates."""
+    if (step + 1) % every:
+        return 1.0
+    return math.prod(warm_ema_decay(decay, one) for one in range(step + 1 - every, step + 1))
 
 
 def lr_factor(optim: Optim, step: int, max_steps: int, least: float) -> float:

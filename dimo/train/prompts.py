@@ -6,6 +6,7 @@ Some captions are held out: training never sees them, and a student that no orac
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import re
 from collections.abc import Sequence
@@ -17,12 +18,13 @@ from dimo.config import Config
 from dimo.data.stream import PromptStream
 from dimo.distill.stages import tokenise
 from dimo.errors import DimoError
-from dimo.run.origin import held_out_by, learns_from, run_of
+from dimo.run.origin import held_out_by, learns_from, run_config, run_of
 from dimo.ursa import Ursa
 from dimo.worlds import is_world, load_world
 
 SHOWN = 8  # number of example prompts of a stream without held-out captions
 ROWS = 10_000  # held-out captions are taken from so many first rows
+LOOKED_AT = 1_000_000  # of a run's captions, for what it was trained on
 MOST = 5  # at most one in so many captions is held out, so that small files are mostly used for training
 PREFIX = re.compile(r"(motion=[^\s,]*, )*")
 log = logging.getLogger(__name__)
@@ -125,19 +127,27 @@ def open_prompts(config: Config, ursa: Ursa, rank: int = 0, world_size: int = 1)
         require_prompts_fit(ursa, prompts, d.max_prompt_length)
         return WorldPrompts(prompts, ursa, d.max_prompt_length)
 
-    def stream(seed: int, shuffle_buffer: int) -> PromptStream:
-        return PromptStream(
-            d.prompt_source, seed, 0, 1, shuffle_buffer, d.score_minimums(), d.motion_value(), d.motion_share
-        )
-
-    different: dict[str, str] = {}  # {caption: its first prompt}
-    for prompt in stream(0, ROWS).first(ROWS) if wanted else []:
-        different.setdefault(_caption(prompt), prompt)
-    held_out = list(different.values())[: min(wanted, len(different) // MOST)]
+    held_out, different = _held_out(config)
     return StreamedPrompts(
-        stream(config.experiment.seed, d.shuffle_buffer), ursa, d.max_prompt_length, rank, world_size, held_out,
-        _about(wanted, len(held_out), len(different)),
+        _stream(config, config.experiment.seed, d.shuffle_buffer), ursa, d.max_prompt_length, rank, world_size,
+        held_out, _about(wanted, len(held_out), different),
     )  # fmt: skip
+
+
+def _stream(config: Config, seed: int, shuffle_buffer: int) -> PromptStream:
+    d = config.distill
+    return PromptStream(
+        d.prompt_source, seed, 0, 1, shuffle_buffer, d.score_minimums(), d.motion_value(), d.motion_share
+    )
+
+
+def _held_out(config: Config) -> tuple[list[str], int]:
+    """The prompts of `evaluation.held_out` captions, and among how many different captions they were found."""
+    different: dict[str, str] = {}  # {caption: its first prompt}
+    wanted = config.evaluation.held_out
+    for prompt in _stream(config, 0, ROWS).first(ROWS) if wanted else []:
+        different.setdefault(_caption(prompt), prompt)
+    return list(different.values())[: min(wanted, len(different) // MOST)], len(different)
 
 
 def evaluation_prompts(config: Config, ursa: Ursa, weights: str | Path) -> tuple[list[str], int | None]:
@@ -160,6 +170,35 @@ def evaluation_prompts(config: Config, ursa: Ursa, weights: str | Path) -> tuple
     return source.examples, len(source.held_out)
 
 
+def trained_on(config: Config, weights: str | Path, prompts: list[str]) -> int | None:
+    """How many of the prompts the student behind `weights` was trained on, and log it if there are any.
+
+    Case, spaces and stops at the end do not count, so that a held-out caption that training has in another spelling is
+    found; nor does the motion prefix. Of the run's captions the first LOOKED_AT rows are searched, without those that
+    it held out.
+
+    Returns:
+        None if the student is in no run folder, or its run's captions cannot be read any more.
+    """
+    run = run_of(weights)
+    if run is None:
+        return None
+    own = config if learns_from(run, config) else run_config(run)
+    own = dataclasses.replace(own, evaluation=dataclasses.replace(own.evaluation, held_out=held_out_by(run)))
+    try:
+        never = {_caption(prompt) for prompt in _held_out(own)[0]}
+        rows = itertools.islice(_stream(own, 0, ROWS).once(), LOOKED_AT)
+        trained = {_folded(caption) for caption in map(_caption, rows) if caption not in never}
+    except DimoError as error:
+        log.warning("it cannot be said which of these captions %s was trained on: %s", run, error)
+        return None
+    found = sum(_folded(_caption(prompt)) in trained for prompt in prompts)
+    if found:
+        log.warning("%d of the %d captions are among those that %s was trained on, as they are or but for case, spaces "
+                    "or a stop", found, len(prompts), run)  # fmt: skip
+    return found
+
+
 def require_prompts_fit(ursa: Ursa, prompts: list[str], max_prompt_length: int) -> None:
     """Raise unless all of a world's prompts fit into `max_prompt_length` tokens and have different token ids."""
     ids, cut = ursa.tokenize_and_count(prompts, max_prompt_length)
@@ -180,6 +219,10 @@ def require_prompts_fit(ursa: Ursa, prompts: list[str], max_prompt_length: int) 
 def _caption(prompt: str) -> str:
     """The caption without its motion prefix, which a prompt may have in one epoch and not in the next."""
     return PREFIX.sub("", prompt, count=1)
+
+
+def _folded(caption: str) -> str:
+    return " ".join(caption.casefold().split()).rstrip(" .!")
 
 
 def _about(wanted: int, held_out: int, different: int) -> str:

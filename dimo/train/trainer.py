@@ -14,24 +14,27 @@ from dimo.config.older import as_begun
 from dimo.distill import losses, stages
 from dimo.distill.schedules import Baseline, EntropyController, XInit, fade
 from dimo.distill.stages import Step
-from dimo.distill.step import Networks, nine_stages
+from dimo.distill.step import nine_stages
 from dimo.errors import DimoError, NonFiniteError, trusted_values
+from dimo.run.cold_start import ColdStart
 from dimo.run.folder import RunFolder
-from dimo.train.engine import Engine, load_full_state, reshard, to_local
+from dimo.train.engine import Engine
 from dimo.train.graph import StepGraphs, require_capturable
 from dimo.train.guards import Guard
-from dimo.train.metrics import MEASURED, Averages, measured
-from dimo.train.optimizers import assign, lr_factor, make_optimizers, warm_ema_decay
+from dimo.train.metrics import BY_T, MEASURED, QUARTERS, SHARE_OF_T, Averages, gaps_by_t, measured
+from dimo.train.networks import make_networks
+from dimo.train.optimizers import assign, ema_decay_at, lr_factor, make_optimizers
 from dimo.train.prompts import WorldPrompts, open_prompts
+from dimo.train.sharded import load_full_state, reshard, to_local
 from dimo.train.together import train_together
 from dimo.ursa import Ursa, load_ursa, predict
+from dimo.ursa.chunks import BLOCK
 from dimo.ursa.cpu import keep_memory
 from dimo.ursa.sampler import student_times
 from dimo.ursa.weights import scale_logits
 from dimo.views.clean_tokens import known_clean_tokens
 from dimo.views.reading import check_slice
 from dimo.worlds import checkpoint_folder, is_world, load_world, require_world
-from dimo.worlds.exact import exact_teacher
 
 
 class Trainer:
@@ -46,6 +49,7 @@ class Trainer:
     """
 
     def __init__(self, config: Config, ursa: Ursa | None = None, prompts: WorldPrompts | None = None):
+        self.cold_start = ColdStart()
         self.config = config = as_begun(config)
         self.settings = d = config.distill
         o = config.optim
@@ -54,36 +58,21 @@ class Trainer:
         self.accelerator, self.device = self.engine.accelerator, self.engine.device
         if self.device.type == "cpu":
             keep_memory()
-        if ursa is None:
-            ursa = load_ursa(checkpoint_folder(d.teacher_ckpt), self.device, backend=config.model.backend)
-        self.ursa = ursa
-        self.path = self.ursa.path
+        ursa = ursa or load_ursa(checkpoint_folder(d.teacher_ckpt), self.device, backend=config.model.backend)
+        self.cold_start.mark("checkpoint")
+        self.ursa, self.path = ursa, ursa.path
         self.grid = self.ursa.latents_shape(d.num_frames, d.height, d.width)
         self.num_visual_tokens = math.prod(self.grid)
-        samples = d.batch_size_per_gpu * config.training.gradient_accumulation_steps * self.engine.world_size
+        samples = d.batch_size_per_gpu * config.training.gradient_accumulation_steps * self.engine.data_world_size
         self.tokens_per_step = samples * self.num_visual_tokens
         if is_world(self.ursa.folder):
             require_world(load_world(self.ursa.folder), self.grid, self.path.codebook_size)
-        self.prompts = prompts or open_prompts(config, self.ursa, self.engine.rank, self.engine.world_size)
+        self.prompts = prompts or open_prompts(config, self.ursa, self.engine.data_rank, self.engine.data_world_size)
         self.empty_ids = self.ursa.tokenize([""], d.max_prompt_length)
         self.uncond_ids = self.ursa.tokenize([d.negative_prompt], d.max_prompt_length)
 
-        teacher = self.ursa.transformer.requires_grad_(False).eval()
-        student, aux, ema = (self.engine.copy_of(teacher, learns) for learns in (True, True, False))
-        if config.training.mixed_precision == "bf16":
-            teacher.bfloat16()  # frozen, so it needs no float32 master weights
-        asked = exact_teacher(self.ursa.folder, self.path) if d.teacher == "exact" else teacher
-        self.networks = Networks(asked, student, aux, ema)
-        for network in (student, aux, ema):
-            if not config.model.train_embeddings:
-                network.model.embed_tokens = self.engine.frozen(network.model.embed_tokens, teacher.model.embed_tokens)
-            if not config.model.train_head:
-                network.lm_head = self.engine.frozen(network.lm_head, teacher.lm_head)
-                network.model.norm.requires_grad_(False)  # small, so each network keeps its own, in its own precision
-        for network in (student, ema):
-            network.model.norm.weight.data.mul_(config.model.logit_gain)
-        for network in (teacher, student, aux, ema) if config.model.backend == "native" else ():
-            network.run_with(config.model.compile and self.device.type == "cuda", config.model.activation_checkpointing)
+        self.networks, self.attention = make_networks(config, ursa, self.engine)
+        student, aux = self.networks.student, self.networks.aux
         self.student = self.engine.learner(student, lambda net: make_optimizers(net, o.lr, o.muon_lr, o))
         self.aux = self.engine.learner(aux, lambda net: make_optimizers(net, o.aux_lr, o.muon_lr * o.aux_lr / o.lr, o))
         self.x_init = XInit(self.path.codebook_size, d.p_corrupt, d.corrupt_ratio)
@@ -95,9 +84,12 @@ class Trainer:
         self.generator = torch.Generator(self.device)
         self.lambda_ent: float | torch.Tensor = d.lambda_ent
         self.ema_weight: float | torch.Tensor = 0.0  # of the student in an update of its moving average
-        # logits are stored only if a batch's take at most 128 MiB and are not rounded to bf16
+        # logits are stored only if a batch's take at most 128 MiB and are not rounded to bf16; where there are many
+        # codes, a GPU recomputes them faster than it goes through stored ones: what reads them is compiled then
         large = d.t_draws * d.batch_size_per_gpu * self.num_visual_tokens * self.path.codebook_size > 2**25
-        self.dense = not large and config.training.mixed_precision == "no"
+        many = self.device.type == "cuda" and self.path.codebook_size > BLOCK
+        whole = config.training.mixed_precision == "no" and self.engine.split is None
+        self.dense = whole and not (large or many)
         self.guard = Guard(self.engine, config.training.max_bad_steps)
         self.averages = Averages()
         self.events: list[dict] = []  # {"step", "event", ...}; drained by the training loop
@@ -165,20 +157,20 @@ class Trainer:
         self.aux.set_lr_factor(lr_factor(o, index, last, o.aux_min_lr_share))
         self.x_init.fade = assign(self.x_init.fade, fade(index, 0, d.p_corrupt_fade * last))
         self.entropy_bonus.fade = assign(self.entropy_bonus.fade, fade(index, d.ent_anneal_from, d.ent_anneal_to))
-        self.ema_weight = assign(self.ema_weight, 1 - warm_ema_decay(o.ema_decay, index))
+        self.ema_weight = assign(self.ema_weight, 1 - ema_decay_at(o.ema_decay, index, o.ema_every))
         return {"optim/lr": o.lr * factor}
 
     def seed_of(self, index: int) -> int:
         """Generator seed from (seed, rank, step), so that a resumed run draws the same numbers."""
-        return ((self.config.experiment.seed * 1_000_003 + index) * 4099 + self.engine.rank) % 2**63
+        return ((self.config.experiment.seed * 1_000_003 + index) * 4099 + self.engine.data_rank) % 2**63
 
     def draw_prompts(self) -> torch.Tensor:
         """Stage 1: txt_ids (B, L)."""
         return self.prompts.batch(self.settings.batch_size_per_gpu, self.generator)
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        """The autocast context of the forward passes."""
-        return self.engine.autocast()
+        """The autocast context of the step's forward passes, in which GPUs that share samples divide the tokens."""
+        return self.engine.dividing()
 
     def agreed(self) -> contextlib.AbstractContextManager:
         """Context around stages: a NonFiniteError on one rank is raised on all."""
@@ -206,7 +198,9 @@ class Trainer:
 
     @torch.no_grad()
     def update_ema(self) -> None:
-        """Update the student's moving average."""
+        """Update the student's moving average, if this step is one of those that do."""
+        if isinstance(self.ema_weight, float) and self.ema_weight == 0:
+            return
         reshard(self.networks.ema)
         pairs = zip(self.networks.ema.parameters(), self.networks.student.parameters())
         ema, student = zip(*((to_local(e), to_local(s)) for e, s in pairs if s.requires_grad))
@@ -233,14 +227,15 @@ class Trainer:
         the latest one, only. NaN if no step, or for these two the latest step, was finite.
         """
         self.look()
-        means = dict.fromkeys([*MEASURED, "reward/square"], torch.tensor(math.nan, device=self.device))
+        names = [*MEASURED, "reward/square", *(kind + q for kind in (BY_T, SHARE_OF_T) for q in QUARTERS)]
+        means = dict.fromkeys(names, torch.tensor(math.nan, device=self.device))
         if not self.guard.in_a_row:
             means["gap/student_teacher_kl"] = self._student_teacher_kl(step)
             means["codes/used"] = torch.tensor(float(step.x_hat.unique().numel()), device=self.device)
             means |= measured(step)  # for a second call after the same step, when there is nothing left to average
         means |= self.averages.take()
         values = self.engine.mean(torch.stack([value.detach().float() for value in means.values()])).tolist()
-        means = dict(zip(means, values))
+        means = gaps_by_t(dict(zip(means, values)))
         means["reward/std"] = math.sqrt(max(means.pop("reward/square") - means["reward/mean"] ** 2, 0.0))
         means["loss/kd"] = means["gap/student_teacher_kl"]
         return means | {"lambda_ent": float(self.lambda_ent)} | self.prompts.metrics()
@@ -248,7 +243,7 @@ class Trainer:
     def _student_teacher_kl(self, step: Step) -> torch.Tensor:
         if step.kd is not None:
             return step.kd
-        with self.engine.autocast():
+        with self.autocast():
             student = predict(self.networks.student, step.txt_ids_at_t, step.x_t, self.grid, step.dense)
         return losses.kl(step.teacher, student)
 
@@ -297,6 +292,7 @@ class Trainer:
         self.aux.load_state(tensors["aux"], state["optimizers"]["aux"])
         load_full_state(self.networks.ema, tensors["ema"])
         self.prompts.load_state_dict(state["prompts"])
+        rank_state = self.engine.of_sharers(rank_state)
         if rank_state is not None:
             memory = {k: None if v is None else v.to(self.device) for k, v in rank_state["x_init"].items()}
             self.x_init.load_state_dict(memory)
@@ -323,7 +319,7 @@ class Trainer:
             command = f"dimo check-alignment {self.ursa.folder} --num_frames {d.num_frames} --height {d.height} "
             command += f"--width {d.width} --runs {runs}"
             return f"the logits slice is not checked: no clean tokens are kept in {runs}; `{command}` checks it", False
-        with self.autocast():
+        with self.engine.autocast():
             alignment = check_slice(self.ursa, clean, d.max_prompt_length, self.dense)
         if alignment.found in ("right", None):
             return alignment.sentence, alignment.found == "right"

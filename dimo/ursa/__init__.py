@@ -8,9 +8,10 @@ from dimo.ursa.inputs import (
     visual_logits,
 )
 from dimo.ursa.loading import Ursa, load_ursa, save_student
-from dimo.ursa.prediction import Chunked, Dense, Prediction, Sparse, predict
+from dimo.ursa.prediction import Chunked, Dense, Prediction, predict
 from dimo.ursa.probability_path import MetricPath, MixturePath, categorical
 from dimo.ursa.sampler import jump, predict_guided, sample, timesteps
+from dimo.ursa.sparse import Sparse
 from dimo.ursa.transformer import UrsaConfig, UrsaTransformer
 
 __all__ = [

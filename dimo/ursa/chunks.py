@@ -15,23 +15,36 @@ from torch.nn import functional as F
 # path and losses need full float32 products; silence the suggestion of TF32, which has a 10-bit mantissa
 warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
 
-# entries per temporary: on a GPU 640 tokens of 64,000 codes, which divides URSA's 5,120 and 33,280 tokens, so that no
-# smaller last chunk needs its own compiled graph (1,280 makes the losses 10% faster for 0.8 GB more); on a CPU 16 MiB,
-# which malloc can reuse
-ENTRIES = {"cuda": 640 * 64_000, "cpu": 2**22}
+# entries per temporary: on a GPU up to 1,280 tokens of 64,000 codes, which divides URSA's 5,120 and 33,280 tokens, as
+# do its halves, so that no smaller last chunk needs its own compiled graph; on a CPU 16 MiB, which malloc can reuse
+ENTRIES = {"cuda": 1280 * 64_000, "cpu": 2**22}
+NEEDED = 32  # bytes of free GPU memory for each of them: the losses take 2.3 GiB with 1,280 tokens
 FEW_CODES = 2048  # up to this codebook size, K x K tables and full logits are small
 BLOCK = 256  # codes per block in `pick`
 
 
+_latest: dict[tuple[int, torch.device], int] = {}  # entries per temporary of these codes, as last chosen on that GPU
+
+
 def tokens_at_once(codes: int, device: torch.device) -> int:
-    """Chunk size in tokens for logits with `codes` entries per token; halved until it fits the free GPU memory."""
+    """Chunk size in tokens for logits with `codes` entries per token; halved until it fits the free GPU memory.
+
+    While a CUDA graph is captured it is that of the step before, for which everything is compiled.
+    """
     entries = ENTRIES.get(device.type, ENTRIES["cuda"])
     if device.type == "cuda" and torch.cuda.is_available():
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        while entries > 128 * codes and 16 * entries > torch.cuda.mem_get_info(device)[0] + unused:
-            entries //= 2  # powers of two, since each size compiles its own graph
+        entries = _fitting(entries, codes, device)
     tokens = max(1, entries // codes)
     return tokens if tokens < 128 else tokens // 128 * 128
+
+
+def _fitting(entries: int, codes: int, device: torch.device) -> int:
+    if not (torch.cuda.is_current_stream_capturing() and (codes, device) in _latest):
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        while entries > 128 * codes and NEEDED * entries > torch.cuda.mem_get_info(device)[0] + unused:
+            entries //= 2  # powers of two, since each size compiles its own graph
+        _latest[codes, device] = entries
+    return _latest[codes, device]
 
 
 def chunks(size: int, *tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:

@@ -15,7 +15,7 @@ import torch
 
 from dimo.ursa.chunks import chunks, tokens_at_once
 
-KNOTS = 96
+KNOTS = 96  # of a path; with a step h between them the cubics are off by h^4
 
 
 class LogNormaliser:
@@ -25,29 +25,33 @@ class LogNormaliser:
         distance: codes (n,) -> their distances (n, K) to all codes.
         codebook_size: K.
         most: the largest beta.
-        device: of the tables, 2 x KNOTS x K numbers: 49 MB at 64,000 codes.
+        device: of the tables, 2 x knots x K numbers: 49 MB at 64,000 codes.
+        knots: their number.
     """
 
-    def __init__(self, distance: Callable[[torch.Tensor], torch.Tensor], codebook_size: int, most: float, device):
-        self.step = math.log1p(most) / (KNOTS - 1)
-        knots = torch.arange(KNOTS, dtype=torch.float64) * self.step
+    def __init__(
+        self, distance: Callable[[torch.Tensor], torch.Tensor], codebook_size: int, most: float, device,
+        knots: int = KNOTS,
+    ):  # fmt: skip
+        self.most, self.knots, self.step = most, knots, math.log1p(most) / (knots - 1)
+        at = torch.arange(knots, dtype=torch.float64) * self.step
         values, slopes = [], []
         codes, size = torch.arange(codebook_size, device=device), tokens_at_once(codebook_size, device)
         for (some,) in chunks(size, codes):
             d, value, slope = distance(some), [], []
-            for beta in knots.expm1().tolist():
+            for beta in at.expm1().tolist():
                 weight = (-beta * d).exp()  # 1 for the code itself, so that the sum is never 0
                 z = weight.sum(-1)
                 value.append(z.log())
                 slope.append(-(1 + beta) * (weight * d).sum(-1) / z)  # by v = log(1 + beta)
             values.append(torch.stack(value))
             slopes.append(torch.stack(slope))
-        self.values, self.slopes = torch.cat(values, 1), torch.cat(slopes, 1)  # (KNOTS, K)
+        self.values, self.slopes = torch.cat(values, 1), torch.cat(slopes, 1)  # (knots, K)
 
     def weights(self, beta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """For beta (n,): the knots below (n,), and the weights (4, n, 1) of both values and both slopes."""
         at = beta.double().log1p() / self.step
-        below = at.long().clamp(max=KNOTS - 2)
+        below = at.long().clamp(max=self.knots - 2)
         f = at - below
         weights = [
             1 + f * f * (2 * f - 3),
@@ -55,10 +59,10 @@ class LogNormaliser:
             f * (1 - f) ** 2 * self.step,
             f * f * (f - 1) * self.step,
         ]
-        return below, torch.stack(weights).float().unsqueeze(-1)
+        return below, torch.stack(weights).to(self.values.dtype).unsqueeze(-1)
 
     def __call__(self, beta: torch.Tensor) -> torch.Tensor:
-        """beta (n,) -> (n, K) float32."""
+        """beta (n,) -> (n, K), in the dtype of the distances."""
         return interpolate(*self.weights(beta), self.values, self.slopes)
 
 

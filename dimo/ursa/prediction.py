@@ -2,7 +2,7 @@
 
 At 49x320x512 the float32 logits take 8 GB, the hidden states behind them 0.14 GB. A prediction is therefore read in
 chunks of tokens through `logits(rows)`. `Dense` stores the logits, `Chunked` computes them from hidden states and the
-head, and `Sparse` from the few codes that an exact teacher considers possible.
+head, and `Sparse` (`dimo.ursa.sparse`) from the few codes that an exact teacher considers possible.
 """
 
 from __future__ import annotations
@@ -14,22 +14,32 @@ from typing import Any, Self, overload
 import torch
 from torch.nn import functional as F
 
-from dimo.errors import DimoError, may_read, require_ids, require_shape
+from dimo.errors import DimoError, require_ids, require_shape
 from dimo.ursa import inputs
 from dimo.ursa.chunks import on_device, pick, tokens_at_once
 from dimo.ursa.inputs import build_ursa_inputs, visual_logits
+from dimo.ursa.sequence import ALL, Part, active_split
 from dimo.ursa.transformer import UrsaTransformer
 
 
 class Prediction:
-    """Distributions over K codes for a batch of tokens (B, N). Flattened to B*N rows, samples follow each other."""
+    """Distributions over K codes for a batch of tokens (B, N). Flattened to B*N rows, samples follow each other.
+
+    Under sequence parallelism `part` says which n of the N tokens are held here, and rows are those of (B, n).
+    """
 
     codebook_size: int  # K
+    part: Part = ALL
 
     @property
     def shape(self) -> tuple[int, int]:
         """(B, N)."""
         raise NotImplementedError
+
+    @property
+    def held(self) -> tuple[int, int]:
+        """(B, n): the tokens that are held here."""
+        return self.shape
 
     @property
     def device(self) -> torch.device:
@@ -43,7 +53,7 @@ class Prediction:
         """Float32 logits (n, K) of some of the B*N tokens; None: of all, (B, N, K), for inspection."""
         if rows is not None:
             return self._rows(rows)
-        return self._rows(slice(None)).unflatten(0, self.shape)
+        return self._rows(slice(None)).unflatten(0, self.held)
 
     def detach(self, copy: bool = False) -> Prediction:
         """Detached from the graph; `copy`: independent of later in-place updates of the weights."""
@@ -54,8 +64,8 @@ class Prediction:
         return function
 
     def row_chunks(self) -> Iterator[slice]:
-        """Slices that cover all B*N tokens in chunks of `tokens_at_once`."""
-        count, size = self.shape[0] * self.shape[1], tokens_at_once(self.codebook_size, self.device)
+        """Slices that cover all rows in chunks of `tokens_at_once`."""
+        count, size = self.held[0] * self.held[1], tokens_at_once(self.codebook_size, self.device)
         return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
     @torch.no_grad()
@@ -71,10 +81,10 @@ class Prediction:
         """
         for i, tensor in enumerate(tensors):
             require_shape(f"tensors[{i}]", tensor, (*self.shape, *tensor.shape[2:]))
-        fixed, flat = self.detach(), [tensor.flatten(0, 1) for tensor in tensors]
+        fixed, flat = self.detach(), [self.part.own(tensor).flatten(0, 1) for tensor in tensors]
         one = self.kernel(function)
         parts = [one(fixed._rows(rows), *(x[rows] for x in flat)) for rows in self.row_chunks()]
-        return tuple(torch.cat(part).unflatten(0, self.shape) for part in zip(*parts))
+        return tuple(self.part.whole(torch.cat(rows).unflatten(0, self.held)) for rows in zip(*parts))
 
     def sample(self, generator: torch.Generator | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Sample every token independently, without gradients.
@@ -106,7 +116,7 @@ class Prediction:
         fixed, other = self.detach(), other.detach()
         one = self.kernel(_divergence)
         parts = [one(fixed._rows(rows), other._rows(rows), beta) for rows in self.row_chunks()]
-        return torch.cat(parts).view(self.shape)
+        return self.part.whole(torch.cat(parts).view(self.held))
 
     def __repr__(self) -> str:
         batch, tokens = self.shape
@@ -119,9 +129,14 @@ class _OfNetwork(Prediction):
 
     states: torch.Tensor
     head: torch.Tensor | None
+    part: Part = ALL
 
     @property
     def shape(self) -> tuple[int, int]:
+        return len(self.states), self.part.count or self.states.shape[1]
+
+    @property
+    def held(self) -> tuple[int, int]:
         return tuple(self.states.shape[:2])
 
     @property
@@ -138,6 +153,7 @@ class _OfNetwork(Prediction):
         Computed on the states, in which logits are linear: this saves one of two products with the head.
         """
         require_shape("uncond's states", uncond.states, tuple(self.states.shape))
+        scale = self.part.own(scale) if isinstance(scale, torch.Tensor) else scale
         c, u = self.states.float(), uncond.states.float()
         return self.with_states((u + scale * (c - u)).to(self.states.dtype))
 
@@ -188,7 +204,7 @@ class Chunked(_OfNetwork):
 
     def detach(self, copy: bool = False) -> Chunked:
         """Detached, with the head in the dtype of the hidden states."""
-        return Chunked(self.states.detach(), self.head.detach().to(self.states.dtype, copy=copy))
+        return Chunked(self.states.detach(), self.head.detach().to(self.states.dtype, copy=copy), self.part)
 
     def kernel(self, function: Callable) -> Callable:
         return on_device(function, self.states)
@@ -210,61 +226,6 @@ class Chunked(_OfNetwork):
             d_head.addmm_(d_logits.T.float(), hidden.float(), alpha=scale)
 
 
-@dataclasses.dataclass(repr=False, eq=False)
-class Sparse(Prediction):
-    """Prediction of an exact teacher: log-probabilities of S codes per token, and a floor for all others.
-
-    Args:
-        codes: (B, N, S) codes, distinct within each token.
-        log_p: (B, N, S) their log-probabilities in nats.
-        floor: log-probability of every other code in nats, finite so that the reverse KL is. `log_p` and `floor` need
-            not be normalised.
-        codebook_size: K.
-    """
-
-    codes: torch.Tensor
-    log_p: torch.Tensor
-    floor: float
-    codebook_size: int
-
-    def __post_init__(self):
-        require_shape("codes", self.codes, ("B", "N", "S"))
-        require_shape("log_p", self.log_p, tuple(self.codes.shape))
-        require_ids("codes", self.codes, self.codebook_size)
-        if not -float("inf") < self.floor < 0:
-            raise DimoError(f"floor must be a finite log-probability below 0, got {self.floor}")
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return tuple(self.codes.shape[:2])
-
-    @property
-    def device(self) -> torch.device:
-        return self.codes.device
-
-    def _rows(self, rows: slice) -> torch.Tensor:
-        codes, log_p = (x.flatten(0, 1)[rows] for x in (self.codes, self.log_p))
-        made = torch.full((len(codes), self.codebook_size), self.floor, device=self.device)
-        return made.scatter_(-1, codes, log_p.float())
-
-    def detach(self, copy: bool = False) -> Sparse:
-        return self
-
-    def guided(self, uncond: Sparse, scale: torch.Tensor | float) -> Sparse:
-        """u + scale (c - u) on log-probabilities, normalised and floored; both must know the same codes."""
-        require_shape("uncond's codes", uncond.codes, tuple(self.codes.shape))
-        same = not may_read(self.codes) or torch.equal(self.codes, uncond.codes)
-        if not same or self.floor != uncond.floor:
-            raise DimoError("guidance needs two predictions with the same codes and the same floor")
-        log_p = (uncond.log_p + scale * (self.log_p - uncond.log_p)).log_softmax(-1).clamp(min=self.floor)
-        return dataclasses.replace(self, log_p=log_p)
-
-    def chunk(self, parts: int) -> list[Sparse]:
-        """Split along the batch."""
-        both = zip(self.codes.chunk(parts), self.log_p.chunk(parts))
-        return [dataclasses.replace(self, codes=codes, log_p=log_p) for codes, log_p in both]
-
-
 @overload
 def predict(network: UrsaTransformer, txt_ids, visual_tokens, latents_shape, dense=..., t=...) -> Dense | Chunked: ...
 @overload
@@ -278,7 +239,7 @@ def predict(network, txt_ids: torch.Tensor, visual_tokens: torch.Tensor, latents
         txt_ids: (B, L) left-padded text ids.
         visual_tokens: (B, N) codes in [0, K).
         latents_shape: (T, H, W) with N = T*H*W.
-        dense: compute all logits of a transformer at once.
+        dense: compute all logits of a transformer at once; not inside `dimo.ursa.sequence.splitting`.
         t: time of `visual_tokens`, a number, (B,) or (B, N), if known. A transformer infers it from the tokens.
 
     Returns:
@@ -291,12 +252,20 @@ def predict(network, txt_ids: torch.Tensor, visual_tokens: torch.Tensor, latents
     spliced, config = build_ursa_inputs(network, txt_ids, visual_tokens, latents_shape), network.config
     hidden = network.hidden(spliced.input_ids, spliced.rope_pos)
     # the slice that logits get, by its name in its module, so that one that is replaced there is replaced here too
-    hidden = inputs.extract_visual_logits(hidden, spliced.num_visual_tokens, hidden.shape[-1])
+    split, part = active_split(), ALL
+    if split is None:
+        hidden = inputs.extract_visual_logits(hidden, spliced.num_visual_tokens, hidden.shape[-1])
+    else:
+        length = spliced.input_ids.shape[1]
+        positions = inputs.extract_visual_logits(torch.arange(length).view(1, -1, 1), spliced.num_visual_tokens, 1)
+        rows, part = split.share(int(positions[0, 0]), spliced.num_visual_tokens, length)
+        hidden = hidden[:, rows]
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))
     weight, codes = network.lm_head.weight, config.vocab_size - config.lm_vocab_size
-    return Chunked(hidden, weight if len(weight) == codes else weight[-codes:])  # slicing costs a copy of the gradient
+    weight = weight if len(weight) == codes else weight[-codes:]  # slicing costs a copy of the gradient
+    return Chunked(hidden, weight, part)
 
 
 def require_same_tokens(name: str, prediction: Prediction, as_in: Prediction) -> None:

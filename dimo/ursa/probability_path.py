@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from dimo.errors import DimoError, may_read, require_ids, require_shape, require_time
-from dimo.ursa.chunks import FEW_CODES, chunks, inverse_cdf, on_device, pick, tokens_at_once
+from dimo.ursa.chunks import BLOCK, FEW_CODES, chunks, inverse_cdf, on_device, pick, tokens_at_once
 from dimo.ursa.normaliser import LogNormaliser, interpolate
 
 LAST = 0.999  # the largest t of `log_likelihood`: beta_t is infinite at 1
@@ -195,7 +195,8 @@ class MetricPath(_Path):
         return (-beta.unsqueeze(-1) * self._distance(x_1)).softmax(-1)
 
     def _draw(self, x_1: torch.Tensor, t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-        if self._table is not None:
+        compiles = u.is_cuda and self.codebook_size > BLOCK  # then distances cost less than sums of all probabilities
+        if self._table is not None and not compiles:
             return super()._draw(x_1, t, u)
         beta = self.c * (t / (1 - t)) ** self.alpha
         return on_device(_draw_near, u)(self.codebook[x_1], self.codebook, self._square, beta, u)

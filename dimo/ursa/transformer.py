@@ -8,12 +8,13 @@ Source: baaivision/URSA at 29284bb, and arXiv 2510.24717.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -22,11 +23,11 @@ from torch.utils.checkpoint import (
 
 from dimo.errors import DimoError, require_ids, require_shape
 from dimo.ursa import cpu
+from dimo.ursa.attention import KERNELS
 from dimo.ursa.config import NORM_EPS, UrsaConfig
+from dimo.ursa.sequence import Split, active_split
 
-CHECKPOINTING = ("none", "selective", "full")
-# fastest first: attention dominates at URSA's sizes, and cuDNN makes the best use of Hopper's tensor cores
-ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+CHECKPOINTING = ("none", "pointwise", "selective", "full")
 
 
 class RMSNorm(nn.Module):
@@ -60,8 +61,75 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
-class Attention(nn.Module):
-    """Bidirectional grouped-query attention with RMSNorm on every query and key head before RoPE."""
+class Products(nn.Module):
+    """Linear maps as two matrix products: of the input with the weights of several maps, then with those of `last`.
+
+    One product for several maps is faster, and the gradient of the input needs no sum. Their weights are put together,
+    and under autocast cast, in every pass, unless `hold` has done it once and for all.
+    """
+
+    held: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def __init__(self):
+        super().__init__()
+        self.register_load_state_dict_post_hook(_renew)
+
+    def maps(self) -> tuple[list[nn.Linear], nn.Linear]:
+        """The maps of the input, and the last one."""
+        raise NotImplementedError
+
+    def weights(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The weights of the two products, the first of which takes x."""
+        maps, last = self.maps()
+        if self.held is not None and self.held[1].requires_grad == last.weight.requires_grad:
+            if self.held[0].dtype == x.dtype or torch.is_autocast_enabled(x.device.type):
+                return self.held
+        return torch.cat([one.weight for one in maps]), last.weight
+
+    def hold(self, dtype: torch.dtype) -> None:
+        """Hold both weights in `dtype`: of maps that learn as copies, which have the gradients from now on; of frozen
+        ones the only weights there are, of which the maps' become views.
+        """
+        maps, last = self.maps()
+        learns = last.weight.requires_grad
+        both = torch.cat([one.weight for one in maps]), last.weight
+        first, second = (weight.detach().to(dtype, copy=learns).requires_grad_(learns) for weight in both)
+        self.held = first, second
+        if not learns:
+            for one, (_, held, rows) in zip((*maps, last), list(self.copies())):
+                one.weight = nn.Parameter(held[rows], requires_grad=False)
+
+    def copies(self) -> Iterator[tuple[nn.Parameter, torch.Tensor, slice]]:
+        """Every weight, what holds its copy, and the rows of it; nothing if nothing is held."""
+        maps, last = self.maps()
+        if self.held is None:
+            return
+        start = 0
+        for one in maps:
+            yield one.weight, self.held[0], slice(start, start + len(one.weight))
+            start += len(one.weight)
+        yield last.weight, self.held[1], slice(0, len(last.weight))
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "held": None}  # a copy of the module has weights of its own
+
+    def _apply(self, fn, recurse: bool = True) -> Products:
+        self.held = None  # weights that are moved or cast are new ones
+        return super()._apply(fn, recurse)
+
+
+@torch.no_grad()
+def _renew(products: Products, _) -> None:
+    """Hold what was loaded."""
+    for weight, held, rows in products.copies():
+        held[rows].copy_(weight)
+
+
+class Attention(Products):
+    """Bidirectional grouped-query attention with RMSNorm on every query and key head before RoPE.
+
+    `kernels`, a key of `dimo.ursa.attention.KERNELS`, is set by `UrsaTransformer.run_with`.
+    """
 
     def __init__(self, config: UrsaConfig):
         super().__init__()
@@ -77,24 +145,34 @@ class Attention(nn.Module):
             config.num_attention_heads,
             config.num_key_value_heads,
         )
+        self.kernels = "auto"
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        # one fused product for q, k and v: faster, and the gradient of x needs no sum
-        qkv = F.linear(x, torch.cat([p.weight for p in (self.q_proj, self.k_proj, self.v_proj)]))
-        q, k, v = qkv.unflatten(-1, (-1, self.head_dim)).split([self.heads, self.kv_heads, self.kv_heads], 2)
-        if cpu.serves(q, scores=q.shape[0] * self.heads * q.shape[1] ** 2):
+    def maps(self) -> tuple[list[nn.Linear], nn.Linear]:
+        return [self.q_proj, self.k_proj, self.v_proj], self.o_proj
+
+    def forward(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, split: Split | None = None, length: int = 0
+    ) -> torch.Tensor:
+        into, out_of = self.weights(x)
+        q, k, v = (
+            F.linear(x, into).unflatten(-1, (-1, self.head_dim)).split([self.heads, self.kv_heads, self.kv_heads], 2)
+        )
+        if split is None and self.kernels == "auto" and cpu.serves(q, scores=q.shape[0] * self.heads * q.shape[1] ** 2):
             q = cpu.NormRotate.apply(q, self.q_norm.weight, cos, sin, NORM_EPS)
             k = cpu.NormRotate.apply(k, self.k_norm.weight, cos, sin, NORM_EPS)
             out = cpu.Attend.apply(q, k, v.transpose(1, 2))
         else:
             q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-            with sdpa_kernel(ATTENTION, set_priority=True):
+            if split is not None:
+                q, k, v = (split.to_heads(one, length) for one in (q, k, v))
+            with sdpa_kernel(KERNELS[self.kernels], set_priority=True):
                 out = F.scaled_dot_product_attention(q, k, v, enable_gqa=self.heads != self.kv_heads)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+            out = out if split is None else split.to_tokens(out)
+        return F.linear(out.transpose(1, 2).flatten(2), out_of)
 
 
-class MLP(nn.Module):
+class MLP(Products):
     """SwiGLU."""
 
     def __init__(self, config: UrsaConfig):
@@ -103,9 +181,13 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
+    def maps(self) -> tuple[list[nn.Linear], nn.Linear]:
+        return [self.gate_proj, self.up_proj], self.down_proj
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = F.linear(x, torch.cat([self.gate_proj.weight, self.up_proj.weight])).chunk(2, -1)
-        return self.down_proj(F.silu(gate) * up)
+        into, out_of = self.weights(x)
+        gate, up = F.linear(x, into).chunk(2, -1)
+        return F.linear(F.silu(gate) * up, out_of)
 
 
 class Layer(nn.Module):
@@ -119,23 +201,25 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size)
         self.compiled, self.checkpointing = False, "none"
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, *how) -> torch.Tensor:
         run = compiled_run() if self.compiled else run_layer
-        return run(self, x, cos, sin, self.checkpointing if torch.is_grad_enabled() else "none")
+        return run(self, self.checkpointing if torch.is_grad_enabled() else "none", x, *how)
 
-    def block(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+    def block(self, x: torch.Tensor, *how) -> torch.Tensor:
+        """`how`: what `Attention.forward` takes besides x."""
+        x = x + self.self_attn(self.input_layernorm(x), *how)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-def run_layer(layer: Layer, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, checkpointing: str) -> torch.Tensor:
-    """`layer.block` with activation checkpointing "none", "selective" or "full" (see `UrsaTransformer.run_with`)."""
+def run_layer(layer: Layer, checkpointing: str, x: torch.Tensor, *how) -> torch.Tensor:
+    """`layer.block` with one of the kinds of activation checkpointing (see `UrsaTransformer.run_with`)."""
     if checkpointing == "none":
-        return layer.block(x, cos, sin)
+        return layer.block(x, *how)
     once = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     if checkpointing == "full":
-        return once(layer.block, x, cos, sin)
-    return once(layer.block, x, cos, sin, context_fn=_keep_attention)
+        return once(layer.block, x, *how)
+    kept = _keep_products if checkpointing == "pointwise" else _keep_attention
+    return once(layer.block, x, *how, context_fn=kept)
 
 
 @functools.cache
@@ -148,12 +232,23 @@ def compiled_run() -> Callable:
 
 
 def _keep_attention():
-    return create_selective_checkpoint_contexts(_policy)
+    return create_selective_checkpoint_contexts(_attention)
 
 
-def _policy(context, operator, *args, **kwargs) -> CheckpointPolicy:
-    kept = "_scaled_dot_product" in str(operator) and "backward" not in str(operator)
+def _keep_products():
+    return create_selective_checkpoint_contexts(_attention_and_products)
+
+
+def _attention(context, operator, *args, **kwargs) -> CheckpointPolicy:
+    name = str(operator)  # what sequence parallelism has sent is not sent again
+    kept = ("_scaled_dot_product" in name and "backward" not in name) or "alltoall" in name
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _attention_and_products(context, operator, *args, **kwargs) -> CheckpointPolicy:
+    if operator == torch.ops.aten.mm.default:
+        return CheckpointPolicy.MUST_SAVE
+    return _attention(context, operator, *args, **kwargs)
 
 
 class Decoder(nn.Module):
@@ -179,21 +274,32 @@ class UrsaTransformer(nn.Module):
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
 
-    def run_with(self, compile: bool = False, checkpointing: str = "none") -> UrsaTransformer:
+    def run_with(self, compile: bool = False, checkpointing: str = "none", attention: str = "auto") -> UrsaTransformer:
         """Configure how the layers run. Returns self.
 
         Args:
             compile: torch.compile the layers; takes about a minute in the first pass.
-            checkpointing: activations kept per layer for the backward pass: "none" keeps all, "selective" the input and
-                the attention output (attention is not recomputed), "full" the input only.
+            checkpointing: activations kept per layer for the backward pass: "none" keeps all, "pointwise" the input and
+                what attention and matrix products make (norms, RoPE and SwiGLU are computed again), "selective" the
+                input and the attention output, "full" the input only.
+            attention: a key of `dimo.ursa.attention.KERNELS`; "fa4" must have been found by `choose` there.
 
         Raises:
-            DimoError: unknown `checkpointing`.
+            DimoError: unknown `checkpointing` or `attention`.
         """
         if checkpointing not in CHECKPOINTING:
             raise DimoError(f"checkpointing must be one of {', '.join(CHECKPOINTING)}, got {checkpointing!r}")
+        if attention not in KERNELS:
+            raise DimoError(f"attention must be one of {', '.join(KERNELS)}, got {attention!r}")
         for layer in self.model.layers:
-            layer.compiled, layer.checkpointing = compile, checkpointing
+            layer.compiled, layer.checkpointing, layer.self_attn.kernels = compile, checkpointing, attention
+        return self
+
+    def hold(self, dtype: torch.dtype) -> UrsaTransformer:
+        """Hold the layers' matrices as the products use them, in `dtype` (see `Products.hold`). Returns self."""
+        for part in self.modules():
+            if isinstance(part, Products):
+                part.hold(dtype)
         return self
 
     def hidden(self, input_ids: torch.Tensor, rope_pos: torch.Tensor) -> torch.Tensor:
@@ -204,7 +310,7 @@ class UrsaTransformer(nn.Module):
             rope_pos: (S, 3) positions (t, y, x).
 
         Returns:
-            (B, S, hidden_size).
+            (B, S, hidden_size); inside `dimo.ursa.sequence.splitting` only the positions that are held here.
 
         Raises:
             DimoError: wrong shapes, or an id out of range.
@@ -213,12 +319,16 @@ class UrsaTransformer(nn.Module):
         require_shape("rope_pos", rope_pos, (input_ids.shape[1], 3))
         require_ids("input_ids", input_ids, self.config.vocab_size)
         cos, sin = rope_table(rope_pos, self.config.rope_theta, self.config.head_dim)
+        split, how = active_split(), tuple[Any, ...]()
+        if split is not None:
+            how = split, input_ids.shape[1]
+            input_ids, cos, sin = (split.own(one, dim) for one, dim in ((input_ids, 1), (cos, 0), (sin, 0)))
         x = self.model.embed_tokens(input_ids)
         # embeddings may differ in dtype from the layers (shared with a bfloat16 teacher, or float32); cast to one dtype
         autocast = torch.is_autocast_enabled(x.device.type)
         x = x.to(torch.get_autocast_dtype(x.device.type) if autocast else self.lm_head.weight.dtype)
         for layer in self.model.layers:
-            x = layer(x, cos, sin)
+            x = layer(x, cos, sin, *how)
         return self.model.norm(x)
 
     def forward(self, input_ids: torch.Tensor, rope_pos: torch.Tensor, last: int | None = None) -> torch.Tensor:

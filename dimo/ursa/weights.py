@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from dimo.errors import DimoError, are_finite, reason
 
 WEIGHTS = "diffusion_pytorch_model"
 LFS_POINTER = b"version https://git-lfs"
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}  # safetensors' names
 BOM = b"\xef\xbb\xbf"
 UNFINISHED = (".incomplete", ".part", ".crdownload", ".aria2")  # suffixes of unfinished downloads
 _VARIANT = re.compile(rf"{WEIGHTS}(?:\.safetensors\.index|\.bin\.index)?(\.\w+)\.(?:safetensors|bin|json)")
@@ -94,11 +96,17 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def read_weights(source: str | Path) -> dict[str, torch.Tensor]:
-    """Read a full state dict from a weights file (.safetensors, .bin, .pt), or a folder with one or with its shards."""
+def read_weights(source: str | Path, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
+    """Read a full state dict from a weights file (.safetensors, .bin, .pt), or a folder with one or with its shards.
+
+    Safetensors files are mapped, and with a GPU as `device` each tensor goes there by itself; others stay on the CPU.
+    """
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:  # which safetensors takes for the first GPU
+        device = torch.device("cuda", torch.cuda.current_device())
     state: dict[str, torch.Tensor] = {}
     for file in weight_files(source):
-        _join(state, _read_safetensors(file) if file.suffix == ".safetensors" else read_pickle(file), file)
+        _join(state, _read_safetensors(file, device) if file.suffix == ".safetensors" else read_pickle(file), file)
     return state
 
 
@@ -125,9 +133,21 @@ def weight_shapes(source: str | Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _read_safetensors(file: Path) -> dict[str, torch.Tensor]:
+def weight_dtypes(source: str | Path) -> list[str]:
+    """Names of the dtypes of the weights that `read_weights` would read, most tensors first."""
+    found: Counter[str] = Counter()
+    for file in weight_files(source):
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt") as content:
+                found.update(str(content.get_slice(key).get_dtype()) for key in content.keys())
+        else:
+            found.update(str(value.dtype).removeprefix("torch.") for value in read_pickle(file).values())
+    return [DTYPES.get(name, name) for name, _ in found.most_common()]
+
+
+def _read_safetensors(file: Path, device: torch.device) -> dict[str, torch.Tensor]:
     try:
-        return load_file(file)
+        return load_file(file, "cpu" if device.type == "cpu" else str(device))  # it knows no cpu:0
     except SafetensorError as error:
         raise _damaged(file, error) from error
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import textwrap
+
 from dimo.errors import DimoError
+
+LINE, NAME = 88, 62  # characters of a line that a notebook's page shows, and of a name before its value
 
 
 class Checks:
@@ -13,17 +17,34 @@ class Checks:
 
     def __init__(self):
         self.rows: dict[str, tuple[bool, str]] = {}
+        self.advice: dict[str, str] = {}
 
-    def add(self, name: str, passed: bool, measured: object = "") -> None:
+    def add(self, name: str, passed: bool, measured: object = "", turn: str = "") -> None:
+        """Add a check.
+
+        Args:
+            measured: shown beside it.
+            turn: what to look at or to turn where it fails, in a sentence.
+        """
         self.rows[name] = bool(passed), f"{measured:.4g}" if isinstance(measured, float) else str(measured)
+        self.advice[name] = turn
 
     def finish(self) -> None:
         if not self.rows:
             raise DimoError("no checks were added")
-        width = max(len(name) for name in self.rows)
+        width = min(NAME, max(len(name) for name in self.rows))
         for name, (passed, measured) in self.rows.items():
-            print(f"{'ok  ' if passed else 'FAIL'} {name:{width}}  {measured}")
+            said = [f"{'ok  ' if passed else 'FAIL'} {name:{width}}  {measured}".rstrip()]
+            if len(said[0]) > LINE:  # below the name, so that columns of short values stay
+                said = [f"{'ok  ' if passed else 'FAIL'} {name}", *_below(measured)]
+            if not passed and self.advice[name]:
+                said += _below(f"-> {self.advice[name]}")
+            print(*said, sep="\n")
         failed = [f"{name}{measured and f' ({measured})'}" for name, (passed, measured) in self.rows.items()
                   if not passed]  # fmt: skip
         if failed:
             raise DimoError(f"{len(failed)} of {len(self.rows)} checks failed: {'; '.join(failed)}")
+
+
+def _below(text: str) -> list[str]:
+    return textwrap.wrap(text, LINE, initial_indent=" " * 9, subsequent_indent=" " * 9)

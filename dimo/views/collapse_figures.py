@@ -23,13 +23,13 @@ def collapse_maps(student: OverNoises, teacher: torch.Tensor, latents_shape: Gri
     m = teacher.shape[1]
     maps = {
         "H(mean p)": student.entropy_of_mean,
-        "mean H(p)": student.mean_entropy,
-        "I": student.mutual_information,
-        "student": sampled_entropy(student.codes[:, :m]),
-        "teacher": sampled_entropy(teacher),
+        "= mean H(p), left open": student.mean_entropy,
+        "+ I, decided by the noise": student.mutual_information,
+        f"student, of {m} samples": sampled_entropy(student.codes[:, :m]),
+        f"teacher, of {m} samples": sampled_entropy(teacher),
     }
-    unit = f"nats per token (student and teacher: of {m} samples)"
-    return token_maps({name: values.mean(0).view(latents_shape) for name, values in maps.items()}, unit)
+    unit = "nats per token"
+    return token_maps({name: values.mean(0).view(latents_shape) for name, values in maps.items()}, unit, False)
 
 
 def collapse_curves(rows: list[dict]) -> Figure:

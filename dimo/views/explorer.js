@@ -45,6 +45,12 @@ function slider(name, [low, high, step], choices, changed) {
   return label;
 }
 
+function opaque(rgb, rgba) { // in single numbers: an array for each pixel takes ten times as long
+  for (let i = 0, j = 0; i < rgb.length; i += 3, j += 4) {
+    rgba[j] = rgb[i], rgba[j + 1] = rgb[i + 1], rgba[j + 2] = rgb[i + 2], rgba[j + 3] = 255;
+  }
+}
+
 // All latent frames beside each other on one canvas; `paint(frame)` gives a frame's pixels.
 class Mosaic {
   constructor(grid, name, chosen) {
@@ -88,9 +94,7 @@ class Mosaic {
     for (let frame = 0; frame < this.frames; frame++) {
       const [left, top] = this.corner(frame), { width, height, rgb } = paint(frame);
       const tile = make("canvas", { width, height }), image = tile.getContext("2d").createImageData(width, height);
-      for (let i = 0, n = width * height; i < n; i++) {
-        image.data.set([rgb[3 * i], rgb[3 * i + 1], rgb[3 * i + 2], 255], 4 * i);
-      }
+      opaque(rgb, image.data);
       tile.getContext("2d").putImageData(image, 0, 0);
       pen.fillStyle = "#555";
       pen.fillText(this.columns * this.cell > 60 * ratio ? `frame ${frame}` : frame, left, top - 4 * ratio);
@@ -131,7 +135,7 @@ function panel(about, top, pane, patches, other) {
       const size = patches.size, rgb = bytes(patches.rgb).subarray(3 * size * size * at, 3 * size * size * (at + 1));
       picture.width = picture.height = size;
       const image = picture.getContext("2d").createImageData(size, size);
-      for (let k = 0; k < size * size; k++) image.data.set([rgb[3 * k], rgb[3 * k + 1], rgb[3 * k + 2], 255], 4 * k);
+      opaque(rgb, image.data);
       picture.getContext("2d").putImageData(image, 0, 0);
     }
     const own = code === pane.x_hat;
@@ -270,7 +274,8 @@ function render({ model, el }) {
   };
 
   const at = ([f, y, x]) => (f * grid[1] + y) * grid[2] + x;
-  const says = (asked) => `${about.titles[asked.of]}, t ${asked.t}, seed ${asked.seed}`;
+  const says = (asked) => `${about.titles[asked.of]}, ` + (about.statistics[view.statistic].over_noises
+    ? `one pass over ${about.noises} noises` : `t ${asked.t}, seed ${asked.seed}`);
   let values = [], range = [0, 1];
   const shade = (value) => {
     let [low, high] = range;
@@ -299,7 +304,10 @@ function render({ model, el }) {
       map.place(width);
       map.draw((frame) => {
         const n = grid[1] * grid[2], rgb = new Uint8Array(3 * n);
-        for (let k = 0; k < n; k++) rgb.set(colours.subarray(3 * shade(values[i][frame * n + k]), 3 * shade(values[i][frame * n + k]) + 3), 3 * k);
+        for (let k = 0; k < n; k++) {
+          const at = 3 * shade(values[i][frame * n + k]);
+          for (let c = 0; c < 3; c++) rgb[3 * k + c] = colours[at + c];
+        }
         return { width: grid[2], height: grid[1], rgb };
       }, token);
       const mean = values[i].reduce((a, b) => a + b, 0) / values[i].length;

@@ -9,16 +9,16 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 
 from dimo.distill.losses import compare_logits
 from dimo.errors import DimoError, nearest, require_ids, require_shape, require_time
-from dimo.ursa import MetricPath, MixturePath, Sparse, predict
+from dimo.ursa import MetricPath, MixturePath, predict
+from dimo.ursa.chunks import without_compiling
 from dimo.views.models import Models
+from dimo.views.noise_maps import NETWORK, Pass, noise_maps, some_tokens
 
-Pass = Any  # a Dense, Chunked or Sparse prediction, which `guided` joins with one of its own kind
 TOP = 8  # codes of a token that are shown
 TITLES = {
     "conditional": "teacher",
@@ -34,12 +34,16 @@ OTHERS = ("auxiliary", "student")  # compared with the guided teacher at the sam
 
 @dataclasses.dataclass(frozen=True)
 class Statistic:
-    """A number per token: title, unit, the predictions that have it, and what a small one is: 0, or rank 1."""
+    """A number per token: title, unit, the predictions that have it, and what a small one is: 0, or rank 1.
+
+    Those over noises belong to one pass from x_init, whatever seed and t are (`dimo.views.noise_maps`).
+    """
 
     title: str
     unit: str
     of: tuple[str, ...]
     least: float = 0.0
+    over_noises: bool = False
 
 
 STATISTICS = {
@@ -50,6 +54,8 @@ STATISTICS = {
     "rank": Statistic("rank of x_hat", "1 is the most likely code", tuple(TITLES), 1.0),
     "distance": Statistic("mean distance of a draw to x_hat", "squared, in the codebook", tuple(TITLES)),
     "gradient": Statistic("norm of stage 8's gradient", "nats per logit", ("auxiliary",)),
+    "mean_entropy": Statistic("mean H(p): left open", "nats", tuple(NETWORK), over_noises=True),
+    "information": Statistic("I(x_hat; noise): decided by the noise", "nats", tuple(NETWORK), over_noises=True),
 }
 
 
@@ -107,15 +113,9 @@ class Answer:
             raise DimoError(f"there is no prediction {name!r} here{nearest(name, self.names())}")
         if token is not None and not 0 <= token < self.x_t.shape[1]:
             raise DimoError(f"token must lie in [0, {self.x_t.shape[1]}), got {token}")
-        of = {n: p if token is None else _one_token(p, token) for n, p in self.passes.items() if n in (name, *GUIDED)}
+        one = slice(None) if token is None else slice(token, token + 1)
+        of = {n: some_tokens(p, one) for n, p in self.passes.items() if n in (name, *GUIDED)}
         return of[name] if name != "guided" else of["conditional"].guided(of["unconditional"], guidance_scale)
-
-
-def _one_token(prediction: Pass, token: int) -> Pass:
-    rows = slice(token, token + 1)
-    if isinstance(prediction, Sparse):
-        return dataclasses.replace(prediction, codes=prediction.codes[:, rows], log_p=prediction.log_p[:, rows])
-    return prediction.with_states(prediction.states[:, rows])
 
 
 @torch.no_grad()
@@ -132,10 +132,11 @@ def ask(models: Models, prompt: str, seed: int = 0, t: float = 0.5) -> Answer:
     g = torch.Generator(models.device).manual_seed(seed)
     n = math.prod(models.grid)
     x_init = torch.randint(models.ursa.path.codebook_size, (1, n), generator=g, device=models.device)
-    one_pass = predict(models.networks["student"], txt_ids, x_init, models.grid, t=0.0).detach()
-    x_hat = one_pass.sample(g)[0]
-    x_t = models.ursa.path.sample(x_hat, t, g)
-    passes = answers_at(models, txt_ids, uncond_ids, x_t, t)
+    with without_compiling():  # somebody waits for a few passes
+        one_pass = predict(models.networks["student"], txt_ids, x_init, models.grid, t=0.0).detach()
+        x_hat = one_pass.sample(g)[0]
+        x_t = models.ursa.path.sample(x_hat, t, g)
+        passes = answers_at(models, txt_ids, uncond_ids, x_t, t)
     return Answer(txt_ids, uncond_ids, x_init, x_hat, x_t, t, {**passes, "one_pass": one_pass})
 
 
@@ -160,7 +161,6 @@ def offered(models: Models) -> dict[str, list[str]]:
     return {name: those for name, those in of.items() if those}
 
 
-@torch.no_grad()
 def token_map(models: Models, answer: Answer, setting: Setting, statistic: str, name: str) -> torch.Tensor:
     """A statistic of a prediction for every token: (T, H, W) float32 on the CPU.
 
@@ -170,11 +170,20 @@ def token_map(models: Models, answer: Answer, setting: Setting, statistic: str, 
     Raises:
         DimoError: an unknown statistic, or one that this prediction does not have.
     """
+    return token_maps(models, answer, setting, statistic, name)[statistic]
+
+
+@torch.no_grad()
+def token_maps(models: Models, answer: Answer, setting: Setting, statistic: str, name: str) -> dict[str, torch.Tensor]:
+    """`token_map` with the statistics that come along with it: of those over noises, which need new passes, both."""
     known = offered(models)
     if statistic not in known:
         raise DimoError(f"statistic {statistic!r} is not one of those here{nearest(statistic, known)}")
     if name not in known[statistic]:
         raise DimoError(f"{statistic} is not defined for {name!r}{nearest(name, known[statistic])}")
+    if STATISTICS[statistic].over_noises:
+        both = noise_maps(models, answer.txt_ids, name, setting.temperature)
+        return {one: values.view(models.grid).cpu() for one, values in both.items()}
     predictions = [answer.prediction(name, setting.guidance_scale)]
     if statistic in ("entropy", "rank"):
         function: Callable = _entropy if statistic == "entropy" else _rank
@@ -184,7 +193,7 @@ def token_map(models: Models, answer: Answer, setting: Setting, statistic: str, 
         predictions = [answer.prediction("guided", setting.guidance_scale), *predictions]
         function = _Gap(statistic, setting.t if models.beta == "time" else float(models.beta))
     values = in_chunks(function, predictions, answer.x_hat, setting.temperature)
-    return values.view(models.grid).cpu()
+    return {statistic: values.view(models.grid).cpu()}
 
 
 def in_chunks(

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from dimo.views.explorer_data import offered, token_map, top_codes
+from dimo.views.explorer_data import offered, top_codes
 from dimo.views.explorer_view import PICTURES, ExplorerView
 
 BYTES = 6_000_000  # most of the page that stored values may take
-PER_TOKEN = 420  # bytes of one state per token, in base64
+PER_TOKEN = 432  # bytes of one state per token, in base64
 TIMES, PROMPTS, SEEDS = (0.0, 0.2, 0.5, 0.8, 0.95), 3, (0, 1)
 NATS = 2048  # a log-probability is kept as a whole number of 1/2048 nats, up to 32
 
@@ -68,7 +68,7 @@ def _state(explorer: ExplorerView, pane: dict, pool: dict) -> tuple[dict, set[in
     maps = {}
     for statistic, names in offered(models).items():
         for name in names:
-            values = token_map(models, answer, setting, statistic, name).numpy().astype(np.float64)
+            values = explorer.map_of(pane | {"of": name}, statistic).numpy().astype(np.float64)
             low, high = float(values.min()), float(values.max())
             levels = np.round((values - low) / (high - low or 1) * 65535)
             maps[f"{statistic}|{name}"] = {"low": low, "high": high, "data": _text(levels.astype(np.uint16))}

@@ -7,7 +7,7 @@ import math
 import matplotlib
 import numpy as np
 
-from dimo.views.explorer_view import COLOURS, colours_of, scale_of
+from dimo.views.explorer_view import COLOURS, colours_of, named, scale_of
 from dimo.views.figure import Figure
 from dimo.views.fonts import families, legible
 
@@ -26,7 +26,7 @@ def twin(view: dict, about: dict) -> Figure:
     """
     low, high = scale_of(view, about)
     statistic, grid, panes = about["statistics"][view["statistic"]], about["grid"], view["panes"]
-    figure = Figure(figsize=(13, 4.6), layout="constrained")
+    figure = Figure(figsize=(12, 4.8), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=[5, 6])
     pictured = "picture" in panes[-1]
     axes = left.subplots(len(panes) + pictured, 1, squeeze=False)[:, 0]
@@ -35,10 +35,9 @@ def twin(view: dict, about: dict) -> Figure:
         _mosaic(axes[0], np.frombuffer(panes[-1]["picture"]["rgb"], np.uint8).reshape(size), grid, None)
         axes[0].set_title("decoded frames", fontsize=9, loc="left")
     for axis, pane in zip(axes[pictured:], panes):
-        values, asked = np.frombuffer(pane["values"], "<f4").reshape(grid), pane["asked"]
+        values = np.frombuffer(pane["values"], "<f4").reshape(grid)
         _mosaic(axis, colours_of(values, low, high), grid, view["token"])
-        named = f"{statistic['title']}, {about['titles'][asked['of']]}, t {asked['t']:g}, seed {asked['seed']}"
-        axis.set_title(f"{named}: mean {values.mean():.3g}", fontsize=9, loc="left")
+        axis.set_title(f"{named(view, about, pane)}: mean {values.mean():.3g}", fontsize=9, loc="left")
     shades = matplotlib.cm.ScalarMappable(
         matplotlib.colors.Normalize(low, high), matplotlib.colors.ListedColormap(COLOURS / 255)
     )
@@ -52,12 +51,12 @@ def twin(view: dict, about: dict) -> Figure:
     for axis, top in zip(right.subplots(rows, 3, squeeze=False).flat, pane["top"]):
         places = range(len(top["codes"]))
         axis.barh(places, top["p"], color=NETWORK[top["of"]])
-        axis.set_yticks(places, [f"{code}{' *' if code == pane['x_hat'] else ''}" for code in top["codes"]], fontsize=7)
+        axis.set_yticks(places, [f"{code}{' *' if code == pane['x_hat'] else ''}" for code in top["codes"]], fontsize=8)
         axis.invert_yaxis()
         axis.set_xlim(0, 1)
-        axis.tick_params(axis="x", labelsize=7)
-        axis.set_xlabel("probability", fontsize=7)
-        axis.set_title(f"{about['titles'][top['of']]}: H {top['entropy']:.3g} nats", fontsize=8, loc="left")
+        axis.set_xticks((0, 0.5, 1), ("0", "p .5", "1"), fontsize=8)  # few: text takes most of the time of a figure
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_title(f"{about['titles'][top['of']]}: H {top['entropy']:.3g}", fontsize=9, loc="left")
     for axis in right.axes[len(pane["top"]) :]:
         axis.set_visible(False)
     return figure

@@ -15,15 +15,18 @@ from torch.nn import functional as F
 from dimo.errors import DimoError
 from dimo.ursa.frames import eight_bits
 from dimo.views.clean_tokens import known_clean_tokens
-from dimo.views.explorer_data import STATISTICS, TITLES, Answer, Setting, ask, offered, token_at, token_map, top_codes
+from dimo.views.explorer_data import STATISTICS, TITLES, Answer, Setting, ask, offered, token_at, token_maps, top_codes
 from dimo.views.models import Models
+from dimo.views.noise_maps import noises_of
 from dimo.views.reading import NEAR_DATA, check_slice
 from dimo.worlds import is_world, load_world
 from dimo.worlds.protocol import prompt_index
 
 KEPT = 6  # answers kept: hidden states of so many (checkpoint, prompt, seed, t)
+MAPS = 64  # maps kept, which are small: a click on another token computes none
 PATCH, PIXELS = 8, 2**17  # pixels of a code's patch, and the most of all decoded pictures together
 NARROWEST = 1e-3  # range of a colour scale, in the unit of the statistic
+OVER_NOISES = [name for name, statistic in STATISTICS.items() if statistic.over_noises]
 PICTURES = {"x_hat": "decoded x_hat", "x_t": "decoded x_t", "x_init": "decoded x_init"}
 COLOURS = np.round(matplotlib.colormaps["cividis"](np.arange(256))[:, :3] * 255).astype(np.uint8)
 
@@ -46,6 +49,7 @@ class ExplorerView:
             raise DimoError(f"models must have one latents_shape and codebook size, got {sorted(sizes)}")
         self.models, self.grid = models, models[0].grid
         self._answers: collections.OrderedDict[tuple, Answer] = collections.OrderedDict()
+        self._maps: collections.OrderedDict[tuple, torch.Tensor] = collections.OrderedDict()
         self._pictures: dict[tuple, np.ndarray] = {}
         self._patches: dict[int, np.ndarray] = {}
         self._lock = threading.Lock()  # a widget's callbacks and the notebook may come from two threads
@@ -67,6 +71,7 @@ class ExplorerView:
             "prompts": list(dict.fromkeys(p for m in self.models for p in m.prompts)),
             "any_prompt": not is_world(first.ursa.folder),
             "statistics": {name: dataclasses.asdict(s) for name, s in STATISTICS.items()},
+            "noises": noises_of(self.grid, first.device),
             "offered": [offered(m) for m in self.models],
             "titles": TITLES,
             "pictures": PICTURES if first.ursa.vae is not None else {},
@@ -92,7 +97,7 @@ class ExplorerView:
     def _pane(self, request: dict, pane: dict) -> dict:
         models, setting, answer = self.answer(pane)
         token = token_at(self.grid, tuple(request["token"]))
-        values = token_map(models, answer, setting, request["statistic"], pane["of"])
+        values = self.map_of(pane, request["statistic"])
         made = {
             "asked": dict(pane),
             "values": values.numpy().astype("<f4").tobytes(),
@@ -126,6 +131,21 @@ class ExplorerView:
                 self._answers.popitem(last=False)
         self._answers.move_to_end(key)
         return models, setting, self._answers[key]
+
+    def map_of(self, pane: dict, statistic: str) -> torch.Tensor:
+        """A statistic of a pane's prediction for every token, see `token_map`; the last few are kept."""
+        models, setting, answer = self.answer(pane)
+        turned: tuple = (pane["model"], pane["of"], setting.prompt, setting.temperature)
+        if statistic not in OVER_NOISES:
+            turned += (setting.seed, setting.t, setting.guidance_scale)
+        key = (statistic, *turned)
+        if key not in self._maps:
+            made = token_maps(models, answer, setting, statistic, pane["of"])
+            self._maps.update({(name, *turned): values for name, values in made.items()})
+            while len(self._maps) > MAPS:
+                self._maps.popitem(last=False)
+        self._maps.move_to_end(key)
+        return self._maps[key]
 
     def notes(self, models: Models, setting: Setting) -> list[str]:
         notes = []
@@ -179,6 +199,15 @@ class ExplorerView:
         readings = [{"name": name, **dataclasses.asdict(reading)} for name, reading in found.readings.items()]
         sentence = f"Checked at t = {NEAR_DATA:g} by {clean.source}: {found.sentence}."
         return {"sentence": sentence, "found": found.found, "readings": readings}
+
+
+def named(view: dict, about: dict, pane: dict) -> str:
+    """The title of a pane's map, as the page has it."""
+    statistic, asked = about["statistics"][view["statistic"]], pane["asked"]
+    where = f"t {asked['t']:g}, seed {asked['seed']}"
+    if statistic["over_noises"]:
+        where = f"one pass over {about['noises']} noises"
+    return f"{statistic['title']}, {about['titles'][asked['of']]}, {where}"
 
 
 def scale_of(view: dict, about: dict) -> tuple[float, float]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from dimo.errors import DimoError
 from dimo.run.folder import RunFolder
@@ -52,6 +52,9 @@ PANELS = (
     Panel("loss", "nats per token", {"loss/aux": "auxiliary", "loss/distill": "distill"},
           frozenset({"aux_lags", "non_finite", "steps_skipped"})),
     Panel("auxiliary to teacher", "total variation", {"gap/aux_teacher_tv": "gap"}),
+    Panel("auxiliary to teacher by t", "total variation",
+          {"gap_by_t/0.00": "t < .25", "gap_by_t/0.25": ".25 to .5", "gap_by_t/0.50": ".5 to .75",
+           "gap_by_t/0.75": "t > .75"}),
     Panel("teacher to student at x_t", "KL, nats", {"gap/student_teacher_kl": "gap"}),
     Panel("gradient norm before clipping", "", {"grad_norm/student": "student", "grad_norm/aux": "auxiliary"},
           frozenset({"gradient_spike"}), log=True),
@@ -183,12 +186,15 @@ def _draw_panel(axis: Axes, panel: Panel, histories: list[History]) -> None:
                 axis.plot(*thin(steps, values, pixels), color=colour, linewidth=0.8, alpha=0.3)
             dot = "o" if len(steps) == 1 else None  # a single point makes no line
             axis.plot(*thin(steps, smooth, pixels), color=colour, linestyle=dash, linewidth=1.6, marker=dot,
-                      label=f"{number}{label}")  # fmt: skip
+                      label=f"{number}{label}", gid=i)  # fmt: skip
             ends.append((float(smooth[-1]), number.strip() or label, colour))
     if panel.log:
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter(LogFormatter())
+        low, high = axis.get_ylim()
+        few = high < 100 * low  # hardly a power of ten in it: 2 and 5 are labelled, too
+        axis.yaxis.set_minor_locator(LogLocator(subs=(2, 5) if few else "auto"))
+        axis.yaxis.set_minor_formatter("{x:g}" if few else NullFormatter())
     else:
         axis.ticklabel_format(axis="y", useOffset=False)
         axis.locator_params(axis="y", nbins=5)

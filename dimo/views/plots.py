@@ -14,10 +14,11 @@ from dimo.views.figure import Figure
 
 # Okabe and Ito's palette, ordered so that neighbours differ in lightness, too
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+WIDEST = 7.0  # inches of all maps beside each other
 STYLES = ("-", (0, (5, 4)), (0, (1.5, 2)))  # dashes, so that coinciding lines remain visible
 
 
-def token_maps(maps: dict[str, torch.Tensor], unit: str) -> Figure:
+def token_maps(maps: dict[str, torch.Tensor], unit: str, may_be_log: bool = True) -> Figure:
     """Per-token values as heat maps with a common colour scale: a row per map, a column per latent frame.
 
     The scale is logarithmic where a map would be of one colour otherwise: its largest value is less than a tenth of the
@@ -26,6 +27,7 @@ def token_maps(maps: dict[str, torch.Tensor], unit: str) -> Figure:
     Args:
         maps: {name: values (T, H, W)}.
         unit: label of the colour bar.
+        may_be_log: False where maps are parts of a sum, which a logarithm would hide.
     """
     if not maps:
         raise DimoError("maps must hold at least one map")
@@ -34,11 +36,13 @@ def token_maps(maps: dict[str, torch.Tensor], unit: str) -> Figure:
         require_shape(f"maps[{name!r}]", values, (frames, "H", "W"))
     everything = torch.cat([m.flatten().float() for m in maps.values()])
     low, high = min(0.0, everything.min().item()), everything.max().item()
-    if low == 0 and min(m.max().item() for m in maps.values()) < high / 10:
+    if may_be_log and low == 0 and min(m.max().item() for m in maps.values()) < high / 10:
         scale, unit = {"norm": LogNorm(high / 1000, high, clip=True)}, f"{unit} (log scale)"
     else:
         scale = {"vmin": low, "vmax": high}
-    figure = Figure(figsize=(2.8 + 1.7 * frames, 0.4 + 1.6 * len(maps)), layout="constrained")
+    wide = min(1.5, WIDEST / frames)  # inches of a map
+    tall = wide * min(1.5, max(m.shape[1] / m.shape[2] for m in maps.values()))
+    figure = Figure(figsize=(2.8 + (wide + 0.24) * frames, 0.5 + max(tall, 0.5) * len(maps)), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12)  # inches; the layout does not expect square axes
     axes = figure.subplots(len(maps), frames, squeeze=False)
     for r, (name, values) in enumerate(maps.items()):
@@ -47,8 +51,8 @@ def token_maps(maps: dict[str, torch.Tensor], unit: str) -> Figure:
             axes[r][f].set_xticks([])
             axes[r][f].set_yticks([])
             if r == 0:
-                axes[r][f].set_title(f"latent frame {f}", fontsize=8)
-        axes[r][0].set_ylabel(textwrap.fill(name, 16), fontsize=8, rotation=0, ha="right", va="center")
+                axes[r][f].set_title(f"latent frame {f}" if wide > 1 else f"{f}", fontsize=9)
+        axes[r][0].set_ylabel(textwrap.fill(name, 16), fontsize=9, rotation=0, ha="right", va="center")
     figure.colorbar(image, ax=axes, label=unit, extend="min" if "norm" in scale else "neither")
     return figure
 

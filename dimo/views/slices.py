@@ -26,7 +26,7 @@ from dimo.files import save_file, whole_file, write_text
 from dimo.run.origin import run_of
 from dimo.ursa import predict
 from dimo.ursa.weights import read_json
-from dimo.views.explorer_data import Answer, Setting, answers_at, token_at, top_codes
+from dimo.views.explorer_data import Answer, Setting, answers_at, token_at
 from dimo.views.models import Models, checkpoints_of, open_models
 
 TOKENS = 16  # tokens of a slice: the one that was looked at, and others spread evenly
@@ -181,12 +181,11 @@ def _computed(
         passes = answers_at(models, answer.txt_ids, answer.uncond_ids, answer.x_t, setting.t)
     whole = dataclasses.replace(answer, passes=passes)
     for token in tokens:
-        for name, top in top_codes(whole, setting, token, TOP).items():
-            known = like.get(f"{name}.codes")
-            codes = top.codes[0] if known is None else known[tokens.index(token)]
-            z = whole.prediction(name, setting.guidance_scale, token).logits(slice(0, 1)) / setting.temperature
-            log_p = z.log_softmax(-1)[0, codes.to(z.device)].cpu()
-            for key, row in ((f"{name}.codes", codes), (f"{name}.log_p", log_p)):
+        for name in whole.names():
+            z = whole.prediction(name, setting.guidance_scale, token).logits(slice(0, 1))[0] / setting.temperature
+            log_p, known = z.log_softmax(-1).cpu(), like.get(f"{name}.codes")
+            codes = log_p.topk(min(TOP, len(log_p))).indices if known is None else known[tokens.index(token)]
+            for key, row in ((f"{name}.codes", codes), (f"{name}.log_p", log_p[codes])):
                 made[key] = torch.cat([made[key], row[None]]) if key in made else row[None].clone()
     return made
 

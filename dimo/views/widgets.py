@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from dimo.errors import DimoError
 from dimo.run.checkpoints import STEP, step_of
@@ -23,6 +25,44 @@ def require_ipywidgets():
             "ipywidgets is missing; install dimo with its notebooks: pip install -e '.[notebooks]'"
         ) from error
     return ipywidgets
+
+
+@functools.cache
+def _clickable() -> type[Any]:
+    import anywidget
+    import traitlets
+
+    class Clickable(anywidget.AnyWidget):
+        _esm = (Path(__file__).parent / "picture.js").read_text(encoding="utf-8")
+        png = traitlets.Bytes().tag(sync=True)
+        about = traitlets.Unicode().tag(sync=True)
+
+    return Clickable
+
+
+class Picture:
+    """A picture that can be replaced, and calls `clicked` with the place of a click if anywidget is installed.
+
+    Args:
+        about: for those who do not see it.
+        clicked: gets x and y as shares of width and height, from the upper left corner.
+
+    Attributes:
+        box: the widget.
+    """
+
+    def __init__(self, about: str, clicked: Callable[[float, float], None]):
+        widgets = require_ipywidgets()
+        try:
+            self.box = _clickable()(about=about)
+        except ImportError:
+            self.box = widgets.Image(format="png", layout=widgets.Layout(max_width="100%"))
+        else:
+            self.box.on_msg(lambda _, place, __: clicked(place["x"], place["y"]))
+        self._trait = "png" if hasattr(self.box, "png") else "value"
+
+    def show(self, png: bytes) -> None:
+        setattr(self.box, self._trait, png)
 
 
 class Sheets:

@@ -134,10 +134,18 @@ def train_teacher(world: World, recipe: TeacherRecipe, progress: bool = True) ->
 
 
 def _denoising(model: UrsaTransformer, txt_ids, x_t, x_1, latents_shape) -> torch.Tensor:
-    """Mean cross-entropy of the clean tokens; for large codebooks a few tokens at a time, whose logits are not kept."""
-    if model.config.codebook_size <= FEW_CODES:
+    """Mean cross-entropy of the clean tokens; for large codebooks a few tokens at a time, whose logits are not kept.
+
+    On a GPU the layers run in bf16, several times as fast at 1,280 tokens, and the logits in float32.
+    """
+    few = model.config.codebook_size <= FEW_CODES
+    if few and not x_t.is_cuda:
         return F.cross_entropy(visual_logits(model, txt_ids, x_t, latents_shape).flatten(0, 1), x_1.flatten())
-    prediction, x_1 = predict(model, txt_ids, x_t, latents_shape), x_1.flatten()
+    with torch.autocast(x_t.device.type, torch.bfloat16, enabled=x_t.is_cuda):
+        prediction = predict(model, txt_ids, x_t, latents_shape)
+    prediction, x_1 = prediction.with_states(prediction.states.float()), x_1.flatten()
+    if few:
+        return F.cross_entropy(F.linear(prediction.states.flatten(0, 1), prediction.head), x_1)
 
     def part(states: torch.Tensor, head: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(F.linear(states, head), x, reduction="sum")

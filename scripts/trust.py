@@ -1,0 +1,262 @@
+"""How far the metrics of `dimo evaluate` can be trusted: their rank correlation with a world's oracle.
+
+`python scripts/trust.py OUT` trains students in several ways, keeps each at several steps, damages the videos of the
+student that ships, measures all of them by the metrics and by the oracle, and writes OUT/trust.json and OUT/trust.md.
+The same command goes on where it was stopped. What ships is copied: `cp OUT/trust.json dimo/evaluation/trust.json`.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from dimo.config import Config, device_of, load_config
+from dimo.errors import DimoError
+from dimo.evaluation import judging, trust
+from dimo.evaluation.decoding import in_pixels
+from dimo.evaluation.metrics import JUDGED, REFERENCE_FREE, measure
+from dimo.evaluation.reference_free import pass_entropy
+from dimo.evaluation.videos import Videos
+from dimo.files import write_text
+from dimo.run.signals import PREEMPTED, Preempted
+from dimo.train.together import train_and_compare
+from dimo.train.trainer import Trainer
+from dimo.ursa import load_ursa, sample
+from dimo.ursa.loading import load_student
+from dimo.worlds import SHIPPED_STUDENT, checkpoint_folder, load_world
+from dimo.worlds.oracle import coverage, score
+from dimo.worlds.protocol import Scores, prompt_length
+
+ARMS = {  # good ones, and what is known to be slow, blurred or to collapse
+    "recipe": [],
+    "low rate": ["optim.lr=2e-4"],
+    "high rate": ["optim.lr=1e-2", "optim.muon_lr=5e-2"],
+    "gain 1": ["model.logit_gain=1", "model.final_logit_gain=1"],
+    "reinforce": ["distill.estimator=reinforce"],
+}
+ORACLE = ("token_accuracy", "right_prompt", "coverage", trust.ALL)
+HEALTHY = 0.5  # the oracle's coverage of a student that has not collapsed
+KNOWN = REFERENCE_FREE | JUDGED
+STEPS, OTHER = 25, 4  # of the teacher; videos of a prompt that it makes again
+BATCH = 512
+
+
+def runs_of(args) -> dict[str, Config]:
+    """{family: the configuration of its run}."""
+    words = [
+        "experiment.sample_every=1000000", "experiment.save_every=1000000", f"training.max_train_steps={args.steps}",
+        f"experiment.keep_every={args.steps // args.kept}", f"distill.batch_size_per_gpu={args.batch}", *args.overrides,
+    ]  # fmt: skip
+    return {
+        f"{arm}, seed {seed}": load_config(
+            "shapes", [*words, *more, f"experiment.seed={seed}", f"experiment.output_dir={args.out / slug(arm, seed)}"]
+        )
+        for arm, more in ARMS.items()
+        for seed in range(1, args.seeds + 1)
+    }
+
+
+def slug(arm: str, seed: int) -> str:
+    return f"{arm.replace(' ', '-')}-{seed}"
+
+
+class Bench:
+    """The prompts and the teacher of a world, beside which students are measured."""
+
+    def __init__(self, args):
+        folder = checkpoint_folder("shapes")
+        device = device_of(load_config("shapes", args.overrides))
+        self.world, self.ursa, self.copies = load_world(folder), load_ursa(folder, device), args.videos
+        self.prompts, self.grid, self.device = self.world.prompts, self.world.latents_shape, device
+        length = prompt_length(self.world)
+        self.ids, self.empty = self.ursa.tokenize(self.prompts, length), self.ursa.tokenize([""], length)
+        self.choices = self.ids[judging.choices(len(self.prompts))]
+        teacher = [self.draw(self.ursa.transformer, STEPS, seed, OTHER) for seed in (1, 2)]
+        self.teacher, self.again = (self.videos(codes, OTHER, None) for codes in teacher)
+        self.teacher.reference, self.again.reference = self.again, self.teacher
+
+    def draw(self, network, steps: int, seed: int, copies: int) -> torch.Tensor:
+        """Codes (P, V, N)."""
+        g, made = torch.Generator(self.device).manual_seed(seed), []
+        for ids in self.ids.repeat_interleave(copies, 0).split(BATCH):
+            made.append(sample(network, self.ursa.path, ids, self.grid, steps, generator=g).cpu())
+        return torch.cat(made).view(len(self.prompts), copies, -1)
+
+    def videos(self, codes: torch.Tensor, copies: int, network) -> Videos:
+        """Codes (P, V, N), judged by the teacher as in an evaluation, of which the first OTHER of each prompt."""
+        some = codes[:, :OTHER].flatten(0, 1).to(self.device)
+        choice_ids, noise = self.choices.repeat_interleave(OTHER, 0), torch.Generator(self.device).manual_seed(9)
+        judged = judging.judge(self.ursa, some, choice_ids, self.empty, self.grid, noise)
+        judged |= in_pixels(self.ursa, some.view(-1, *self.grid))
+        if network is not None:
+            x_init = torch.randint(
+                self.ursa.path.codebook_size, some.shape, device=self.device, generator=noise.manual_seed(3)
+            )
+            judged["entropy"] = pass_entropy(network, choice_ids[:, 0], x_init, self.grid).mean(1)
+        asked = [prompt for prompt in self.prompts for _ in range(copies)]
+        decoding = judged.pop("decode_seconds").item()
+        judged = {name: value.cpu() for name, value in judged.items()}
+        return Videos(codes.reshape(-1, *self.grid), asked, copies, 1.0, None, self.ursa.path, judged,
+                      decode_seconds=decoding)  # fmt: skip
+
+    def measure(self, codes: torch.Tensor, network=None) -> dict:
+        """The metrics of a student's codes (P, V, N), and what the oracle says of them."""
+        videos = self.videos(codes, codes.shape[1], network)
+        videos.reference = self.teacher
+        scores = score(self.world, codes.flatten(0, 1).to(self.device), videos.prompts)
+        return {"metrics": measure(videos), "oracle": self.oracle(scores, codes.shape[1])}
+
+    def oracle(self, scores: Scores, copies: int) -> dict[str, float]:
+        """Figures that bad students have as well, all about the nearest valid video of any prompt.
+
+        token_accuracy: the share of equal tokens. right_prompt: how often it is of the prompt asked for; unlike
+        adherence, which a plain video has for many prompts, ties count for one of them. coverage: that of its free
+        factors within a prompt, whatever the video's quality.
+        """
+        right = scores.prompt.view(len(self.prompts), copies) == torch.arange(len(self.prompts))[:, None]
+        found = {"token_accuracy": scores.accuracy.mean().item(), "right_prompt": right.float().mean().item()}
+        covered = [
+            sum(coverage(one, bins) or 0.0 for one in labels.view(-1, copies)) / len(self.prompts)
+            for labels, bins in scores.free.values()
+            if 1 < bins <= copies
+        ]
+        found["coverage"] = min(covered)
+        return found | {trust.ALL: math.prod(found.values())}
+
+
+def failures(good: torch.Tensor, grid: tuple[int, int, int], codes: int) -> dict[str, dict[str, torch.Tensor]]:
+    """{family: {name: codes}} made of a good student's codes (P, V, N), each in several degrees."""
+    p, v, n = good.shape
+    g = torch.Generator().manual_seed(0)
+    frames = good.view(p, v, *grid)
+
+    def some(share: float, shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.rand(shape, generator=g) < share
+
+    def mixed(share: float, bad: torch.Tensor, by: tuple[int, ...] = (p, v, 1)) -> torch.Tensor:
+        return torch.where(some(share, by), bad, good)
+
+    shares = (0.25, 0.5, 1.0)
+    late = frames[:, :, [0, *range(grid[0] - 1)]].reshape(p, v, n)
+    kinds = {
+        "collapsed": (good[:, :1].expand_as(good), shares),
+        "ignores the prompt": (good.roll(5, 0), shares),
+        "static": (frames[:, :, :1].expand_as(frames).reshape(p, v, n), shares),
+        "off by a frame": (late, shares),
+        "one video for all": (good[:1, :1].expand_as(good), (0.5, 1.0)),
+    }
+    made = {
+        name: {f"{name}, {share:.0%}": mixed(share, bad) for share in degrees} for name, (bad, degrees) in kinds.items()
+    }
+    noise = torch.randint(codes, good.shape, generator=g)
+    made["noisy"] = {f"noisy, {share:.0%}": mixed(share, noise, (p, v, n)) for share in (0.02, 0.1, 0.3)}
+    return made
+
+
+def measure_all(args, runs: dict[str, Config]) -> list[dict]:
+    """A row for every student; those in OUT/rows.json are not measured again."""
+    file, rows = args.out / "rows.json", dict[str, dict]()
+    if file.exists():
+        rows = json.loads(file.read_text(encoding="utf-8"))
+    networks: dict[str, tuple[str, Path | None]] = {}
+    for family, config in runs.items():
+        for folder in sorted(Path(config.experiment.output_dir, "checkpoints").glob("milestone-*")):
+            networks[f"{family}, step {int(folder.name.split('-')[1])}"] = family, folder
+    networks |= {"ships": ("ships", SHIPPED_STUDENT), "untrained": ("untrained", None)}
+    bench, found = Bench(args), list[dict]()
+
+    def add(name: str, family: str, codes: Callable[[], torch.Tensor], network=None) -> None:
+        if name not in rows:
+            about = {"family": family, "damaged": network is None}
+            rows[name] = about | bench.measure(codes(), network)
+            write_text(file, json.dumps(rows))
+            print(name, {k: round(v, 3) for k, v in rows[name]["oracle"].items()}, file=sys.stderr, flush=True)
+        found.append(rows[name])
+
+    for name, (family, folder) in networks.items():
+        network = load_student(bench.ursa, folder) if folder else bench.ursa.transformer
+        try:
+            add(name, family, lambda: bench.draw(network, 1, 1, args.videos), network)  # noqa: B023
+        except DimoError as error:  # a rate that is too high may end in logits that are not finite
+            print(f"{name} is left out: {error}", file=sys.stderr)
+    good = bench.draw(load_student(bench.ursa, SHIPPED_STUDENT), 1, 1, args.videos)
+    for family, made in failures(good, bench.grid, bench.world.codebook_size).items():
+        for name, codes in made.items():
+            add(name, family, lambda: codes)  # noqa: B023
+    return found
+
+
+def correlations(rows: list[dict]) -> dict[str, dict]:
+    """{metric: its correlation with the figure that it stands for, and with all of the oracle's}.
+
+    "healthy": that of trained students which have not collapsed, among which checkpoints are chosen.
+    """
+    found = {}
+    for name, oracle in trust.STANDS_FOR.items():
+        some = [row for row in rows if row["metrics"].get(name) is not None]
+        by = {figure: _correlation(some, name, figure) for figure in ORACLE}
+        own = by[oracle]
+        if own:
+            healthy = [row for row in some if not row["damaged"] and row["oracle"]["coverage"] >= HEALTHY]
+            found[name] = {"oracle": oracle} | own | {
+                "healthy": _correlation(healthy, name, oracle), "with": {f: c and c["rho"] for f, c in by.items()},
+            }  # fmt: skip
+    return found
+
+
+def _correlation(rows: list[dict], name: str, figure: str) -> dict | None:
+    values = [trust.goodness(KNOWN[name].better, row["metrics"][name]) for row in rows]
+    return trust.correlation(values, [row["oracle"][figure] for row in rows], [row["family"] for row in rows])
+
+
+def table(found: dict[str, dict]) -> str:
+    heads = ["metric", "stands for", "rank correlation", "healthy students", *(f"with {figure}" for figure in ORACLE)]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    for name, row in sorted(found.items(), key=lambda item: -item[1]["rho"]):
+        weak = "weak: " if row["rho"] < trust.WEAK else ""
+        others = ["-" if rho is None else f"{rho:.2f}" for rho in row["with"].values()]
+        cells = [f"`{name}`", row["oracle"], weak + _cell(row), _cell(row["healthy"]), *others]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(row: dict | None) -> str:
+    return f"{row['rho']:.2f} [{row['interval'][0]:.2f}, {row['interval'][1]:.2f}]" if row else "-"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--steps", type=int, default=280, help="of each training")
+    parser.add_argument("--kept", type=int, default=7, help="students kept of each training")
+    parser.add_argument("--batch", type=int, default=16, help="samples of a step")
+    parser.add_argument("--seeds", type=int, default=1, help="trainings of each arm")
+    parser.add_argument("--videos", type=int, default=32, help="videos of each prompt")
+    parser.add_argument("--together", type=int, default=1, help="trainings side by side")
+    parser.add_argument("overrides", nargs="*", help="key=value of all trainings, such as training.cuda_graph=true")
+    args = parser.parse_args()
+    runs = runs_of(args)
+    left = [c for c in runs.values() if not Path(c.experiment.output_dir, "checkpoints", "final").is_dir()]
+    for i in range(0, len(left), args.together):
+        train_and_compare([Trainer(config) for config in left[i : i + args.together]])
+    rows = measure_all(args, runs)
+    found = correlations(rows)
+    about = {"students": len(rows), "families": len({row["family"] for row in rows}), "metrics": found}
+    command = " ".join(["python scripts/trust.py OUT", *sys.argv[2:]])
+    write_text(args.out / "trust.json", json.dumps({"command": command, "worlds": {"shapes": about}}, indent=1) + "\n")
+    write_text(args.out / "trust.md", table(found))
+    print(
+        table(found) + f"{about['students']} students of {about['families']} families; written: {args.out}/trust.json"
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except Preempted as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(PREEMPTED)
