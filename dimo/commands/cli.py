@@ -154,12 +154,12 @@ def _evaluate(args) -> None:
     weak = [weak_ones(columns_of(rows))] if args.all else []
     print(format_table(rows) if args.all else format_summary(rows), *filter(None, weak), "", sep="\n")
     after = {sampling(None if source == SHIPPED_STUDENT else source, config.distill.teacher_ckpt): "a video of it"}
-    after |= {f"report {run}": "the run as one page"} if is_run else {"run -c shapes": "distil a student yourself"}
+    after |= {f"report {source}": "the run as one page"} if is_run else {"run -c shapes": "distil a student yourself"}
     print(ending(out, ["report.json", "sheet.png", "codes.safetensors"], after))
 
 
 def _student(given: str | None) -> Path:
-    """Path of a student, by default of the one that ships. Raises DimoError for no run; it says which ones there are."""
+    """Path of a student, by default of the one that ships. Raises DimoError, which says what runs there are, for none."""
     source = Path(given or SHIPPED_STUDENT)
     if not source.exists() and not source.suffix:
         existing_run(source)
