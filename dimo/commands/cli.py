@@ -159,7 +159,7 @@ def _evaluate(args) -> None:
 
 
 def _student(given: str | None) -> Path:
-    """Path of a student, by default of the one that ships. Raises DimoError, which says what runs there are, for none."""
+    """Path of a student, by default of the one that ships; a run that is not there is a DimoError that names others."""
     source = Path(given or SHIPPED_STUDENT)
     if not source.exists() and not source.suffix:
         existing_run(source)
