@@ -124,7 +124,7 @@ class Bench:
             for labels, bins in scores.free.values()
             if 1 < bins <= copies
         ]
-        found["coverage"] = min(covered)
+        found["coverage"] = max(0.0, min(covered))  # the estimate of an entropy of 0 may be below it
         return found | {trust.ALL: math.prod(found.values())}
 
 

@@ -47,6 +47,12 @@ def folder(tmp_path):
     return shutil.copytree(TINY, tmp_path / "tiny-ursa")
 
 
+def test_weights_are_read_onto_the_cpu_under_the_name_that_accelerate_gives_it(tiny):
+    state = read_weights(TINY / "transformer", torch.device("cpu", 0))
+    own = tiny.transformer.state_dict()
+    assert state.keys() == own.keys() and all(torch.equal(state[key].float(), own[key]) for key in own)
+
+
 def test_prompts_become_the_ids_of_upstreams_pipeline(tiny, recorded):
     want = recorded["0.input_ids"][:, :TEXT]
     assert torch.equal(tiny.tokenize([*PROMPTS, "", ""], TEXT), want)

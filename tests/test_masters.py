@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from processes import run_script
 
 from dimo.config import Optim, load_config
 from dimo.train.masters import MasterAdamW, copies_of, learning_of
@@ -162,3 +163,43 @@ def test_checkpoints_pass_between_both_kinds_of_adamw(tmp_path):
 
 def source_step(state):
     return next(iter(state["optimizers"]["student"].values()))["step"]
+
+
+TWO_RANKS = f"""
+import torch, torch.distributed as dist
+import dimo.train.engine as engine
+from dimo.config import load_config
+from dimo.train.masters import copies_of
+from dimo.train.trainer import Trainer
+
+engine.SENT_ALONE = 5000  # matrices alone while backward goes on, norms together
+trainer = Trainer(load_config("smoke", {BF16!r}))
+learner, found = trainer.student, []
+
+
+def alike(tensor):
+    parts = [torch.zeros_like(tensor) for _ in range(2)]
+    dist.all_gather(parts, tensor.detach().contiguous())
+    return torch.equal(*parts)
+
+
+def update(norm, inner=learner.update):
+    found.append(learner.gradients)
+    assert all(alike(gradient) for gradient in learner.gradients)
+    whole = torch.cat([gradient.float().flatten() for gradient in learner.gradients]).norm()
+    assert abs(whole / norm - 1) < 1e-5
+    inner(norm)
+
+
+learner.update = update
+for index in range(2):
+    trainer.step(index)
+assert len(found) == 2 and not trainer.guard.skipped
+for network in (trainer.networks.student, trainer.networks.aux):
+    for p, (held, rows) in copies_of(network).items():
+        assert alike(p) and torch.equal(held.detach()[rows], p.bfloat16())
+"""
+
+
+def test_two_ranks_average_the_gradients_of_copies(tmp_path):
+    run_script(tmp_path, TWO_RANKS)

@@ -62,8 +62,7 @@ RANGES = {  # {phrase: (test, keys)}; null values are not tested
         "distill.shuffle_buffer distill.kd_every optim.ema_every "
         "experiment.log_every experiment.save_every experiment.sample_every experiment.keep_last "
         "training.gradient_accumulation_steps training.max_bad_steps training.max_train_steps training.num_processes "
-        "training.sequence_parallel "
-        "evaluation.videos_per_prompt evaluation.batch_size",
+        "training.sequence_parallel evaluation.videos_per_prompt evaluation.batch_size",
     ),
     "lie in [0, 2^63)": (lambda value: 0 <= value < 2**63, "experiment.seed evaluation.seed"),
 }
@@ -146,11 +145,9 @@ def _default_preset(written: dict[str, Any]) -> str | None:
 def checkpointing_for(config: Config) -> str:
     """The cheapest activation checkpointing with which a training step of URSA-1.7B fits into 80 GB.
 
-    By visual tokens of a GPU: none at 5,120, selective at 33,280 and full at 66,560 were measured on H100 and H200
-    (docs/performance.md), pointwise at 10,240 is counted by `dimo plan`.
+    By visual tokens of a GPU, measured on H100 and H200 (docs/performance.md), but pointwise, which `dimo plan` counts.
     """
-    d = config.distill
-    tokens = d.batch_size_per_gpu * math.prod(_grid(config)) // config.training.sequence_parallel
+    tokens = config.distill.batch_size_per_gpu * math.prod(_grid(config)) // config.training.sequence_parallel
     return next((how for how, most in FITS.items() if tokens <= most), "full")
 
 
@@ -227,10 +224,8 @@ def validate(config: Config) -> None:
     _grid(config)
     t = config.training
     if t.num_processes % t.sequence_parallel:
-        raise DimoError(
-            f"training.sequence_parallel must divide training.num_processes={t.num_processes}, got "
-            f"{t.sequence_parallel}"
-        )
+        wanted = f"must divide training.num_processes={t.num_processes}"
+        raise DimoError(f"training.sequence_parallel {wanted}, got {t.sequence_parallel}")
     for key, value in DIVISIBLE.items() if t.sequence_parallel > 1 else ():
         if flat[key] != value:
             raise DimoError(f"training.sequence_parallel needs {key}={value}, got {flat[key]}")

@@ -89,7 +89,7 @@ def correlation(one: Sequence[float], other: Sequence[float], families: Sequence
 
 @functools.cache
 def measured() -> dict[str, dict[str, dict]]:
-    """What was measured, {metric: {world: {"oracle", "rho", "interval", "students"}}}."""
+    """What was measured, {metric: {world: {"oracle", "rho", "interval", "students", "healthy"}}}."""
     worlds = json.loads(FILE.read_text(encoding="utf-8"))["worlds"]
     found: dict[str, dict[str, dict]] = {}
     for world, about in worlds.items():
@@ -105,13 +105,14 @@ def is_weak(metric: str) -> bool:
 
 def sentence(metric: str) -> str:
     """How far a metric can be trusted, in a sentence; empty where that was not measured."""
-    said = [
-        f"{row['rho']:.2f} [{row['interval'][0]:.2f}, {row['interval'][1]:.2f}] with {row['oracle']} over "
-        f"{row['students']} students of {world}"
-        for world, row in measured().get(metric, {}).items()
-    ]
+    said = []
+    for world, row in measured().get(metric, {}).items():
+        low, high = row["interval"]
+        with_what = f"with {row['oracle']} over {row['students']} students of {world}"
+        healthy = f", {row['healthy']['rho']:.2f} among those not collapsed" if row["healthy"] else ""
+        said.append(f"{row['rho']:.2f} [{low:.2f}, {high:.2f}] {with_what}{healthy}")
     weak = ": weak" if is_weak(metric) else ""
-    return f"Its rank correlation with the oracle was {', '.join(said)}{weak}." if said else ""
+    return f"Its rank correlation with the oracle was {'; '.join(said)}{weak}." if said else ""
 
 
 def weak_ones(metrics: Iterable[str]) -> str:

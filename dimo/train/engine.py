@@ -2,7 +2,8 @@
 
 accelerate's launcher selects it: `accelerate launch --config_file dimo/config/presets/accelerate/fsdp2.yaml ...`.
 Student and auxiliary share no autograd graph and are updated at different times, so each is a `Learner` with its own
-optimizers, gradient norm and clipping. Master weights are float32 under every engine; bf16 is left to autocast.
+optimizers, gradient norm and clipping. Master weights are float32 under every engine; bf16 is left to autocast,
+and to bf16 copies of them (`dimo.train.masters`) where no engine shards them.
 """
 
 from __future__ import annotations

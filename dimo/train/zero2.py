@@ -1,4 +1,4 @@
-"""Training under DeepSpeed ZeRO-2: the learner of `dimo.train.engine` on top of a DeepSpeed engine."""
+"""Training under DeepSpeed ZeRO-2: the learner of `dimo.train.learner` on top of a DeepSpeed engine."""
 
 from __future__ import annotations
 

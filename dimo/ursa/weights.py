@@ -147,7 +147,8 @@ def weight_dtypes(source: str | Path) -> list[str]:
 
 def _read_safetensors(file: Path, device: torch.device) -> dict[str, torch.Tensor]:
     try:
-        return load_file(file, "cpu" if device.type == "cpu" else str(device))  # it knows no cpu:0
+        # safetensors knows no "cpu:0", which is accelerate's name of the CPU of one of several processes
+        return load_file(file, "cpu" if device.type == "cpu" else str(device))
     except SafetensorError as error:
         raise _damaged(file, error) from error
 
