@@ -249,16 +249,21 @@ def make_teacher(world: World, recipe: TeacherRecipe, folder: Path, videos_per_p
     rows = max(1, TOKENS // math.prod(world.latents_shape))
     batches = ursa.tokenize(prompts, prompt_length(world)).split(rows)
     lines = [f"{'passes':>6} {'guidance':>9} {'validity':>9} {'adherence':>10}"]
-    for steps, guidance in ((1, 1.0), (4, 1.0), (8, 1.0), (25, 1.0), (25, GUIDANCE)):
+    samplers = ((1, 1.0), (4, 1.0), (8, 1.0), (25, 1.0), (25, GUIDANCE))
+    passes = len(batches) * sum(steps * (1 + (guidance > 1)) for steps, guidance in samplers)
+    bar = tqdm(desc="score", total=passes, unit="pass", mininterval=1)
+    for steps, guidance in samplers:
         made, generator = [], torch.Generator(recipe.device).manual_seed(recipe.seed)
         for ids in batches:
             guide = {"guidance_scale": guidance, "uncond_ids": torch.full_like(ids, words(world).index(PAD))}
             shape = world.latents_shape
             made.append(sample(ursa.transformer, ursa.path, ids, shape, steps, generator=generator, **guide))
+            bar.update(steps * (1 + (guidance > 1)))
         codes = torch.cat(made)
         scores = score(world, codes, prompts)
         shares = scores.valid.float().mean(), scores.adherent.float().mean()
         lines.append(f"{steps:6} {guidance:9g} {shares[0]:9.4f} {shares[1]:10.4f}")
+    bar.close()
     return "\n".join(lines)
 
 
