@@ -28,6 +28,7 @@ lab: .venv/installed
 
 # torch first and pinned: a looser range pulls gigabytes of CUDA. Not compiled: of 14,000 modules a fifth is ever imported
 .venv/installed: pyproject.toml
+	@$(PYTHON) -c "import sys; sys.version_info < (3, 11) and sys.exit('dimo needs Python 3.11: make demo PYTHON=python3.11')"
 	@echo "installing into .venv, once: PyTorch first, which is large, then dimo with its notebooks"
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/pip install --disable-pip-version-check --no-compile torch==2.13.0

@@ -100,6 +100,7 @@ def trained(tmp_path_factory):
     """A finished run of a few steps."""
     folder = tmp_path_factory.mktemp("runs") / "few"
     keys = ["training.max_train_steps=4", "experiment.save_every=2", "experiment.sample_every=4"]
+    keys += ["experiment.log_every=1"]
     keys += ["distill.batch_size_per_gpu=2", "model.device=cpu", f"experiment.output_dir={folder}"]
     Trainer(load_config("smoke", keys)).train(progress=False)
     return folder, keys
@@ -217,7 +218,8 @@ def test_in_jupyterlab_notebook_04_leads_from_a_curve_to_a_token(browser, lab, t
                          "(board.figure.axes[0].bbox, board.figure.bbox)")  # fmt: skip
     box = curves.bounding_box()
     curves.click(position={"x": x * box["width"], "y": y * box["height"]})
-    until(page, lambda: said_by(page, "board.about.value") == "below: few at step 2")
+    until(page, lambda: said_by(page, "board.about.value").startswith("below: "))
+    assert said_by(page, "board.about.value") == "below: few at step 2"
     page.wait_for_function("() => document.querySelectorAll('.dimo').length === 2")
     assert said_by(page, "board.explorer.children[0].about['models']") == ["few, step 2"]
     assert wrong == []

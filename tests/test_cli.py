@@ -57,13 +57,15 @@ def test_config_lists_keys_and_resolves_presets(capsys):
         (["evaluate", "a.pt", "--student_ckpt", "b.pt"], "two students were given, b.pt and a.pt; give one"),
         (["evaluate", "a.pt", "b.pt"], "an override must have the form key=value, got 'b.pt'"),
         (["sample", "--prompt", "x", "--sed", "1"], "dimo sample does not take --sed 1; see dimo sample --help"),
-        (["report", "nowhere"], "nowhere is not a run folder of dimo"),
+        (["report", "nowhere"], "nowhere; "),
+        (["evaluate", "runs/nowhere"], "there is no run in "),
+        (["sample", "--student_ckpt", "runs/nowhere", "--prompt", "x"], "runs has no runs. Train it with"),
         (["replay", "nowhere.json"], "nowhere.json"),
         (["ablate", "--lrs", "big"], "--lrs must be numbers"),
         (["ablate", "--grid", "p2"], "p2 is neither a grid that ships nor an existing YAML file"),
         (["ablate", "--minutes", "0"], "minutes positive, got 1, 1, 0"),
         (["train", "-c", "tiles"], "; `dimo world train tiles -o worlds/tiles` makes one"),
-        (["train", "-c", "smoke", "distill.teacher=exact"], "only the tiles world has an exact teacher, got 'shapes'"),
+        (["train", "-c", "smoke", "distill.teacher=exact"], "only the worlds tiles and sprites have an exact teacher"),
         (
             ["plan", "-c", "tiles"],
             "memory is counted for networks; to plan for the others, use distill.teacher=network",
@@ -132,6 +134,7 @@ def test_key_value_is_taken_wherever_it_stands(command):
 def test_evaluate_takes_key_value_with_and_without_a_student(tmp_path, monkeypatch, capsys):
     asked = []
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
     monkeypatch.setattr(
         "dimo.evaluation.evaluate.evaluate_to_folder",
         lambda config, weights, out: (

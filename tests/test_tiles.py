@@ -443,7 +443,7 @@ def test_predictions_that_cannot_be(tiny, path, teacher):
         (lambda: teacher.predict(wrong, x, GRID, 0.5), "prompts of the tiles world, or empty; row 0 is neither"),
         (lambda: teacher.predict(ids[:, 1:], x, GRID, 0.5), "txt_ids must have at least 4 ids"),
         (lambda: ExactTeacher(tiny, MixturePath(path.codebook)), "path must be a MetricPath, got MixturePath"),
-        (lambda: ExactTeacher(ShapesWorld(), path), "only the tiles world has an exact teacher, got 'shapes'"),
+        (lambda: ExactTeacher(ShapesWorld(), path), "tiles and sprites have an exact teacher, got 'shapes'"),
         (lambda: ExactTeacher(TilesWorld(), path), "path has 16 codes, the world 256"),
         (lambda: tiny.totals(torch.zeros(1, N, 3)), r"values must have shape \(B, 32, 16\)"),
     ):

@@ -182,7 +182,7 @@ def test_training_the_teacher_learns():
     ids = encode(world, world.prompts)[prompt]
     torch.manual_seed(0)
     fresh = UrsaTransformer(ursa_config(world, recipe))
-    initialise(fresh)
+    initialise(fresh, world.codebook())
     trained = train_teacher(world, recipe, progress=False)
     with torch.no_grad():
         before, after = (denoising(predict(m, ids, x_t, world.latents_shape), x_1).item() for m in (fresh, trained))

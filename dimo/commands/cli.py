@@ -18,6 +18,7 @@ from dimo.config.values import read_value
 from dimo.errors import DimoError, nearest, reason
 from dimo.output import lasting_output
 from dimo.paths import user_path
+from dimo.run.overview import existing_run
 from dimo.run.signals import PREEMPTED, Preempted
 from dimo.worlds import SHIPPED_STUDENT, checkpoint_folder
 
@@ -143,7 +144,7 @@ def _evaluate(args) -> None:
         args.student, args.overrides = None, [args.student, *args.overrides]
     if args.student_ckpt and args.student:
         raise DimoError(f"two students were given, {args.student_ckpt} and {args.student}; give one")
-    source = Path(args.student_ckpt or args.student or SHIPPED_STUDENT)
+    source = _student(args.student_ckpt or args.student)
     run, overrides = run_of(source), [*args.set, *args.overrides]
     config = load_config(args.config, overrides) if args.config or not run else run_config(run, overrides)
     is_run = run is not None and source.is_dir() and source.samefile(run)
@@ -153,8 +154,16 @@ def _evaluate(args) -> None:
     weak = [weak_ones(columns_of(rows))] if args.all else []
     print(format_table(rows) if args.all else format_summary(rows), *filter(None, weak), "", sep="\n")
     after = {sampling(None if source == SHIPPED_STUDENT else source, config.distill.teacher_ckpt): "a video of it"}
-    after |= {f"report {run}": "the run as one page"} if is_run else {"run -c shapes": "distil a student yourself"}
+    after |= {f"report {source}": "the run as one page"} if is_run else {"run -c shapes": "distil a student yourself"}
     print(ending(out, ["report.json", "sheet.png", "codes.safetensors"], after))
+
+
+def _student(given: str | None) -> Path:
+    """Path of a student, by default of the one that ships; a run that is not there is a DimoError that names others."""
+    source = Path(given or SHIPPED_STUDENT)
+    if not source.exists() and not source.suffix:
+        existing_run(source)
+    return source
 
 
 def _ablate(args) -> None:
@@ -194,8 +203,8 @@ def _check_alignment(args) -> int:
 
 
 def _sample(args) -> None:
-    if not (args.teacher_ckpt or args.student_ckpt or args.suite):
-        args.student_ckpt = str(SHIPPED_STUDENT)
+    if args.student_ckpt or not (args.teacher_ckpt or args.suite):
+        args.student_ckpt = str(_student(args.student_ckpt))
     request = Request(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Request)})
     asked = SuiteRequest(**{f.name: getattr(args, f.name) for f in dataclasses.fields(SuiteRequest)})
     if asked.suite is not None:
@@ -224,9 +233,8 @@ def _export(args) -> None:
 
 def _report(args) -> None:
     from dimo.commands.report import write_run_report
-    from dimo.run.folder import RunFolder
 
-    print(f"written: {write_run_report(RunFolder(args.folder))}, one file to open in a browser or to send")
+    print(f"written: {write_run_report(existing_run(args.folder))}, one file to open in a browser or to send")
 
 
 def _replay(args) -> None:

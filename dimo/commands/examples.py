@@ -52,7 +52,10 @@ EXAMPLES = {
         "": "all keys with their defaults and meanings",
         "-c literal --lr 1e-4": "all values of a preset, with one key changed",
     },
-    "world train": {"shapes -o worlds/small --hidden 32 --steps 2000": "a smaller teacher than the built-in one"},
+    "world train": {
+        "shapes -o worlds/small --hidden 32 --steps 2000": "a smaller teacher than the built-in one",
+        "sprites -o worlds/sprites --device cuda": "emoji over textures: a GPU's work",
+    },
 }
 
 

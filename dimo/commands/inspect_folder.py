@@ -117,7 +117,7 @@ def _vae(folder: Path, transformer: UrsaConfig | None) -> list[tuple[str, str]]:
     text = f"{name}, {time} frames and {space}x{space} pixels per token" + ("; an image model" if time == 1 else "")
     if "sample_frames" in config:
         text += f"; decodes {config['sample_frames']} frames at a time"
-    if name != "PaletteDecoder":
+    if name not in ("PaletteDecoder", "PatchVae"):
         try:
             import_upstream()
         except DimoError as error:

@@ -10,7 +10,7 @@ from pathlib import Path
 from dimo.commands.ending import next_commands
 from dimo.commands.examples import examples
 from dimo.worlds.registry import WORLDS
-from dimo.worlds.teacher import TeacherRecipe, make_teacher
+from dimo.worlds.teacher import RECIPES, TeacherRecipe, make_teacher
 
 
 def add_world(commands, kinds: dict[type, Callable]) -> None:
@@ -30,10 +30,11 @@ def add_world(commands, kinds: dict[type, Callable]) -> None:
         sub = names.add_parser(name, help=about.splitlines()[0], description=about, allow_abbrev=False)
         sub.set_defaults(world=name)
         sub.add_argument("-o", "--out", required=True, help="the checkpoint folder to write")
+        recipe = dataclasses.asdict(RECIPES.get(name, TeacherRecipe()))
         for field in (*dataclasses.fields(kind), *dataclasses.fields(TeacherRecipe)):
-            text = f"{field.metadata['help']} (default: {field.default})"
-            read = kinds.get(type(field.default), str)
-            sub.add_argument(f"--{field.name}", type=read, default=field.default, help=text)
+            default = recipe.get(field.name, field.default)
+            text = f"{field.metadata['help']} (default: {default})"
+            sub.add_argument(f"--{field.name}", type=kinds.get(type(default), str), default=default, help=text)
 
 
 def world_train(args: argparse.Namespace) -> None:

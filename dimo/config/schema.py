@@ -80,8 +80,8 @@ class Distill:
     )
     teacher: str = _key(
         "network",
-        "what is distilled: network (the transformer of teacher_ckpt), or exact (the posterior of its world, tiles; "
-        "student and auxiliary start from the transformer all the same)",
+        "what is distilled: network (the transformer of teacher_ckpt), or exact (the posterior of its world, tiles or "
+        "sprites; student and auxiliary start from the transformer all the same)",
     )
     prompt_source: str = _key(
         "world",

@@ -34,7 +34,7 @@ from dimo.ursa.loading import load_student
 from dimo.worlds import checkpoint_folder, is_world, load_world, require_world
 from dimo.worlds.exact import exact_teacher
 from dimo.worlds.oracle import score
-from dimo.worlds.protocol import World, prompt_length
+from dimo.worlds.protocol import World, prompt_length, prompts_to_score
 
 log = logging.getLogger(__name__)
 SHEET_PROMPTS = 6
@@ -61,7 +61,7 @@ def evaluate(
         ({row: {metric: value}}, {row: codes (B, N)}).
     """
     comparison = Comparison(
-        ursa, student, world.prompts, world.latents_shape, videos_per_prompt=videos_per_prompt,
+        ursa, student, prompts_to_score(world), world.latents_shape, videos_per_prompt=videos_per_prompt,
         teacher_steps=teacher_steps, batch_size=batch_size, seed=seed, max_prompt_length=prompt_length(world),
         **guidance,
     )  # fmt: skip
@@ -232,7 +232,7 @@ def open_comparison(config: Config, weights: str | Path) -> tuple[Comparison, Wo
     if world is not None:
         require_world(world, grid, ursa.path.codebook_size)
         require_prompts_fit(ursa, world.prompts, d.max_prompt_length)
-    prompts, held_out = (world.prompts, None) if world else evaluation_prompts(config, ursa, weights)
+    prompts, held_out = (prompts_to_score(world), None) if world else evaluation_prompts(config, ursa, weights)
     return Comparison(
         ursa, load_student(ursa, weights), prompts, grid,
         videos_per_prompt=e.videos_per_prompt or (64 if world else 2), batch_size=e.batch_size if world else 1,

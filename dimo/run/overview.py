@@ -103,7 +103,7 @@ def existing_run(path: str | Path) -> RunFolder:
     raise DimoError(
         f"there is no run in {run.path.resolve()}; "
         + (f"those beside it, newest first: {there}" if there else f"{beside} has no runs")
-        + ". Train it with notebook 03 or dimo train, or give another experiment.output_dir"
+        + ". Train it with notebook 03 or dimo train, or give another folder"
     )
 
 

@@ -177,7 +177,7 @@ def _say_alignment(trainer: Trainer, run: RunFolder) -> None:
     error = None
     try:
         sentence, is_right = trainer.require_aligned()
-        run.say(sentence, aloud=not is_right)
+        run.say(sentence if is_right else f"the logits slice: {sentence}", aloud=not is_right)
     except DimoError as misread:
         error = misread
     raise_everywhere(error)

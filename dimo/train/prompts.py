@@ -21,6 +21,7 @@ from dimo.errors import DimoError
 from dimo.run.origin import held_out_by, learns_from, run_config, run_of
 from dimo.ursa import Ursa
 from dimo.worlds import is_world, load_world
+from dimo.worlds.protocol import prompts_to_train
 
 SHOWN = 8  # number of example prompts of a stream without held-out captions
 ROWS = 10_000  # held-out captions are taken from so many first rows
@@ -31,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 class WorldPrompts:
-    """All prompts of a world. Batches are drawn with the step's generator, so there is no position to save."""
+    """Prompts of a world. Batches are drawn with the step's generator, so there is no position to save."""
 
     about = ""
     held_out: Sequence[str] = ()
@@ -123,9 +124,9 @@ def open_prompts(config: Config, ursa: Ursa, rank: int = 0, world_size: int = 1)
             raise DimoError(
                 f"distill.prompt_source is world, but {ursa.folder} is not a built-in world; give a caption file{mine}"
             )
-        prompts = load_world(ursa.folder).prompts
-        require_prompts_fit(ursa, prompts, d.max_prompt_length)
-        return WorldPrompts(prompts, ursa, d.max_prompt_length)
+        world = load_world(ursa.folder)
+        require_prompts_fit(ursa, world.prompts, d.max_prompt_length)
+        return WorldPrompts(prompts_to_train(world), ursa, d.max_prompt_length)
 
     held_out, different = _held_out(config)
     return StreamedPrompts(

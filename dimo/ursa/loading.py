@@ -242,6 +242,13 @@ def load_vae(folder: Path, codebook_size: int, device="cpu") -> tuple[Any, str]:
         if decoder.palette.shape[0] != codebook_size:
             raise DimoError(f"the palette in {where} has {decoder.palette.shape[0]} codes, not {codebook_size}")
         return decoder, ""
+    if config.get("_class_name") == "PatchVae":
+        from dimo.ursa.patch_vae import PatchVae
+
+        vae = PatchVae.load(where).to(device)
+        if vae.codebook_size != codebook_size:
+            raise DimoError(f"the table in {where} has {vae.codebook_size} patches, not {codebook_size}")
+        return vae, ""
     try:
         upstream = import_upstream()
     except DimoError as error:

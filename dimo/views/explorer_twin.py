@@ -56,7 +56,9 @@ def twin(view: dict, about: dict) -> Figure:
         axis.set_xlim(0, 1)
         axis.set_xticks((0, 0.5, 1), ("0", "p .5", "1"), fontsize=8)  # few: text takes most of the time of a figure
         axis.spines[["top", "right"]].set_visible(False)
-        axis.set_title(f"{about['titles'][top['of']]}: H {top['entropy']:.3g}", fontsize=9, loc="left")
+        axis.set_title(
+            f"{about['titles'][top['of']]}: H {max(0, round(top['entropy'], 6)):.3g}", fontsize=9, loc="left"
+        )
     for axis in right.axes[len(pane["top"]) :]:
         axis.set_visible(False)
     return figure

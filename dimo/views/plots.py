@@ -40,7 +40,7 @@ def token_maps(maps: dict[str, torch.Tensor], unit: str, may_be_log: bool = True
         scale, unit = {"norm": LogNorm(high / 1000, high, clip=True)}, f"{unit} (log scale)"
     else:
         scale = {"vmin": low, "vmax": high}
-    wide = min(1.5, WIDEST / frames)  # inches of a map
+    wide = min(1.5 if len(maps) < 4 else 1.0, WIDEST / frames)  # inches of a map
     tall = wide * min(1.5, max(m.shape[1] / m.shape[2] for m in maps.values()))
     figure = Figure(figsize=(2.8 + (wide + 0.24) * frames, 0.5 + max(tall, 0.5) * len(maps)), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12)  # inches; the layout does not expect square axes
@@ -51,7 +51,7 @@ def token_maps(maps: dict[str, torch.Tensor], unit: str, may_be_log: bool = True
             axes[r][f].set_xticks([])
             axes[r][f].set_yticks([])
             if r == 0:
-                axes[r][f].set_title(f"latent frame {f}" if wide > 1 else f"{f}", fontsize=9)
+                axes[r][f].set_title(f"latent frame {f}" if wide >= 1 else f"{f}", fontsize=9)
         axes[r][0].set_ylabel(textwrap.fill(name, 16), fontsize=9, rotation=0, ha="right", va="center")
     figure.colorbar(image, ax=axes, label=unit, extend="min" if "norm" in scale else "neither")
     return figure

@@ -20,7 +20,7 @@ SHIPPED_STUDENT = DATA / DEFAULT_WORLD / "student"
 
 def built_in_worlds() -> list[str]:
     """Names of the worlds that ship with a teacher; `distill.teacher_ckpt` accepts them in place of a folder."""
-    return sorted(p.name for p in DATA.iterdir() if p.is_dir()) if DATA.is_dir() else []
+    return sorted(p.name for p in DATA.iterdir() if (p / "transformer").is_dir()) if DATA.is_dir() else []
 
 
 def checkpoint_folder(teacher_ckpt: str | Path) -> Path:

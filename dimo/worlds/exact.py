@@ -1,10 +1,10 @@
-"""The exact teacher of the tiles world: p(x_1 | x_t, prompt) of every token, by Bayes' rule over all valid videos.
+"""The exact teacher of tiles and sprites: p(x_1 | x_t, prompt) of every token, by Bayes' rule over all valid videos.
 
 Videos v_m of a prompt are equally likely and noise falls on each token by itself, so
     log p(v_m | x_t) = sum_i log p_t(x_t^i | v_m^i) + const,
 and a token's distribution is the share of the videos that have each code there. Everything is float64: the sums run
-over up to 33,280 tokens, and a difference of one nat between two of them must not be lost. Strays (`TilesWorld.strays`)
-count too, with their own weight, whatever the prompt.
+over up to 33,280 tokens, and a difference of one nat between two of them must not be lost. Strays
+(`TilesWorld.strays`) count too, with their own weight, whatever the prompt.
 
 In training nothing is read back from the GPU, so that a step can be captured in a CUDA graph.
 """
@@ -24,6 +24,7 @@ from dimo.ursa.probability_path import LAST, MetricPath, MixturePath, time_like
 from dimo.ursa.sparse import Sparse
 from dimo.worlds import is_world, load_world
 from dimo.worlds.protocol import World, prompt_length
+from dimo.worlds.sprites import SpritesWorld
 from dimo.worlds.teacher import PAD, encode, words
 from dimo.worlds.tiles import TilesWorld
 
@@ -57,8 +58,8 @@ class ExactTeacher:
     """
 
     def __init__(self, world: World, path: MetricPath | MixturePath):
-        if not isinstance(world, TilesWorld):
-            raise DimoError(f"only the tiles world has an exact teacher, got {world.name!r}")
+        if not isinstance(world, TilesWorld | SpritesWorld):
+            raise DimoError(f"only the worlds tiles and sprites have an exact teacher, got {world.name!r}")
         if not isinstance(path, MetricPath):
             raise DimoError(f"path must be a MetricPath, got {type(path).__name__}")
         if path.codebook_size != world.codebook_size:
@@ -107,7 +108,7 @@ class ExactTeacher:
         t = time_like(t, x_t)
         if not per_token:
             return t[:, :1]
-        frames = t.unflatten(1, (self.world.frames, -1))
+        frames = t.unflatten(1, (self.world.latents_shape[0], -1))
         if may_read(t) and not bool((frames == frames[..., :1]).all()):
             raise DimoError("t must be the same for all tokens of a latent frame")
         return frames[..., 0]
@@ -135,23 +136,6 @@ class ExactTeacher:
             self._normaliser = LogNormaliser(lambda i: by_code[i], len(by_code), most, beta.device, KNOTS)
         return self._normaliser(beta.clamp(max=self._normaliser.most))
 
-    def log_posterior(self, values: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
-        """log p(video, x_t), up to a constant, of the prompts' videos and of strays, -inf for videos of other prompts.
-
-        Args:
-            values: (B, N, C), what `log_likelihood` gave.
-            prompts: (B, prompts) bool, those whose videos count.
-
-        Returns:
-            (B, prompts * M), and as many strays after them if there are any.
-        """
-        videos = self.world.totals(values).masked_fill(~prompts[:, :, None], -torch.inf).flatten(1)
-        if not self.world.strays:
-            return videos
-        share, strays = self.world.strays / 100, self.world.totals(values, strays=True).flatten(1)
-        videos = videos + math.log(1 - share) - prompts.sum(1, keepdim=True).log()
-        return torch.cat([videos, strays + math.log(share / prompts.shape[1])], 1)
-
     def _marginals(self, prompts: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """Log-probabilities (B, N, C).
 
@@ -160,7 +144,7 @@ class ExactTeacher:
         """
         with torch.enable_grad():
             values = self.log_likelihood(x_t, t).requires_grad_()
-            evidence = self.log_posterior(values, prompts).logsumexp(-1).sum()
+            evidence = self.world.log_evidence(values, prompts).sum()
             (shares,) = torch.autograd.grad(evidence, values)
         return shares.clamp(min=math.exp(FLOOR)).log()
 

@@ -51,6 +51,9 @@ class World(Protocol):
 
     Attributes:
         name: its key in `dimo.worlds.registry.WORLDS`.
+
+    A world of many prompts may have a list `held_out` of some that `draw` never gives: evaluation uses these
+    (`prompts_to_score`), training the others (`prompts_to_train`).
     """
 
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field]]  # every dataclass has them
@@ -97,6 +100,17 @@ def require_whole_sizes(world: World) -> None:
     for name, value in dataclasses.asdict(world).items():
         if type(value) is not int:
             raise DimoError(f"the {world.name} world's {name} must be a whole number, got {value!r}")
+
+
+def prompts_to_train(world: World) -> list[str]:
+    """The world's prompts without those that it holds out."""
+    held_out = set(getattr(world, "held_out", ()))
+    return [prompt for prompt in world.prompts if prompt not in held_out]
+
+
+def prompts_to_score(world: World) -> list[str]:
+    """The prompts that a world holds out; all of them where it holds out none."""
+    return list(getattr(world, "held_out", ())) or world.prompts
 
 
 def prompt_index(world: World, prompts: list[str]) -> torch.Tensor:

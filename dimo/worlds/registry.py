@@ -2,9 +2,11 @@
 
 from dimo.worlds.protocol import World
 from dimo.worlds.shapes import ShapesWorld
+from dimo.worlds.sprites import SpritesWorld
 from dimo.worlds.tiles import TilesWorld
 
 WORLDS: dict[str, type[World]] = {
     "shapes": ShapesWorld,
+    "sprites": SpritesWorld,
     "tiles": TilesWorld,
 }

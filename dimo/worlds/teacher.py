@@ -13,20 +13,22 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from dimo.errors import DimoError, are_finite
-from dimo.files import whole_folder
+from dimo.errors import DimoError, are_finite, reason
+from dimo.files import whole_file, whole_folder
 from dimo.ursa import MetricPath, UrsaConfig, UrsaTransformer, load_ursa, predict, sample, save_student, visual_logits
 from dimo.ursa.chunks import FEW_CODES
 from dimo.worlds import WORLD_FILE, is_world
 from dimo.worlds.oracle import score
-from dimo.worlds.protocol import World, prompt_index, prompt_length
+from dimo.worlds.protocol import World, prompt_index, prompt_length, prompts_to_score
 
 PAD, UNKNOWN, BOV = "<pad>", "<unk>", "<bov>"
 ROPE_THETA = 10.0  # for at most ten positions; with URSA's 1,000,000 half of the frequencies would be constant
 EMPTY_PROMPT_SHARE = 0.1
 EMA_DECAY = 0.999
 TOKENS = 2**18  # sampled at a time when a new teacher is scored
+SCORED = 2**20  # tokens of all videos with which a new teacher is scored, about
 GUIDANCE = 3.0  # of the last row of a new teacher's scores
+KEEP_EVERY = 500  # steps
 
 
 def _field(default, help: str):
@@ -50,6 +52,14 @@ class TeacherRecipe:
     lr: float = _field(2e-3, "peak learning rate, with cosine decay to zero")
     seed: int = _field(0, "seed of initialisation and data")
     device: str = _field("cpu", "cpu or cuda")
+
+
+RECIPES = {  # of worlds for which the defaults are not meant
+    # 2.9 million parameters: at bf16, teacher and student are 11.5 MB together
+    "sprites": TeacherRecipe(
+        layers=6, hidden=160, intermediate=320, heads=5, head_dim=32, c=2.0, batch_size=128, steps=10_000, lr=1.5e-3
+    ),
+}
 
 
 def words(world: World) -> list[str]:
@@ -78,11 +88,12 @@ def ursa_config(world: World, recipe: TeacherRecipe) -> UrsaConfig:
 
 
 @torch.no_grad()
-def initialise(model: UrsaTransformer) -> None:
+def initialise(model: UrsaTransformer, codebook: torch.Tensor) -> None:
     """Initialise in place: embeddings with std 1, matrices with std 1/sqrt(fan_in), residual branches scaled by depth.
 
     Qwen3's std of 0.02 suits hidden sizes of thousands; with 64 the activations start near zero and training stalls
-    (docs/experiments.md).
+    (docs/experiments.md). Of more than FEW_CODES codes, half of the variance of embeddings and head is a random linear
+    map of the codebook: log p_t(x_t | x_1) is linear in the vector of x_t, and so many codes are slow to learn singly.
     """
     for name, weight in model.named_parameters():
         if weight.dim() != 2:
@@ -91,26 +102,43 @@ def initialise(model: UrsaTransformer) -> None:
         if "o_proj" in name or "down_proj" in name:
             std /= (2 * model.config.num_hidden_layers) ** 0.5
         torch.nn.init.normal_(weight, std=std)
+        if weight.shape[0] >= len(codebook) > FEW_CODES:  # the embeddings, whose last rows are the codes, and the head
+            points = (codebook - codebook.mean(0)) / codebook.std(0).clamp(min=1e-6)
+            linear = points @ torch.randn(points.shape[1], weight.shape[1]) * (std / points.shape[1] ** 0.5)
+            rows = weight[-len(codebook) :]
+            rows.copy_((rows + linear) / 2**0.5)
 
 
-def train_teacher(world: World, recipe: TeacherRecipe, progress: bool = True) -> UrsaTransformer:
+def train_teacher(
+    world: World, recipe: TeacherRecipe, progress: bool = True, kept: Path | None = None
+) -> UrsaTransformer:
     """Train a teacher by denoising; returns the EMA of its weights.
 
     Cross-entropy of the clean tokens at t uniform in [0, 0.999), one per sample or per latent frame, with 10% empty
-    prompts for classifier-free guidance.
+    prompts for classifier-free guidance. On a GPU in bfloat16, compiled.
+
+    Args:
+        kept: a file that holds the state of training, written every KEEP_EVERY steps; training goes on from it.
+
+    Raises:
+        DimoError: `kept` is of another world or recipe.
     """
     device = recipe.device
     torch.manual_seed(recipe.seed)
     generator = torch.Generator(device).manual_seed(recipe.seed)
     path = MetricPath(world.codebook().to(device), recipe.alpha, recipe.c)
     model = UrsaTransformer(ursa_config(world, recipe))
-    initialise(model)
-    model = model.to(device)
+    initialise(model, world.codebook())
+    model = model.to(device).run_with(compile=device == "cuda")
     ema = copy.deepcopy(model).requires_grad_(False)
     prompt_ids, pad = encode(world, world.prompts).to(device), words(world).index(PAD)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=(0.9, 0.99), weight_decay=0.0)
     warmup = min(300, recipe.steps // 10 + 1)
-    bar = tqdm(range(recipe.steps), desc="teacher", unit="step", disable=not progress, mininterval=1)
+    state = _State(kept, world, recipe, {"model": model, "ema": ema, "optimizer": optimizer}, generator)
+    steps = range(state.load(), recipe.steps)
+    bar = tqdm(
+        steps, desc="teacher", unit="step", disable=not progress, mininterval=1, initial=steps.start, total=recipe.steps
+    )
     for step in bar:
         decay = 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
         for group in optimizer.param_groups:
@@ -121,7 +149,8 @@ def train_teacher(world: World, recipe: TeacherRecipe, progress: bool = True) ->
         t = t.repeat_interleave(math.prod(world.latents_shape[1:]), 1) if recipe.t_per == "frame" else t
         drop = torch.rand(recipe.batch_size, generator=generator, device=device) < EMPTY_PROMPT_SHARE
         txt_ids = prompt_ids[prompt].masked_fill(drop[:, None], pad)
-        loss = _denoising(model, txt_ids, path.sample(x_1, t, generator), x_1, world.latents_shape)
+        x_t = path.sample(x_1, t, generator)
+        loss = _denoising(model, txt_ids, x_t, x_1, world.latents_shape)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -130,7 +159,43 @@ def train_teacher(world: World, recipe: TeacherRecipe, progress: bool = True) ->
             torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), max(1 - EMA_DECAY, 1 / (step + 1)))
         if step % 100 == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
-    return ema
+        if (step + 1) % KEEP_EVERY == 0:
+            state.save(step + 1)
+    return ema.run_with(compile=False)
+
+
+class _State:
+    """What training needs to go on where it stopped, in the file `kept`; None keeps nothing."""
+
+    def __init__(self, kept: Path | None, world: World, recipe: TeacherRecipe, parts: dict, generator: torch.Generator):
+        self.kept, self.parts, self.generator = kept, parts, generator
+        self.of = {"world": world.name, **dataclasses.asdict(world), **dataclasses.asdict(recipe)}
+
+    def load(self) -> int:
+        """The number of steps done."""
+        if self.kept is None or not self.kept.exists():
+            return 0
+        try:
+            state = torch.load(self.kept, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises many types for a damaged file
+            raise DimoError(f"{self.kept} is damaged: remove it to start afresh ({reason(error)})") from error
+        if state["of"] != self.of:
+            differ = ", ".join(name for name in self.of if state["of"].get(name) != self.of[name])
+            raise DimoError(
+                f"{self.kept} holds a teacher that is half trained, with other values of {differ}: give those again, "
+                "or remove it to start afresh"
+            )
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        self.generator.set_state(state["generator"])
+        return state["step"]
+
+    def save(self, step: int) -> None:
+        if self.kept is None:
+            return
+        parts = {name: part.state_dict() for name, part in self.parts.items()}
+        with whole_file(self.kept) as beside:
+            torch.save({"of": self.of, "step": step, "generator": self.generator.get_state(), **parts}, beside)
 
 
 def _denoising(model: UrsaTransformer, txt_ids, x_t, x_1, latents_shape) -> torch.Tensor:
@@ -158,6 +223,8 @@ def _denoising(model: UrsaTransformer, txt_ids, x_t, x_1, latents_shape) -> torc
 def make_teacher(world: World, recipe: TeacherRecipe, folder: Path, videos_per_prompt: int = 64) -> str:
     """Train a teacher, write its checkpoint folder and score it.
 
+    Training that was interrupted goes on from the file FOLDER.training.pt beside it.
+
     Returns:
         Validity and adherence by number of sampling steps, and guided, as a table.
 
@@ -169,25 +236,34 @@ def make_teacher(world: World, recipe: TeacherRecipe, folder: Path, videos_per_p
     folder = Path(folder).resolve()
     if folder.exists() and not is_world(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise DimoError(f"{folder} exists and is not a world's checkpoint folder: give another one, or remove it")
-    transformer = train_teacher(world, recipe)
+    kept = folder.with_name(f"{folder.name}.training.pt")
+    transformer = train_teacher(world, recipe, kept=kept)
     if not all(are_finite(p) for p in transformer.parameters()):
         raise DimoError(f"the teacher's weights are not finite after {recipe.steps} steps; try a lower lr")
     write_checkpoint(folder, world, transformer, recipe.alpha, recipe.c)
+    kept.unlink(missing_ok=True)
     ursa = load_ursa(folder, recipe.device)
-    prompts = [p for p in world.prompts for _ in range(videos_per_prompt)]
+    asked = prompts_to_score(world)
+    videos_per_prompt = max(1, min(videos_per_prompt, SCORED // (len(asked) * math.prod(world.latents_shape))))
+    prompts = [p for p in asked for _ in range(videos_per_prompt)]
     rows = max(1, TOKENS // math.prod(world.latents_shape))
     batches = ursa.tokenize(prompts, prompt_length(world)).split(rows)
     lines = [f"{'passes':>6} {'guidance':>9} {'validity':>9} {'adherence':>10}"]
-    for steps, guidance in ((1, 1.0), (4, 1.0), (8, 1.0), (25, 1.0), (25, GUIDANCE)):
+    samplers = ((1, 1.0), (4, 1.0), (8, 1.0), (25, 1.0), (25, GUIDANCE))
+    passes = len(batches) * sum(steps * (1 + (guidance > 1)) for steps, guidance in samplers)
+    bar = tqdm(desc="score", total=passes, unit="pass", mininterval=1)
+    for steps, guidance in samplers:
         made, generator = [], torch.Generator(recipe.device).manual_seed(recipe.seed)
         for ids in batches:
             guide = {"guidance_scale": guidance, "uncond_ids": torch.full_like(ids, words(world).index(PAD))}
             shape = world.latents_shape
             made.append(sample(ursa.transformer, ursa.path, ids, shape, steps, generator=generator, **guide))
+            bar.update(steps * (1 + (guidance > 1)))
         codes = torch.cat(made)
         scores = score(world, codes, prompts)
         shares = scores.valid.float().mean(), scores.adherent.float().mean()
         lines.append(f"{steps:6} {guidance:9g} {shares[0]:9.4f} {shares[1]:10.4f}")
+    bar.close()
     return "\n".join(lines)
 
 

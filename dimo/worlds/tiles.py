@@ -214,6 +214,20 @@ class TilesWorld:
         both = objects[..., :, None] + background[..., None, :]  # (B, directions, places, subjects, palettes, ...)
         return both.permute(0, 3, 5, 1, 4, 2, 6, 7).reshape(batch, len(self.prompts), self.videos_per_prompt)
 
+    def log_evidence(self, values: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
+        """log p(x_t | prompts), up to a constant: (B,). Strays count, with their own weight.
+
+        Args:
+            values: (B, N, C), log-likelihoods of x_t for every position and used code.
+            prompts: (B, prompts) bool, those whose videos count.
+        """
+        videos = self.totals(values).masked_fill(~prompts[:, :, None], -torch.inf).flatten(1)
+        if not self.strays:
+            return videos.logsumexp(-1)
+        share, strays = self.strays / 100, self.totals(values, strays=True).flatten(1)
+        videos = videos + math.log(1 - share) - prompts.sum(1, keepdim=True).log()
+        return torch.cat([videos, strays + math.log(share / prompts.shape[1])], 1).logsumexp(-1)
+
     def score(self, codes: torch.Tensor, prompt: torch.Tensor) -> Scores:
         """Codes (B, N) against the prompts of index (B,): the valid video with most tokens in common."""
         used = self.used_codes.to(codes.device)
