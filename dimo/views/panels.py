@@ -52,7 +52,7 @@ PANELS = (
     Panel("loss", "nats per token", {"loss/aux": "auxiliary", "loss/distill": "distill"},
           frozenset({"aux_lags", "non_finite", "steps_skipped"})),
     Panel("auxiliary to teacher", "total variation", {"gap/aux_teacher_tv": "gap"}),
-    Panel("auxiliary to teacher by t", "total variation",
+    Panel("gap by t", "total variation",
           {"gap_by_t/0.00": "t < .25", "gap_by_t/0.25": ".25 to .5", "gap_by_t/0.50": ".5 to .75",
            "gap_by_t/0.75": "t > .75"}),
     Panel("teacher to student at x_t", "KL, nats", {"gap/student_teacher_kl": "gap"}),
