@@ -9,6 +9,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -276,7 +277,8 @@ def plan_report(
         went = f"one step ran as rank 0 of {config.training.num_processes}; {tokens:,} tokens per video"
         return "\n".join([went, f"peak: {plan.total / GIB:.2f} GiB", *_collectives(plan), UNSEEN])
     name = f"URSA-{size}" if size else str(config.distill.teacher_ckpt)
-    print(f"plan: a step of {name} on tensors without values; half a minute for 1.7B", file=sys.stderr, flush=True)
+    if size or (Path(name).is_dir() and not is_world(Path(name))):
+        print(f"plan: a step of {name} on tensors without values; half a minute for 1.7B", file=sys.stderr, flush=True)
     plan, memory = make_plan(config, size, memory_gib), gpu_memory(memory_gib)
     text = format_plan(plan, name, memory)
     if plan.total > memory:
