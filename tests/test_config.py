@@ -199,7 +199,7 @@ def test_bad_files_are_refused_in_a_sentence(text, sentence, tmp_path):
     ("size", "batch", "kept"),
     [
         ((17, 256, 256), 1, "none"),
-        ((17, 256, 256), 2, "pointwise"),
+        ((17, 256, 256), 2, "selective"),
         ((49, 320, 512), 1, "selective"),
         ((49, 320, 512), 2, "full"),
     ],

@@ -190,7 +190,8 @@ def largest_batch(plan: Plan, size: str | None, preset: str | None, overrides: S
     each = (totals[1] - totals[0]) / batch
     more = max(0, int((memory - SPARE - totals[0]) // each))
     takes = (totals[0] + more * each) / GIB
-    return f"model.activation_checkpointing={how} distill.batch_size_per_gpu={batch + more}, {takes:.2f} GiB"
+    keys = f"model.activation_checkpointing={how} distill.batch_size_per_gpu={batch + more}"
+    return f"{keys}, {takes:.2f} GiB, as counted without compilation, which needs less"
 
 
 def format_plan(plan: Plan, name: str, memory: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from dimo.errors import DimoError
 from dimo.run.checkpoints import Checkpoints, step_of
 from dimo.run.folder import RunFolder
 from dimo.run.origin import run_config, run_of
-from dimo.ursa import Ursa, load_ursa
+from dimo.ursa import Ursa, load_ursa, predict
 from dimo.ursa.device import pick_device, pick_dtype
 from dimo.ursa.loading import DTYPES, load_student
 from dimo.worlds import checkpoint_folder, is_world, load_world, require_world, video_size
@@ -92,7 +93,7 @@ def open_models(
     run = run_of(place) if place.is_dir() else None
     where = pick_device(device)
     if run is None:
-        return _of_checkpoint(place, step, student, size, where, dtype, backend or "native")
+        return _warmed(_of_checkpoint(place, step, student, size, where, dtype, backend or "native"))
     if student is not None or size is not None:
         raise DimoError(f"student and size must be left out, since {run} is a run that has its own; give step instead")
     config = run_config(run)
@@ -105,11 +106,21 @@ def open_models(
         networks["auxiliary"] = ursa.transformer if aux is None else _frozen(ursa, aux)
     networks["student"] = ursa.transformer if found is None else _frozen(ursa, found)
     d = config.distill
-    return Models(
+    return _warmed(Models(
         ursa, networks, ursa.latents_shape(d.num_frames, d.height, d.width), _prompts(config, folder),
         d.max_prompt_length, d.negative_prompt, d.beta(), d.guidance_scale, d.guidance_trunc,
         f"{run.name}, {name}", {"source": str(run), "step": 0 if found is None else _number(found)}, run,
-    )  # fmt: skip
+    ))  # fmt: skip
+
+
+@torch.no_grad()
+def _warmed(models: Models) -> Models:
+    """Make the first pass on a GPU a part of loading: kernels are loaded and chosen in it, for more than a second."""
+    if models.device.type == "cuda":
+        txt_ids = models.ursa.tokenize([""], models.max_prompt_length)
+        x_t = torch.zeros(1, math.prod(models.grid), dtype=torch.long, device=models.device)
+        predict(models.networks["teacher"], txt_ids, x_t, models.grid).logits(slice(0, 1))
+    return models
 
 
 def _of_checkpoint(place: Path, step, student, size, device: torch.device, dtype: str, backend: str) -> Models:
