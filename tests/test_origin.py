@@ -42,7 +42,8 @@ def work(tmp_path, monkeypatch):
 def asked(monkeypatch):
     """What `dimo evaluate` would evaluate: (config, weights, out)."""
     calls = []
-    monkeypatch.setattr("dimo.evaluation.evaluate.evaluate_to_folder", lambda *call: calls.append(call) or {})
+    rows = {"student_1": {"spread": 1.0, "distinct": 1.0}}
+    monkeypatch.setattr("dimo.evaluation.evaluate.evaluate_to_folder", lambda *call: calls.append(call) or rows)
     return calls
 
 
