@@ -16,7 +16,7 @@ from dimo.errors import DimoError
 from dimo.train.trainer import Trainer
 from dimo.ursa import MetricPath, UrsaConfig, UrsaTransformer, chunks, inputs, load_ursa
 from dimo.views import clean_tokens
-from dimo.views.clean_tokens import known_clean_tokens, sampled_clean_tokens
+from dimo.views.clean_tokens import clips_for, known_clean_tokens, sampled_clean_tokens
 from dimo.views.reading import check_slice, slice_as_written
 from dimo.worlds.fsq import LEVELS, fsq_codebook
 from dimo.worlds.teacher import TeacherRecipe, train_teacher, write_checkpoint
@@ -76,6 +76,11 @@ def run_cells(name, overrides, planted="", only=None):
             exec(planted, names)
             planted = ""
     return names
+
+
+def test_long_videos_are_sampled_as_few_as_have_enough_tokens():
+    sizes = {96: 64, 1_280: 64, 5_120: 64, 33_280: 9, 10**6: 8}
+    assert {n: clips_for(n) for n in sizes} == sizes
 
 
 def test_the_command_says_what_the_slice_reads(wide, tmp_path, capsys):

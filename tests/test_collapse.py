@@ -1,7 +1,9 @@
 """Entropies over noises against closed forms, the plan of a watched run, and a run that collapses."""
 
+import io
 import itertools
 import math
+import warnings
 from pathlib import Path
 
 import pytest
@@ -148,6 +150,10 @@ def test_figures_draw_what_was_measured():
     drawn = [[list(line.get_ydata()) for line in axis.lines] for axis in collapse_curves([{"step": 5}, *rows]).axes]
     assert drawn[0][0] == pytest.approx([0.1, 0.2, 0.3]) and drawn[0][2:] == [[1.2] * 3, [1.4, 1.4]]
     assert drawn[1] == [pytest.approx([0.25, 0.5, 0.75]), [0.1] * 3, [0.5] * 3] and drawn[2] == [[0.5] * 3, [0.9] * 3]
+    none = [{name: 0.0 if name.startswith("collapse/s") else value for name, value in row.items()} for row in rows]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # where the layout has no room
+        collapse_curves(none).savefig(io.BytesIO())
     with pytest.raises(DimoError, match="at least one measurement"):
         collapse_curves([{"step": 5}])
     student = OverNoises(torch.rand(2, 6) + 1, torch.rand(2, 6), torch.randint(5, (2, 8, 6)))

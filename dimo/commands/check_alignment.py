@@ -45,7 +45,7 @@ class Question:
 
     folder: str
     slice: str | None = None
-    clips: int = CLIPS
+    clips: int | None = None
     passes: int = PASSES
     t: float = NEAR_DATA
     num_frames: int | None = None
@@ -64,7 +64,7 @@ def add_check_alignment(command, integer, number) -> None:
                   configurable=False)  # fmt: skip
     sub.add_argument("folder", help="a checkpoint folder in URSA's layout, or a built-in world")
     sub.add_argument("--slice", metavar="WHERE:FUNCTION", help="module:function or file.py:function, see above")
-    sub.add_argument("--clips", type=integer, default=CLIPS, help="clips to compare (default: %(default)s)")
+    sub.add_argument("--clips", type=integer, default=None, help="clips to compare (default: 64, fewer of long videos)")
     sub.add_argument("--passes", type=integer, default=PASSES,
                      help="sampling steps per clip of a URSA folder (default: %(default)s)")  # fmt: skip
     sub.add_argument("--t", type=number, default=NEAR_DATA,
@@ -91,7 +91,7 @@ def ask(q: Question) -> tuple[Alignment, str]:
     Raises:
         DimoError: the checkpoint, a size or the slice cannot be used.
     """
-    if q.clips < FEWEST:
+    if q.clips is not None and q.clips < FEWEST:
         raise DimoError(f"--clips must be at least {FEWEST}, over which standard errors are taken, got {q.clips}")
     if q.max_prompt_length is not None and q.max_prompt_length < 0:
         raise DimoError(f"--max_prompt_length must not be negative, got {q.max_prompt_length}")
@@ -104,7 +104,7 @@ def ask(q: Question) -> tuple[Alignment, str]:
     grid = ursa.latents_shape(*(default if size is None else size for size, default in given))
     length = q.max_prompt_length or default_prompt_length(folder)
     if is_world(folder):
-        clean = known_clean_tokens(ursa, grid, q.runs, q.clips)
+        clean = known_clean_tokens(ursa, grid, q.runs, q.clips or CLIPS)
         if clean is None or clean.latents_shape != grid:
             raise DimoError(f"the videos of {folder.name} have no other size than theirs; leave out the sizes")
     else:

@@ -19,6 +19,7 @@ from dimo.views.reading import Reader, clips_at_once, slice_as_written
 from dimo.worlds import is_world, load_world
 
 CLIPS, PASSES = 64, 25
+ENOUGH = CLIPS * 5_120  # tokens, of 64 clips at 17x256x256
 PLACE = "clean_tokens"  # in the folder of runs
 CAPTIONS = (
     "a red ball rolls over green grass", "a dog runs along the beach at sunset", "waves break on black rocks",
@@ -26,6 +27,11 @@ CAPTIONS = (
     "a horse stands in a field of yellow flowers", "a sailing boat turns in a blue bay",
 )  # fmt: skip
 Grid = tuple[int, int, int]
+
+
+def clips_for(num_visual_tokens: int) -> int:
+    """Clips to sample by default: 64, but of long videos only as many as have the tokens of 64 at 17x256x256, and 8."""
+    return max(8, min(CLIPS, ENOUGH // num_visual_tokens))
 
 
 @dataclasses.dataclass
@@ -59,7 +65,7 @@ def known_clean_tokens(ursa: Ursa, latents_shape: Grid, runs: str | Path, clips:
 
 
 def sampled_clean_tokens(
-    ursa: Ursa, latents_shape: Grid, runs: str | Path, max_prompt_length: int, clips: int = CLIPS,
+    ursa: Ursa, latents_shape: Grid, runs: str | Path, max_prompt_length: int, clips: int | None = None,
     passes: int = PASSES, progress: bool = True,
 ) -> CleanTokens:  # fmt: skip
     """A URSA checkpoint's own samples, from `runs`/PLACE if they are there, else sampled and kept there.
@@ -67,9 +73,13 @@ def sampled_clean_tokens(
     They are drawn without guidance through the slice as URSA's pipeline writes it, whatever function training reads
     through. The file's name has the teacher's identity and all sizes.
 
+    Args:
+        clips: None: `clips_for` these videos.
+
     Raises:
         DimoError: clips or passes below 1, or a damaged file.
     """
+    clips = clips_for(math.prod(latents_shape)) if clips is None else clips
     for name, value in (("clips", clips), ("passes", passes)):
         if value < 1:
             raise DimoError(f"{name} must be at least 1, got {value}")

@@ -75,6 +75,7 @@ def collapse_curves(rows: list[dict]) -> Figure:
         "entropy of the samples": [a / max(b, 1e-9) for a, b in zip(of("sampled_entropy"), of("teacher_entropy"))],
     }
     draw(spreads, share)
+    spreads.set_ylim(0, 1.05 * max(1.0, *(value for values in share.values() for value in values)))
     spreads.axhspan(0, COLLAPSED, color="0.85", zorder=0)
     spreads.text(0.02, COLLAPSED / 2, "collapsed", transform=spreads.get_yaxis_transform(), va="center", fontsize=9)
     spreads.set_title("variety (share of the teacher's)", fontsize=10, loc="left")
