@@ -98,8 +98,10 @@ def _table(run: RunFolder) -> str:
         f"<tr><td>{html.escape(name)}</td>{''.join(f'<td>{_cell(row, c)}</td>' for c in columns)}</tr>"
         for name, row in rows.items()
     )
-    sentences = [html.escape(sentence) for sentence in (*legend(rows), prompts_of(rows))]
-    return f"<div class='wide'><table><tr>{head}</tr>{body}</table></div><p>{'<br>'.join(sentences)}</p>"
+    meanings = "<br>".join(html.escape(sentence) for sentence in legend(rows))
+    about = f"<details><summary>What the columns mean</summary><p>{meanings}</p></details>"
+    prompts = html.escape(prompts_of(rows))
+    return f"<div class='wide'><table><tr>{head}</tr>{body}</table></div><p>{prompts}</p>{about}"
 
 
 def _cell(row: dict, column: str) -> str:
