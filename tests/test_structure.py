@@ -1,8 +1,13 @@
 """The house: rooms that import downwards only, files and functions of a readable size, names that nobody confuses."""
 
 import ast
+import contextlib
+import importlib
 import sys
+import types
 from pathlib import Path
+
+import torch
 
 from dimo.config import config_keys, default_of
 
@@ -114,3 +119,25 @@ def test_defaults_of_functions_are_those_of_the_configuration():
                 if default.value != defaults[key]:
                     wrong.append(f"{name}.{node.name}: {key} is {default.value!r}, the key {defaults[key]!r}")
     assert wrong == []
+
+
+def test_every_name_of_torch_exists():
+    """Also on the lines that only a GPU goes through."""
+    missing = []
+    for name, file in MODULES.items():
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            path, inner = [], node
+            while isinstance(inner, ast.Attribute):
+                path, inner = [inner.attr, *path], inner.value
+            if not (isinstance(inner, ast.Name) and inner.id == "torch" and path):
+                continue
+            found = torch
+            for i, part in enumerate(path):
+                with contextlib.suppress(ImportError):
+                    if isinstance(found, types.ModuleType) and not hasattr(found, part):
+                        importlib.import_module(".".join(["torch", *path[: i + 1]]))
+                if not hasattr(found, part):
+                    missing.append(f"{name}: torch.{'.'.join(path)}")
+                    break
+                found = getattr(found, part)
+    assert missing == []
