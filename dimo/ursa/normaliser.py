@@ -3,7 +3,8 @@
 At 64,000 codes it is a sum over 4e9 distances for every beta, and each sample, or latent frame, has a beta of its own.
 So it is summed once at KNOTS values of beta, with its derivative, minus the mean distance under exp(-beta d) / Z, and
 interpolated between them by cubics that match both (Hermite). In v = log(1 + beta) it is smooth at both ends: on FSQ
-codebooks of 16 to 4,096 codes the cubics are off by less than 1e-5 nats, less than float32 distances are at large beta.
+codebooks of 16 to 4,096 codes the cubics are off by 1e-7 nats on average and 1e-4 at most, less than float32 distances
+are at large beta.
 """
 
 from __future__ import annotations
