@@ -37,7 +37,7 @@ def make_tiles(folder: Path, tokens: int, codes: int) -> list[str]:
     world, recipe = TilesWorld.of_size(tokens, codes=codes, palettes=4, strays=25), TeacherRecipe(c=3.0)
     torch.manual_seed(0)
     teacher = UrsaTransformer(ursa_config(world, recipe))
-    initialise(teacher)
+    initialise(teacher, world.codebook())
     write_checkpoint(folder, world, teacher, recipe.alpha, recipe.c)
     t, h, w = world.latents_shape
     size = [f"distill.num_frames={4 * t - 3}", f"distill.height={8 * h}", f"distill.width={8 * w}"]
