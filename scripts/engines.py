@@ -15,41 +15,59 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from dimo.bench import bench_config
 from dimo.bench.sizes import random_prompts, random_ursa
+from dimo.distill.stages import Step
 from dimo.train.trainer import Trainer
 
 KEYS = ("loss/aux", "loss/total", "grad_norm/aux", "grad_norm/student")
 WRITTEN = 2000  # number of codes of x_hat to compare
 
 
+def process() -> tuple[torch.device, int]:
+    """(device, rank) of this process, which a launcher may have started."""
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    if not torch.cuda.is_available():
+        return torch.device("cpu"), rank
+    torch.cuda.set_device(rank)
+    return torch.device("cuda", rank), rank
+
+
+def timed_steps(trainer: Trainer, steps: int) -> Iterator[tuple[Step, dict, float]]:
+    """Train; yields (results, metrics, seconds) of every step."""
+    for index in range(steps):
+        begin = time.perf_counter()
+        step, values = trainer.step(index)
+        if trainer.device.type == "cuda":
+            torch.cuda.synchronize()
+        yield step, values, time.perf_counter() - begin
+
+
+def peak_gib() -> float | None:
+    """The most GPU memory that was in use; None on a CPU."""
+    return torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
+
+
 def train(out: Path, size: str, steps: int, keys: list[str]) -> None:
     """Train and write OUT/<engine>.json: metrics of every step, median seconds per step, peak memory of rank 0."""
-    cuda, rank = torch.cuda.is_available(), int(os.environ["LOCAL_RANK"])
-    device = torch.device("cuda", rank) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
+    device, rank = process()
     own = ["optim.lr=1e-4", "optim.aux_lr=2e-4", "optim.warmup_steps=1", "model.compile=false"]
     config = bench_config(None, size, [*own, f"experiment.output_dir={out}", *keys])
     ursa = random_ursa(size, device)
     trainer = Trainer(config, ursa, random_prompts(ursa, config.distill.max_prompt_length))
     rows, seconds = [], []
-    for index in range(steps):
-        begin = time.perf_counter()
-        step, norms = trainer.step(index)
-        if cuda:
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - begin)
+    for step, norms, took in timed_steps(trainer, steps):
+        seconds.append(took)
         losses = torch.stack([torch.stack(step.aux_losses).mean(), step.loss.detach()]).float()
         values = [*trainer.engine.mean(losses).tolist(), *(float(norms[key]) for key in KEYS[2:])]
         rows.append({"x_hat": step.x_hat.flatten()[:WRITTEN].tolist(), **dict(zip(KEYS, values))})
     if rank == 0:
-        peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
-        report = {"seconds": statistics.median(seconds[2:] or seconds), "peak_gib": peak, "rows": rows}
+        report = {"seconds": statistics.median(seconds[2:] or seconds), "peak_gib": peak_gib(), "rows": rows}
         out.mkdir(parents=True, exist_ok=True)
         (out / f"{trainer.engine.kind}.json").write_text(json.dumps(report))
 

@@ -14,9 +14,8 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import time
 
-import torch
+from engines import peak_gib, process, timed_steps
 
 from dimo.bench.sizes import random_prompts, random_ursa
 from dimo.config import load_config
@@ -31,34 +30,24 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=10, help="steps before it are not counted")
     parser.add_argument("keys", nargs="*", metavar="key=value")
     args = parser.parse_args()
-    local, gpus = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
+    (device, _), gpus = process(), int(os.environ.get("WORLD_SIZE", 1))
     own = ["distill.max_prompt_length=320", "optim.warmup_steps=1", f"training.num_processes={gpus}"]
     config = load_config(args.preset, [*own, "experiment.output_dir=/nowhere", *args.keys])
     ursa = random_ursa(args.size, device)
     trainer, seconds = Trainer(config, ursa, random_prompts(ursa, config.distill.max_prompt_length)), []
     del ursa
-    for index in range(args.steps):
-        begin = time.perf_counter()
-        _, values = trainer.step(index)
-        if cuda:
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - begin)
-        norm = float(values["grad_norm/student"])
-        if index == 0:
-            first = f"first step {seconds[0]:.1f} s, grad_norm/student {norm:.6f}"
+    for _, values, took in timed_steps(trainer, args.steps):
+        seconds.append(took)
+        if len(seconds) == 1:
+            first = f"first step {took:.1f} s, grad_norm/student {float(values['grad_norm/student']):.6f}"
         if values["guard/skipped"]:
-            raise SystemExit(f"step {index} was skipped")
+            raise SystemExit(f"step {len(seconds) - 1} was skipped")
     if trainer.engine.rank == 0:
         counted = sorted(1e3 * s for s in seconds[args.first :])
-        peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
         print(
             f"{args.preset}, {trainer.engine.kind}, {gpus} GPU(s), {' '.join(args.keys) or 'no keys'}: "
-            f"{statistics.median(counted):.1f} ms a step ({counted[0]:.1f} to {counted[-1]:.1f}), {peak:.1f} GiB; "
-            f"{first}"
+            f"{statistics.median(counted):.1f} ms a step ({counted[0]:.1f} to {counted[-1]:.1f}), "
+            f"{peak_gib() or 0:.1f} GiB; {first}"
         )
 
 
