@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from dimo.errors import DimoError
 from dimo.ursa import MixturePath, UrsaConfig, UrsaTransformer, latents_shape_for
 from dimo.ursa.layout import read_config, require_checkpoint, vae_config, vae_strides
 from dimo.ursa.loading import import_upstream, load_path, load_tokenizer, require_codes_of
-from dimo.ursa.weights import misfit, require_file, weight_dtypes, weight_files, weight_shapes
+from dimo.ursa.weights import misfit, require_file, weight_files, weight_headers, weight_shapes
 from dimo.worlds import video_size
 
 GIB = 2**30
@@ -85,11 +86,12 @@ def _transformer(folder: Path, config: UrsaConfig) -> list[tuple[str, str]]:
         ("head", f"{config.lm_head_size:,} columns: {spans}"),
     ]  # fmt: skip
     files = weight_files(folder)
-    problem = misfit(needed, weight_shapes(folder))
+    headers = weight_headers(folder)
+    problem = misfit(needed, {key: shape for key, (shape, _) in headers.items()})
     if problem:
         raise DimoError(f"the weights of {folder} do not fit its config.json: {problem}")
     size = sum(file.stat().st_size for file in files)
-    kinds = " and ".join(weight_dtypes(folder))
+    kinds = " and ".join(name for name, _ in Counter(dtype for _, dtype in headers.values()).most_common())
     return [*rows, ("weights", f"{', '.join(file.name for file in files)} ({size / GIB:.2f} GiB, {kinds})")]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections import Counter
 from pathlib import Path
 
 import torch
@@ -118,31 +117,27 @@ def _join(known: dict, more: dict, file: Path) -> None:
     known |= more
 
 
-def weight_shapes(source: str | Path) -> dict[str, tuple[int, ...]]:
-    """{key: shape} of the weights `read_weights` would read; of safetensors files, only the header is read."""
-    shapes: dict[str, tuple[int, ...]] = {}
+def weight_headers(source: str | Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """{key: (shape, dtype's name)} of what `read_weights` would read; of safetensors files, only the header is read."""
+    headers: dict[str, tuple[tuple[int, ...], str]] = {}
     for file in weight_files(source):
         if file.suffix != ".safetensors":
-            _join(shapes, {key: tuple(value.shape) for key, value in read_pickle(file).items()}, file)
+            values = read_pickle(file).items()
+            _join(headers, {key: (tuple(v.shape), str(v.dtype).removeprefix("torch.")) for key, v in values}, file)
             continue
         try:
             with safe_open(file, "pt") as content:
-                _join(shapes, {key: tuple(content.get_slice(key).get_shape()) for key in content.keys()}, file)
+                parts = {key: content.get_slice(key) for key in content.keys()}
+                found = {key: (tuple(part.get_shape()), str(part.get_dtype())) for key, part in parts.items()}
+                _join(headers, {key: (shape, DTYPES.get(name, name)) for key, (shape, name) in found.items()}, file)
         except SafetensorError as error:
             raise _damaged(file, error) from error
-    return shapes
+    return headers
 
 
-def weight_dtypes(source: str | Path) -> list[str]:
-    """Names of the dtypes of the weights that `read_weights` would read, most tensors first."""
-    found: Counter[str] = Counter()
-    for file in weight_files(source):
-        if file.suffix == ".safetensors":
-            with safe_open(file, "pt") as content:
-                found.update(str(content.get_slice(key).get_dtype()) for key in content.keys())
-        else:
-            found.update(str(value.dtype).removeprefix("torch.") for value in read_pickle(file).values())
-    return [DTYPES.get(name, name) for name, _ in found.most_common()]
+def weight_shapes(source: str | Path) -> dict[str, tuple[int, ...]]:
+    """{key: shape} of the weights `read_weights` would read."""
+    return {key: shape for key, (shape, _) in weight_headers(source).items()}
 
 
 def _read_safetensors(file: Path, device: torch.device) -> dict[str, torch.Tensor]:
