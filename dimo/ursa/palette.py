@@ -32,14 +32,28 @@ class PaletteDecoder:
         return PaletteDecoder(self.palette.to(device))
 
     def save(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({"palette": self.palette.cpu()}, folder / f"{WEIGHTS}.safetensors")
-        config = {"_class_name": "PaletteDecoder", "temporal_stride": TEMPORAL_STRIDE, "spatial_stride": SPATIAL_STRIDE}
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        save_table(folder, "PaletteDecoder", "palette", self.palette)
 
     @classmethod
     def load(cls, folder: Path) -> PaletteDecoder:
-        state = read_weights(folder)
-        if "palette" not in state:
-            raise DimoError(f"the weights in {folder} contain no palette")
-        return cls(state["palette"])
+        return cls(load_table(folder, "palette"))
+
+
+def save_table(folder: Path, class_name: str, name: str, table: torch.Tensor) -> None:
+    """Write a VAE's folder for a tokenizer that is a table with a row for every code, with URSA's strides."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: table.cpu()}, folder / f"{WEIGHTS}.safetensors")
+    config = {"_class_name": class_name, "temporal_stride": TEMPORAL_STRIDE, "spatial_stride": SPATIAL_STRIDE}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def load_table(folder: Path, name: str) -> torch.Tensor:
+    """The table that `save_table` wrote.
+
+    Raises:
+        DimoError: the weights do not contain it.
+    """
+    state = read_weights(folder)
+    if name not in state:
+        raise DimoError(f"the weights in {folder} contain no {name}")
+    return state[name]

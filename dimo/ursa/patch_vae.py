@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 
 from dimo.errors import DimoError, require_ids, require_shape
-from dimo.files import save_file
 from dimo.ursa.chunks import chunks
 from dimo.ursa.inputs import SPATIAL_STRIDE, TEMPORAL_STRIDE
-from dimo.ursa.weights import WEIGHTS, read_weights
+from dimo.ursa.palette import load_table, save_table
 
 TOKENS = 4096  # encoded at a time
 
@@ -63,14 +61,8 @@ class PatchVae:
         return torch.cat(nearest).view(batch, -1, height // SPATIAL_STRIDE, width // SPATIAL_STRIDE)
 
     def save(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({"patches": self.patches.cpu()}, folder / f"{WEIGHTS}.safetensors")
-        config = {"_class_name": "PatchVae", "temporal_stride": TEMPORAL_STRIDE, "spatial_stride": SPATIAL_STRIDE}
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        save_table(folder, "PatchVae", "patches", self.patches)
 
     @classmethod
     def load(cls, folder: Path) -> PatchVae:
-        state = read_weights(folder)
-        if "patches" not in state:
-            raise DimoError(f"the weights in {folder} contain no patches")
-        return cls(state["patches"])
+        return cls(load_table(folder, "patches"))
