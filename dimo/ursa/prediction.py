@@ -157,6 +157,10 @@ class _OfNetwork(Prediction):
         c, u = self.states.float(), uncond.states.float()
         return self.with_states((u + scale * (c - u)).to(self.states.dtype))
 
+    def of_tokens(self, tokens: slice | torch.Tensor) -> Self:
+        """The prediction for some of the tokens."""
+        return self.with_states(self.states[:, tokens])
+
     def chunk(self, parts: int) -> list[Self]:
         """Split along the batch."""
         return [self.with_states(states) for states in self.states.chunk(parts)]

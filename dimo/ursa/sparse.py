@@ -59,6 +59,10 @@ class Sparse(Prediction):
         log_p = (uncond.log_p + scale * (self.log_p - uncond.log_p)).log_softmax(-1).clamp(min=self.floor)
         return dataclasses.replace(self, log_p=log_p)
 
+    def of_tokens(self, tokens: slice | torch.Tensor) -> Sparse:
+        """The prediction for some of the tokens."""
+        return dataclasses.replace(self, codes=self.codes[:, tokens], log_p=self.log_p[:, tokens])
+
     def chunk(self, parts: int) -> list[Sparse]:
         """Split along the batch."""
         both = zip(self.codes.chunk(parts), self.log_p.chunk(parts))

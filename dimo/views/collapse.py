@@ -91,7 +91,7 @@ def over_noises(
     total, entropies, codes = None, [], []
     for prediction in predictions:
         require_ids("tokens", tokens, prediction.shape[1])
-        chosen = prediction.detach().with_states(prediction.states.detach()[:, tokens])
+        chosen = prediction.detach().of_tokens(tokens)
         with without_compiling():  # a few passes
             x, _, entropy = chosen.sample(generator)
         if total is None:

@@ -17,7 +17,7 @@ from dimo.errors import DimoError, nearest, require_ids, require_shape, require_
 from dimo.ursa import MetricPath, MixturePath, predict
 from dimo.ursa.chunks import without_compiling
 from dimo.views.models import Models
-from dimo.views.noise_maps import NETWORK, Pass, noise_maps, some_tokens
+from dimo.views.noise_maps import NETWORK, Pass, noise_maps
 
 TOP = 8  # codes of a token that are shown
 TITLES = {
@@ -114,7 +114,7 @@ class Answer:
         if token is not None and not 0 <= token < self.x_t.shape[1]:
             raise DimoError(f"token must lie in [0, {self.x_t.shape[1]}), got {token}")
         one = slice(None) if token is None else slice(token, token + 1)
-        of = {n: some_tokens(p, one) for n, p in self.passes.items() if n in (name, *GUIDED)}
+        of = {n: p.of_tokens(one) for n, p in self.passes.items() if n in (name, *GUIDED)}
         return of[name] if name != "guided" else of["conditional"].guided(of["unconditional"], guidance_scale)
 
 

@@ -6,7 +6,6 @@ hidden states; logits are made for a few tokens at a time over all noises, so th
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 
 from dimo.errors import DimoError
-from dimo.ursa import Sparse, predict
+from dimo.ursa import predict
 from dimo.ursa.chunks import tokens_at_once, without_compiling
 from dimo.views.models import Grid, Models
 from dimo.views.reading import clips_at_once
@@ -28,14 +27,6 @@ Pass = Any  # a Dense, Chunked or Sparse prediction
 def noises_of(latents_shape: Grid, device: torch.device) -> int:
     """How many noises a map takes: 64, or as many as `TOKENS` allows, but at least 8. I is at most their logarithm."""
     return max(FEWEST, min(NOISES, TOKENS.get(device.type, TOKENS["cuda"]) // math.prod(latents_shape)))
-
-
-def some_tokens(prediction: Pass, tokens: slice | torch.Tensor) -> Pass:
-    """The prediction (B, N) for some of its tokens."""
-    if isinstance(prediction, Sparse):
-        codes, log_p = prediction.codes[:, tokens], prediction.log_p[:, tokens]
-        return dataclasses.replace(prediction, codes=codes, log_p=log_p)
-    return prediction.with_states(prediction.states[:, tokens])
 
 
 @torch.no_grad()
@@ -79,7 +70,7 @@ def entropies_over(passes: Sequence[Pass], temperature: float = 1.0) -> dict[str
     for tokens in torch.arange(n, device=device).split(tokens_at_once(codes, device)):
         mean, entropy = torch.zeros(len(tokens), codes, device=device), torch.zeros(len(tokens), device=device)
         for one in passes:
-            chosen = some_tokens(one, tokens)
+            chosen = one.of_tokens(tokens)
             place = torch.arange(len(tokens), device=device).repeat(one.shape[0])
             for rows in chosen.row_chunks():
                 log_p = (chosen.logits(rows) / temperature).log_softmax(-1)
