@@ -190,10 +190,10 @@ def _batches(arms: list[list[Run]], together: int, deadline: float | None) -> li
 
 def _train(runs: list[Run], deadline: float | None) -> None:
     """Train and score those of the runs that are not finished, in this process; stop when the time is up."""
-    for one in runs:
-        if one.result() is not None:
-            one.tidy()  # a kill may have come between the report and this
-    runs = [one for one in runs if one.result() is None]
+    finished = [one for one in runs if one.result() is not None]
+    for one in finished:
+        one.tidy()  # a kill may have come between the report and this
+    runs = [one for one in runs if one not in finished]
     if not runs or _is_late(deadline):
         return
     for one in runs:
