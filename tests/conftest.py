@@ -26,6 +26,19 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: first.get(item.path.stem, len(LONG)))
 
 
+@pytest.fixture
+def graphs_made():
+    """(graphs, compiling): `compiling(function)` compiles it as on a GPU, and `graphs` has what was made of all."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    torch._dynamo.reset()
+    return graphs, lambda function: torch.compile(function, dynamic=False, fullgraph=True, backend=backend)
+
+
 @pytest.fixture(scope="session")
 def world():
     return load_world(checkpoint_folder("shapes"))

@@ -89,19 +89,13 @@ def test_what_is_held_is_never_an_older_weight(generator):
     assert all(p.grad is not None for p in frozen.parameters())
 
 
-def test_layers_and_updates_of_two_networks_share_their_graphs(monkeypatch, generator):
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
-
-    torch._dynamo.reset()
-    compiled = torch.compile(transformer.run_layer, dynamic=False, fullgraph=True, backend=backend)
+def test_layers_and_updates_of_two_networks_share_their_graphs(monkeypatch, generator, graphs_made):
+    graphs, compiling = graphs_made
+    compiled = compiling(transformer.run_layer)
     updates = {}
 
     def on_device(function, _):
-        return updates.setdefault(function, torch.compile(function, dynamic=False, fullgraph=True, backend=backend))
+        return updates.setdefault(function, compiling(function))
 
     monkeypatch.setattr(transformer, "compiled_run", lambda: compiled)
     monkeypatch.setattr("dimo.train.masters.on_device", on_device)

@@ -191,15 +191,11 @@ def gradients(model, ids):
 
 
 @pytest.mark.parametrize("checkpointing", transformer.CHECKPOINTING)
-def test_compiled_and_checkpointed_layers_give_the_same_from_one_graph(monkeypatch, generator, checkpointing):
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
-
-    torch._dynamo.reset()
-    compiled = torch.compile(transformer.run_layer, dynamic=False, fullgraph=True, backend=backend)
+def test_compiled_and_checkpointed_layers_give_the_same_from_one_graph(
+    monkeypatch, generator, graphs_made, checkpointing
+):
+    graphs, compiling = graphs_made
+    compiled = compiling(transformer.run_layer)
     monkeypatch.setattr(transformer, "compiled_run", lambda: compiled)
     for seed in (0, 1):  # two networks
         model, ids = small(seed), torch.randint(25, (2, 12), generator=generator)
