@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import math
 from pathlib import Path
 
 import torch
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from dimo.errors import DimoError, are_finite, reason
-from dimo.files import whole_file, whole_folder
-from dimo.ursa import MetricPath, UrsaConfig, UrsaTransformer, load_ursa, predict, sample, save_student, visual_logits
+from dimo.errors import DimoError, are_finite
+from dimo.files import whole_folder
+from dimo.ursa import UrsaConfig, UrsaTransformer, load_ursa, sample, save_student
 from dimo.ursa.chunks import FEW_CODES
 from dimo.worlds import WORLD_FILE, is_world
+from dimo.worlds.denoising import DenoisingSteps, TrainingState
 from dimo.worlds.oracle import score
 from dimo.worlds.protocol import World, prompt_index, prompt_length, prompts_to_score
 
 PAD, UNKNOWN, BOV = "<pad>", "<unk>", "<bov>"
 ROPE_THETA = 10.0  # for at most ten positions; with URSA's 1,000,000 half of the frequencies would be constant
-EMPTY_PROMPT_SHARE = 0.1
-EMA_DECAY = 0.999
 TOKENS = 2**18  # sampled at a time when a new teacher is scored
 SCORED = 2**20  # tokens of all videos with which a new teacher is scored, about
 GUIDANCE = 3.0  # of the last row of a new teacher's scores
 KEEP_EVERY = 500  # steps
+COMPILED = 256  # tokens of a video from which compiling the layers saves more time than it takes
 
 
 def _field(default, help: str):
@@ -115,7 +112,7 @@ def train_teacher(
     """Train a teacher by denoising; returns the EMA of its weights.
 
     Cross-entropy of the clean tokens at t uniform in [0, 0.999), one per sample or per latent frame, with 10% empty
-    prompts for classifier-free guidance. On a GPU in bfloat16, compiled.
+    prompts for classifier-free guidance. On a GPU in bfloat16, the step a CUDA graph.
 
     Args:
         kept: a file that holds the state of training, written every KEEP_EVERY steps; training goes on from it.
@@ -123,101 +120,33 @@ def train_teacher(
     Raises:
         DimoError: `kept` is of another world or recipe.
     """
-    device = recipe.device
+    gpu = recipe.device == "cuda"
     torch.manual_seed(recipe.seed)
-    generator = torch.Generator(device).manual_seed(recipe.seed)
-    path = MetricPath(world.codebook().to(device), recipe.alpha, recipe.c)
+    generator = torch.Generator(recipe.device).manual_seed(recipe.seed)
     model = UrsaTransformer(ursa_config(world, recipe))
     initialise(model, world.codebook())
-    model = model.to(device).run_with(compile=device == "cuda")
-    ema = copy.deepcopy(model).requires_grad_(False)
-    prompt_ids, pad = encode(world, world.prompts).to(device), words(world).index(PAD)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=(0.9, 0.99), weight_decay=0.0)
-    warmup = min(300, recipe.steps // 10 + 1)
-    state = _State(kept, world, recipe, {"model": model, "ema": ema, "optimizer": optimizer}, generator)
-    steps = range(state.load(), recipe.steps)
-    bar = tqdm(
-        steps, desc="teacher", unit="step", disable=not progress, mininterval=1, initial=steps.start, total=recipe.steps
-    )
-    for step in bar:
-        decay = 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.lr * min(1.0, (step + 1) / warmup) * decay
-        prompt, x_1 = world.draw(recipe.batch_size, generator)
-        times = (recipe.batch_size, world.latents_shape[0]) if recipe.t_per == "frame" else (recipe.batch_size,)
-        t = torch.rand(times, generator=generator, device=device) * 0.999
-        t = t.repeat_interleave(math.prod(world.latents_shape[1:]), 1) if recipe.t_per == "frame" else t
-        drop = torch.rand(recipe.batch_size, generator=generator, device=device) < EMPTY_PROMPT_SHARE
-        txt_ids = prompt_ids[prompt].masked_fill(drop[:, None], pad)
-        x_t = path.sample(x_1, t, generator)
-        loss = _denoising(model, txt_ids, x_t, x_1, world.latents_shape)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        with torch.no_grad():
-            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), max(1 - EMA_DECAY, 1 / (step + 1)))
-        if step % 100 == 0:
-            bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
-        if (step + 1) % KEEP_EVERY == 0:
-            state.save(step + 1)
-    return ema.run_with(compile=False)
-
-
-class _State:
-    """What training needs to go on where it stopped, in the file `kept`; None keeps nothing."""
-
-    def __init__(self, kept: Path | None, world: World, recipe: TeacherRecipe, parts: dict, generator: torch.Generator):
-        self.kept, self.parts, self.generator = kept, parts, generator
-        self.of = {"world": world.name, **dataclasses.asdict(world), **dataclasses.asdict(recipe)}
-
-    def load(self) -> int:
-        """The number of steps done."""
-        if self.kept is None or not self.kept.exists():
-            return 0
-        try:
-            state = torch.load(self.kept, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises many types for a damaged file
-            raise DimoError(f"{self.kept} is damaged: remove it to start afresh ({reason(error)})") from error
-        if state["of"] != self.of:
-            differ = ", ".join(name for name in self.of if state["of"].get(name) != self.of[name])
-            raise DimoError(
-                f"{self.kept} holds a teacher that is half trained, with other values of {differ}: give those again, "
-                "or remove it to start afresh"
-            )
-        for name, part in self.parts.items():
-            part.load_state_dict(state[name])
-        self.generator.set_state(state["generator"])
-        return state["step"]
-
-    def save(self, step: int) -> None:
-        if self.kept is None:
-            return
-        parts = {name: part.state_dict() for name, part in self.parts.items()}
-        with whole_file(self.kept) as beside:
-            torch.save({"of": self.of, "step": step, "generator": self.generator.get_state(), **parts}, beside)
-
-
-def _denoising(model: UrsaTransformer, txt_ids, x_t, x_1, latents_shape) -> torch.Tensor:
-    """Mean cross-entropy of the clean tokens; for large codebooks a few tokens at a time, whose logits are not kept.
-
-    On a GPU the layers run in bf16, several times as fast at 1,280 tokens, and the logits in float32.
-    """
-    few = model.config.codebook_size <= FEW_CODES
-    if few and not x_t.is_cuda:
-        return F.cross_entropy(visual_logits(model, txt_ids, x_t, latents_shape).flatten(0, 1), x_1.flatten())
-    with torch.autocast(x_t.device.type, torch.bfloat16, enabled=x_t.is_cuda):
-        prediction = predict(model, txt_ids, x_t, latents_shape)
-    prediction, x_1 = prediction.with_states(prediction.states.float()), x_1.flatten()
-    if few:
-        return F.cross_entropy(F.linear(prediction.states.flatten(0, 1), prediction.head), x_1)
-
-    def part(states: torch.Tensor, head: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(F.linear(states, head), x, reduction="sum")
-
-    states, head = prediction.states.flatten(0, 1), prediction.head
-    parts = [checkpoint(part, states[r], head, x_1[r], use_reentrant=False) for r in prediction.row_chunks()]
-    return torch.stack(parts).sum() / len(x_1)
+    model = model.to(recipe.device).run_with(compile=gpu and math.prod(world.latents_shape) >= COMPILED)
+    prompt_ids, pad = encode(world, world.prompts), words(world).index(PAD)
+    training = DenoisingSteps(world, recipe, model, prompt_ids, pad, generator, graph=gpu)
+    with training.on_stream():
+        state = TrainingState(kept, training)
+        steps = range(state.load(), recipe.steps)
+        bar = tqdm(
+            steps,
+            desc="teacher",
+            unit="step",
+            disable=not progress,
+            mininterval=1,
+            initial=steps.start,
+            total=recipe.steps,
+        )
+        for step in bar:
+            training.step(step)
+            if step % 100 == 0:
+                bar.set_postfix(loss=f"{training.loss.item():.4f}", refresh=False)
+            if (step + 1) % KEEP_EVERY == 0:
+                state.save(step + 1)
+    return training.ema.run_with(compile=False)
 
 
 def make_teacher(world: World, recipe: TeacherRecipe, folder: Path, videos_per_prompt: int = 64) -> str:
