@@ -3,6 +3,8 @@
 The same with real graphs needs a GPU; there `dimo world train` always uses them.
 """
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -51,7 +53,7 @@ def held(steps):
     ]
 
 
-@pytest.mark.parametrize("more", [{}, {"t_per": "frame"}], ids=str)
+@pytest.mark.parametrize("more", [{}, {"t_per": "frame", "t_shift": 2.6}], ids=str)
 def test_replays_make_the_ordinary_steps(captured, more):
     plain, graph, losses = training(False, **more), training(True, **more), []
     start = weights(plain)
@@ -79,3 +81,27 @@ def test_a_graph_goes_on_where_training_stopped(tmp_path, captured):
         second.step(index)
     assert second.optimizer.param_groups[0]["lr"] is rate and len(captured) == 2
     assert torch.equal(weights(whole), weights(second))
+
+
+def test_shifted_times_lie_towards_the_noise():
+    """P(t <= s) of uniform u with t = u / (u + shift (1 - u)) is shift s / (1 + (shift - 1) s)."""
+    steps = training(False, t_shift=4.0)
+    steps.recipe = dataclasses.replace(steps.recipe, batch_size=20_000)
+    t = steps._times()
+    for s in (0.05, 0.2, 0.5, 0.9):
+        assert (t <= s).float().mean().item() == pytest.approx(4 * s / (1 + 3 * s), abs=0.015)
+
+
+def test_many_codes_start_as_a_linear_map_of_the_codebook():
+    """Least squares of embeddings and head on the code vectors leaves 5% of their variance; text is random."""
+    world = TilesWorld(codes=1000)
+    torch.manual_seed(0)
+    model = UrsaTransformer(ursa_config(world, TeacherRecipe(layers=1)))
+    initialise(model, world.codebook())
+    points = torch.nn.functional.normalize(world.codebook(), dim=-1)
+    points = torch.cat([points, torch.ones(len(points), 1)], 1)
+    for weight, std in ((model.model.embed_tokens.weight, 1.0), (model.lm_head.weight, 1 / 8)):
+        rows = weight.detach()[-1000:]
+        left = rows - points @ torch.linalg.lstsq(points, rows).solution
+        assert left.square().mean().item() == pytest.approx(0.05 * std**2, rel=0.1)
+        assert rows.square().mean().item() == pytest.approx(std**2, rel=0.3)

@@ -93,15 +93,19 @@ class DenoisingSteps:
         run()
         self.done += 1
 
+    def _times(self) -> torch.Tensor:
+        """t (B,) or, with one per latent frame, (B, N)."""
+        (frames, *rest), batch, device = self.world.latents_shape, self.recipe.batch_size, self.generator.device
+        per_frame, shift = self.recipe.t_per == "frame", self.recipe.t_shift
+        t = torch.rand((batch, frames) if per_frame else (batch,), generator=self.generator, device=device) * 0.999
+        t = t if shift == 1 else t / (t + shift * (1 - t))
+        return t.repeat_interleave(math.prod(rest), 1) if per_frame else t
+
     def _step(self) -> None:
-        recipe, device, generator = self.recipe, self.generator.device, self.generator
-        frames, *rest = self.world.latents_shape
-        times = (recipe.batch_size, frames) if recipe.t_per == "frame" else (recipe.batch_size,)
-        t = torch.rand(times, generator=generator, device=device) * 0.999
-        t = t.repeat_interleave(math.prod(rest), 1) if recipe.t_per == "frame" else t
-        drop = torch.rand(recipe.batch_size, generator=generator, device=device) < EMPTY_PROMPT_SHARE
+        t = self._times()
+        drop = torch.rand(len(t), generator=self.generator, device=t.device) < EMPTY_PROMPT_SHARE
         txt_ids = self.prompt_ids[self.prompt].masked_fill(drop[:, None], self.pad)
-        x_t = self.path.sample(self.x_1, t, generator)
+        x_t = self.path.sample(self.x_1, t, self.generator)
         loss = denoising_loss(self.model, txt_ids, x_t, self.x_1, self.world.latents_shape)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)

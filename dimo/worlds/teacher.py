@@ -8,23 +8,23 @@ import math
 from pathlib import Path
 
 import torch
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from dimo.errors import DimoError, are_finite
 from dimo.files import whole_folder
 from dimo.ursa import UrsaConfig, UrsaTransformer, load_ursa, sample, save_student
-from dimo.ursa.chunks import FEW_CODES
 from dimo.worlds import WORLD_FILE, is_world
 from dimo.worlds.denoising import DenoisingSteps, TrainingState
 from dimo.worlds.oracle import score
 from dimo.worlds.protocol import World, prompt_index, prompt_length, prompts_to_score
 
 PAD, UNKNOWN, BOV = "<pad>", "<unk>", "<bov>"
-ROPE_THETA = 10.0  # for at most ten positions; with URSA's 1,000,000 half of the frequencies would be constant
 TOKENS = 2**18  # sampled at a time when a new teacher is scored
 SCORED = 2**20  # tokens of all videos with which a new teacher is scored, about
 GUIDANCE = 3.0  # of the last row of a new teacher's scores
 KEEP_EVERY = 500  # steps
+FEW, LINEAR = 64, 0.95  # codes; the share of the variance that is linear in them
 COMPILED = 256  # tokens of a video from which compiling the layers saves more time than it takes
 
 
@@ -41,20 +41,36 @@ class TeacherRecipe:
     intermediate: int = _field(128, "hidden size of the MLPs")
     heads: int = _field(8, "number of attention heads")
     head_dim: int = _field(16, "size of an attention head, a multiple of 16")
+    # for about ten positions; with URSA's 1,000,000 half of the frequencies would be constant
+    rope_theta: float = _field(10.0, "theta of RoPE; below 1 its frequencies exceed one radian per token")
     alpha: float = _field(0.9, "alpha of the metric path, beta_t = c (t / (1-t))^alpha")
     c: float = _field(2.0, "c of the metric path")
     steps: int = _field(25_000, "training steps")
     batch_size: int = _field(256, "videos per step")
     t_per: str = _field("sample", "one t per sample or, as URSA's, per latent frame: sample or frame")
+    t_shift: float = _field(1.0, "shift of t in training, t / (t + shift (1 - t)): above 1 towards the noise")
     lr: float = _field(2e-3, "peak learning rate, with cosine decay to zero")
     seed: int = _field(0, "seed of initialisation and data")
     device: str = _field("cpu", "cpu or cuda")
 
 
 RECIPES = {  # of worlds for which the defaults are not meant
+    # the phase of a texture is a matter of parity: at this theta RoPE turns by about half a circle per row and column
+    "tiles": TeacherRecipe(
+        layers=6, hidden=128, intermediate=256, heads=4, head_dim=32, rope_theta=0.19, c=3.0, steps=15_000
+    ),
     # 2.9 million parameters: at bf16, teacher and student are 11.5 MB together
     "sprites": TeacherRecipe(
-        layers=6, hidden=160, intermediate=320, heads=5, head_dim=32, c=2.0, batch_size=128, steps=10_000, lr=1.5e-3
+        layers=6,
+        hidden=160,
+        intermediate=320,
+        heads=5,
+        head_dim=32,
+        rope_theta=16.0,
+        c=2.0,
+        batch_size=128,
+        steps=10_000,
+        lr=1.5e-3,
     ),
 }
 
@@ -65,8 +81,7 @@ def words(world: World) -> list[str]:
 
 
 def ursa_config(world: World, recipe: TeacherRecipe) -> UrsaConfig:
-    text, (t, h, w) = len(words(world)), world.latents_shape
-    positions = max(prompt_length(world) + 1 + t, h, w)
+    text = len(words(world))
     return UrsaConfig.from_dict(
         {
             "hidden_size": recipe.hidden,
@@ -74,7 +89,7 @@ def ursa_config(world: World, recipe: TeacherRecipe) -> UrsaConfig:
             "num_attention_heads": recipe.heads,
             "num_key_value_heads": recipe.heads,
             "num_hidden_layers": recipe.layers,
-            "rope_theta": max(ROPE_THETA, float(positions)),
+            "rope_theta": recipe.rope_theta,
             "vocab_size": text + world.codebook_size,
             "lm_vocab_size": text,
             "lm_head_size": world.codebook_size,
@@ -89,9 +104,11 @@ def initialise(model: UrsaTransformer, codebook: torch.Tensor) -> None:
     """Initialise in place: embeddings with std 1, matrices with std 1/sqrt(fan_in), residual branches scaled by depth.
 
     Qwen3's std of 0.02 suits hidden sizes of thousands; with 64 the activations start near zero and training stalls
-    (docs/experiments.md). Of more than FEW_CODES codes, half of the variance of embeddings and head is a random linear
-    map of the codebook: log p_t(x_t | x_1) is linear in the vector of x_t, and so many codes are slow to learn singly.
+    (docs/experiments.md). Of more than FEW codes, embeddings and head are nearly a random linear map of the codebook on
+    the unit sphere: log p_t(x_t | x_1) is linear in the vector of x_t, and so many codes are slow to learn singly.
     """
+    points = F.normalize(codebook.float(), dim=-1)
+    points = (points - points.mean(0)) / points.std()
     for name, weight in model.named_parameters():
         if weight.dim() != 2:
             continue
@@ -99,11 +116,10 @@ def initialise(model: UrsaTransformer, codebook: torch.Tensor) -> None:
         if "o_proj" in name or "down_proj" in name:
             std /= (2 * model.config.num_hidden_layers) ** 0.5
         torch.nn.init.normal_(weight, std=std)
-        if weight.shape[0] >= len(codebook) > FEW_CODES:  # the embeddings, whose last rows are the codes, and the head
-            points = (codebook - codebook.mean(0)) / codebook.std(0).clamp(min=1e-6)
+        if weight.shape[0] >= len(codebook) > FEW:  # the embeddings, whose last rows are the codes, and the head
             linear = points @ torch.randn(points.shape[1], weight.shape[1]) * (std / points.shape[1] ** 0.5)
             rows = weight[-len(codebook) :]
-            rows.copy_((rows + linear) / 2**0.5)
+            rows.mul_((1 - LINEAR) ** 0.5).add_(linear, alpha=LINEAR**0.5)
 
 
 def train_teacher(
@@ -111,8 +127,8 @@ def train_teacher(
 ) -> UrsaTransformer:
     """Train a teacher by denoising; returns the EMA of its weights.
 
-    Cross-entropy of the clean tokens at t uniform in [0, 0.999), one per sample or per latent frame, with 10% empty
-    prompts for classifier-free guidance. On a GPU in bfloat16, the step a CUDA graph.
+    Cross-entropy of the clean tokens at t in [0, 0.999), uniform unless shifted, one per sample or per latent frame,
+    with 10% empty prompts for classifier-free guidance. On a GPU in bfloat16, the step a CUDA graph.
 
     Args:
         kept: a file that holds the state of training, written every KEEP_EVERY steps; training goes on from it.
