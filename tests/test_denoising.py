@@ -42,18 +42,18 @@ def weights(steps):
 
 def held(steps):
     """Where a graph reads and writes, so that no step may put another tensor in its place."""
-    state = [x for p in steps.model.parameters() for x in steps.optimizer.state[p].values()]
+    state = [x for one in steps.optimizers.values() for values in one.state.values() for x in values.values()]
     return [
         steps.prompt,
         steps.x_1,
-        steps.optimizer.param_groups[0]["lr"],
+        *(one.param_groups[0]["lr"] for one in steps.optimizers.values()),
         steps.ema_weight,
         *steps.ema.parameters(),
         *state,
     ]
 
 
-@pytest.mark.parametrize("more", [{}, {"t_per": "frame", "t_shift": 2.6}], ids=str)
+@pytest.mark.parametrize("more", [{}, {"t_per": "frame", "t_shift": 2.6}, {"muon_lr": 8e-3}], ids=str)
 def test_replays_make_the_ordinary_steps(captured, more):
     plain, graph, losses = training(False, **more), training(True, **more), []
     start = weights(plain)
@@ -63,8 +63,9 @@ def test_replays_make_the_ordinary_steps(captured, more):
         losses.append((plain.loss.item(), pytest.approx(graph.loss.item(), rel=1e-4)))
         assert all(a is b for a, b in zip(before, held(graph)))
     assert [a for a, b in losses if a != b] == [] and len({a for a, _ in losses}) == STEPS
-    assert len(captured) == 1 and graph.optimizer.param_groups[0]["lr"].dim() == 0
-    assert plain.optimizer.param_groups[0]["lr"] == pytest.approx(graph.optimizer.param_groups[0]["lr"].item())
+    rates = [[one.param_groups[0]["lr"] for one in steps.optimizers.values()] for steps in (plain, graph)]
+    assert len(captured) == 1 and all(rate.dim() == 0 for rate in rates[1])
+    assert rates[0] == pytest.approx([rate.item() for rate in rates[1]])
     assert (weights(plain) - weights(graph)).norm() < 1e-3 * (weights(plain) - start).norm()
 
 
@@ -76,11 +77,24 @@ def test_a_graph_goes_on_where_training_stopped(tmp_path, captured):
             first.step(index)
     TrainingState(tmp_path / "half.pt", first).save(5)
     assert TrainingState(tmp_path / "half.pt", second).load() == 5
-    rate = second.optimizer.param_groups[0]["lr"]
+    rate = second.optimizers["adamw"].param_groups[0]["lr"]
     for index in range(5, STEPS):
         second.step(index)
-    assert second.optimizer.param_groups[0]["lr"] is rate and len(captured) == 2
+    assert second.optimizers["adamw"].param_groups[0]["lr"] is rate and len(captured) == 2
     assert torch.equal(weights(whole), weights(second))
+
+
+def test_muon_moves_the_matrices_of_layers_equally_in_all_directions():
+    steps = training(False, muon_lr=8e-3)
+    start = {name: p.detach().clone() for name, p in steps.model.named_parameters()}
+    steps.step(0)
+    moved = {name: p.detach() - start[name] for name, p in steps.model.named_parameters()}
+    for name, change in moved.items():
+        level = torch.linalg.svdvals(change) / (8e-3 * 0.2 * max(change.shape) ** 0.5) if change.dim() == 2 else None
+        if ".layers." in name and level is not None:
+            assert level[4] > 0.6 and level.max() < 1.3, name  # the gradient of few videos is of low rank
+        else:
+            assert change.abs().max().item() == pytest.approx(steps.recipe.lr, rel=0.01), name  # AdamW's first step
 
 
 def test_shifted_times_lie_towards_the_noise():

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from dimo.config import Optim
-from dimo.train.optimizers import Muon, lr_factor, make_optimizers, orthogonalise, set_lr_factor
+from dimo.train.optimizers import lr_factor, make_optimizers, set_lr_factor
 from dimo.ursa import UrsaConfig, UrsaTransformer
 from dimo.ursa.cuda_graph import make_capturable
+from dimo.ursa.muon import Muon, orthogonalise
 
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
 SMALL |= {"num_hidden_layers": 2, "vocab_size": 30, "lm_vocab_size": 20, "lm_head_size": 10, "bov_token_id": 2}
@@ -57,7 +58,7 @@ def test_stacks_that_are_cut_take_the_same_steps(monkeypatch):
         return torch.stack([p.detach() for p in params])
 
     whole = stepped()
-    monkeypatch.setattr("dimo.train.optimizers.STACK_ENTRIES", 2 * 24)
+    monkeypatch.setattr("dimo.ursa.muon.STACK_ENTRIES", 2 * 24)
     assert torch.allclose(stepped(), whole, atol=1e-6)
 
 

@@ -1,4 +1,4 @@
-"""The training steps of a world's teacher: cross-entropy of the clean tokens, AdamW, and the moving average.
+"""The training steps of a world's teacher: cross-entropy of the clean tokens, optimizers, and the moving average.
 
 On a GPU a step becomes a CUDA graph (`dimo.ursa.cuda_graph`), as it would be bound by its kernel launches. Data are
 drawn, and learning rate and weight of the moving average set, before each replay, so a replay makes the ordinary step.
@@ -23,6 +23,7 @@ from dimo.files import whole_file
 from dimo.ursa import MetricPath, UrsaTransformer, predict, visual_logits
 from dimo.ursa.chunks import FEW_CODES
 from dimo.ursa.cuda_graph import ORDINARY, assign, make_capturable, record, towards
+from dimo.ursa.muon import Muon
 from dimo.worlds.protocol import World
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 EMPTY_PROMPT_SHARE = 0.1
 EMA_DECAY = 0.999
+MUON_MOMENTUM = 0.95
 WARMUP = 300  # steps, of a run of at least ten times as many
 
 
@@ -58,29 +60,29 @@ class DenoisingSteps:
         self.path = MetricPath(world.codebook().to(device), recipe.alpha, recipe.c)
         self.prompt_ids, self.pad = prompt_ids.to(device), pad
         self.ema = copy.deepcopy(model).requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=recipe.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=graph or None
-        )
+        self.optimizers = _optimizers(model, recipe, fused=graph or None)
         self.ema_weight: float | torch.Tensor = 1.0
         self.prompt, self.x_1 = torch.empty(0), torch.empty(0)  # prompt indices (B,) and clean tokens (B, N)
         self.loss = torch.zeros(())
         self.done, self.replay = 0, lambda: None  # steps of this process, and what replays one
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         if graph:
-            make_capturable([self.optimizer], device)
+            make_capturable(list(self.optimizers.values()), device)
             self.ema_weight = torch.ones((), device=device)
 
     @property
     def parts(self) -> dict:
         """What a stopped training needs besides its generator."""
-        return {"model": self.model, "ema": self.ema, "optimizer": self.optimizer}
+        return {"model": self.model, "ema": self.ema, **self.optimizers}
 
     def step(self, index: int) -> None:
         """Make training step `index`; on a GPU without waiting for it. `loss` is its loss."""
         recipe, warmup = self.recipe, min(WARMUP, self.recipe.steps // 10 + 1)
         decay = 0.5 * (1 + math.cos(math.pi * index / recipe.steps))
-        for group in self.optimizer.param_groups:
-            group["lr"] = assign(group["lr"], recipe.lr * min(1.0, (index + 1) / warmup) * decay)
+        for name, optimizer in self.optimizers.items():
+            for group in optimizer.param_groups:
+                peak = recipe.muon_lr if name == "muon" else recipe.lr
+                group["lr"] = assign(group["lr"], peak * min(1.0, (index + 1) / warmup) * decay)
         self.ema_weight = assign(self.ema_weight, max(1 - EMA_DECAY, 1 / (index + 1)))
         drawn = self.world.draw(recipe.batch_size, self.generator)
         if self.done == 0:
@@ -109,8 +111,9 @@ class DenoisingSteps:
         loss = denoising_loss(self.model, txt_ids, x_t, self.x_1, self.world.latents_shape)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers.values():
+            optimizer.step()
+            optimizer.zero_grad()
         with torch.no_grad():
             towards(list(self.ema.parameters()), list(self.model.parameters()), self.ema_weight)
         self.loss = loss.detach()
@@ -126,6 +129,18 @@ class DenoisingSteps:
         with torch.cuda.stream(self.stream):
             yield
         outside.wait_stream(self.stream)
+
+
+def _optimizers(model: UrsaTransformer, recipe: TeacherRecipe, fused: bool | None) -> dict[str, torch.optim.Optimizer]:
+    """AdamW, and with a Muon rate Muon for the matrices inside the layers."""
+    inside: list[torch.nn.Parameter] = []
+    rest: list[torch.nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        (inside if recipe.muon_lr and ".layers." in name and parameter.dim() == 2 else rest).append(parameter)
+    made: dict[str, torch.optim.Optimizer] = {
+        "adamw": torch.optim.AdamW(rest, lr=recipe.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=fused)
+    }
+    return made | ({"muon": Muon(inside, recipe.muon_lr, MUON_MOMENTUM)} if inside else {})
 
 
 def denoising_loss(
@@ -162,6 +177,7 @@ class TrainingState:
 
     def __init__(self, kept: Path | None, steps: DenoisingSteps):
         self.kept, self.parts, self.generator = kept, steps.parts, steps.generator
+        self.optimizers = steps.optimizers
         self.of = {"world": steps.world.name, **dataclasses.asdict(steps.world), **dataclasses.asdict(steps.recipe)}
 
     def load(self) -> int:
@@ -178,8 +194,8 @@ class TrainingState:
                 f"{self.kept} holds a teacher that is half trained, with other values of {differ}: give those again, "
                 "or remove it to start afresh"
             )
-        groups = self.parts["optimizer"].state_dict()["param_groups"]  # whose rates a graph reads where they are
-        state["optimizer"] = state["optimizer"] | {"param_groups": groups}
+        for name, optimizer in self.optimizers.items():  # whose rates a graph reads where they are
+            state[name] = state[name] | {"param_groups": optimizer.state_dict()["param_groups"]}
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
         self.generator.set_state(state["generator"])

@@ -50,6 +50,7 @@ class TeacherRecipe:
     t_per: str = _field("sample", "one t per sample or, as URSA's, per latent frame: sample or frame")
     t_shift: float = _field(1.0, "shift of t in training, t / (t + shift (1 - t)): above 1 towards the noise")
     lr: float = _field(2e-3, "peak learning rate, with cosine decay to zero")
+    muon_lr: float = _field(0.0, "Muon's peak rate for the layers' matrices, lr being that of all others; 0: no Muon")
     seed: int = _field(0, "seed of initialisation and data")
     device: str = _field("cpu", "cpu or cuda")
 
@@ -218,6 +219,8 @@ def _require_sense(world: World, recipe: TeacherRecipe) -> None:
             raise DimoError(f"seed must lie in [0, 2^63), got {value}")
         if isinstance(value, int) and name != "seed" and value < 1:
             raise DimoError(f"{name} must be at least 1, got {value}")
+        if name == "muon_lr" and value == 0:
+            continue
         if isinstance(value, float) and not 0 < value < math.inf:
             raise DimoError(f"{name} must be positive and finite, got {value}")
     if recipe.t_per not in ("sample", "frame"):
