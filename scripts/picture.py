@@ -2,9 +2,15 @@
 
 one-pass.gif shows the teacher's 25 passes beside the one pass of the student that ships, from the same noise, on the
 built-in world; explorer.png the explorer on it, as chromium draws it.
+
+`python scripts/picture.py FOLDER [--student RUN]` makes sprites.gif of a teacher of the world of pictures, guided, and
+of a student beside it.
 """
 
+import argparse
+import dataclasses
 import json
+import math
 import subprocess
 import tempfile
 from pathlib import Path
@@ -20,20 +26,29 @@ from dimo.views.explorer import HERE, PAGE, STYLE
 from dimo.views.explorer_stored import stored
 from dimo.views.explorer_view import ExplorerView
 from dimo.views.models import open_models
-from dimo.worlds import SHIPPED_STUDENT, checkpoint_folder
+from dimo.worlds import SHIPPED_STUDENT, checkpoint_folder, load_world, video_size
+from dimo.worlds.protocol import prompt_length
 
 PROMPTS = ["blue bar moving up", "green square moving right", "pink corner moving left", "orange square moving down"]
 PROMPTS += ["pink bar moving left", "blue corner moving up", "orange bar moving right", "green corner moving down"]
 STEPS, HELD = 25, 18  # passes of the teacher, pictures after its last pass
-CELL, GAP, COLUMNS, TOP = 88, 8, 4, 40  # pixels
+GAP, TOP = 8, 40  # pixels
 BACKGROUND, TEXT, DONE = "#ffffff", "#222222", "#0072B2"
 WINDOW = 1300, 740  # pixels
 IMAGES = Path("docs/images")
 
 
 def main() -> None:
-    one_pass()
-    explorer()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path)
+    parser.add_argument("--student", type=Path)
+    args = parser.parse_args()
+    if args.folder:
+        prompts = load_world(args.folder).held_out[3::17]
+        passes(args.folder, args.student, prompts, IMAGES / "sprites.gif", Look(cell=112, columns=2), guidance=3.0)
+    else:
+        passes(checkpoint_folder("shapes"), SHIPPED_STUDENT, PROMPTS, IMAGES / "one-pass.gif", Look(cell=88, columns=4))
+        explorer()
 
 
 def explorer() -> None:
@@ -56,41 +71,54 @@ def explorer() -> None:
         Image.open(shot).quantize(128).save(IMAGES / "explorer.png", optimize=True)
 
 
-def one_pass() -> None:
-    ursa = load_ursa(checkpoint_folder("shapes"))
-    student = load_student(ursa, SHIPPED_STUDENT)
-    txt_ids = ursa.tokenize(PROMPTS, 4)
-    grid = ursa.latents_shape(9, 32, 32)
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """Width of a video in pixels, and videos side by side."""
+
+    cell: int
+    columns: int
+
+
+def passes(
+    folder: Path, weights: Path | None, prompts: list[str], out: Path, look: Look, guidance: float = 1.0
+) -> None:
+    """Write a GIF of the teacher's passes and, beside them, what the student makes of the same noise."""
+    ursa = load_ursa(folder)
+    grid, length = ursa.latents_shape(*video_size(folder)), prompt_length(load_world(folder))
+    txt_ids, empty = ursa.tokenize(prompts, length), ursa.tokenize([""], length)
     generator = torch.Generator().manual_seed(3)
-    x_init = torch.randint(ursa.path.codebook_size, (len(PROMPTS), 48), generator=generator)
-    way = Trajectory()
-    last = sample(ursa.transformer, ursa.path, txt_ids, grid, STEPS, x_init=x_init, generator=generator, trajectory=way)
-    one = sample(student, ursa.path, txt_ids, grid, 1, x_init=x_init, generator=generator)
+    x_init = torch.randint(ursa.path.codebook_size, (len(prompts), math.prod(grid)), generator=generator)
+    way, how = Trajectory(), {"x_init": x_init, "generator": generator}
+    guide = {"guidance_scale": guidance, "uncond_ids": empty.expand_as(txt_ids)}
+    last = sample(ursa.transformer, ursa.path, txt_ids, grid, STEPS, trajectory=way, **how, **guide)
 
     def frames(codes: torch.Tensor) -> torch.Tensor:
         return (ursa.decode(codes.view(-1, *grid)) * 255).round().byte()
 
-    passes, made = [frames(x) for x in [*way.x_t, last]], frames(one)
-    pictures = [picture(passes[min(i, STEPS)], made, i) for i in range(STEPS + HELD + 1)]
-    out = IMAGES / "one-pass.gif"
+    student = load_student(ursa, weights) if weights else None
+    made = frames(sample(student, ursa.path, txt_ids, grid, 1, **how)) if student else None
+    shown = [frames(x) for x in [*way.x_t, last]]
+    pictures = [picture(shown[min(i, STEPS)], made, i, look) for i in range(STEPS + HELD + 1)]
     pictures[0].save(out, save_all=True, append_images=pictures[1:], duration=160, loop=0, optimize=True)
     print(f"{out}: {out.stat().st_size / 1e3:.0f} kB")
 
 
-def picture(teacher: torch.Tensor, student: torch.Tensor, index: int) -> Image.Image:
+def picture(teacher: torch.Tensor, student: torch.Tensor | None, index: int, look: Look) -> Image.Image:
     """One picture: all videos at frame `index` modulo their length, the teacher's after so many passes."""
     font = ImageFont.truetype(font_manager.findfont("DejaVu Sans"), 16)
-    side = COLUMNS * (CELL + GAP) - GAP
-    rows = len(teacher) // COLUMNS
-    image = Image.new("RGB", (2 * side + 5 * GAP, TOP + rows * (CELL + GAP)), BACKGROUND)
+    cell, columns = look.cell, look.columns
+    side = columns * (cell + GAP) - GAP
+    rows = len(teacher) // columns
+    parts = [(teacher, f"teacher: pass {min(index, STEPS)} of {STEPS}")]
+    parts += [(student, "student: 1 pass")] if student is not None else []
+    image = Image.new("RGB", (len(parts) * (side + 4 * GAP) - 3 * GAP, TOP + rows * (cell + GAP)), BACKGROUND)
     draw = ImageDraw.Draw(image)
-    heads = (f"teacher: pass {min(index, STEPS)} of {STEPS}", "student: 1 pass")
-    for part, (videos, head) in enumerate(zip((teacher, student), heads)):
+    for part, (videos, head) in enumerate(parts):
         left = part * (side + 4 * GAP) + GAP // 2
         draw.text((left, 10), head, font=font, fill=DONE if part or index >= STEPS else TEXT)
         for k, video in enumerate(videos):
-            cell = Image.fromarray(video[index % len(video)].numpy()).resize((CELL, CELL), Image.Resampling.NEAREST)
-            image.paste(cell, (left + k % COLUMNS * (CELL + GAP), TOP + k // COLUMNS * (CELL + GAP)))
+            one = Image.fromarray(video[index % len(video)].numpy()).resize((cell, cell), Image.Resampling.NEAREST)
+            image.paste(one, (left + k % columns * (cell + GAP), TOP + k // columns * (cell + GAP)))
     return image.quantize(64)
 
 
