@@ -24,6 +24,7 @@ from dimo.evaluation.scored import coverage_detail
 from dimo.ursa import load_ursa, sample
 from dimo.ursa.loading import load_student
 from dimo.ursa.patch_vae import PatchVae
+from dimo.ursa.sampler import student_times
 from dimo.views.sheets import video_sheet
 from dimo.worlds import DATA, load_world
 from dimo.worlds.exact import exact_teacher
@@ -224,7 +225,8 @@ def judge(
         generator, begin = torch.Generator(device).manual_seed(0), time.perf_counter()
         made = [
             sample(
-                network, ursa.path, part, world.latents_shape, steps, generator=generator, guidance_scale=scale,
+                network, ursa.path, part, world.latents_shape, student_times(ursa.path, steps) if weights else steps,
+                generator=generator, guidance_scale=scale,
                 uncond_ids=torch.full_like(part, words(world).index(PAD)),
             )
             for part in ids.split(256)
