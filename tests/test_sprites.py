@@ -16,12 +16,12 @@ from dimo.config import load_config
 from dimo.errors import DimoError
 from dimo.evaluation.evaluate import open_comparison
 from dimo.train.prompts import open_prompts
-from dimo.ursa import MetricPath, UrsaTransformer, load_ursa
+from dimo.ursa import MetricPath, UrsaTransformer, load_ursa, predict
 from dimo.ursa.patch_vae import PatchVae
-from dimo.worlds import checkpoint_folder, load_world
+from dimo.worlds import built_in_worlds, checkpoint_folder, load_world
 from dimo.worlds.exact import FLOOR, ExactTeacher
 from dimo.worlds.oracle import score
-from dimo.worlds.protocol import prompt_index, prompts_to_score, prompts_to_train
+from dimo.worlds.protocol import prompt_index, prompt_length, prompts_to_score, prompts_to_train
 from dimo.worlds.sprite_frames import MOTIONS, PICTURES, SPRITES, STRENGTHS, TEXTURES, TIMES, render, starts
 from dimo.worlds.sprite_reader import read, reads_as
 from dimo.worlds.sprites import FSQ, SpritesWorld
@@ -306,11 +306,24 @@ def test_teacher_and_student_are_12_megabytes_in_bf16(sprites):
 def test_without_a_teacher_a_sentence_says_how_to_train_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
-        DimoError, match="worlds/sprites is neither a folder .*`dimo world train sprites -o worlds/sprites` makes"
+        DimoError, match="worlds/tiles is neither a folder .*`dimo world train tiles -o worlds/tiles` makes"
     ):
-        checkpoint_folder(load_config("sprites").distill.teacher_ckpt)
-    with pytest.raises(DimoError, match="sprites ships without a teacher: train one with `dimo world train sprites -o"):
-        checkpoint_folder("sprites")
+        checkpoint_folder(load_config("tiles").distill.teacher_ckpt)
+    with pytest.raises(DimoError, match="tiles ships without a teacher: train one with `dimo world train tiles -o"):
+        checkpoint_folder("tiles")
+
+
+@pytest.mark.parametrize("name", built_in_worlds())
+def test_a_teacher_that_ships_knows_its_world(name, generator):
+    folder = checkpoint_folder(name)
+    ursa, shipped = load_ursa(folder), load_world(folder)
+    assert shipped.name == name
+    assert sum(file.stat().st_size for part in ("transformer", "student") for file in (folder / part).glob("*")) < 12e6
+    index, clean = shipped.draw(4, generator)
+    txt_ids = ursa.tokenize([shipped.prompts[i] for i in index], prompt_length(shipped))
+    noised = ursa.path.sample(clean, 0.5, generator)
+    told = predict(ursa.transformer, txt_ids, noised, shipped.latents_shape).argmax()
+    assert (told == clean).float().mean() > max(0.9, (noised == clean).float().mean())
 
 
 def test_the_command_proposes_the_worlds_own_network(capsys):
