@@ -4,6 +4,7 @@ The same with real graphs needs a GPU; there `dimo world train` always uses them
 """
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -104,6 +105,15 @@ def test_shifted_times_lie_towards_the_noise():
     t = steps._times()
     for s in (0.05, 0.2, 0.5, 0.9):
         assert (t <= s).float().mean().item() == pytest.approx(4 * s / (1 + 3 * s), abs=0.015)
+
+
+def test_times_may_be_logit_normal():
+    """logit t has the median -log shift, and one standard deviation below it lie 15.9% of the times."""
+    steps = training(False, t_shift=1.5, t_spread=0.7)
+    steps.recipe = dataclasses.replace(steps.recipe, batch_size=20_000)
+    logit = torch.logit(steps._times() / 0.999)
+    for deviations, share in ((-1, 0.159), (0, 0.5), (2, 0.977)):
+        assert (logit < deviations * 0.7 - math.log(1.5)).float().mean().item() == pytest.approx(share, abs=0.012)
 
 
 def test_many_codes_start_as_a_linear_map_of_the_codebook():

@@ -98,9 +98,13 @@ class DenoisingSteps:
     def _times(self) -> torch.Tensor:
         """t (B,) or, with one per latent frame, (B, N)."""
         (frames, *rest), batch, device = self.world.latents_shape, self.recipe.batch_size, self.generator.device
-        per_frame, shift = self.recipe.t_per == "frame", self.recipe.t_shift
-        t = torch.rand((batch, frames) if per_frame else (batch,), generator=self.generator, device=device) * 0.999
-        t = t if shift == 1 else t / (t + shift * (1 - t))
+        per_frame, shift, spread = self.recipe.t_per == "frame", self.recipe.t_shift, self.recipe.t_spread
+        size, g = (batch, frames) if per_frame else (batch,), self.generator
+        if spread:
+            t = torch.sigmoid(spread * torch.randn(size, generator=g, device=device) - math.log(shift)) * 0.999
+        else:
+            t = torch.rand(size, generator=g, device=device) * 0.999
+            t = t if shift == 1 else t / (t + shift * (1 - t))
         return t.repeat_interleave(math.prod(rest), 1) if per_frame else t
 
     def _step(self) -> None:

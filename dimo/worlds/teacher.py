@@ -49,6 +49,7 @@ class TeacherRecipe:
     batch_size: int = _field(256, "videos per step")
     t_per: str = _field("sample", "one t per sample or, as URSA's, per latent frame: sample or frame")
     t_shift: float = _field(1.0, "shift of t in training, t / (t + shift (1 - t)): above 1 towards the noise")
+    t_spread: float = _field(0.0, "standard deviation of logit t, which is normal, around the shift's; 0: uniform t")
     lr: float = _field(2e-3, "peak learning rate, with cosine decay to zero")
     muon_lr: float = _field(0.0, "Muon's peak rate for the layers' matrices, lr being that of all others; 0: no Muon")
     seed: int = _field(0, "seed of initialisation and data")
@@ -60,7 +61,8 @@ RECIPES = {  # of worlds for which the defaults are not meant
     "tiles": TeacherRecipe(
         layers=6, hidden=128, intermediate=256, heads=4, head_dim=32, rope_theta=0.19, c=3.0, steps=15_000
     ),
-    # 2.9 million parameters: at bf16, teacher and student are 11.5 MB together
+    # 2.9 million parameters: at bf16, teacher and student are 11.5 MB together; RoPE turns by up to a full circle per
+    # row and column; where a card is and which is decided at t from .2 to .7, the texture before
     "sprites": TeacherRecipe(
         layers=6,
         hidden=160,
@@ -69,9 +71,12 @@ RECIPES = {  # of worlds for which the defaults are not meant
         head_dim=32,
         rope_theta=0.1446,
         c=2.0,
-        batch_size=128,
-        steps=10_000,
-        lr=1.5e-3,
+        batch_size=78,
+        steps=30_000,
+        t_shift=1.5,
+        t_spread=1.0,
+        lr=3e-3,
+        muon_lr=8e-3,
     ),
 }
 
@@ -128,8 +133,9 @@ def train_teacher(
 ) -> UrsaTransformer:
     """Train a teacher by denoising; returns the EMA of its weights.
 
-    Cross-entropy of the clean tokens at t in [0, 0.999), uniform unless shifted, one per sample or per latent frame,
-    with 10% empty prompts for classifier-free guidance. On a GPU in bfloat16, the step a CUDA graph.
+    Cross-entropy of the clean tokens at t in [0, 0.999), uniform unless shifted or spread (logit-normal, as in
+    arXiv 2403.03206), one per sample or per latent frame, with 10% empty prompts for classifier-free guidance. On a GPU
+    in bfloat16, the step a CUDA graph.
 
     Args:
         kept: a file that holds the state of training, written every KEEP_EVERY steps; training goes on from it.
@@ -219,7 +225,7 @@ def _require_sense(world: World, recipe: TeacherRecipe) -> None:
             raise DimoError(f"seed must lie in [0, 2^63), got {value}")
         if isinstance(value, int) and name != "seed" and value < 1:
             raise DimoError(f"{name} must be at least 1, got {value}")
-        if name == "muon_lr" and value == 0:
+        if name in ("muon_lr", "t_spread") and value == 0:
             continue
         if isinstance(value, float) and not 0 < value < math.inf:
             raise DimoError(f"{name} must be positive and finite, got {value}")
