@@ -24,7 +24,7 @@ TOKENS = 2**18  # sampled at a time when a new teacher is scored
 SCORED = 2**20  # tokens of all videos with which a new teacher is scored, about
 GUIDANCE = 3.0  # of the last row of a new teacher's scores
 KEEP_EVERY = 500  # steps
-FEW, LINEAR = 64, 0.95  # codes; the share of the variance that is linear in them
+FEW, LINEAR = 256, 0.95  # codes that start singly; the share of the variance that is linear in more of them
 COMPILED = 256  # tokens of a video from which compiling the layers saves more time than it takes
 
 
