@@ -5,6 +5,7 @@ python scripts/sprites.py vae         # dimo/worlds/data/sprites/vae: the patche
 python scripts/sprites.py gate        # how often clips are read right, as drawn and after the tokenizer
 python scripts/sprites.py failures    # what oracle and reader say of clips that are not right
 python scripts/sprites.py judge FOLDER [--student RUN --passes 1 --guidance 1]    # a teacher, or a student
+python scripts/sprites.py times       # how much a noised token says of the clean one, by t
 python scripts/sprites.py sheet       # runs/sprites.png
 """
 
@@ -21,7 +22,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from dimo.evaluation.scored import coverage_detail
-from dimo.ursa import load_ursa, sample
+from dimo.ursa import MetricPath, load_ursa, sample
 from dimo.ursa.loading import load_student
 from dimo.ursa.patch_vae import PatchVae
 from dimo.ursa.sampler import student_times
@@ -34,7 +35,7 @@ from dimo.worlds.protocol import prompt_index, prompt_length
 from dimo.worlds.sprite_frames import BLOCK, CARD, CELL, CELLS, SIZES, SPRITES, TEXTURES, TILE, pieces, render
 from dimo.worlds.sprite_reader import read, reads_as
 from dimo.worlds.sprites import FSQ, SpritesWorld
-from dimo.worlds.teacher import PAD, words
+from dimo.worlds.teacher import PAD, RECIPES, words
 
 FOLDER = DATA / "sprites"
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")  # Debian's package fonts-noto-color-emoji
@@ -246,6 +247,17 @@ def judge(
     video_sheet(shown, asked[:: 5 * videos]).savefig((out if out.is_dir() else out.parent) / "judged.png", dpi=100)
 
 
+def times() -> None:
+    """Print by t the mutual information of a noised token and the clean one, of which all used codes are as likely."""
+    world, recipe = SpritesWorld(), RECIPES["sprites"]
+    path, codes = MetricPath(world.codebook(), recipe.alpha, recipe.c), world.used_codes[::16]
+    print("t, nats of a token, of the 60 tokens of an emoji and of all 1,280, were they independent")
+    for t in (0.04, 0.1, 0.16, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9):
+        p = path.prob(codes[None], t)[0]
+        nats = (p * (p / p.mean(0)).clamp(min=1e-30).log()).sum(-1).mean().item()
+        print(f"{t:4} {nats:7.4f} {60 * nats:7.2f} {1280 * nats:8.1f}")
+
+
 def sheet(file: Path, clips: int, seed: int) -> None:
     """Five frames of clips of held-out prompts, each under its prompt."""
     world = SpritesWorld()
@@ -260,6 +272,7 @@ def main() -> None:
     actions = parser.add_subparsers(dest="action", required=True)
     actions.add_parser("pictures").add_argument("--font", type=Path, default=FONT)
     actions.add_parser("vae")
+    actions.add_parser("times")
     one = actions.add_parser("judge")
     one.add_argument("folder", type=Path)
     one.add_argument("--student", type=Path)
@@ -277,6 +290,8 @@ def main() -> None:
         pictures(args.font)
     elif args.action == "vae":
         PatchVae(table()).save(FOLDER / "vae")
+    elif args.action == "times":
+        times()
     elif args.action == "judge":
         judge(args.folder, args.student, args.passes, args.guidance, args.videos, args.exact)
     elif args.action == "sheet":
