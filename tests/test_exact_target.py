@@ -5,11 +5,11 @@ import torch
 
 from dimo.distill import stages
 from dimo.distill.exact_target import exact_denoising
-from dimo.distill.losses import denoising
 from dimo.distill.stages import Step
 from dimo.errors import DimoError
 from dimo.ursa import Chunked, Dense, MetricPath, MixturePath
 from dimo.ursa.chunks import ENTRIES
+from dimo.ursa.token_losses import denoising
 from dimo.worlds.fsq import LEVELS, fsq_codebook
 
 B, N, K, D = 2, 3, 16, 8

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from dimo.distill import losses
 from dimo.errors import DimoError, NonFiniteError
 from dimo.ursa import Chunked, Dense, Sparse, chunks
+from dimo.ursa.token_losses import denoising
 
 B, N, D, K = 2, 7, 16, 600
 
@@ -56,7 +57,7 @@ def test_denoising(four, entries, generator, smoothing):
     aux, x = four[2], torch.randint(K, (B, N), generator=generator)
     leaves, log_p = exact(aux)
     want = F.cross_entropy(log_p.flatten(0, 1), x.flatten(), label_smoothing=smoothing)
-    got = losses.denoising(aux, x, smoothing)
+    got = denoising(aux, x, smoothing)
     assert got.item() == pytest.approx(want.item(), abs=1e-5)
     assert_gradients(torch.autograd.grad(3 * got, leaves_of(aux)), torch.autograd.grad(3 * want, leaves))
 
@@ -131,7 +132,7 @@ def test_a_second_backward_pass_gives_the_same_gradient(four, generator):
     student, teacher, aux, _ = four
     x, logp, entropy = student.sample(generator)
     total = losses.student_loss(student, teacher, aux, x, logp, entropy, beta=0.5, lambda_ent=0.1).total
-    total = total + losses.denoising(student, x)
+    total = total + denoising(student, x)
     first = torch.autograd.grad(total, leaves_of(student), retain_graph=True)
     second = torch.autograd.grad(2 * total, leaves_of(student))
     for a, b in zip(first, second, strict=True):
@@ -146,7 +147,7 @@ def test_hidden_states_feel_the_same_under_a_frozen_head(entries, generator):
         a, b = (Chunked(p.states, p.head.detach().requires_grad_(heads_learn)) for p in (student, aux))
         later = Chunked(at_t.states, a.head)
         made = losses.student_loss(a, teacher, b, x, logp, entropy, beta=0.5, student_at_t=later, w_kd=0.3)
-        (made.total + losses.denoising(b, x)).backward()
+        (made.total + denoising(b, x)).backward()
         leaves = (a.states, later.states, b.states)
         found = [h.grad for h in leaves]
         for h in leaves:
@@ -234,9 +235,9 @@ def test_bad_input_is_refused_in_a_sentence(four):
     with pytest.raises(DimoError, match=r"aux must predict \(B, N, K\) = \(2, 7, 600\), got \(1, 7, 600\)"):
         losses.student_loss(student, teacher, aux.chunk(2)[0], x, logp, entropy, beta=0.5)
     with pytest.raises(DimoError, match="tokens must have shape"):
-        losses.denoising(aux, x[:1])
+        denoising(aux, x[:1])
     with pytest.raises(DimoError, match=r"tokens must lie in \[0, 600\)"):
-        losses.denoising(aux, x + K)
+        denoising(aux, x + K)
     broken = teacher.with_states(teacher.states * torch.nan)
     with pytest.raises(NonFiniteError, match="the teacher's logits must be finite"):
         losses.student_loss(student, broken, aux, x, logp, entropy, beta=0.5)

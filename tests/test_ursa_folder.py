@@ -171,8 +171,8 @@ def test_a_world_file_of_another_world_is_refused(folder):
 
 def test_training_the_teacher_learns():
     """Fifty steps on an easy world: the loss on fresh videos falls well below the start's."""
-    from dimo.distill.losses import denoising
     from dimo.ursa import MetricPath, UrsaTransformer, predict
+    from dimo.ursa.token_losses import denoising
     from dimo.worlds.teacher import initialise, train_teacher, ursa_config
 
     recipe = TeacherRecipe(layers=1, hidden=32, heads=2, intermediate=32, steps=150, batch_size=32, lr=5e-3)

@@ -16,6 +16,7 @@ from dimo.errors import trusted_values
 from dimo.run.checkpoints import HostCopies
 from dimo.train.trainer import Trainer
 from dimo.ursa import Chunked
+from dimo.ursa.token_losses import denoising
 
 STAGES = (
     "1 prompts", "2 x_init", "3 student's pass", "4 x_t", "5 teacher", "6 auxiliary", "7 student at x_t",
@@ -106,7 +107,7 @@ def losses_alone(trainer: Trainer, batch: int, clock: Clock) -> dict[str, dict]:
         return Chunked(hidden[0], student).sample(g)
 
     def aux_part():
-        losses.denoising(Chunked(hidden[1], aux), x, d.label_smoothing).backward()
+        denoising(Chunked(hidden[1], aux), x, d.label_smoothing).backward()
 
     def student_part():
         beta = 0.0 if trainer.beta == "time" else trainer.beta

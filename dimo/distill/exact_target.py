@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import torch
 
-from dimo.distill.losses import log_softmax_of, mean_loss
 from dimo.errors import require_shape
 from dimo.ursa import Chunked, Dense, MetricPath, MixturePath
 from dimo.ursa.prediction import require_same_tokens
 from dimo.ursa.probability_path import time_like
+from dimo.ursa.token_losses import log_softmax_of, mean_loss
 
 
 def exact_denoising(

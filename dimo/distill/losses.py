@@ -21,8 +21,9 @@ import math
 
 import torch
 
-from dimo.errors import DimoError, NonFiniteError, require_finite, require_ids, require_shape
+from dimo.errors import DimoError, NonFiniteError, require_finite, require_shape
 from dimo.ursa.prediction import Chunked, Dense, Prediction, require_same_tokens
+from dimo.ursa.token_losses import log_softmax_of, mean_loss, zeros_of
 
 
 @dataclasses.dataclass
@@ -160,14 +161,6 @@ def _whole(rows: torch.Tensor, of: Prediction) -> torch.Tensor:
     return of.part.whole(rows.reshape(-1, of.held[1])).view(len(rows), -1)
 
 
-def denoising(prediction: Dense | Chunked, tokens: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
-    """Mean cross-entropy of the clean tokens (B, N), in nats per token, differentiable in the prediction."""
-    require_shape("tokens", tokens, prediction.shape)
-    require_ids("tokens", tokens, prediction.codebook_size)
-    one, dtype, x = prediction.kernel(_cross_entropy), prediction.states.dtype, _codes(tokens, prediction)
-    return mean_loss(prediction, lambda z, rows: one(z, x[rows], label_smoothing, dtype))
-
-
 def jeffreys(teacher: Prediction, aux: Dense | Chunked) -> torch.Tensor:
     """Mean of KL(p_T || p_A) + KL(p_A || p_T), in nats per token, differentiable in the auxiliary's prediction."""
     return _mean_to(teacher, aux, _jeffreys)
@@ -189,33 +182,6 @@ def _mean_to(teacher: Prediction, learning: Dense | Chunked, function) -> torch.
     require_same_tokens("the teacher", teacher, learning)
     fixed, one, dtype = teacher.detach(), learning.kernel(function), learning.states.dtype
     return mean_loss(learning, lambda z, rows: one(fixed.logits(rows), z, dtype))
-
-
-def mean_loss(prediction: Dense | Chunked, function) -> torch.Tensor:
-    """The mean over tokens of function(logits (n, K), rows) -> (logit gradient (n, K), values (n,))."""
-    return _MeanLoss.apply(prediction.states, prediction.head, prediction.detach(), function)
-
-
-class _MeanLoss(torch.autograd.Function):
-    """Mean over tokens of a loss on one network; function(logits (n, K), rows) -> (logit gradient, values (n,))."""
-
-    @staticmethod
-    def forward(ctx, states, head, fixed: Dense | Chunked, function):
-        learns, count, values = any(ctx.needs_input_grad), math.prod(fixed.shape), []
-        d_flat = torch.empty_like(fixed.states.flatten(0, 1)) if learns else None
-        d_head = _zeros_of(head, ctx.needs_input_grad[1])
-        for rows in fixed.row_chunks():
-            d_z, value = function(fixed.logits(rows), rows)
-            values.append(value.sum())
-            if learns:
-                fixed.pull_back(d_z, rows, d_flat, d_head, 1 / count)
-        ctx.save_for_backward(None if d_flat is None else d_flat.mul_(1 / count).view_as(states), d_head)
-        return fixed.part.total(torch.stack(values).sum()) / count
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        return *(None if g is None else g * grad for g in ctx.saved_tensors), None, None
 
 
 @dataclasses.dataclass
@@ -242,7 +208,7 @@ class _StudentLoss(torch.autograd.Function):
     def forward(ctx, states, states_at_t, head, student, at_t, teacher, aux, s: _Settings):
         flat = student.states.flatten(0, 1)
         d_flat, d_flat_at_t = torch.zeros_like(flat), None if at_t is None else torch.zeros_like(flat)
-        d_head, share = _zeros_of(head, ctx.needs_input_grad[2]), 1 / math.prod(student.shape)
+        d_head, share = zeros_of(head, ctx.needs_input_grad[2]), 1 / math.prod(student.shape)
         compare, with_own, distil = (student.kernel(f) for f in (compare_logits, _own, _kl))
         zero = torch.zeros((), device=flat.device)
         token, kd, gap_rows = [zero], [zero], []
@@ -281,19 +247,7 @@ class _StudentLoss(torch.autograd.Function):
         return *(None if g is None else g * grad for g in ctx.saved_tensors), None, None, None, None, None
 
 
-def _zeros_of(head: torch.Tensor | None, learns: bool) -> torch.Tensor | None:
-    """A gradient accumulator of at least float32; None if the head is frozen or there is none."""
-    if head is None or not learns:
-        return None
-    return torch.zeros(head.shape, dtype=torch.promote_types(head.dtype, torch.float32), device=head.device)
-
-
 # The functions below work on a chunk: float32 logits (n, K) -> logit gradients (n, K) in `dtype`, values (n,).
-
-
-def log_softmax_of(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    log_p = z - z.logsumexp(-1, keepdim=True)
-    return log_p, log_p.exp()
 
 
 def compare_logits(z_t, z_a, x, beta, dtype):
@@ -341,10 +295,3 @@ def _jeffreys(z_t, z_a, dtype):
     reverse = (p_a * ratio).sum(-1)
     d_z = p_a - p_t + p_a * (ratio - reverse.unsqueeze(-1))
     return d_z.to(dtype), reverse - (p_t * ratio).sum(-1)
-
-
-def _cross_entropy(z, x, label_smoothing, dtype):
-    log_p, p = log_softmax_of(z)
-    chosen = torch.arange(z.shape[-1], device=z.device) == x.unsqueeze(-1)
-    target = (1 - label_smoothing) * chosen.float() + label_smoothing / z.shape[-1]
-    return (p - target).to(dtype), -(target * log_p).sum(-1)

@@ -20,6 +20,7 @@ from dimo.distill.exact_target import exact_denoising
 from dimo.distill.schedules import Baseline, XInit, draw_t
 from dimo.errors import DimoError, capturing, require_finite
 from dimo.ursa import Chunked, Dense, MetricPath, MixturePath, Prediction, UrsaTransformer, predict, predict_guided
+from dimo.ursa.token_losses import denoising
 
 Grid = tuple[int, int, int]
 LOOKED_AT = 128  # number of tokens of the first sample over which `logits_std` is measured
@@ -233,7 +234,7 @@ def auxiliary_losses(
         elif aux_target == "exact":
             loss = exact_denoising(prediction, step.student, path, x, t, label_smoothing)
         else:
-            loss = losses.denoising(prediction, step.x_hat, label_smoothing)
+            loss = denoising(prediction, step.x_hat, label_smoothing)
         step.aux_losses.append(loss.detach())
         yield loss
 

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from dimo.errors import DimoError, reason
 from dimo.files import whole_file
@@ -24,6 +23,7 @@ from dimo.ursa import MetricPath, UrsaTransformer, predict, visual_logits
 from dimo.ursa.chunks import FEW_CODES
 from dimo.ursa.cuda_graph import ORDINARY, assign, make_capturable, record, towards
 from dimo.ursa.muon import Muon
+from dimo.ursa.token_losses import denoising
 from dimo.worlds.protocol import World
 
 if TYPE_CHECKING:
@@ -154,26 +154,15 @@ def denoising_loss(
     x_1: torch.Tensor,
     latents_shape: tuple[int, int, int],
 ) -> torch.Tensor:
-    """Mean cross-entropy of the clean tokens; for large codebooks a few tokens at a time, whose logits are not kept.
+    """Mean cross-entropy of the clean tokens; on a GPU and for large codebooks logits are not kept (`token_losses`).
 
-    On a GPU the layers run in bf16, several times as fast at 1,280 tokens, and the logits in float32.
+    On a GPU the layers run in bf16, several times as fast at 1,280 tokens, and the losses in float32.
     """
-    few = model.config.codebook_size <= FEW_CODES
-    if few and not x_t.is_cuda:
+    if model.config.codebook_size <= FEW_CODES and not x_t.is_cuda:
         return F.cross_entropy(visual_logits(model, txt_ids, x_t, latents_shape).flatten(0, 1), x_1.flatten())
     with torch.autocast(x_t.device.type, torch.bfloat16, enabled=x_t.is_cuda):
         prediction = predict(model, txt_ids, x_t, latents_shape)
-    prediction, x_1 = prediction.with_states(prediction.states.float()), x_1.flatten()
-    if few:
-        return F.cross_entropy(F.linear(prediction.states.flatten(0, 1), prediction.head), x_1)
-
-    def part(states: torch.Tensor, head: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(F.linear(states, head), x, reduction="sum")
-
-    once = dict(use_reentrant=False, preserve_rng_state=False)  # it draws nothing, and a capture forbids to ask
-    states, head = prediction.states.flatten(0, 1), prediction.head
-    parts = [checkpoint(part, states[r], head, x_1[r], **once) for r in prediction.row_chunks()]
-    return torch.stack(parts).sum() / len(x_1)
+    return denoising(prediction, x_1)
 
 
 class TrainingState:
