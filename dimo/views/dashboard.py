@@ -81,7 +81,7 @@ class Dashboard:
             try:
                 figure = self.board.news()
                 if figure:
-                    self.png, self.figure = figure._repr_png_(), figure
+                    self.png, self.figure = figure.png(), figure
                     self.image.show(self.png)
                 self.sheets.refresh()
                 self.about.value = "" if self.png else f"no step has been logged yet ({self.board.about})"
@@ -125,12 +125,12 @@ class Dashboard:
         # the figure has no pyplot, whose state belongs to the main thread
         threading.Thread(target=run, name="dashboard", daemon=True).start()
 
-    def _repr_mimebundle_(self, **kwargs) -> dict:
+    def _repr_mimebundle_(self, **kwargs) -> tuple[dict, dict]:
         """The widget for a live page, the picture for a page without a kernel."""
         data = self.box._repr_mimebundle_(**kwargs)
         if self.png:
             data["image/png"] = base64.b64encode(self.png).decode()
-        return data
+        return data, {"image/png": {"alt": self.figure.about}}
 
 
 def place_in(figure: Figure, x: float, y: float) -> tuple[int, float] | None:
