@@ -302,7 +302,7 @@ def test_the_widget_follows_a_training_to_its_end_and_has_a_picture_beside_it(ru
     data, about = board._repr_mimebundle_()
     assert "application/vnd.jupyter.widget-view+json" in data and base64.b64decode(data["image/png"]) == board.png
     alt = about["image/png"]["alt"]
-    assert alt.startswith(f"Curves of {run.path.name} (finished") and "entropy" in alt and "no alarms" in alt
+    assert alt.startswith(f"Curves of {run.path.name} (finished") and ": loss, " in alt and "no alarms" in alt
     assert board.png != first and board.image.box.png == board.png and board.about.value == ""
     shown, whole = (matplotlib.image.imread(io.BytesIO(png)) for png in (board.png, dashboard_figure(run).png()))
     assert np.array_equal(shown, whole)  # the widget and its twin
