@@ -86,8 +86,8 @@ class Training:
 def start(config: Config) -> Training:
     """Train in a process of its own, which goes on if the kernel is restarted; one that does so already is returned.
 
-    Elsewhere than in a notebook of Jupyter's server, such as under papermill, whose end would leave it behind, it trains
-    here and returns when it is over.
+    Elsewhere than in a notebook of Jupyter's server, such as under papermill, whose end would leave it behind, it
+    trains here and returns when it is over.
 
     Raises:
         DimoError: bad input; the run is being trained with another configuration, or it failed before its first step.
