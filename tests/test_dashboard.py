@@ -349,6 +349,12 @@ def test_a_click_on_the_widget_opens_the_explorer_there(run, live, monkeypatch):
         board.image.box._handle_custom_msg(place, [])
     assert opened == [(board.board.histories[0].run, (20,))] * 2 and len(board.explorer.children) == 1
     assert board.about.value == "below: run at step 20"
+    (run.path / "checkpoints" / "step-00000010").mkdir()
+    board.explore.click()  # the last step, as long as there are no samples
+    save_sheet(run.path / "samples" / "step-00000008.png", {"a": torch.rand(1, 3, 8, 8, 3)}, ["p"])
+    board.redraw()
+    board.explore.click()
+    assert [step for _, (step,) in opened[2:]] == [20, 10] and board.about.value == "below: run at step 10"
     board.close()
 
 
