@@ -289,6 +289,23 @@ def report(tmp_path_factory):
     return write_run_report(run)
 
 
+def test_a_report_without_a_checkpoint_has_its_dashboard(browser, tmp_path):
+    config = load_config("smoke", ["model.device=cpu", f"experiment.output_dir={tmp_path / 'new'}"])
+    run = RunFolder.open(tmp_path / "new", to_yaml(config))
+    run.write_status(state="running", step=2, max_steps=50)
+    for step in (1, 2):
+        run.log({"step": step, "entropy/student": 1.0 / step})
+    page, wrong = page_of(browser)
+    page.goto(write_run_report(run).as_uri())
+    assert "There is none: " in page.inner_text("body") and "no checkpoint yet" in page.inner_text("body")
+    page.focus(".curves")
+    page.keyboard.press("ArrowLeft")
+    told = page.inner_text(".told")
+    assert "Step 1\n" in told and "entropy (nats per token): 1.00" in told and "explorer" not in told
+    assert wrong == []
+    page.close()
+
+
 def test_a_report_works_from_a_file_by_click_and_key(browser, report):
     page, wrong = page_of(browser)
     page.goto(report.as_uri())

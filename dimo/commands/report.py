@@ -67,6 +67,7 @@ def write_run_report(run: RunFolder, most: int = BYTES) -> Path:
         explorer = ExplorerView([open_models(run, step) for step in at] or [open_models(run)])
     except DimoError as error:
         parts.append(f"<h2>Explorer</h2><p>There is none: {html.escape(str(error))}.</p>")
+        at = []
     else:
         parts.append(
             f"<h2>Explorer: {html.escape(explorer.models[0].label)}</h2>"
