@@ -70,10 +70,15 @@ def command(student, out, *more):
     return [*words, *overrides(student), *more]
 
 
-def test_two_processes_give_the_figures_of_one(student, alone, tmp_path):
-    words = command(student, tmp_path, "training.num_processes=2")
-    said = python.run(words, capture_output=True, text=True).stderr
-    assert_as_alone(tmp_path, json.loads((tmp_path / "report.json").read_text()), alone)
+def test_two_processes_give_the_figures_of_one_and_a_third_loads_nothing(student, alone, tmp_path, monkeypatch, capfd):
+    def loaded(*_, **__):
+        raise AssertionError("the networks belong to the two processes")
+
+    monkeypatch.setattr("dimo.ursa.loading.read_weights", loaded)
+    config = load_config("distill_dimo", [*overrides(student), "training.num_processes=2"])
+    rows = evaluate_to_folder(config, student / "student", tmp_path)
+    said = capfd.readouterr().err
+    assert_as_alone(tmp_path, rows, alone)
     assert "evaluate: 39 videos in 7 rows, 378 passes in 2 processes" in said
     assert said.count("378/378 passes  done") == 1
 

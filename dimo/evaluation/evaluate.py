@@ -157,7 +157,7 @@ def evaluate_to_folder(config: Config, weights: str | Path, out: Path, progress:
         DimoError: see `open_comparison`; another process evaluates into `out`; or a process failed.
     """
     begin = time.perf_counter()
-    comparison, world = open_comparison(config, weights)
+    comparison, world = open_comparison(config, weights, networks=processes_for(config) == 1)
     with alone_in(out):
         return _evaluate_alone(config, weights, out, progress, comparison, world, begin)
 
@@ -168,13 +168,14 @@ def _evaluate_alone(
 ) -> dict:  # fmt: skip
     parts, jobs = parts_of(config, weights, out, comparison.prompts), comparison.jobs()
     missing = parts.missing(jobs)
+    several = processes_for(config) > 1
     processes = max(1, min(processes_for(config), len(missing)))
     if progress:
         _announce(comparison, jobs, missing, processes)
     opened = time.perf_counter()
-    if processes == 1:
+    if not several:
         run_here(comparison, jobs, parts, progress)
-    else:
+    elif missing:
         write_text(parts.folder / "config.yaml", to_yaml(config))
         words = [sys.executable, "-m", "dimo.evaluation.worker", str(os.getpid()), str(parts.folder), str(weights)]
         run_in_processes(lambda rank, of: [*words, str(rank), str(of)], jobs, parts, processes, progress)
@@ -216,8 +217,11 @@ def _announce(comparison: Comparison, jobs: list[Job], missing: list[Job], proce
     print(text, file=sys.stderr, flush=True)
 
 
-def open_comparison(config: Config, weights: str | Path) -> tuple[Comparison, World | None]:
+def open_comparison(config: Config, weights: str | Path, networks: bool = True) -> tuple[Comparison, World | None]:
     """The comparison that `config.evaluation` asks for, and the world if the teacher belongs to one.
+
+    Args:
+        networks: False leaves teacher and student without weights, where other processes run the jobs.
 
     Raises:
         DimoError: teacher, student or prompts cannot be loaded or do not fit each other.
@@ -227,14 +231,14 @@ def open_comparison(config: Config, weights: str | Path) -> tuple[Comparison, Wo
         log.warning("guidance_scale=%g applies to the teacher only: the student is not guided, since guidance is "
                     "distilled into it", d.guidance_scale)  # fmt: skip
     world = load_world(folder) if is_world(folder) else None
-    ursa = load_for_evaluation(config)
+    ursa = load_for_evaluation(config, networks)
     grid = ursa.latents_shape(d.num_frames, d.height, d.width)
     if world is not None:
         require_world(world, grid, ursa.path.codebook_size)
         require_prompts_fit(ursa, world.prompts, d.max_prompt_length)
     prompts, held_out = (prompts_to_score(world), None) if world else evaluation_prompts(config, ursa, weights)
     return Comparison(
-        ursa, load_student(ursa, weights), prompts, grid,
+        ursa, load_student(ursa, weights) if networks else ursa.transformer, prompts, grid,
         videos_per_prompt=e.videos_per_prompt or (64 if world else 2), batch_size=e.batch_size if world else 1,
         teacher_steps=tuple(sorted({1, *e.teacher_steps})), seed=e.seed, max_prompt_length=d.max_prompt_length,
         guidance_scale=d.guidance_scale, guidance_trunc=d.guidance_trunc, negative_prompt=d.negative_prompt,
@@ -244,11 +248,12 @@ def open_comparison(config: Config, weights: str | Path) -> tuple[Comparison, Wo
     ), world  # fmt: skip
 
 
-def load_for_evaluation(config: Config) -> Ursa:
+def load_for_evaluation(config: Config, weights: bool = True) -> Ursa:
     """Load the teacher for evaluation: a world's in float32, URSA in bf16 if it is trained in bf16, as it is used."""
     folder = checkpoint_folder(config.distill.teacher_ckpt)
     half = config.training.mixed_precision == "bf16" and not is_world(folder)
-    ursa = load_ursa(folder, device_of(config), torch.bfloat16 if half else torch.float32, config.model.backend)
+    dtype = torch.bfloat16 if half else torch.float32
+    ursa = load_ursa(folder, device_of(config), dtype, config.model.backend, weights)
     ursa.transformer.requires_grad_(False)
     return ursa
 
