@@ -22,6 +22,7 @@ from dimo.files import save_file, whole_file, write_text
 from dimo.run.origin import run_config, run_of
 from dimo.run.progress import CostBar
 from dimo.ursa import Ursa, UrsaTransformer, load_ursa, sample
+from dimo.ursa.attention import use_for_sampling
 from dimo.ursa.device import pick_device, pick_dtype
 from dimo.ursa.frames import eight_bits
 from dimo.ursa.loading import DTYPES, load_student
@@ -147,6 +148,8 @@ def open_sampler(request: Request, prompts: list[str], size: tuple[int, int, int
         world = load_world(folder)
         require_world(world, grid, ursa.path.codebook_size)
         prompt_index(world, prompts)  # raises for a prompt that the world does not know
+    if r.backend == "native":
+        use_for_sampling(ursa.transformer)
     network = load_student(ursa, r.student_ckpt) if r.student_ckpt else ursa.transformer
     network.requires_grad_(False)
     uncond_ids = ursa.tokenize([r.negative_prompt], length)

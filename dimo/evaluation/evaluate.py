@@ -29,6 +29,7 @@ from dimo.run.origin import trained_steps
 from dimo.run.sources import teacher_files
 from dimo.train.prompts import evaluation_prompts, require_prompts_fit, trained_on
 from dimo.ursa import Ursa, UrsaTransformer, load_ursa
+from dimo.ursa.attention import use_for_sampling
 from dimo.ursa.layout import student_file
 from dimo.ursa.loading import load_student
 from dimo.worlds import checkpoint_folder, is_world, load_world, require_world
@@ -255,6 +256,8 @@ def load_for_evaluation(config: Config, weights: bool = True) -> Ursa:
     dtype = torch.bfloat16 if half else torch.float32
     ursa = load_ursa(folder, device_of(config), dtype, config.model.backend, weights)
     ursa.transformer.requires_grad_(False)
+    if weights and config.model.backend == "native":
+        use_for_sampling(ursa.transformer, config.model.attention)
     return ursa
 
 
@@ -271,7 +274,7 @@ def parts_of(config: Config, weights: str | Path, out: Path, prompts: list[str])
     networks = [*student, *teacher_files(config.distill.teacher_ckpt).values()]
     seen = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in networks]
     keys = [key for key in flat if key.startswith(("distill.", "evaluation."))]
-    keys += ["model.device", "model.backend", "training.mixed_precision"]
+    keys += ["model.device", "model.backend", "model.attention", "training.mixed_precision"]
     return Parts(out / PARTS, {key: flat[key] for key in keys} | {"networks": seen, "prompts": prompts})
 
 

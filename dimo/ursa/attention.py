@@ -10,6 +10,8 @@ import contextlib
 import dataclasses
 import importlib
 import importlib.metadata
+import logging
+from typing import Any
 
 import torch
 from torch.nn import attention
@@ -19,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dimo.errors import DimoError, reason
 from dimo.ursa.config import UrsaConfig
 
+log = logging.getLogger(__name__)
 # fastest first: attention dominates at URSA's sizes, and cuDNN makes the best use of Hopper's tensor cores
 ORDER = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 KERNELS = {  # {model.attention: torch's kernels, the first that supports the input is used}
@@ -45,13 +48,14 @@ class Choice:
     surprises: bool = False
 
 
-def choose(name: str, device: torch.device, dtype: torch.dtype, config: UrsaConfig) -> Choice:
+def choose(name: str, device: torch.device, dtype: torch.dtype, config: UrsaConfig, gradients: bool = True) -> Choice:
     """Resolve `model.attention`; "auto" is FlashAttention 4 where it is installed and right, else `ORDER`.
 
     Args:
         name: a key of `KERNELS`.
         device, dtype: of queries, keys and values.
         config: of the network, for the number and the size of heads.
+        gradients: whether they are needed; FlashAttention 4 compiles kernels for them, which takes seconds.
 
     Raises:
         DimoError: unknown name, or the kernel that it asks for cannot be used here.
@@ -61,22 +65,41 @@ def choose(name: str, device: torch.device, dtype: torch.dtype, config: UrsaConf
     if name == "auto":
         if device.type != "cuda" or dtype == torch.float32:
             return Choice("auto", f"attention: the first kernel of torch that supports {_spelled(dtype)} on {device}")
-        if not (why := fa4_problem(device, dtype, config)):
+        if not (why := fa4_problem(device, dtype, config, gradients)):
             return Choice("fa4", f"attention: FlashAttention 4 ({PACKAGE} {_version()})")
         surprises = _version() != ""
         return Choice("auto", f"attention: cuDNN, since FlashAttention 4 cannot be used: {why}", surprises)
     if name == "fa4":
-        why = fa4_problem(device, dtype, config)
+        why = fa4_problem(device, dtype, config, gradients)
         hint = "" if _version() else f"; {INSTALL}"
     else:
         deactivate_fa4()
-        why, hint = trial_problem(name, device, dtype, config), ""
+        why, hint = trial_problem(name, device, dtype, config, gradients), ""
     if why:
         raise DimoError(f"model.attention={name} cannot be used: {why}{hint}; model.attention=auto takes what works")
     return Choice(name, f"attention: {name}")
 
 
-def fa4_problem(device: torch.device, dtype: torch.dtype, config: UrsaConfig) -> str:
+def use_for_sampling(network: Any, name: str = "auto") -> Choice:
+    """Let a network that is only sampled run with the kernel that it would be trained with, on its device.
+
+    Args:
+        network: an `UrsaTransformer`.
+        name: `model.attention`; on a CPU it does not count, since a run may have been trained on a GPU.
+
+    Raises:
+        DimoError: see `choose`.
+    """
+    weight = network.lm_head.weight
+    name = name if weight.device.type == "cuda" else "auto"
+    choice = choose(name, weight.device, weight.dtype, network.config, gradients=False)
+    network.run_with(attention=choice.name)
+    if choice.surprises:
+        log.warning("%s", choice.about)
+    return choice
+
+
+def fa4_problem(device: torch.device, dtype: torch.dtype, config: UrsaConfig, gradients: bool = True) -> str:
     """Activate FlashAttention 4 in this process and try it; returns "", or why it cannot be used and is not active."""
     if device.type != "cuda":
         return f"FlashAttention 4 needs a GPU, the device is {device}"
@@ -94,7 +117,7 @@ def fa4_problem(device: torch.device, dtype: torch.dtype, config: UrsaConfig) ->
         return f"{PACKAGE} {_version()} needs {error.name}, which is not installed"
     except Exception as error:  # a broken installation fails in many ways
         return f"{PACKAGE} {_version()} cannot be imported: {reason(error)}"
-    why = trial_problem("fa4", device, dtype, config)
+    why = trial_problem("fa4", device, dtype, config, gradients)
     if why:
         deactivate_fa4()
         return f"{PACKAGE} {_version()} does not fit torch {torch.__version__}: {why}"
@@ -108,10 +131,12 @@ def deactivate_fa4() -> None:
         restore()
 
 
-def trial_problem(name: str, device: torch.device, dtype: torch.dtype, config: UrsaConfig) -> str:
+def trial_problem(
+    name: str, device: torch.device, dtype: torch.dtype, config: UrsaConfig, gradients: bool = True
+) -> str:
     """Try the first kernel of `KERNELS[name]`, alone; returns "", or what is wrong with it."""
     try:
-        off = trial_errors(KERNELS[name][0], device, dtype, config)
+        off = trial_errors(KERNELS[name][0], device, dtype, config, gradients=gradients)
     except Exception as error:  # the compiler of FlashAttention 4 has types of its own
         return f"{type(error).__name__}: {reason(error)}"
     tolerance = TOLERANCE.get(dtype, HALF_TOLERANCE)
@@ -120,8 +145,9 @@ def trial_problem(name: str, device: torch.device, dtype: torch.dtype, config: U
 
 
 def trial_errors(
-    kernel: SDPBackend, device: torch.device, dtype: torch.dtype, config: UrsaConfig, length: int = LENGTH
-) -> dict[str, float]:
+    kernel: SDPBackend, device: torch.device, dtype: torch.dtype, config: UrsaConfig, length: int = LENGTH,
+    gradients: bool = True,
+) -> dict[str, float]:  # fmt: skip
     """Compare a kernel with attention written out in float32, on random input with the heads of a network.
 
     Returns:
@@ -137,9 +163,13 @@ def trial_errors(
         return torch.randn(1, length, heads, size, device=device, generator=g).to(dtype).transpose(1, 2)
 
     q, k, v, grad = draw(heads), draw(kv_heads), draw(kv_heads), draw(heads)
-    with torch.enable_grad(), torch.autocast(device.type, enabled=False):
-        got = _with_gradients(lambda q, k, v: _attend(kernel, q, k, v), q, k, v, grad)
-        want = _with_gradients(written_out, *(x.float() for x in (q, k, v, grad)))
+    exact = [x.float() for x in (q, k, v)]
+    with torch.set_grad_enabled(gradients), torch.autocast(device.type, enabled=False):
+        if gradients:
+            got = _with_gradients(lambda q, k, v: _attend(kernel, q, k, v), q, k, v, grad)
+            want = _with_gradients(written_out, *exact, grad.float())
+        else:
+            got, want = [_attend(kernel, q, k, v)], [written_out(*exact)]
     names = ("output", "gradient of q", "gradient of k", "gradient of v")
     return {name: float((a.float() - b).norm() / b.norm()) for name, a, b in zip(names, got, want)}
 
