@@ -66,12 +66,12 @@ def choose(name: str, device: torch.device, dtype: torch.dtype, config: UrsaConf
         if device.type != "cuda" or dtype == torch.float32:
             return Choice("auto", f"attention: the first kernel of torch that supports {_spelled(dtype)} on {device}")
         if not (why := fa4_problem(device, dtype, config, gradients)):
-            return Choice("fa4", f"attention: FlashAttention 4 ({PACKAGE} {_version()})")
-        surprises = _version() != ""
+            return Choice("fa4", f"attention: FlashAttention 4 ({PACKAGE} {fa4_version()})")
+        surprises = fa4_version() != ""
         return Choice("auto", f"attention: cuDNN, since FlashAttention 4 cannot be used: {why}", surprises)
     if name == "fa4":
         why = fa4_problem(device, dtype, config, gradients)
-        hint = "" if _version() else f"; {INSTALL}"
+        hint = "" if fa4_version() else f"; {INSTALL}"
     else:
         deactivate_fa4()
         why, hint = trial_problem(name, device, dtype, config, gradients), ""
@@ -114,13 +114,13 @@ def fa4_problem(device: torch.device, dtype: torch.dtype, config: UrsaConfig, gr
     except ModuleNotFoundError as error:
         if error.name in ("flash_attn", "flash_attn.cute"):
             return f"{PACKAGE} is not installed"
-        return f"{PACKAGE} {_version()} needs {error.name}, which is not installed"
+        return f"{PACKAGE} {fa4_version()} needs {error.name}, which is not installed"
     except Exception as error:  # a broken installation fails in many ways
-        return f"{PACKAGE} {_version()} cannot be imported: {reason(error)}"
+        return f"{PACKAGE} {fa4_version()} cannot be imported: {reason(error)}"
     why = trial_problem("fa4", device, dtype, config, gradients)
     if why:
         deactivate_fa4()
-        return f"{PACKAGE} {_version()} does not fit torch {torch.__version__}: {why}"
+        return f"{PACKAGE} {fa4_version()} does not fit torch {torch.__version__}: {why}"
     return ""
 
 
@@ -163,13 +163,13 @@ def trial_errors(
         return torch.randn(1, length, heads, size, device=device, generator=g).to(dtype).transpose(1, 2)
 
     q, k, v, grad = draw(heads), draw(kv_heads), draw(kv_heads), draw(heads)
-    exact = [x.float() for x in (q, k, v)]
+    exact = [x.float() for x in (q, k, v, grad)]
     with torch.set_grad_enabled(gradients), torch.autocast(device.type, enabled=False):
         if gradients:
             got = _with_gradients(lambda q, k, v: _attend(kernel, q, k, v), q, k, v, grad)
-            want = _with_gradients(written_out, *exact, grad.float())
+            want = _with_gradients(written_out, *exact)
         else:
-            got, want = [_attend(kernel, q, k, v)], [written_out(*exact)]
+            got, want = [_attend(kernel, q, k, v)], [written_out(*exact[:3])]
     names = ("output", "gradient of q", "gradient of k", "gradient of v")
     return {name: float((a.float() - b).norm() / b.norm()) for name, a, b in zip(names, got, want)}
 
@@ -191,7 +191,7 @@ def _with_gradients(attend, q, k, v, grad) -> list[torch.Tensor]:
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), grad)]
 
 
-def _version() -> str:
+def fa4_version() -> str:
     """Version of flash-attn-4; empty if it is not installed."""
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(PACKAGE)
