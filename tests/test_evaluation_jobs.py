@@ -106,15 +106,15 @@ def test_a_killed_evaluation_goes_on(student, alone, tmp_path):
 
 def test_of_a_world_too_half_of_the_jobs_by_another_process_change_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("dimo.views.sheets.save_sheet", lambda *_: None)  # to draw one takes longer
-    words = ["model.device=cpu", "evaluation.videos_per_prompt=1", "evaluation.judged_videos=48"]
+    words = ["model.device=cpu", "evaluation.videos_per_prompt=1", "evaluation.judged_videos=0"]
     config = load_config("smoke", [*words, "evaluation.batch_size=24", "evaluation.teacher_steps=[2]"])
     whole = evaluate_to_folder(config, SHIPPED_STUDENT, tmp_path / "whole", progress=False)
     comparison, _ = open_comparison(config, SHIPPED_STUDENT)
     parts, jobs = parts_of(config, SHIPPED_STUDENT, tmp_path / "shared", comparison.prompts), comparison.jobs()
     take_share(comparison, parts, 1, 2)  # and then it was killed
-    assert parts.missing(jobs) == jobs[::2] and len(jobs) == 2 * 7
+    assert parts.missing(jobs) == jobs[::2] and len(jobs) == 2 * 6
     rows = evaluate_to_folder(config, SHIPPED_STUDENT, tmp_path / "shared", progress=False)
-    assert figures(rows) == figures(whole) and {"validity", "frechet"} <= rows["student_1"].keys()
+    assert figures(rows) == figures(whole) and rows["student_1"]["validity"] > 0.9
 
 
 def test_what_another_student_or_setting_has_left_is_not_taken_up(student, tmp_path):
