@@ -171,12 +171,12 @@ def _evaluate_alone(
     kept = kept_beside(weights, comparison, config)
     parts, jobs = parts_of(config, weights, out, comparison.prompts, kept), comparison.jobs()
     missing = parts.missing(jobs)
-    several = processes_for(config) > 1
-    processes = max(1, min(processes_for(config), len(missing)))
+    most = processes_for(config)
+    processes = max(1, min(most, len(missing)))
     if progress:
         _announce(comparison, jobs, missing, processes, kept)
     opened = time.perf_counter()
-    if not several:
+    if most == 1:
         run_here(comparison, jobs, parts, progress)
     elif missing:
         write_text(parts.folder / "config.yaml", to_yaml(config))

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import os
 import platform
 from pathlib import Path
 
@@ -37,7 +38,8 @@ def kept_beside(weights: str | Path, comparison: Comparison, config: Config) -> 
     if run is None:
         return None
     with contextlib.suppress(OSError):
-        return kept_in(run.parent / KEPT, comparison, config)
+        folder = kept_in(run.parent / KEPT, comparison, config)
+        return folder if os.access(folder, os.W_OK) else None
     return None
 
 
