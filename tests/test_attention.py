@@ -8,6 +8,7 @@ import importlib
 import math
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -143,18 +144,39 @@ def test_what_is_only_sampled_needs_no_gradients_of_its_kernel(gpu, tmp_path):
     assert choose("auto", CUDA, torch.bfloat16, HEADS, gradients=False).name == "fa4"
 
 
-def test_samples_and_evaluations_take_the_kernel_that_training_takes(monkeypatch):
+@pytest.mark.parametrize(
+    ("device", "tokens", "name", "runs_with"),
+    [
+        ("cuda", 33_280, "auto", "fa4"),
+        ("cuda", 5_120, "auto", None),  # the trial takes longer than it would save
+        ("cuda", 5_120, "fa4", "fa4"),
+        ("cuda", 33_280, "math", "math"),
+        ("cpu", 33_280, "fa4", None),  # of a run on a GPU
+    ],
+)
+def test_what_is_sampled_takes_the_kernel_that_training_takes(gpu, tmp_path, device, tokens, name, runs_with):
+    install(gpu, tmp_path, dk="dk * float('nan')")  # its gradients do not count
+    weight, chosen = SimpleNamespace(device=torch.device(device), dtype=torch.bfloat16), []
+    network = SimpleNamespace(
+        lm_head=SimpleNamespace(weight=weight), config=HEADS, run_with=lambda attention: chosen.append(attention)
+    )
+    attention.use_for_sampling(network, tokens, name)
+    assert chosen == ([runs_with] if runs_with else [])
+
+
+def test_samples_and_evaluations_ask_for_it_before_they_copy_the_network(monkeypatch):
     asked = []
 
-    def chosen(name, device, dtype, config, gradients=True):
-        asked.append((name, device.type, gradients))
-        return attention.Choice("math", "attention: math")
+    def use(network, tokens, name="auto"):
+        asked.append((tokens, name))
+        network.run_with(attention="math")
 
-    monkeypatch.setattr(attention, "choose", chosen)
-    config = load_config("smoke", ["model.device=cpu", "model.attention=fa4"])  # of a run on a GPU
+    monkeypatch.setattr("dimo.evaluation.evaluate.use_for_sampling", use)
+    monkeypatch.setattr("dimo.commands.sample.use_for_sampling", use)
+    config = load_config("smoke", ["model.device=cpu", "model.attention=cudnn"])
     comparison, _ = open_comparison(config, SHIPPED_STUDENT)
     sampler = open_sampler(Request(student_ckpt=str(SHIPPED_STUDENT), device="cpu"), [])
-    assert asked == [("auto", "cpu", False)] * 2
+    assert asked == [(48, "cudnn"), (48, "auto")]
     for network in (*comparison.networks.values(), sampler.network):
         assert {layer.self_attn.kernels for layer in network.model.layers} == {"math"}
 

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import logging
+import math
 import subprocess
 import time
 from pathlib import Path
@@ -152,7 +153,7 @@ def open_sampler(
         require_world(world, grid, ursa.path.codebook_size)
         prompt_index(world, prompts)  # raises for a prompt that the world does not know
     if weights and r.backend == "native":
-        use_for_sampling(ursa.transformer)
+        use_for_sampling(ursa.transformer, math.prod(grid))
     network = load_student(ursa, r.student_ckpt) if weights and r.student_ckpt else ursa.transformer
     network.requires_grad_(False)
     uncond_ids = ursa.tokenize([r.negative_prompt], length)

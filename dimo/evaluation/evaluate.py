@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -257,6 +258,8 @@ def open_comparison(
     if world is not None:
         require_world(world, grid, ursa.path.codebook_size)
         require_prompts_fit(ursa, world.prompts, d.max_prompt_length)
+    if networks and config.model.backend == "native":
+        use_for_sampling(ursa.transformer, math.prod(grid), config.model.attention)
     prompts, held_out = (prompts_to_score(world), None) if world else evaluation_prompts(config, ursa, str(weights))
     student = None if weights is None else load_student(ursa, weights) if networks else ursa.transformer
     return Comparison(
@@ -277,8 +280,6 @@ def load_for_evaluation(config: Config, weights: bool = True) -> Ursa:
     dtype = torch.bfloat16 if half else torch.float32
     ursa = load_ursa(folder, device_of(config), dtype, config.model.backend, weights)
     ursa.transformer.requires_grad_(False)
-    if weights and config.model.backend == "native":
-        use_for_sampling(ursa.transformer, config.model.attention)
     return ursa
 
 
