@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from dimo.config import Optim
-from dimo.train.optimizers import Muon, lr_factor, make_capturable, make_optimizers, orthogonalise, set_lr_factor
+from dimo.train.optimizers import Muon, lr_factor, make_optimizers, orthogonalise, set_lr_factor
 from dimo.ursa import UrsaConfig, UrsaTransformer
+from dimo.ursa.cuda_graph import make_capturable
 
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
 SMALL |= {"num_hidden_layers": 2, "vocab_size": 30, "lm_vocab_size": 20, "lm_head_size": 10, "bov_token_id": 2}

@@ -13,8 +13,7 @@ from dimo.errors import DimoError, trusted_values
 from dimo.ursa import MetricPath, MixturePath, Sparse, load_ursa, predict, predict_guided, sample, visual_logits
 from dimo.ursa.chunks import ENTRIES
 from dimo.ursa.transformer import UrsaTransformer
-from dimo.worlds import load_world
-from dimo.worlds import teacher as teacher_module
+from dimo.worlds import denoising, load_world
 from dimo.worlds.exact import FLOOR, ExactTeacher
 from dimo.worlds.fsq import LEVELS, fsq_codebook
 from dimo.worlds.oracle import score
@@ -378,11 +377,11 @@ def test_a_teacher_of_a_large_codebook_is_trained_on_the_same_loss(monkeypatch, 
     ids, x_t = encode(world, [world.prompts[i] for i in prompt]), torch.randint(256, x_1.shape, generator=generator)
 
     def loss_and_gradients():
-        loss = teacher_module._denoising(model, ids, x_t, x_1, world.latents_shape)
+        loss = denoising.denoising_loss(model, ids, x_t, x_1, world.latents_shape)
         return loss, torch.autograd.grad(loss, list(model.parameters()))
 
     whole, want = loss_and_gradients()
-    monkeypatch.setattr(teacher_module, "FEW_CODES", 1)
+    monkeypatch.setattr(denoising, "FEW_CODES", 1)
     monkeypatch.setitem(ENTRIES, "cpu", 10 * 256)
     pieces, got = loss_and_gradients()
     assert pieces.item() == pytest.approx(whole.item(), rel=1e-5)

@@ -49,6 +49,7 @@ def test_what_transformers_writes_of_such_a_model_is_read():
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.type = 'linear' is not supported"),
         ({"rope_theta": float("nan")}, "rope_theta must be a number"),
         ({"rope_theta": float("inf")}, "rope_theta must be a number"),
+        ({"rope_theta": 0.0}, "rope_theta must be a number of at least 0.01"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported; dimo implements 'silu'"),
         ({"rms_norm_eps": 1e-5}, "rms_norm_eps = 1e-05 is not supported; dimo implements 1e-06"),
         ({"attention_bias": True}, "attention_bias = True"),

@@ -35,7 +35,7 @@ from dimo.paths import user_path
 from dimo.worlds import checkpoint_folder, is_world, video_size
 from dimo.worlds.protocol import World
 from dimo.worlds.registry import WORLDS
-from dimo.worlds.teacher import TeacherRecipe
+from dimo.worlds.teacher import RECIPES, TeacherRecipe
 
 PARTS = {"about", "base", "worlds", "arms", "rates", "tuning_seeds", "seeds"}
 STEPS = "training.max_train_steps"
@@ -212,7 +212,10 @@ def _place(file: Path, name: str, given: Any) -> Place:
             raise DimoError(f"{file}: train of {name} has no {key!r}{nearest(key, fields)}")
         values[key] = read_value(f"{key} of {name}", str(fields[key].type), value)
     world = WORLDS[kind](**{n: v for n, v in values.items() if n in sizes})
-    return Place(name, words, scale, world=world, recipe=TeacherRecipe(**{n: values[n] for n in values if n in recipe}))
+    changes = {n: v for n, v in values.items() if n in recipe}
+    return Place(
+        name, words, scale, world=world, recipe=dataclasses.replace(RECIPES.get(kind, TeacherRecipe()), **changes)
+    )
 
 
 def _group(file: Path, what: str, given: Any, known: set[str] | None = None) -> dict[str, Any]:

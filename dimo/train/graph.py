@@ -20,8 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gc
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,13 +32,11 @@ from dimo.distill.step import nine_stages
 from dimo.errors import DimoError, Diverged
 from dimo.run.checkpoints import Checkpoints
 from dimo.train.metrics import measured
-from dimo.train.optimizers import make_capturable
+from dimo.ursa.cuda_graph import ORDINARY, make_capturable, record
 
 if TYPE_CHECKING:
     from dimo.train.trainer import Trainer
 
-ORDINARY = 3  # steps of a kind before its capture: libraries set up their workspaces, and compilers compile
-AHEAD = 2  # replays that may be queued, so that the time between steps is that of the GPU
 COMPILED = 64  # graphs of torch.compile for one function: each size, and the networks of each seed, have their own
 CHECKED = ("loss/total", "entropy/student", "entropy/teacher", "entropy/aux")
 
@@ -178,26 +175,3 @@ class StepGraphs:
         with torch.cuda.stream(self.stream):
             yield
         outside.wait_stream(self.stream)
-
-
-def record(function: Callable[[], None], stream, generator: torch.Generator) -> Callable[[], None]:
-    """Capture the kernels of `function`, and of the generator that it draws from, as a CUDA graph.
-
-    Returns:
-        What replays it on the current stream; it waits until all but the last AHEAD replays have ended.
-    """
-    gc.collect()  # graphs of earlier trainers must not be destroyed during the capture
-    graph, queued = torch.cuda.CUDAGraph(), deque[torch.cuda.Event]()
-    graph.register_generator_state(generator)
-    # relaxed, since chunks query free memory; an own stream, since concurrent graphs must not share a workspace
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="relaxed"):
-        function()
-
-    def replay() -> None:
-        graph.replay()
-        queued.append(torch.cuda.Event(blocking=True))
-        queued[-1].record()
-        if len(queued) > AHEAD:
-            queued.popleft().synchronize()
-
-    return replay

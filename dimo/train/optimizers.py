@@ -9,6 +9,7 @@ import torch
 
 from dimo.config import Optim
 from dimo.train.masters import MasterAdamW, copies_of
+from dimo.ursa.cuda_graph import assign
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Muon's quintic: brings singular values close to 1 in five iterations
 STACK_ENTRIES = 2**24  # matrices of equal shape are orthogonalised in batches of up to so many entries
@@ -99,20 +100,6 @@ def set_lr_factor(optimizers: list[torch.optim.Optimizer], factor: float) -> Non
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = assign(group["lr"], group["initial_lr"] * factor)
-
-
-def assign(held: float | torch.Tensor, value: float | torch.Tensor) -> float | torch.Tensor:
-    """`value`, to be held in place of `held`; a scalar tensor is filled instead, since a CUDA graph reads it there."""
-    return held.fill_(value) if isinstance(held, torch.Tensor) else value
-
-
-def make_capturable(optimizers: list[torch.optim.Optimizer], device: torch.device) -> None:
-    """Hold learning rates in scalar tensors, so that a CUDA graph can contain the update."""
-    for optimizer in optimizers:
-        optimizer._warned_capturable_if_run_uncaptured = True  # the first steps are not captured
-        for group in optimizer.param_groups:
-            group["lr"] = torch.tensor(group["lr"], dtype=torch.float32, device=device)
-            group["capturable"] = True
 
 
 def warm_ema_decay(decay: float, step: int) -> float:

@@ -23,13 +23,14 @@ from dimo.train.graph import StepGraphs, require_capturable
 from dimo.train.guards import Guard
 from dimo.train.metrics import BY_T, MEASURED, QUARTERS, SHARE_OF_T, Averages, gaps_by_t, measured
 from dimo.train.networks import make_networks
-from dimo.train.optimizers import assign, ema_decay_at, lr_factor, make_optimizers
+from dimo.train.optimizers import ema_decay_at, lr_factor, make_optimizers
 from dimo.train.prompts import WorldPrompts, open_prompts
 from dimo.train.sharded import load_full_state, reshard, to_local
 from dimo.train.together import train_together
 from dimo.ursa import Ursa, load_ursa, predict
 from dimo.ursa.chunks import BLOCK
 from dimo.ursa.cpu import keep_memory
+from dimo.ursa.cuda_graph import assign, towards
 from dimo.ursa.sampler import student_times
 from dimo.ursa.weights import scale_logits
 from dimo.views.clean_tokens import known_clean_tokens
@@ -205,10 +206,7 @@ class Trainer:
         reshard(self.networks.ema)
         pairs = zip(self.networks.ema.parameters(), self.networks.student.parameters())
         ema, student = zip(*((to_local(e), to_local(s)) for e, s in pairs if s.requires_grad))
-        if isinstance(self.ema_weight, torch.Tensor):
-            torch._foreach_add_(ema, torch._foreach_mul(torch._foreach_sub(student, ema), self.ema_weight))
-        else:
-            torch._foreach_lerp_(ema, student, self.ema_weight)
+        towards(list(ema), list(student), self.ema_weight)
 
     def look(self) -> None:
         """Raise DimoError if a replayed CUDA graph met a value that is not finite (see `StepGraphs.look`)."""

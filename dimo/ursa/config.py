@@ -13,6 +13,7 @@ NORM_EPS = 1e-6
 # upper bounds, so that a damaged file does not allocate a huge model
 MOST = {"rope_theta": 2**53, "num_hidden_layers": 1000}
 MOST_OTHERS = 2**20
+LEAST = {"rope_theta": 0.01, "bov_token_id": 0}  # of others 1; a theta below 1 turns faster than a radian per token
 COMPUTED = {  # {field: the only values that our transformer implements}
     "hidden_act": ("silu", "swish"),
     "rms_norm_eps": (NORM_EPS,),
@@ -66,8 +67,8 @@ class UrsaConfig:
         _refuse_another_model({key: value for key, value in values.items() if value is not None})
         config = cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
         for name, value in dataclasses.asdict(config).items():
-            kinds, least = (int, float) if name == "rope_theta" else int, 0 if name == "bov_token_id" else 1
-            most = MOST.get(name, MOST_OTHERS)
+            kinds = (int, float) if name == "rope_theta" else int
+            least, most = LEAST.get(name, 1), MOST.get(name, MOST_OTHERS)
             if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most:
                 raise DimoError(f"{name} must be a number of at least {least} and at most {most}, got {value!r}")
         if config.bov_token_id >= config.lm_vocab_size:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import math
@@ -10,25 +9,23 @@ from pathlib import Path
 
 import torch
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from dimo.errors import DimoError, are_finite, reason
-from dimo.files import whole_file, whole_folder
-from dimo.ursa import MetricPath, UrsaConfig, UrsaTransformer, load_ursa, predict, sample, save_student, visual_logits
-from dimo.ursa.chunks import FEW_CODES
+from dimo.errors import DimoError, are_finite
+from dimo.files import whole_folder
+from dimo.ursa import UrsaConfig, UrsaTransformer, load_ursa, sample, save_student
 from dimo.worlds import WORLD_FILE, is_world
+from dimo.worlds.denoising import DenoisingSteps, TrainingState
 from dimo.worlds.oracle import score
 from dimo.worlds.protocol import World, prompt_index, prompt_length, prompts_to_score
 
 PAD, UNKNOWN, BOV = "<pad>", "<unk>", "<bov>"
-ROPE_THETA = 10.0  # for at most ten positions; with URSA's 1,000,000 half of the frequencies would be constant
-EMPTY_PROMPT_SHARE = 0.1
-EMA_DECAY = 0.999
 TOKENS = 2**18  # sampled at a time when a new teacher is scored
 SCORED = 2**20  # tokens of all videos with which a new teacher is scored, about
 GUIDANCE = 3.0  # of the last row of a new teacher's scores
 KEEP_EVERY = 500  # steps
+FEW, LINEAR = 256, 0.95  # codes that start singly; the share of the variance that is linear in more of them
+COMPILED = 256  # tokens of a video from which compiling the layers saves more time than it takes
 
 
 def _field(default, help: str):
@@ -44,20 +41,36 @@ class TeacherRecipe:
     intermediate: int = _field(128, "hidden size of the MLPs")
     heads: int = _field(8, "number of attention heads")
     head_dim: int = _field(16, "size of an attention head, a multiple of 16")
+    # for about ten positions; with URSA's 1,000,000 half of the frequencies would be constant
+    rope_theta: float = _field(10.0, "theta of RoPE; below 1 its frequencies exceed one radian per token")
     alpha: float = _field(0.9, "alpha of the metric path, beta_t = c (t / (1-t))^alpha")
     c: float = _field(2.0, "c of the metric path")
     steps: int = _field(25_000, "training steps")
     batch_size: int = _field(256, "videos per step")
     t_per: str = _field("sample", "one t per sample or, as URSA's, per latent frame: sample or frame")
+    t_shift: float = _field(1.0, "shift of t in training, t / (t + shift (1 - t)): above 1 towards the noise")
     lr: float = _field(2e-3, "peak learning rate, with cosine decay to zero")
     seed: int = _field(0, "seed of initialisation and data")
     device: str = _field("cpu", "cpu or cuda")
 
 
 RECIPES = {  # of worlds for which the defaults are not meant
+    # the phase of a texture is a matter of parity: at this theta RoPE turns by about half a circle per row and column
+    "tiles": TeacherRecipe(
+        layers=6, hidden=128, intermediate=256, heads=4, head_dim=32, rope_theta=0.19, c=3.0, steps=15_000
+    ),
     # 2.9 million parameters: at bf16, teacher and student are 11.5 MB together
     "sprites": TeacherRecipe(
-        layers=6, hidden=160, intermediate=320, heads=5, head_dim=32, c=2.0, batch_size=128, steps=10_000, lr=1.5e-3
+        layers=6,
+        hidden=160,
+        intermediate=320,
+        heads=5,
+        head_dim=32,
+        rope_theta=16.0,
+        c=2.0,
+        batch_size=128,
+        steps=10_000,
+        lr=1.5e-3,
     ),
 }
 
@@ -68,8 +81,7 @@ def words(world: World) -> list[str]:
 
 
 def ursa_config(world: World, recipe: TeacherRecipe) -> UrsaConfig:
-    text, (t, h, w) = len(words(world)), world.latents_shape
-    positions = max(prompt_length(world) + 1 + t, h, w)
+    text = len(words(world))
     return UrsaConfig.from_dict(
         {
             "hidden_size": recipe.hidden,
@@ -77,7 +89,7 @@ def ursa_config(world: World, recipe: TeacherRecipe) -> UrsaConfig:
             "num_attention_heads": recipe.heads,
             "num_key_value_heads": recipe.heads,
             "num_hidden_layers": recipe.layers,
-            "rope_theta": max(ROPE_THETA, float(positions)),
+            "rope_theta": recipe.rope_theta,
             "vocab_size": text + world.codebook_size,
             "lm_vocab_size": text,
             "lm_head_size": world.codebook_size,
@@ -92,9 +104,11 @@ def initialise(model: UrsaTransformer, codebook: torch.Tensor) -> None:
     """Initialise in place: embeddings with std 1, matrices with std 1/sqrt(fan_in), residual branches scaled by depth.
 
     Qwen3's std of 0.02 suits hidden sizes of thousands; with 64 the activations start near zero and training stalls
-    (docs/experiments.md). Of more than FEW_CODES codes, half of the variance of embeddings and head is a random linear
-    map of the codebook: log p_t(x_t | x_1) is linear in the vector of x_t, and so many codes are slow to learn singly.
+    (docs/experiments.md). Of more than FEW codes, embeddings and head are nearly a random linear map of the codebook on
+    the unit sphere: log p_t(x_t | x_1) is linear in the vector of x_t, and so many codes are slow to learn singly.
     """
+    points = F.normalize(codebook.float(), dim=-1)
+    points = (points - points.mean(0)) / points.std()
     for name, weight in model.named_parameters():
         if weight.dim() != 2:
             continue
@@ -102,11 +116,10 @@ def initialise(model: UrsaTransformer, codebook: torch.Tensor) -> None:
         if "o_proj" in name or "down_proj" in name:
             std /= (2 * model.config.num_hidden_layers) ** 0.5
         torch.nn.init.normal_(weight, std=std)
-        if weight.shape[0] >= len(codebook) > FEW_CODES:  # the embeddings, whose last rows are the codes, and the head
-            points = (codebook - codebook.mean(0)) / codebook.std(0).clamp(min=1e-6)
+        if weight.shape[0] >= len(codebook) > FEW:  # the embeddings, whose last rows are the codes, and the head
             linear = points @ torch.randn(points.shape[1], weight.shape[1]) * (std / points.shape[1] ** 0.5)
             rows = weight[-len(codebook) :]
-            rows.copy_((rows + linear) / 2**0.5)
+            rows.mul_((1 - LINEAR) ** 0.5).add_(linear, alpha=LINEAR**0.5)
 
 
 def train_teacher(
@@ -114,8 +127,8 @@ def train_teacher(
 ) -> UrsaTransformer:
     """Train a teacher by denoising; returns the EMA of its weights.
 
-    Cross-entropy of the clean tokens at t uniform in [0, 0.999), one per sample or per latent frame, with 10% empty
-    prompts for classifier-free guidance. On a GPU in bfloat16, compiled.
+    Cross-entropy of the clean tokens at t in [0, 0.999), uniform unless shifted, one per sample or per latent frame,
+    with 10% empty prompts for classifier-free guidance. On a GPU in bfloat16, the step a CUDA graph.
 
     Args:
         kept: a file that holds the state of training, written every KEEP_EVERY steps; training goes on from it.
@@ -123,101 +136,33 @@ def train_teacher(
     Raises:
         DimoError: `kept` is of another world or recipe.
     """
-    device = recipe.device
+    gpu = recipe.device == "cuda"
     torch.manual_seed(recipe.seed)
-    generator = torch.Generator(device).manual_seed(recipe.seed)
-    path = MetricPath(world.codebook().to(device), recipe.alpha, recipe.c)
+    generator = torch.Generator(recipe.device).manual_seed(recipe.seed)
     model = UrsaTransformer(ursa_config(world, recipe))
     initialise(model, world.codebook())
-    model = model.to(device).run_with(compile=device == "cuda")
-    ema = copy.deepcopy(model).requires_grad_(False)
-    prompt_ids, pad = encode(world, world.prompts).to(device), words(world).index(PAD)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=(0.9, 0.99), weight_decay=0.0)
-    warmup = min(300, recipe.steps // 10 + 1)
-    state = _State(kept, world, recipe, {"model": model, "ema": ema, "optimizer": optimizer}, generator)
-    steps = range(state.load(), recipe.steps)
-    bar = tqdm(
-        steps, desc="teacher", unit="step", disable=not progress, mininterval=1, initial=steps.start, total=recipe.steps
-    )
-    for step in bar:
-        decay = 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.lr * min(1.0, (step + 1) / warmup) * decay
-        prompt, x_1 = world.draw(recipe.batch_size, generator)
-        times = (recipe.batch_size, world.latents_shape[0]) if recipe.t_per == "frame" else (recipe.batch_size,)
-        t = torch.rand(times, generator=generator, device=device) * 0.999
-        t = t.repeat_interleave(math.prod(world.latents_shape[1:]), 1) if recipe.t_per == "frame" else t
-        drop = torch.rand(recipe.batch_size, generator=generator, device=device) < EMPTY_PROMPT_SHARE
-        txt_ids = prompt_ids[prompt].masked_fill(drop[:, None], pad)
-        x_t = path.sample(x_1, t, generator)
-        loss = _denoising(model, txt_ids, x_t, x_1, world.latents_shape)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        with torch.no_grad():
-            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), max(1 - EMA_DECAY, 1 / (step + 1)))
-        if step % 100 == 0:
-            bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
-        if (step + 1) % KEEP_EVERY == 0:
-            state.save(step + 1)
-    return ema.run_with(compile=False)
-
-
-class _State:
-    """What training needs to go on where it stopped, in the file `kept`; None keeps nothing."""
-
-    def __init__(self, kept: Path | None, world: World, recipe: TeacherRecipe, parts: dict, generator: torch.Generator):
-        self.kept, self.parts, self.generator = kept, parts, generator
-        self.of = {"world": world.name, **dataclasses.asdict(world), **dataclasses.asdict(recipe)}
-
-    def load(self) -> int:
-        """The number of steps done."""
-        if self.kept is None or not self.kept.exists():
-            return 0
-        try:
-            state = torch.load(self.kept, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises many types for a damaged file
-            raise DimoError(f"{self.kept} is damaged: remove it to start afresh ({reason(error)})") from error
-        if state["of"] != self.of:
-            differ = ", ".join(name for name in self.of if state["of"].get(name) != self.of[name])
-            raise DimoError(
-                f"{self.kept} holds a teacher that is half trained, with other values of {differ}: give those again, "
-                "or remove it to start afresh"
-            )
-        for name, part in self.parts.items():
-            part.load_state_dict(state[name])
-        self.generator.set_state(state["generator"])
-        return state["step"]
-
-    def save(self, step: int) -> None:
-        if self.kept is None:
-            return
-        parts = {name: part.state_dict() for name, part in self.parts.items()}
-        with whole_file(self.kept) as beside:
-            torch.save({"of": self.of, "step": step, "generator": self.generator.get_state(), **parts}, beside)
-
-
-def _denoising(model: UrsaTransformer, txt_ids, x_t, x_1, latents_shape) -> torch.Tensor:
-    """Mean cross-entropy of the clean tokens; for large codebooks a few tokens at a time, whose logits are not kept.
-
-    On a GPU the layers run in bf16, several times as fast at 1,280 tokens, and the logits in float32.
-    """
-    few = model.config.codebook_size <= FEW_CODES
-    if few and not x_t.is_cuda:
-        return F.cross_entropy(visual_logits(model, txt_ids, x_t, latents_shape).flatten(0, 1), x_1.flatten())
-    with torch.autocast(x_t.device.type, torch.bfloat16, enabled=x_t.is_cuda):
-        prediction = predict(model, txt_ids, x_t, latents_shape)
-    prediction, x_1 = prediction.with_states(prediction.states.float()), x_1.flatten()
-    if few:
-        return F.cross_entropy(F.linear(prediction.states.flatten(0, 1), prediction.head), x_1)
-
-    def part(states: torch.Tensor, head: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(F.linear(states, head), x, reduction="sum")
-
-    states, head = prediction.states.flatten(0, 1), prediction.head
-    parts = [checkpoint(part, states[r], head, x_1[r], use_reentrant=False) for r in prediction.row_chunks()]
-    return torch.stack(parts).sum() / len(x_1)
+    model = model.to(recipe.device).run_with(compile=gpu and math.prod(world.latents_shape) >= COMPILED)
+    prompt_ids, pad = encode(world, world.prompts), words(world).index(PAD)
+    training = DenoisingSteps(world, recipe, model, prompt_ids, pad, generator, graph=gpu)
+    with training.on_stream():
+        state = TrainingState(kept, training)
+        steps = range(state.load(), recipe.steps)
+        bar = tqdm(
+            steps,
+            desc="teacher",
+            unit="step",
+            disable=not progress,
+            mininterval=1,
+            initial=steps.start,
+            total=recipe.steps,
+        )
+        for step in bar:
+            training.step(step)
+            if step % 100 == 0:
+                bar.set_postfix(loss=f"{training.loss.item():.4f}", refresh=False)
+            if (step + 1) % KEEP_EVERY == 0:
+                state.save(step + 1)
+    return training.ema.run_with(compile=False)
 
 
 def make_teacher(world: World, recipe: TeacherRecipe, folder: Path, videos_per_prompt: int = 64) -> str:

@@ -1,0 +1,107 @@
+"""A teacher's steps as a CUDA graph, without a GPU: a replay is the captured function called again.
+
+The same with real graphs needs a GPU; there `dimo world train` always uses them.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+
+from dimo.ursa import UrsaTransformer
+from dimo.ursa.cuda_graph import ORDINARY
+from dimo.worlds import denoising
+from dimo.worlds.denoising import DenoisingSteps, TrainingState
+from dimo.worlds.teacher import TeacherRecipe, encode, initialise, ursa_config
+from dimo.worlds.tiles import TilesWorld
+
+STEPS = ORDINARY + 5
+WORLD = TilesWorld(frames=2, codes=16, strays=25)
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """The functions that were captured."""
+    functions = []
+    monkeypatch.setattr(denoising, "record", lambda function, *_: (functions.append(function), function)[1])
+    return functions
+
+
+def training(graph, **more):
+    recipe = TeacherRecipe(layers=1, hidden=32, heads=2, batch_size=4, steps=STEPS, **more)
+    torch.manual_seed(0)
+    model = UrsaTransformer(ursa_config(WORLD, recipe))
+    initialise(model, WORLD.codebook())
+    ids = encode(WORLD, WORLD.prompts)
+    return DenoisingSteps(WORLD, recipe, model, ids, 0, torch.Generator().manual_seed(0), graph)
+
+
+def weights(steps):
+    return torch.cat([p.detach().flatten() for net in (steps.model, steps.ema) for p in net.parameters()])
+
+
+def held(steps):
+    """Where a graph reads and writes, so that no step may put another tensor in its place."""
+    state = [x for p in steps.model.parameters() for x in steps.optimizer.state[p].values()]
+    return [
+        steps.prompt,
+        steps.x_1,
+        steps.optimizer.param_groups[0]["lr"],
+        steps.ema_weight,
+        *steps.ema.parameters(),
+        *state,
+    ]
+
+
+@pytest.mark.parametrize("more", [{}, {"t_per": "frame", "t_shift": 2.6}], ids=str)
+def test_replays_make_the_ordinary_steps(captured, more):
+    plain, graph, losses = training(False, **more), training(True, **more), []
+    start = weights(plain)
+    for index in range(STEPS):
+        before = held(graph) if index else []
+        plain.step(index), graph.step(index)
+        losses.append((plain.loss.item(), pytest.approx(graph.loss.item(), rel=1e-4)))
+        assert all(a is b for a, b in zip(before, held(graph)))
+    assert [a for a, b in losses if a != b] == [] and len({a for a, _ in losses}) == STEPS
+    assert len(captured) == 1 and graph.optimizer.param_groups[0]["lr"].dim() == 0
+    assert plain.optimizer.param_groups[0]["lr"] == pytest.approx(graph.optimizer.param_groups[0]["lr"].item())
+    assert (weights(plain) - weights(graph)).norm() < 1e-3 * (weights(plain) - start).norm()
+
+
+def test_a_graph_goes_on_where_training_stopped(tmp_path, captured):
+    whole, first, second = (training(True) for _ in range(3))
+    for index in range(STEPS):
+        whole.step(index)
+        if index < 5:
+            first.step(index)
+    TrainingState(tmp_path / "half.pt", first).save(5)
+    assert TrainingState(tmp_path / "half.pt", second).load() == 5
+    rate = second.optimizer.param_groups[0]["lr"]
+    for index in range(5, STEPS):
+        second.step(index)
+    assert second.optimizer.param_groups[0]["lr"] is rate and len(captured) == 2
+    assert torch.equal(weights(whole), weights(second))
+
+
+def test_shifted_times_lie_towards_the_noise():
+    """P(t <= s) of uniform u with t = u / (u + shift (1 - u)) is shift s / (1 + (shift - 1) s)."""
+    steps = training(False, t_shift=4.0)
+    steps.recipe = dataclasses.replace(steps.recipe, batch_size=20_000)
+    t = steps._times()
+    for s in (0.05, 0.2, 0.5, 0.9):
+        assert (t <= s).float().mean().item() == pytest.approx(4 * s / (1 + 3 * s), abs=0.015)
+
+
+def test_many_codes_start_as_a_linear_map_of_the_codebook():
+    """Least squares of embeddings and head on the code vectors leaves 5% of their variance; text is random."""
+    world = TilesWorld(codes=1000)
+    torch.manual_seed(0)
+    model = UrsaTransformer(ursa_config(world, TeacherRecipe(layers=1)))
+    initialise(model, world.codebook())
+    points = torch.nn.functional.normalize(world.codebook(), dim=-1)
+    points = torch.cat([points, torch.ones(len(points), 1)], 1)
+    for weight, std in ((model.model.embed_tokens.weight, 1.0), (model.lm_head.weight, 1 / 8)):
+        rows = weight.detach()[-1000:]
+        left = rows - points @ torch.linalg.lstsq(points, rows).solution
+        assert left.square().mean().item() == pytest.approx(0.05 * std**2, rel=0.1)
+        assert rows.square().mean().item() == pytest.approx(std**2, rel=0.3)
