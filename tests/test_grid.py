@@ -151,7 +151,9 @@ def test_a_grid_is_tuned_reported_and_continued(tmp_path):
         teachers = [name for name in json.loads((run / "report.json").read_text()) if name.startswith("teacher")]
         assert teachers == ["teacher_1"]
     (teacher,) = out.glob("teacher-*")  # scored once, with 25 passes: no arm guides it
-    near = json.loads((teacher / "report.json").read_text())["teacher_25"]["coverage_near"]
+    rows = json.loads((teacher / "report.json").read_text())
+    assert list(rows) == ["teacher_1", "teacher_25"]
+    near = rows["teacher_25"]["coverage_near"]
     for row in [seed for arm in result.values() for seed in arm["seeds"]]:
         want = row["coverage_near"] and near and pytest.approx(row["coverage_near"] / near)
         assert row["coverage_of_teacher"] == want

@@ -219,7 +219,7 @@ def validate(config: Config) -> None:
         raise DimoError(
             "distill.min_* and distill.motion_prefix need a file of captions, but distill.prompt_source is world"
         )
-    require_consistent(d)
+    require_consistent(config)
     d.beta()
     d.shift_value()
     _grid(config)

@@ -95,6 +95,7 @@ class Trainer:
         self.dense = whole and not (large or many)
         self.guard = Guard(self.engine, config.training.max_bad_steps)
         self.averages = Averages()
+        self.sheets = True  # of samples, where there is a VAE
         self.events: list[dict] = []  # {"step", "event", ...}; drained by the training loop
         self.graphs: StepGraphs | None = None
         if config.training.cuda_graph:
