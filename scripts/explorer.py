@@ -1,10 +1,10 @@
 """How long the explorer takes, and what it holds: `python scripts/explorer.py FOLDER [--size 17 256 256]`.
 
-FOLDER is a checkpoint in URSA's layout. The weights are loaded and everything else is cold: nothing is compiled, no
-kernel was run. Auxiliary and student are made by moving the teacher's weights a little, so that each needs passes of
-its own, as in a run. It prints seconds from the call to what the browser gets, and where they went; then those of a
-click, of another t, and of each map; the memory beside that of full logits; and the most rows that a tensor with a
-column for every code had, which are all tokens if full logits were ever held.
+FOLDER is a checkpoint in URSA's layout. The weights are loaded, which takes in a first pass on a GPU, and everything
+else is cold: nothing is compiled or kept. Auxiliary and student are made by moving the teacher's weights a little, so
+that each needs passes of its own, as in a run. It prints seconds from the call to what the browser gets, and where they
+went; then those of a click, of another t, and of each map; the memory beside that of full logits; and the most rows
+that a tensor with a column for every code had, which are all tokens if full logits were ever held.
 """
 
 from __future__ import annotations
@@ -19,17 +19,23 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dimo.ursa import MetricPath
+from dimo.ursa.prediction import Prediction
 from dimo.views import explorer, explorer_data, explorer_view
+from dimo.views import models as opening
 from dimo.views.explorer_data import offered
 from dimo.views.explorer_stored import stored
+from dimo.views.figure import Figure
 from dimo.views.models import Models, open_models
 
 CLICKS = 20
 PARTS = [
-    (explorer, "_widget_class", "importing anywidget"), (explorer_view, "ask", "all passes"),
-    (explorer_data, "predict", "of it, a pass"), (explorer_view, "token_maps", "a map"),
+    (explorer, "_widget_class", "importing anywidget"), (explorer_view, "ask", "passes and draws"),
+    (explorer_data, "predict", "of it, a pass"), (Prediction, "sample", "of it, x_hat"),
+    (MetricPath, "sample", "of it, x_t"), (explorer_view, "token_maps", "a map"),
     (explorer_view, "top_codes", "the codes of a token"), (explorer_view.ExplorerView, "picture_of", "decoded frames"),
     (explorer_view.ExplorerView, "patches_of", "patches of codes"), (explorer, "twin", "figure that stands in"),
+    (Figure, "savefig", "that figure as PNG"),
 ]  # fmt: skip
 
 
@@ -55,7 +61,11 @@ def timed(place: Any, name: str, into: list[float]) -> None:
 
 @torch.no_grad()
 def models_of(folder: str, size: tuple[int, int, int]) -> Models:
+    begin, warming = time.perf_counter(), []
+    timed(opening, "first_passes", warming)
     models = open_models(folder, size=size)
+    settle()
+    print(f"loading: {time.perf_counter() - begin:.2f} s, of it the first passes {sum(warming):.2f} s")
     teacher, models.guidance_scale = models.networks["teacher"], 3.0
     for i, name in enumerate(("auxiliary", "student")):
         other, g = copy.deepcopy(teacher), torch.Generator(models.device).manual_seed(i)

@@ -53,8 +53,8 @@ TILES = {
     "exact teacher and target": ["distill.teacher=exact", "distill.aux_target=exact"],
     "exact teacher, stabilisers, guidance 3, mixed times": [
         "distill.teacher=exact", "distill.t_curriculum_steps=7", "distill.lambda_ent=0.02", "distill.t_shift=law",
-        "distill.lambda_ent_high=0.2", "distill.entropy_floor=0.9999", "distill.guidance_scale=3",
-        "distill.t_per=mixed",
+        "distill.t_power_start=6", "distill.lambda_ent_high=0.2", "distill.entropy_floor=0.9999",
+        "distill.guidance_scale=3", "distill.t_per=mixed",
     ],
     "network as teacher, guidance 3, exact target": ["distill.guidance_scale=3", "distill.aux_target=exact"],
     "exact teacher, bf16": ["distill.teacher=exact", "training.mixed_precision=bf16"],

@@ -3,6 +3,8 @@
 `python scripts/trust.py OUT` trains students in several ways, keeps each at several steps, damages the videos of the
 student that ships, measures all of them by the metrics and by the oracle, and writes OUT/trust.json and OUT/trust.md.
 The same command goes on where it was stopped. What ships is copied: `cp OUT/trust.json dimo/evaluation/trust.json`.
+It keeps the other worlds of that file: `python scripts/trust.py OUT --preset tiles distill.teacher_ckpt=FOLDER`.
+Of a world without a student that ships, the videos of its teacher are damaged.
 """
 
 import argparse
@@ -27,9 +29,10 @@ from dimo.train.together import train_and_compare
 from dimo.train.trainer import Trainer
 from dimo.ursa import load_ursa, sample
 from dimo.ursa.loading import load_student
-from dimo.worlds import SHIPPED_STUDENT, checkpoint_folder, load_world
+from dimo.worlds import DEFAULT_WORLD, SHIPPED_STUDENT, checkpoint_folder, load_world
+from dimo.worlds.exact import exact_teacher
 from dimo.worlds.oracle import coverage, score
-from dimo.worlds.protocol import Scores, prompt_length
+from dimo.worlds.protocol import Scores, prompt_length, prompts_to_score
 
 ARMS = {  # good ones, and what is known to be slow, blurred or to collapse
     "recipe": [],
@@ -53,7 +56,8 @@ def runs_of(args) -> dict[str, Config]:
     ]  # fmt: skip
     return {
         f"{arm}, seed {seed}": load_config(
-            "shapes", [*words, *more, f"experiment.seed={seed}", f"experiment.output_dir={args.out / slug(arm, seed)}"]
+            args.preset,
+            [*words, *more, f"experiment.seed={seed}", f"experiment.output_dir={args.out / slug(arm, seed)}"],
         )
         for arm, more in ARMS.items()
         for seed in range(1, args.seeds + 1)
@@ -68,22 +72,28 @@ class Bench:
     """The prompts and the teacher of a world, beside which students are measured."""
 
     def __init__(self, args):
-        folder = checkpoint_folder("shapes")
-        device = device_of(load_config("shapes", args.overrides))
+        config = load_config(args.preset, args.overrides)
+        folder, device = checkpoint_folder(config.distill.teacher_ckpt), device_of(config)
         self.world, self.ursa, self.copies = load_world(folder), load_ursa(folder, device), args.videos
-        self.prompts, self.grid, self.device = self.world.prompts, self.world.latents_shape, device
+        self.prompts, self.grid, self.device = prompts_to_score(self.world), self.world.latents_shape, device
+        d, exact = config.distill, config.distill.teacher == "exact"
+        self.network = exact_teacher(folder, self.ursa.path) if exact else self.ursa.transformer
+        self.guidance = {"guidance_scale": d.guidance_scale, "guidance_trunc": d.guidance_trunc}
+        self.ships = SHIPPED_STUDENT if folder == checkpoint_folder(DEFAULT_WORLD) else None
         length = prompt_length(self.world)
         self.ids, self.empty = self.ursa.tokenize(self.prompts, length), self.ursa.tokenize([""], length)
         self.choices = self.ids[judging.choices(len(self.prompts))]
-        teacher = [self.draw(self.ursa.transformer, STEPS, seed, OTHER) for seed in (1, 2)]
+        teacher = [self.draw(None, STEPS, seed, OTHER) for seed in (1, 2)]
         self.teacher, self.again = (self.videos(codes, OTHER, None) for codes in teacher)
         self.teacher.reference, self.again.reference = self.again, self.teacher
 
     def draw(self, network, steps: int, seed: int, copies: int) -> torch.Tensor:
-        """Codes (P, V, N)."""
+        """Codes (P, V, N) of a student, or of the teacher, None."""
+        guide = self.guidance if network is None else {}
         g, made = torch.Generator(self.device).manual_seed(seed), []
         for ids in self.ids.repeat_interleave(copies, 0).split(BATCH):
-            made.append(sample(network, self.ursa.path, ids, self.grid, steps, generator=g).cpu())
+            how = {"generator": g, "uncond_ids": self.empty.expand_as(ids), **guide}
+            made.append(sample(network or self.network, self.ursa.path, ids, self.grid, steps, **how).cpu())
         return torch.cat(made).view(len(self.prompts), copies, -1)
 
     def videos(self, codes: torch.Tensor, copies: int, network) -> Videos:
@@ -166,8 +176,8 @@ def measure_all(args, runs: dict[str, Config]) -> list[dict]:
     for family, config in runs.items():
         for folder in sorted(Path(config.experiment.output_dir, "checkpoints").glob("milestone-*")):
             networks[f"{family}, step {int(folder.name.split('-')[1])}"] = family, folder
-    networks |= {"ships": ("ships", SHIPPED_STUDENT), "untrained": ("untrained", None)}
     bench, found = Bench(args), list[dict]()
+    networks |= ({"ships": ("ships", bench.ships)} if bench.ships else {}) | {"untrained": ("untrained", None)}
 
     def add(name: str, family: str, codes: Callable[[], torch.Tensor], network=None) -> None:
         if name not in rows:
@@ -183,7 +193,8 @@ def measure_all(args, runs: dict[str, Config]) -> list[dict]:
             add(name, family, lambda: bench.draw(network, 1, 1, args.videos), network)  # noqa: B023
         except DimoError as error:  # a rate that is too high may end in logits that are not finite
             print(f"{name} is left out: {error}", file=sys.stderr)
-    good = bench.draw(load_student(bench.ursa, SHIPPED_STUDENT), 1, 1, args.videos)
+    ships = load_student(bench.ursa, bench.ships) if bench.ships else None
+    good = bench.draw(ships, 1 if ships else STEPS, 3 if ships is None else 1, args.videos)
     for family, made in failures(good, bench.grid, bench.world.codebook_size).items():
         for name, codes in made.items():
             add(name, family, lambda: codes)  # noqa: B023
@@ -231,6 +242,7 @@ def _cell(row: dict | None) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--preset", default="shapes", help="of all trainings; it names the world")
     parser.add_argument("--steps", type=int, default=280, help="of each training")
     parser.add_argument("--kept", type=int, default=7, help="students kept of each training")
     parser.add_argument("--batch", type=int, default=16, help="samples of a step")
@@ -238,16 +250,19 @@ def main() -> None:
     parser.add_argument("--videos", type=int, default=32, help="videos of each prompt")
     parser.add_argument("--together", type=int, default=1, help="trainings side by side")
     parser.add_argument("overrides", nargs="*", help="key=value of all trainings, such as training.cuda_graph=true")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     runs = runs_of(args)
     left = [c for c in runs.values() if not Path(c.experiment.output_dir, "checkpoints", "final").is_dir()]
     for i in range(0, len(left), args.together):
         train_and_compare([Trainer(config) for config in left[i : i + args.together]])
     rows = measure_all(args, runs)
     found = correlations(rows)
-    about = {"students": len(rows), "families": len({row["family"] for row in rows}), "metrics": found}
-    command = " ".join(["python scripts/trust.py OUT", *sys.argv[2:]])
-    write_text(args.out / "trust.json", json.dumps({"command": command, "worlds": {"shapes": about}}, indent=1) + "\n")
+    world = load_world(checkpoint_folder(load_config(args.preset, args.overrides).distill.teacher_ckpt))
+    name = world.name if world.name == DEFAULT_WORLD else f"{world.name} of {math.prod(world.latents_shape)} tokens"
+    about = {"command": " ".join(["python scripts/trust.py OUT", *sys.argv[2:]]), "students": len(rows)}
+    about |= {"families": len({row["family"] for row in rows}), "metrics": found}
+    worlds = json.loads(trust.FILE.read_text(encoding="utf-8"))["worlds"] | {name: about}
+    write_text(args.out / "trust.json", json.dumps({"worlds": worlds}, indent=1) + "\n")
     write_text(args.out / "trust.md", table(found))
     print(
         table(found) + f"{about['students']} students of {about['families']} families; written: {args.out}/trust.json"

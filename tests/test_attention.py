@@ -8,16 +8,21 @@ import importlib
 import math
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, current_flash_attention_impl
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dimo.commands.sample import Request, open_sampler
+from dimo.config import load_config
 from dimo.errors import DimoError
+from dimo.evaluation.evaluate import open_comparison
 from dimo.ursa import UrsaConfig, attention
 from dimo.ursa.attention import choose
 from dimo.ursa.transformer import Attention, rope_table, rotate
+from dimo.worlds import SHIPPED_STUDENT
 
 fa4 = importlib.import_module("torch.nn.attention._fa4")
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
@@ -64,8 +69,8 @@ def gpu(monkeypatch):
     """A Hopper GPU, as far as the choice looks at it; trials run on the CPU."""
     tried, attend = attention.trial_errors, attention._attend
 
-    def trial(kernel, device, *rest):
-        return tried(kernel, CPU, *rest)
+    def trial(kernel, device, *rest, **how):
+        return tried(kernel, CPU, *rest, **how)
 
     def hooked(kernel, q, k, v):
         if kernel == SDPBackend.FLASH_ATTENTION and current_flash_attention_impl() == "FA4":
@@ -131,6 +136,49 @@ def test_a_package_that_is_wrong_is_left_alone_and_the_reason_is_told(gpu, tmp_p
     with pytest.raises(DimoError, match=f"model.attention=fa4 cannot be used: .*{said}.*model.attention=auto"):
         choose("fa4", CUDA, torch.bfloat16, HEADS)
     assert current_flash_attention_impl() is None
+
+
+def test_what_is_only_sampled_needs_no_gradients_of_its_kernel(gpu, tmp_path):
+    install(gpu, tmp_path, dk="dk * float('nan')")
+    assert choose("auto", CUDA, torch.bfloat16, HEADS).name == "auto"
+    assert choose("auto", CUDA, torch.bfloat16, HEADS, gradients=False).name == "fa4"
+
+
+@pytest.mark.parametrize(
+    ("device", "tokens", "name", "runs_with"),
+    [
+        ("cuda", 33_280, "auto", "fa4"),
+        ("cuda", 5_120, "auto", None),  # the trial takes longer than it would save
+        ("cuda", 5_120, "fa4", "fa4"),
+        ("cuda", 33_280, "math", "math"),
+        ("cpu", 33_280, "fa4", None),  # of a run on a GPU
+    ],
+)
+def test_what_is_sampled_takes_the_kernel_that_training_takes(gpu, tmp_path, device, tokens, name, runs_with):
+    install(gpu, tmp_path, dk="dk * float('nan')")  # its gradients do not count
+    weight, chosen = SimpleNamespace(device=torch.device(device), dtype=torch.bfloat16), []
+    network = SimpleNamespace(
+        lm_head=SimpleNamespace(weight=weight), config=HEADS, run_with=lambda attention: chosen.append(attention)
+    )
+    attention.use_for_sampling(network, tokens, name)
+    assert chosen == ([runs_with] if runs_with else [])
+
+
+def test_samples_and_evaluations_ask_for_it_before_they_copy_the_network(monkeypatch):
+    asked = []
+
+    def use(network, tokens, name="auto"):
+        asked.append((tokens, name))
+        network.run_with(attention="math")
+
+    monkeypatch.setattr("dimo.evaluation.evaluate.use_for_sampling", use)
+    monkeypatch.setattr("dimo.commands.sample.use_for_sampling", use)
+    config = load_config("smoke", ["model.device=cpu", "model.attention=cudnn"])
+    comparison, _ = open_comparison(config, SHIPPED_STUDENT)
+    sampler = open_sampler(Request(student_ckpt=str(SHIPPED_STUDENT), device="cpu"), [])
+    assert asked == [(48, "cudnn"), (48, "auto")]
+    for network in (*comparison.networks.values(), sampler.network):
+        assert {layer.self_attn.kernels for layer in network.model.layers} == {"math"}
 
 
 def test_other_gpus_and_float32_do_without(gpu, tmp_path):

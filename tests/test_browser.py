@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from dimo.commands.report import write_run_report
 from dimo.config import load_config, to_yaml
@@ -21,7 +22,8 @@ from dimo.train.trainer import Trainer
 from dimo.ursa.weights import read_weights
 from dimo.views.explorer_view import ExplorerView, colours_of, scale_of
 from dimo.views.models import open_models
-from dimo.worlds import SHIPPED_STUDENT
+from dimo.views.sheets import save_sheet
+from dimo.worlds import SHIPPED_STUDENT, checkpoint_folder
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 REQUIRED = bool(os.environ.get("DIMO_NEEDS_BROWSER"))  # where a skip is a failure
@@ -274,12 +276,34 @@ def report(tmp_path_factory):
     run = RunFolder.open(folder, to_yaml(config))
     run.write_status(state="finished", step=50, max_steps=50)
     run.write_environment()
-    for step in (1, 2, 3):
+    for step in (1, 25, 50):
         run.log({"step": step, "entropy/student": 1.0 / step, "loss/aux": 0.5})
+        save_sheet(run.path / "samples" / f"step-{step:08d}.png", {"a": torch.rand(1, 3, 8, 8, 3)}, ["p"])
+    first = folder / "checkpoints" / "step-00000010"
+    first.mkdir(parents=True)
+    for name in ("student", "aux"):
+        save_file(read_weights(checkpoint_folder("shapes") / "transformer"), first / f"{name}.safetensors")
     final = folder / "checkpoints" / "final"
-    final.mkdir(parents=True)
+    final.mkdir()
     torch.save(read_weights(SHIPPED_STUDENT), final / "student.pt")
     return write_run_report(run)
+
+
+def test_a_report_without_a_checkpoint_has_its_dashboard(browser, tmp_path):
+    config = load_config("smoke", ["model.device=cpu", f"experiment.output_dir={tmp_path / 'new'}"])
+    run = RunFolder.open(tmp_path / "new", to_yaml(config))
+    run.write_status(state="running", step=2, max_steps=50)
+    for step in (1, 2):
+        run.log({"step": step, "entropy/student": 1.0 / step})
+    page, wrong = page_of(browser)
+    page.goto(write_run_report(run).as_uri())
+    assert "There is none: " in page.inner_text("body") and "no checkpoint yet" in page.inner_text("body")
+    page.focus(".curves")
+    page.keyboard.press("ArrowLeft")
+    told = page.inner_text(".told")
+    assert "Step 1\n" in told and "entropy (nats per token): 1.00" in told and "explorer" not in told
+    assert wrong == []
+    page.close()
 
 
 def test_a_report_works_from_a_file_by_click_and_key(browser, report):
@@ -306,6 +330,25 @@ def test_a_report_works_from_a_file_by_click_and_key(browser, report):
     same_colours = colours_shown(canvas)
     canvas.press("l")
     assert colours_shown(canvas) != same_colours and "log scale" in page.inner_text(".dimo")
+
+    curves = page.query_selector(".curves img")
+    curves.scroll_into_view_if_needed()
+    left, top, width, height = json.loads(page.inner_text("#logged"))["panels"][0]["box"]
+    box, select = curves.bounding_box(), page.query_selector(".dimo select")
+    assert "Step 50" in page.inner_text(".told") and select.input_value() == "0"
+    curves.click(position={"x": (left + 0.05 * width) * box["width"], "y": (top + 0.5 * height) * box["height"]})
+    told = page.inner_text(".told")
+    assert "Step 1\n" in told and "entropy (nats per token): 1.00" in told and "at step 10," in told
+    assert select.input_value() == "1" and page.get_attribute("#samples img", "alt") == "samples at step 1"
+    page.focus(".curves")
+    keys = ("ArrowRight", 25, "1"), ("ArrowRight", 50, "0"), ("ArrowRight", 50, "0"), ("Home", 1, "1")
+    for key, step, model in keys:
+        page.keyboard.press(key)
+        assert f"Step {step}\n" in page.inner_text(".told") and select.input_value() == model
+        assert page.get_attribute(".curves", "aria-valuenow") == str(step)
+    said = page.evaluate(TOP)
+    page.keyboard.press("End")
+    assert page.evaluate(TOP) != said  # of another checkpoint
     assert all(page.evaluate("() => [...document.images].map((i) => i.alt && i.naturalWidth > 0)"))
     assert len(page.query_selector_all("video[aria-label]")) == 4
     assert wrong == []

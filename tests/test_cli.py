@@ -67,7 +67,7 @@ def test_config_lists_keys_and_resolves_presets(capsys):
         (["train", "-c", "tiles"], "; `dimo world train tiles -o worlds/tiles` makes one"),
         (["train", "-c", "smoke", "distill.teacher=exact"], "only the worlds tiles and sprites have an exact teacher"),
         (
-            ["plan", "-c", "tiles"],
+            ["plan", "-c", "tiles", "distill.teacher=exact"],
             "memory is counted for networks; to plan for the others, use distill.teacher=network",
         ),
         (["world", "train", "shapes", "-o", "x", "--frames", "1"], "at least 2 frames"),

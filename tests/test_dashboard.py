@@ -237,6 +237,14 @@ def test_no_text_is_cut_or_lies_on_another(tmp_path):
         assert len(boxes) > 16 and not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
 
 
+def test_a_line_far_above_zero_is_not_cut_off_at_the_top(run):
+    for step in (1, 2, 3):
+        run.log({"step": step, "memory/peak_gib": 1.22 + 0.001 * step})
+    (axis,) = dashboard_figure(run).axes
+    low, high = axis.get_ylim()
+    assert low == 0 and (high - 1.223) / high > 0.03  # its panel has 150 pixels, the line 2
+
+
 def test_what_is_drawn_does_not_grow_with_the_rows(run):
     g = np.random.default_rng(0)
     lines = (json.dumps(row(step, value)) for step, value in enumerate(g.standard_normal(20_000).tolist()))
@@ -282,7 +290,7 @@ def test_the_widget_follows_a_training_to_its_end_and_has_a_picture_beside_it(ru
     run._acquire()
     board = dashboard(run, every_s=0.01)
     assert isinstance(board, Dashboard) and board.follow.value
-    assert "no step has been logged yet" in board.about.value and "image/png" not in board._repr_mimebundle_()
+    assert "no step has been logged yet" in board.about.value and "image/png" not in board._repr_mimebundle_()[0]
     log(run, 1, 2)
     until(lambda: board.png)
     first = board.png
@@ -291,10 +299,12 @@ def test_the_widget_follows_a_training_to_its_end_and_has_a_picture_beside_it(ru
     run.write_status(state="finished", step=3)
     run.close()
     until(lambda: not board.follow.value)
-    data = board._repr_mimebundle_()
+    data, about = board._repr_mimebundle_()
     assert "application/vnd.jupyter.widget-view+json" in data and base64.b64decode(data["image/png"]) == board.png
+    alt = about["image/png"]["alt"]
+    assert alt.startswith(f"Curves of {run.path.name} (finished") and ": loss, " in alt and "no alarms" in alt
     assert board.png != first and board.image.box.png == board.png and board.about.value == ""
-    shown, whole = (matplotlib.image.imread(io.BytesIO(png)) for png in (board.png, dashboard_figure(run)._repr_png_()))
+    shown, whole = (matplotlib.image.imread(io.BytesIO(png)) for png in (board.png, dashboard_figure(run).png()))
     assert np.array_equal(shown, whole)  # the widget and its twin
     assert board.sheets.images[0].value == (run.path / "samples" / "step-00000002.png").read_bytes()
     board.close()
@@ -339,6 +349,12 @@ def test_a_click_on_the_widget_opens_the_explorer_there(run, live, monkeypatch):
         board.image.box._handle_custom_msg(place, [])
     assert opened == [(board.board.histories[0].run, (20,))] * 2 and len(board.explorer.children) == 1
     assert board.about.value == "below: run at step 20"
+    (run.path / "checkpoints" / "step-00000010").mkdir()
+    board.explore.click()  # the last step, as long as there are no samples
+    save_sheet(run.path / "samples" / "step-00000008.png", {"a": torch.rand(1, 3, 8, 8, 3)}, ["p"])
+    board.redraw()
+    board.explore.click()
+    assert [step for _, (step,) in opened[2:]] == [20, 10] and board.about.value == "below: run at step 10"
     board.close()
 
 

@@ -16,9 +16,10 @@ from dimo.commands.notebooks import notebook_folder
 from dimo.config import load_config
 from dimo.errors import DimoError
 from dimo.evaluation.comparison import Job
-from dimo.evaluation.evaluate import PARTS, evaluate_to_folder, parts_of
-from dimo.evaluation.jobs import Parts, alone_in, run_in_processes
+from dimo.evaluation.evaluate import PARTS, evaluate_to_folder, open_comparison, parts_of
+from dimo.evaluation.jobs import Parts, alone_in, run_in_processes, take_share
 from dimo.ursa import load_ursa, save_student
+from dimo.worlds import SHIPPED_STUDENT
 
 TINY = notebook_folder().parent / "tests" / "data" / "tiny-ursa"
 JOBS = [Job("student_1", 0, 1), Job("student_1", 1, 1), Job("teacher_2", 0, 2)]
@@ -46,7 +47,7 @@ def overrides(student):
 
 def figures(rows):
     """All but what the clock says."""
-    return {name: {k: v for k, v in row.items() if k != "seconds_per_video"} for name, row in rows.items()}
+    return {name: {k: v for k, v in row.items() if not k.startswith("seconds")} for name, row in rows.items()}
 
 
 @pytest.fixture(scope="module")
@@ -70,10 +71,15 @@ def command(student, out, *more):
     return [*words, *overrides(student), *more]
 
 
-def test_two_processes_give_the_figures_of_one(student, alone, tmp_path):
-    words = command(student, tmp_path, "training.num_processes=2")
-    said = python.run(words, capture_output=True, text=True).stderr
-    assert_as_alone(tmp_path, json.loads((tmp_path / "report.json").read_text()), alone)
+def test_two_processes_give_the_figures_of_one_and_a_third_loads_nothing(student, alone, tmp_path, monkeypatch, capfd):
+    def loaded(*_, **__):
+        raise AssertionError("the networks belong to the two processes")
+
+    monkeypatch.setattr("dimo.ursa.loading.read_weights", loaded)
+    config = load_config("distill_dimo", [*overrides(student), "training.num_processes=2"])
+    rows = evaluate_to_folder(config, student / "student", tmp_path)
+    said = capfd.readouterr().err
+    assert_as_alone(tmp_path, rows, alone)
     assert "evaluate: 39 videos in 7 rows, 378 passes in 2 processes" in said
     assert said.count("378/378 passes  done") == 1
 
@@ -96,6 +102,19 @@ def test_a_killed_evaluation_goes_on(student, alone, tmp_path):
         rows = evaluate_to_folder(config, student / "student", tmp_path, progress=False)
     assert not set(seen) & kept.keys() and len(seen) == 39 - len(kept)
     assert_as_alone(tmp_path, rows, alone)
+
+
+def test_of_a_world_too_half_of_the_jobs_by_another_process_change_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("dimo.views.sheets.save_sheet", lambda *_: None)  # to draw one takes longer
+    words = ["model.device=cpu", "evaluation.videos_per_prompt=1", "evaluation.judged_videos=0"]
+    config = load_config("smoke", [*words, "evaluation.batch_size=24", "evaluation.teacher_steps=[2]"])
+    whole = evaluate_to_folder(config, SHIPPED_STUDENT, tmp_path / "whole", progress=False)
+    comparison, _ = open_comparison(config, SHIPPED_STUDENT)
+    parts, jobs = parts_of(config, SHIPPED_STUDENT, tmp_path / "shared", comparison.prompts), comparison.jobs()
+    take_share(comparison, parts, 1, 2)  # and then it was killed
+    assert parts.missing(jobs) == jobs[::2] and len(jobs) == 2 * 6
+    rows = evaluate_to_folder(config, SHIPPED_STUDENT, tmp_path / "shared", progress=False)
+    assert figures(rows) == figures(whole) and rows["student_1"]["validity"] > 0.9
 
 
 def test_what_another_student_or_setting_has_left_is_not_taken_up(student, tmp_path):

@@ -144,7 +144,7 @@ def test_what_a_report_stores_is_what_the_explorer_says(view):
     assert len(data["states"]) == np.prod([len(c) for c in choices.values()]) <= 200_000 / 420 / 48
     pane = data["first"]["panes"][0]
     state = data["states"]["|".join(f"{pane[k]:g}" if k != "prompt" else pane[k]
-                                    for k in ("prompt", "seed", "t", "guidance_scale"))]  # fmt: skip
+                                    for k in ("model", "prompt", "seed", "t", "guidance_scale"))]  # fmt: skip
     models, setting, answer = view.answer(pane)
     for name, kept in state["maps"].items():
         levels = np.frombuffer(base64.b64decode(kept["data"]), np.uint16)
@@ -155,6 +155,8 @@ def test_what_a_report_stores_is_what_the_explorer_says(view):
     assert codes[0].tolist() == view.view(data["first"])["panes"][0]["top"][0]["codes"]
     at_size = stored(ExplorerView(view.models), most=1)
     assert len(at_size["states"]) == 1
+    both = stored(ExplorerView([*view.models, open_models("shapes")]), most=420 * 48 * 5)
+    assert len(both["states"]) == 4 and {key[0] for key in both["states"]} == {"0", "1"}
 
 
 def test_models_of_different_sizes_are_refused(view):

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from dimo.config import load_config
 from dimo.errors import DimoError
 from dimo.train.trainer import Trainer
-from dimo.ursa import Chunked, Dense, MetricPath, MixturePath, chunks, visual_logits
+from dimo.ursa import Chunked, Dense, MetricPath, MixturePath, chunks, predict, visual_logits
+from dimo.views import models as opening
 from dimo.views.explorer_data import STATISTICS, Setting, ask, offered, token_at, token_map, top_codes
 from dimo.views.models import checkpoints_of, open_models
 from dimo.views.noise_maps import entropies_over, noises_of
@@ -133,6 +134,14 @@ def test_what_the_noise_decides_has_its_closed_form(monkeypatch):
         entropies_over([])
     gpu = torch.device("cuda")
     assert [noises_of(grid, gpu) for grid in ((3, 4, 4), (5, 32, 32), (13, 40, 64))] == [64, 25, 8]
+
+
+def test_the_first_passes_are_those_that_a_view_needs_and_change_no_draw(models, monkeypatch):
+    asked = []
+    monkeypatch.setattr(opening, "predict", lambda net, *args, **how: asked.append(net) or predict(net, *args, **how))
+    before = torch.get_rng_state()
+    opening.first_passes(models)
+    assert asked == [models.networks["student"]] and torch.equal(before, torch.get_rng_state())
 
 
 def test_the_shipped_student_is_decided_by_its_noise_and_the_teacher_is_not():

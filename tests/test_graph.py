@@ -39,6 +39,7 @@ CASES = {  # {what they show: (keys, number of graphs)}
     "stabilisers": ([
         "distill.t_curriculum_steps=7", "distill.lambda_ent=0.02", "distill.lambda_ent_high=0.2",
         "distill.entropy_floor=0.9999", "distill.ent_anneal_to=30", "distill.p_corrupt_fade=1",
+        "distill.t_power_start=6",
     ], 2),
     "guided, a time per frame": (["distill.guidance_scale=3", "distill.t_per=frame", "distill.aux_pass=shared"], 1),
     "stage 7 in every second step": (["distill.estimator=reinforce", "distill.w_kd=0.5", "distill.kd_every=2"], 2),

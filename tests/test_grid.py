@@ -68,7 +68,7 @@ def test_the_stabilisers_are_a_factorial_of_equal_samples(tmp_path):
         folder, words = grid.run(grid.places["N = 320"], name, 1e-3, 1, tmp_path)
         config = load_config(grid.preset, words)
         d, steps = config.distill, config.training.max_train_steps
-        assert (d.num_frames, d.height, d.width, d.guidance_scale, d.teacher) == (17, 64, 64, 3, "exact")
+        assert (d.num_frames, d.height, d.width, d.guidance_scale, d.teacher) == (17, 64, 64, 3, "network")
         assert steps * d.batch_size_per_gpu == 3000 * 64 and d.t_curriculum_steps in (0, steps // 5)
         assert (d.corrupt_ratio, d.p_corrupt_fade, d.lambda_ent_high) == (0.2, 0, 0.05)
         assert (config.experiment.seed, config.evaluation.teacher_steps) == (1, [1]) and folder.parent == tmp_path
@@ -151,7 +151,9 @@ def test_a_grid_is_tuned_reported_and_continued(tmp_path):
         teachers = [name for name in json.loads((run / "report.json").read_text()) if name.startswith("teacher")]
         assert teachers == ["teacher_1"]
     (teacher,) = out.glob("teacher-*")  # scored once, with 25 passes: no arm guides it
-    near = json.loads((teacher / "report.json").read_text())["teacher_25"]["coverage_near"]
+    rows = json.loads((teacher / "report.json").read_text())
+    assert list(rows) == ["teacher_1", "teacher_25"]
+    near = rows["teacher_25"]["coverage_near"]
     for row in [seed for arm in result.values() for seed in arm["seeds"]]:
         want = row["coverage_near"] and near and pytest.approx(row["coverage_near"] / near)
         assert row["coverage_of_teacher"] == want

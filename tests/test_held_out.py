@@ -15,6 +15,7 @@ from dimo.errors import DimoError
 from dimo.evaluation.evaluate import evaluate_to_folder, prompts_of
 from dimo.run.folder import RunFolder
 from dimo.run.origin import held_out_by
+from dimo.train import prompts
 from dimo.train.prompts import open_prompts
 from dimo.train.trainer import Trainer
 from dimo.ursa import load_ursa
@@ -183,7 +184,7 @@ def test_of_other_captions_than_the_runs_nothing_is_claimed(tmp_path, caplog):
         assert ("held out of training for evaluation" in caplog.text) == (held_out is not None)
 
 
-def test_captions_that_were_trained_on_are_counted(tiny, tmp_path, caplog):
+def test_captions_that_were_trained_on_are_counted(tiny, tmp_path, caplog, monkeypatch):
     twice = [*CAPTIONS, *(f"{caption.upper()}." for caption in CAPTIONS[:30])]
     run = Trainer(config_for(tmp_path, twice, "training.max_train_steps=1")).train(False)
     held = open_prompts(load_config(run.path / "config.yaml"), tiny).held_out
@@ -199,6 +200,18 @@ def test_captions_that_were_trained_on_are_counted(tiny, tmp_path, caplog):
         assert rows["student_1"]["prompts_held_out"] == count - seen and rows["student_1"]["prompts_trained_on"] == seen
         assert f"{seen} of the {count} captions are among those that {run.path} was trained on" in caplog.text
         assert prompts_of(rows) == f"Prompts: {count - seen} held-out captions, and {seen} that were trained on."
+
+    searched = []
+    monkeypatch.setattr(prompts, "_search", lambda *asked: searched.append(asked) or set())
+    own = load_config(run.path / "config.yaml")
+    assert prompts.trained_on(own, run.path, held) == again and not searched  # kept with the run
+    assert prompts.trained_on(own, run.path, ["new"]) == 0 and len(searched) == 1
+    for damaged in ("[", "{}"):
+        (run.path / "trained_on.json").write_text(damaged)
+        assert prompts.trained_on(own, run.path, held) == 0
+    with open(tmp_path / "captions.csv", "a") as file:
+        file.write("one more,1\n")
+    assert prompts.trained_on(own, run.path, held) == 0 and len(searched) == 4
 
 
 def test_prompts_that_become_one_by_cutting_are_said(tiny, tmp_path):

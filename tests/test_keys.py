@@ -115,6 +115,8 @@ STEPPED = [
     Row("distill.ent_anneal_to", 2, "student lambda_ent", steps=2, beside=BONUS),
     Row("distill.t_curriculum_steps", 9, "step.t t/mean student"),
     Row("distill.t_power", 1, "step.t t/mean student"),
+    Row("distill.t_power_start", 6, "step.t t/mean student"),
+    Row("distill.t_power_fade", 0.1, "step.t t/mean student", steps=2, beside=("distill.t_power_start=6",)),
     Row("distill.t_draws", 2, "step.t step.x_t student"),
     Row("distill.t_per", "frame", "step.t student"),
     Row("distill.t_per", "mixed", "step.t student"),

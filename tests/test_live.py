@@ -1,7 +1,6 @@
 """What a live notebook does that a headless one does not: it works in the repository, finds runs and follows them."""
 
 import os
-import time
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from dimo.run.folder import RunFolder
 from dimo.run.overview import existing_run, newest_student, progress_of
 from dimo.run.signals import Preempted
 from dimo.views import live
-from dimo.views.live import HEADLESS, describe_settings, following, watch, work_in_repository
+from dimo.views.live import HEADLESS, describe_settings, watch, work_in_repository
 
 
 class Place:
@@ -118,26 +117,6 @@ def test_watching_draws_until_the_training_ends_and_an_interrupt_ends_only_the_w
     watch(run)
     assert "no longer watched" in capsys.readouterr().out
     run.close()
-
-
-def test_a_cell_that_trains_draws_while_it_does_and_not_an_earlier_training(tmp_path, places, monkeypatch):
-    run = RunFolder(tmp_path)
-    log(run, 1)
-    os.utime(tmp_path / "metrics.jsonl", (1, 1))
-    with following(tmp_path, every_s=0.01) as shown:
-        time.sleep(0.1)
-        assert shown and places[0].shown == ["starting"]
-        log(run, 2)
-        until = time.monotonic() + 30
-        while len(places[0].shown) < 2 and time.monotonic() < until:
-            time.sleep(0.01)
-        assert len(places[0].shown) > 1
-        with pytest.raises(DimoError, match="of the training"), following(tmp_path):
-            raise DimoError("of the training")
-    monkeypatch.setenv(HEADLESS, "1")
-    with following(tmp_path) as shown:
-        assert not shown
-    assert len(places) == 2
 
 
 def test_settings_are_told_by_what_differs():

@@ -38,6 +38,7 @@ def test_notebooks_are_thin_and_carry_no_output(name):
     assert all(c["outputs"] == [] and c["execution_count"] is None for c in code)
     assert [i for i, c in enumerate(code) if "parameters" in c["metadata"].get("tags", [])] == [0]
     assert "".join(code[-1]["source"]) == "checks.finish()"
+    assert any("work_in_repository()" in "".join(c["source"]) for c in code)  # else slices and runs go astray
     assert max(len(c["source"]) for c in code) <= 45
 
 
@@ -76,6 +77,9 @@ def test_every_figure_is_shown_as_a_picture(executed):
         assert all("image/png" in d for d in figures[name]) and len(set(pictures)) == len(pictures)
         page = (run.path / "notebooks" / f"{name}.html").read_text()
         assert page.count('src="data:image/png') == len(pictures)
+        described = re.findall(r'<img[^>]*alt="([^"]*)"', page.replace("\n", " "))
+        assert len(described) == len(pictures) and min(map(len, described), default=9) > 8
+        assert not any("No description" in text for text in described)
     assert [len(shown) for shown in figures.values()] == [3, 3, 1, 3, 0]
 
 

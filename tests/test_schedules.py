@@ -13,7 +13,9 @@ from dimo.distill.schedules import (
     XInit,
     draw_t,
     fade,
+    power_at,
     sample_t_curriculum,
+    shift_for,
     shifted,
 )
 from dimo.errors import DimoError
@@ -165,6 +167,19 @@ def test_a_mixed_batch_has_rows_of_both_kinds(generator):
         assert rows[:, kind].mean().item() == pytest.approx(0.5, abs=0.02)
 
 
+def test_the_power_of_t_moves_from_its_start_to_its_end():
+    powers = [power_at(step, 2.0, 8.0, 100) for step in (0, 50, 100, 500)]
+    assert powers == pytest.approx([8, 4, 2, 2])  # half of the way is the geometric mean
+    assert [power_at(step, 1.6, 0.0, 100) for step in (0, 50, 500)] == [1.6] * 3  # off
+    g = [torch.Generator().manual_seed(3) for _ in range(2)]
+    given = [draw_t(64, (3, 2, 2), 0, 0, "frame", power, 2, each) for power, each in zip((6.0, torch.tensor(6.0)), g)]
+    torch.testing.assert_close(*given)
+    # P(u^p < x) = x^(1/p): a sixth power puts 31% of the times below .001
+    assert (draw_t(20_000, (1, 1, 1), 0, 0, "sample", 6.0, 1) < 0.001).float().mean().item() == pytest.approx(
+        (0.001 / 0.999) ** (1 / 6), abs=0.015
+    )
+
+
 def test_a_shift_below_1_is_refused():
     with pytest.raises(DimoError, match="shift must be at least 1"):
         draw_t(2, (3, 2, 2), 0, 0, "sample", 1.0, 1, shift=0.5)
@@ -176,7 +191,7 @@ def test_a_shift_below_1_is_refused():
      ("law", 1200, None, 5), ("law", 33_280, None, 26.33), ("checkpoint", 48, 3.0, 3)],
 )  # fmt: skip
 def test_the_shift_that_a_key_stands_for(written, tokens, checkpoints, shift):
-    assert Distill(t_shift=written).shift(tokens, checkpoints) == pytest.approx(shift, abs=5e-3)
+    assert shift_for(Distill(t_shift=written).shift_value(), tokens, checkpoints) == pytest.approx(shift, abs=5e-3)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +203,7 @@ def test_the_shift_that_a_key_stands_for(written, tokens, checkpoints, shift):
 )  # fmt: skip
 def test_shifts_that_cannot_be(written, checkpoints, sentence):
     with pytest.raises(DimoError, match=sentence):
-        Distill(t_shift=written).shift(48, checkpoints)
+        shift_for(Distill(t_shift=written).shift_value(), 48, checkpoints)
 
 
 def test_a_checkpoint_has_a_shift_of_its_own_only_where_its_scheduler_names_one(ursa, tmp_path):

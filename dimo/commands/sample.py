@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import logging
+import math
 import subprocess
 import time
 from pathlib import Path
@@ -22,6 +23,7 @@ from dimo.files import save_file, whole_file, write_text
 from dimo.run.origin import run_config, run_of
 from dimo.run.progress import CostBar
 from dimo.ursa import Ursa, UrsaTransformer, load_ursa, sample
+from dimo.ursa.attention import use_for_sampling
 from dimo.ursa.device import pick_device, pick_dtype
 from dimo.ursa.frames import eight_bits
 from dimo.ursa.loading import DTYPES, load_student
@@ -105,13 +107,16 @@ class Sampler:
         return codes.view(-1, *self.grid)
 
 
-def open_sampler(request: Request, prompts: list[str], size: tuple[int, int, int] | None = None) -> Sampler:
+def open_sampler(
+    request: Request, prompts: list[str], size: tuple[int, int, int] | None = None, weights: bool = True
+) -> Sampler:
     """Load what `request` names, and fill in the settings that it leaves open.
 
     Args:
         request: settings; those left at None are taken from the student's run, if it is in a run folder.
         prompts: prompts to be sampled; those that a world does not know are refused.
         size: (num_frames, height, width) of a teacher's videos, in place of its checkpoint's own. A world has only one.
+        weights: False leaves the network without weights, where other processes sample.
 
     Raises:
         DimoError: invalid settings, checkpoints or prompts, or no way to write videos.
@@ -141,13 +146,15 @@ def open_sampler(request: Request, prompts: list[str], size: tuple[int, int, int
     length = trained.max_prompt_length if trained else default_prompt_length(folder)
     r.max_prompt_length = length = r.max_prompt_length or length
 
-    ursa = load_ursa(folder, device, DTYPES[r.dtype], r.backend)
+    ursa = load_ursa(folder, device, DTYPES[r.dtype], r.backend, weights)
     grid = ursa.latents_shape(r.num_frames, r.height, r.width)
     if is_world(folder):
         world = load_world(folder)
         require_world(world, grid, ursa.path.codebook_size)
         prompt_index(world, prompts)  # raises for a prompt that the world does not know
-    network = load_student(ursa, r.student_ckpt) if r.student_ckpt else ursa.transformer
+    if weights and r.backend == "native":
+        use_for_sampling(ursa.transformer, math.prod(grid))
+    network = load_student(ursa, r.student_ckpt) if weights and r.student_ckpt else ursa.transformer
     network.requires_grad_(False)
     uncond_ids = ursa.tokenize([r.negative_prompt], length)
     if r.student_ckpt:

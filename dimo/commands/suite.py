@@ -121,7 +121,8 @@ def sample_suite(request: Request, asked: SuiteRequest, out: str | Path) -> str:
     if asked.num_processes is not None and asked.num_processes < 1:
         raise DimoError(f"num_processes must be at least 1, got {asked.num_processes}")
     entries = read_entries(asked.suite, asked.prompts, asked.captions, _motion(asked, suite, request))
-    sampler = _open(request, asked.suite, entries)
+    several = (asked.num_processes or 1) > 1
+    sampler = _open(request, asked.suite, entries, weights=not several)
     settings = _settings(sampler, asked, per_prompt, entries)
     samples = Samples(out, asked.suite, entries, per_prompt)
     with alone_in(out):
@@ -130,7 +131,7 @@ def sample_suite(request: Request, asked: SuiteRequest, out: str | Path) -> str:
         write_metadata(entries, samples.scored)
         samples.folder.mkdir(exist_ok=True)
         damaged, jobs = samples.forget_damaged(), samples.jobs()
-        _run(samples, sampler, asked.num_processes or 1, damaged)
+        _run(samples, sampler, asked.num_processes if several else None, damaged)
         samples.clear_partials()  # an ffmpeg outlives its killed process for a moment
     lines = [f"written: {len(jobs)} files in {samples.scored}, {out / SETTINGS}"]
     if asked.suite == "vbench":
@@ -146,13 +147,13 @@ def _motion(asked: SuiteRequest, suite: Suite, request: Request) -> float | None
     return None if asked.motion == "none" else read_value("motion", "float", asked.motion)
 
 
-def _open(request: Request, name: str, entries: list[Entry]) -> Sampler:
+def _open(request: Request, name: str, entries: list[Entry], weights: bool = True) -> Sampler:
     """Load what is sampled, with the suite's settings where the request leaves them open, and check what it makes."""
     suite, captions = SUITES[name], [entry.caption for entry in entries]
     if request.student_ckpt is None:
         left = {key: value for key, value in suite.protocol.items() if getattr(request, key) is None}
         request = dataclasses.replace(request, **left)  # type: ignore[arg-type]
-    sampler = open_sampler(request, captions, suite.size)
+    sampler = open_sampler(request, captions, suite.size, weights)
     r, ursa = sampler.request, sampler.ursa
     if ursa.vae is None:
         raise DimoError(f"{name} scores frames, and there would be none: {ursa.no_vae}")
@@ -205,19 +206,19 @@ def _settle(file: Path, settings: dict[str, Any]) -> None:
     )
 
 
-def _run(samples: Samples, sampler: Sampler, processes: int, damaged: int) -> None:
-    """Make what is missing, here or in child processes."""
+def _run(samples: Samples, sampler: Sampler, asked: int | None, damaged: int) -> None:
+    """Make what is missing, in child processes, at most as many as are asked for, or here, if None."""
     jobs = samples.jobs()
     missing = samples.missing(jobs)
     r, gpus = sampler.request, torch.cuda.device_count() if sampler.request.device == "cuda" else len(jobs)
-    processes = max(1, min(processes, gpus, len(missing)))
+    processes = max(1, min(asked or 1, gpus, len(missing)))
     text = f"sample: {samples.suite}, {len(samples.entries)} prompts x {samples.per_prompt}, {r.num_frames}x{r.height}x"
     text += f"{r.width}, steps {r.steps}, guidance {r.guidance_scale:g}" + (
         f", {processes} processes" * (processes > 1)
     )
     text += f"; {len(jobs) - len(missing)} are done" + (f", {damaged} were damaged" if damaged else "")
     print(text, file=sys.stderr, flush=True)
-    if processes > 1:
+    if asked and missing:
         words = [sys.executable, "-m", "dimo.commands.suite_worker", str(os.getpid()), str(samples.out)]
         return run_in_processes(
             lambda rank, of: [*words, str(rank), str(of)], jobs, samples, processes, what=("sample", "samples")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dimo.config.schema import Distill
+from dimo.config.schema import Config
 from dimo.errors import DimoError
 
 
-def require_consistent(d: Distill) -> None:
-    """Raise DimoError for values of `distill` that exclude each other."""
+def require_consistent(config: Config) -> None:
+    """Raise DimoError for values that exclude each other, or by which nothing would be learnt."""
+    d = config.distill
     if d.aux_pass == "shared" and d.aux_objective == "denoise" and d.t_draws > d.aux_steps:
         raise DimoError(
             f"distill.aux_pass=shared needs aux_steps >= t_draws, got distill.t_draws={d.t_draws} and "
@@ -25,6 +26,13 @@ def require_consistent(d: Distill) -> None:
         raise DimoError(
             "distill.w_distill and distill.w_kd are both 0, so the student would learn nothing (w_distill also "
             "multiplies w_reinforce)"
+        )
+    as_the_teacher = d.teacher == "network" and d.guidance_scale == 1 and config.model.logit_gain == 1
+    if d.w_distill == d.lambda_ent == 0 and as_the_teacher:
+        raise DimoError(
+            "distill.w_distill is 0, so only w_kd would teach the student, by its KL to the teacher at x_t; but it "
+            "starts as that teacher, where this is 0, and would learn nothing: it needs distill.guidance_scale above "
+            "1, distill.teacher=exact or model.logit_gain other than 1"
         )
     if d.ent_anneal_to and d.ent_anneal_from > d.ent_anneal_to:
         raise DimoError(

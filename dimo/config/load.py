@@ -38,7 +38,7 @@ RANGES = {  # {phrase: (test, keys)}; null values are not tested
     "lie in [0, 1]": (
         lambda value: 0 <= value <= 1,
         "distill.empty_prompt_share distill.p_corrupt distill.p_corrupt_fade distill.corrupt_ratio "
-        "distill.guidance_trunc distill.motion_share optim.min_lr_share optim.aux_min_lr_share",
+        "distill.t_power_fade distill.guidance_trunc distill.motion_share optim.min_lr_share optim.aux_min_lr_share",
     ),
     "lie in [0, 1)": (
         lambda value: 0 <= value < 1,
@@ -48,8 +48,8 @@ RANGES = {  # {phrase: (test, keys)}; null values are not tested
         lambda value: value >= 0,
         "distill.w_distill distill.w_kd distill.w_reinforce distill.lambda_ent distill.lambda_ent_high "
         "distill.entropy_floor distill.ent_anneal_from distill.ent_anneal_to distill.t_curriculum_steps "
-        "distill.max_prompt_length experiment.keep_every optim.weight_decay optim.muon_weight_decay optim.warmup_steps "
-        "evaluation.held_out evaluation.judged_videos",
+        "distill.t_power_start distill.max_prompt_length experiment.keep_every optim.weight_decay "
+        "optim.muon_weight_decay optim.warmup_steps evaluation.held_out evaluation.judged_videos",
     ),
     "be positive": (
         lambda value: value > 0,
@@ -219,7 +219,7 @@ def validate(config: Config) -> None:
         raise DimoError(
             "distill.min_* and distill.motion_prefix need a file of captions, but distill.prompt_source is world"
         )
-    require_consistent(d)
+    require_consistent(config)
     d.beta()
     d.shift_value()
     _grid(config)

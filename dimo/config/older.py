@@ -34,6 +34,8 @@ BEFORE = {
     "distill.t_power": 1.0,
     "distill.t_draws": 1,
     "distill.t_shift": "1",
+    "distill.t_power_start": 0.0,
+    "distill.t_power_fade": 0.9,
     "distill.p_corrupt_fade": 0.0,
     "evaluation.held_out": 0,
     "optim.optimizer": "adamw",

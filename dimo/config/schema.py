@@ -6,13 +6,11 @@ Its range or its choices are in `RANGES` and `validate` of `dimo.config.load`.
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 from dimo.config.values import read_value
 from dimo.errors import DimoError
 
-LAW_TOKENS = 48  # at which `t_shift=law` is 1: the built-in world, on which t_power was tuned
 BETA = {"forward": 0.0, "jeffreys": 0.5, "reverse": 1.0}
 
 
@@ -168,6 +166,12 @@ class Distill:
     t_power: float = _key(
         1.6, "exponent applied to t after the curriculum; above 1 shifts t towards noise, where coverage is decided"
     )
+    t_power_start: float = _key(
+        0.0, "t_power at the first step; it then moves to t_power: modes first, sharpness later; 0: t_power throughout"
+    )
+    t_power_fade: float = _key(
+        0.9, "fraction of training over which t_power_start moves to t_power, geometrically; 0: never"
+    )
     t_draws: int = _key(
         4, "stratified draws of (t, x_t) per x_hat; each extra draw costs two forward passes without gradient"
     )
@@ -215,30 +219,6 @@ class Distill:
         if not 0 <= beta <= 1:
             raise DimoError(f"distill.divergence as a number must lie in [0, 1], got {beta}")
         return beta
-
-    def shift(self, num_visual_tokens: int, checkpoints: float | None = None) -> float:
-        """`t_shift` as the number s >= 1.
-
-        Args:
-            num_visual_tokens: N, for "law", s = sqrt(N / 48): a prompt's mode is betrayed by all tokens together, ever
-                nearer to the noise as N grows. At most 48 tokens give 1.
-            checkpoints: the shift that the checkpoint's scheduler names, if it does.
-
-        Raises:
-            DimoError: `shift_value` does; or "checkpoint", where there is none or one below 1.
-        """
-        value = self.shift_value()
-        if value == "law":
-            return math.sqrt(max(1.0, num_visual_tokens / LAW_TOKENS))
-        if isinstance(value, float):
-            return value
-        if checkpoints is None or not checkpoints >= 1:
-            has = "has none" if checkpoints is None else f"has {checkpoints}, and a shift must be at least 1"
-            raise DimoError(
-                "distill.t_shift is checkpoint, which stands for `shift` in the checkpoint's "
-                f"scheduler/scheduler_config.json, but that file {has}; give a number, or law"
-            )
-        return checkpoints
 
     def shift_value(self) -> float | str:
         """`t_shift` parsed: a number of at least 1, "law" or "checkpoint"."""

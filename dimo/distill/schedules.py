@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from dimo.errors import DimoError, require_ids, require_shape
 
 T_MAX = 0.999  # beta_t is infinite at t = 1
+LAW_TOKENS = 48  # at which `t_shift=law` is 1: the built-in world, on which t_power was tuned
 
 
 def sample_t_curriculum(
@@ -57,13 +59,50 @@ def shifted(t: torch.Tensor, shift: float) -> torch.Tensor:
     return t if shift == 1 else t / (t + shift * (1 - t))
 
 
+def shift_for(value: float | str, num_visual_tokens: int, checkpoints: float | None = None) -> float:
+    """The shift s >= 1 that `distill.t_shift` stands for.
+
+    Args:
+        value: a number, "law" or "checkpoint" (`Distill.shift_value`).
+        num_visual_tokens: N, for "law", s = sqrt(N / 48): a prompt's mode is betrayed by all tokens together, ever
+            nearer to the noise as N grows. At most 48 tokens give 1.
+        checkpoints: the shift that the checkpoint's scheduler names, if it does.
+
+    Raises:
+        DimoError: "checkpoint", where there is none or one below 1.
+    """
+    if value == "law":
+        return math.sqrt(max(1.0, num_visual_tokens / LAW_TOKENS))
+    if isinstance(value, float):
+        return value
+    if checkpoints is None or not checkpoints >= 1:
+        has = "has none" if checkpoints is None else f"has {checkpoints}, and a shift must be at least 1"
+        raise DimoError(
+            "distill.t_shift is checkpoint, which stands for `shift` in the checkpoint's "
+            f"scheduler/scheduler_config.json, but that file {has}; give a number, or law"
+        )
+    return checkpoints
+
+
+def power_at(step: int, power: float, start: float, until: float) -> float:
+    """t_power at a step: from `start` it moves geometrically to `power`, which it reaches at step `until`.
+
+    Near the noise a prompt's videos are kept equally likely, near the data each is made sharp. Large powers first and
+    small ones later give both in turn (docs/experiments.md).
+
+    Args:
+        start: the power at step 0; 0: `power` throughout.
+    """
+    return power * (start / power) ** fade(step, 0, until) if start else power
+
+
 def draw_t(
     batch: int,
     grid: tuple[int, int, int],
     step_index: int,
     curriculum_steps: int,
     t_per: str,
-    t_power: float,
+    t_power: float | torch.Tensor,
     draws: int,
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
@@ -80,14 +119,15 @@ def draw_t(
         step_index: training step.
         curriculum_steps: length of the time curriculum in steps; 0 switches it off.
         t_per: "sample" draws one t per sample, "frame" one per latent frame, "mixed" decides by a coin per sample.
-        t_power: exponent; above 1 more times lie near the noise (t = 0), where mode coverage is decided.
+        t_power: exponent, a positive number or a scalar tensor, whose value is not read back; above 1 more times lie
+            near the noise (t = 0), where mode coverage is decided.
         draws: number of draws R per sample, stratified.
         shift: s of `shifted`.
 
     Returns:
         Times in [0, 0.999]: (R B,), or unless t_per is "sample" (R B, N), equal for all tokens of a frame.
     """
-    if not t_power > 0:
+    if not isinstance(t_power, torch.Tensor) and not t_power > 0:
         raise DimoError(f"t_power must be positive, got {t_power}")
     if t_per not in ("sample", "frame", "mixed"):
         raise DimoError(f"t_per must be 'sample', 'frame' or 'mixed', got {t_per!r}")

@@ -53,6 +53,7 @@ class Distillation(Protocol):
     num_visual_tokens: int
     settings: Distill
     beta: float | str  # of D_beta
+    t_power: float | torch.Tensor  # of stage 4
     t_shift: float  # of stage 4 and of the auxiliary's fits
     x_init: XInit
     student_times: list[float]  # of the student's passes
@@ -123,7 +124,7 @@ def nine_stages(run: Distillation, index: int, steps: list[Step], norms: dict[st
             run.x_init.remember(step.x_hat, step.txt_ids)
             yield 3, step
             # 4 x_t
-            how = d.t_curriculum_steps, d.t_per, d.t_power, d.t_draws, g, step.x_hat.device, run.t_shift
+            how = d.t_curriculum_steps, d.t_per, run.t_power, d.t_draws, g, step.x_hat.device, run.t_shift
             t = stages.draw_t(len(step.x_hat), grid, index, *how)
             stages.renoise(step, run.path, t, g)
             yield 4, step

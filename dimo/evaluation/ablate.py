@@ -29,16 +29,16 @@ from tqdm import tqdm
 from dimo.config import Config, device_of, load_config, to_flat
 from dimo.config.changes import FREE_KEYS
 from dimo.errors import DimoError, Diverged
-from dimo.evaluation.evaluate import evaluate_to_folder, student_row
+from dimo.evaluation.evaluate import evaluate_teacher, evaluate_to_folder, student_row
 from dimo.evaluation.grid import TEACHER_STEPS, Grid, Place
 from dimo.evaluation.intervals import format_grid
 from dimo.evaluation.jobs import visible_gpus
+from dimo.evaluation.kept import KEPT
 from dimo.files import write_text
 from dimo.run.lifeline import end_with_parent
 from dimo.run.signals import PREEMPTED, Preempted, handling, stopping_at
 from dimo.train.together import train_and_compare
 from dimo.train.trainer import Trainer
-from dimo.worlds import checkpoint_folder
 from dimo.worlds.teacher import make_teacher
 
 TEACHERS = {  # keys that decide what a teacher makes, beside those of the evaluation and its folder
@@ -202,7 +202,7 @@ def _train(runs: list[Run], deadline: float | None) -> None:
         with stopping_at(deadline):
             trainers = [Trainer(one.settings()) for one in runs]
             for trainer in trainers:
-                trainer.ursa.vae = None  # no sheets of samples, which `tidy` would remove
+                trainer.sheets = False  # `tidy` would remove them
             ends = train_and_compare(trainers)
     except Preempted:
         if not _is_late(deadline):
@@ -244,13 +244,12 @@ def teacher_scores(config: Config, out: Path) -> dict:
 
 
 def _score_teacher(run: Run, deadline: float | None) -> None:
-    """Score the teacher of a run, beside its own single passes in the place of a student."""
-    config = run.settings()
-    if teacher_scores(config, run.out) or _is_late(deadline):
+    """Score the teacher of a run."""
+    config = run.settings(f"evaluation.teacher_steps=[{TEACHER_STEPS}]")
+    if teacher_scores(run.settings(), run.out) or _is_late(deadline):
         return
-    own = checkpoint_folder(config.distill.teacher_ckpt) / "transformer"
-    more = f"evaluation.teacher_steps=[{TEACHER_STEPS}]", "distill.student_steps=1"
-    evaluate_to_folder(run.settings(*more), own, teacher_folder(config, run.out), progress=False)
+    rows = evaluate_teacher(config, run.out / KEPT)
+    write_text(teacher_folder(run.settings(), run.out) / "report.json", json.dumps(rows, indent=2) + "\n")
 
 
 def _is_late(deadline: float | None) -> bool:

@@ -59,6 +59,8 @@ class Comparison:
     untrained_1_argmax, all unguided; for a student of S > 1 passes the same four with <S> in place of 1 as well; and
     teacher_<steps>, guided if guidance_scale > 1. Batch i starts from the same noise in every row.
 
+    Without a student, only the teacher's rows.
+
     If videos are judged, the row teacher_<most steps>_again is the teacher from other noise: what tells it from the
     teacher is chance, and so the floor of every comparison with the teacher.
 
@@ -82,7 +84,7 @@ class Comparison:
     def __init__(
         self,
         ursa: Ursa,
-        student: UrsaTransformer,
+        student: UrsaTransformer | None,
         prompts: list[str],
         grid: tuple[int, int, int],
         *,
@@ -106,11 +108,8 @@ class Comparison:
             )
         self.ursa, self.grid, self.seed = ursa, grid, seed
         untrained = ursa.transformer
-        self.networks = {
-            "student": student,
-            "untrained": untrained,
-            "teacher": untrained if teacher is None else teacher,
-        }
+        self.networks: dict[str, Any] = {} if student is None else {"student": student, "untrained": untrained}
+        self.networks["teacher"] = untrained if teacher is None else teacher
         self.held_out = held_out
         self.copies = videos_per_prompt
         self.judged_copies = min(videos_per_prompt, max(1, judged // len(prompts))) if judged else 0
@@ -123,7 +122,8 @@ class Comparison:
         passes = [(n, argmax) for n in sorted({1, student_steps}) for argmax in (False, True)]
         self.rows = {
             f"{network}_{n}{'_argmax' if argmax else ''}": Row(network, n, argmax)
-            for network in ("student", "untrained")
+            for network in self.networks
+            if network != "teacher"
             for n, argmax in passes
         } | {f"teacher_{n}": Row("teacher", steps=n, guided=guidance_scale > 1) for n in teacher_steps}
         if judged and teacher_steps:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -20,6 +21,7 @@ from dimo.config import Config, device_of, to_flat, to_yaml
 from dimo.errors import DimoError
 from dimo.evaluation.comparison import AGAIN, Comparison
 from dimo.evaluation.jobs import Job, Parts, alone_in, run_here, run_in_processes
+from dimo.evaluation.kept import kept_beside, kept_in
 from dimo.evaluation.metrics import columns_of, measure
 from dimo.evaluation.reference_free import save_codes
 from dimo.evaluation.spent import format_spent, seconds_of_jobs
@@ -29,6 +31,7 @@ from dimo.run.origin import trained_steps
 from dimo.run.sources import teacher_files
 from dimo.train.prompts import evaluation_prompts, require_prompts_fit, trained_on
 from dimo.ursa import Ursa, UrsaTransformer, load_ursa
+from dimo.ursa.attention import use_for_sampling
 from dimo.ursa.layout import student_file
 from dimo.ursa.loading import load_student
 from dimo.worlds import checkpoint_folder, is_world, load_world, require_world
@@ -157,7 +160,7 @@ def evaluate_to_folder(config: Config, weights: str | Path, out: Path, progress:
         DimoError: see `open_comparison`; another process evaluates into `out`; or a process failed.
     """
     begin = time.perf_counter()
-    comparison, world = open_comparison(config, weights)
+    comparison, world = open_comparison(config, weights, networks=processes_for(config) == 1)
     with alone_in(out):
         return _evaluate_alone(config, weights, out, progress, comparison, world, begin)
 
@@ -166,17 +169,20 @@ def _evaluate_alone(
     config: Config, weights: str | Path, out: Path, progress: bool, comparison: Comparison, world: World | None,
     begin: float,
 ) -> dict:  # fmt: skip
-    parts, jobs = parts_of(config, weights, out, comparison.prompts), comparison.jobs()
+    kept = kept_beside(weights, comparison, config)
+    parts, jobs = parts_of(config, weights, out, comparison.prompts, kept), comparison.jobs()
     missing = parts.missing(jobs)
-    processes = max(1, min(processes_for(config), len(missing)))
+    most = processes_for(config)
+    processes = max(1, min(most, len(missing)))
     if progress:
-        _announce(comparison, jobs, missing, processes)
+        _announce(comparison, jobs, missing, processes, kept)
     opened = time.perf_counter()
-    if processes == 1:
+    if most == 1:
         run_here(comparison, jobs, parts, progress)
-    else:
+    elif missing:
         write_text(parts.folder / "config.yaml", to_yaml(config))
-        words = [sys.executable, "-m", "dimo.evaluation.worker", str(os.getpid()), str(parts.folder), str(weights)]
+        words = [sys.executable, "-m", "dimo.evaluation.worker", str(os.getpid()), str(parts.folder)]
+        words += [str(kept or ""), str(weights)]
         run_in_processes(lambda rank, of: [*words, str(rank), str(of)], jobs, parts, processes, progress)
     finished, loaded = time.perf_counter(), parts.load(jobs)
     made = comparison.gather(loaded)
@@ -199,6 +205,19 @@ def _evaluate_alone(
     return rows
 
 
+def evaluate_teacher(config: Config, place: Path) -> dict[str, dict]:
+    """The rows of the teacher alone, {row: {metric: value}}, in this process; its jobs are kept in `place` (`kept_in`).
+
+    Raises:
+        DimoError: see `open_comparison`.
+    """
+    comparison, world = open_comparison(config, None)
+    folder, jobs = kept_in(place, comparison, config), comparison.jobs()
+    parts = Parts(folder, teachers=folder)
+    run_here(comparison, jobs, parts, progress=False)
+    return rows_of(comparison, comparison.gather(parts.load(jobs)), world)
+
+
 def _count_overlap(rows: dict, config: Config, weights: str | Path, comparison: Comparison) -> None:
     """Say in every row how many of the prompts the student was trained on, and how many it never saw, if known."""
     prompts = comparison.prompts[:: comparison.copies]
@@ -208,16 +227,23 @@ def _count_overlap(rows: dict, config: Config, weights: str | Path, comparison: 
         row |= {"prompts_held_out": held_out, "prompts_trained_on": known}
 
 
-def _announce(comparison: Comparison, jobs: list[Job], missing: list[Job], processes: int) -> None:
+def _announce(comparison: Comparison, jobs: list[Job], missing: list[Job], processes: int, kept: Path | None) -> None:
     text = f"evaluate: {comparison.count()} videos in {len(comparison.rows)} rows, "
     text += f"{sum(job.cost for job in missing)} passes" + (f" in {processes} processes" if processes > 1 else "")
     if len(missing) < len(jobs):
         text += f"; {len(jobs) - len(missing)} of {len(jobs)} jobs were finished before"
+        text += f", the teacher's are kept in {kept}" if kept else ""
     print(text, file=sys.stderr, flush=True)
 
 
-def open_comparison(config: Config, weights: str | Path) -> tuple[Comparison, World | None]:
+def open_comparison(
+    config: Config, weights: str | Path | None, networks: bool = True
+) -> tuple[Comparison, World | None]:
     """The comparison that `config.evaluation` asks for, and the world if the teacher belongs to one.
+
+    Args:
+        weights: the student; None: a world's teacher alone.
+        networks: False leaves teacher and student without weights, where other processes run the jobs.
 
     Raises:
         DimoError: teacher, student or prompts cannot be loaded or do not fit each other.
@@ -227,28 +253,32 @@ def open_comparison(config: Config, weights: str | Path) -> tuple[Comparison, Wo
         log.warning("guidance_scale=%g applies to the teacher only: the student is not guided, since guidance is "
                     "distilled into it", d.guidance_scale)  # fmt: skip
     world = load_world(folder) if is_world(folder) else None
-    ursa = load_for_evaluation(config)
+    ursa = load_for_evaluation(config, networks)
     grid = ursa.latents_shape(d.num_frames, d.height, d.width)
     if world is not None:
         require_world(world, grid, ursa.path.codebook_size)
         require_prompts_fit(ursa, world.prompts, d.max_prompt_length)
-    prompts, held_out = (prompts_to_score(world), None) if world else evaluation_prompts(config, ursa, weights)
+    if networks and config.model.backend == "native":
+        use_for_sampling(ursa.transformer, math.prod(grid), config.model.attention)
+    prompts, held_out = (prompts_to_score(world), None) if world else evaluation_prompts(config, ursa, str(weights))
+    student = None if weights is None else load_student(ursa, weights) if networks else ursa.transformer
     return Comparison(
-        ursa, load_student(ursa, weights), prompts, grid,
+        ursa, student, prompts, grid,
         videos_per_prompt=e.videos_per_prompt or (64 if world else 2), batch_size=e.batch_size if world else 1,
         teacher_steps=tuple(sorted({1, *e.teacher_steps})), seed=e.seed, max_prompt_length=d.max_prompt_length,
         guidance_scale=d.guidance_scale, guidance_trunc=d.guidance_trunc, negative_prompt=d.negative_prompt,
         judged=e.judged_videos, held_out=held_out,
         teacher=exact_teacher(folder, ursa.path) if d.teacher == "exact" else None,
-        student_steps=d.student_steps if d.student_steps > 1 else trained_steps(weights),
+        student_steps=d.student_steps if d.student_steps > 1 or weights is None else trained_steps(weights),
     ), world  # fmt: skip
 
 
-def load_for_evaluation(config: Config) -> Ursa:
+def load_for_evaluation(config: Config, weights: bool = True) -> Ursa:
     """Load the teacher for evaluation: a world's in float32, URSA in bf16 if it is trained in bf16, as it is used."""
     folder = checkpoint_folder(config.distill.teacher_ckpt)
     half = config.training.mixed_precision == "bf16" and not is_world(folder)
-    ursa = load_ursa(folder, device_of(config), torch.bfloat16 if half else torch.float32, config.model.backend)
+    dtype = torch.bfloat16 if half else torch.float32
+    ursa = load_ursa(folder, device_of(config), dtype, config.model.backend, weights)
     ursa.transformer.requires_grad_(False)
     return ursa
 
@@ -259,15 +289,18 @@ def processes_for(config: Config) -> int:
     return min(processes, torch.cuda.device_count()) if device_of(config).type == "cuda" else processes
 
 
-def parts_of(config: Config, weights: str | Path, out: Path, prompts: list[str]) -> Parts:
-    """The finished jobs in `out`; they are valid for the same settings, prompts and weight files of both networks."""
+def parts_of(config: Config, weights: str | Path, out: Path, prompts: list[str], kept: Path | None = None) -> Parts:
+    """The finished jobs in `out`; they are valid for the same settings, prompts and weight files of both networks.
+
+    Those of the teacher are in `kept`, if that is given.
+    """
     flat, source = to_flat(config), student_file(weights)
     student = sorted(source.iterdir()) if source.is_dir() else [source]
     networks = [*student, *teacher_files(config.distill.teacher_ckpt).values()]
     seen = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in networks]
     keys = [key for key in flat if key.startswith(("distill.", "evaluation."))]
-    keys += ["model.device", "model.backend", "training.mixed_precision"]
-    return Parts(out / PARTS, {key: flat[key] for key in keys} | {"networks": seen, "prompts": prompts})
+    keys += ["model.device", "model.backend", "model.attention", "training.mixed_precision"]
+    return Parts(out / PARTS, {key: flat[key] for key in keys} | {"networks": seen, "prompts": prompts}, kept)
 
 
 def _write_sheet(file: Path, ursa: Ursa, codes: dict[str, torch.Tensor], prompts: list[str], most_steps: int) -> None:

@@ -44,20 +44,23 @@ class Parts:
 
     Args:
         about: identifies the evaluation; jobs of a different one are deleted. None: use the folder as it is.
+        teachers: where the jobs of rows that do not depend on the student are kept (`dimo.evaluation.kept`); None: in
+            `folder`, as the others are.
 
     Raises:
         OSError: outdated jobs cannot be deleted, or the folder is not writable.
     """
 
-    def __init__(self, folder: Path, about: dict | None = None):
-        self.folder = folder
+    def __init__(self, folder: Path, about: dict | None = None, teachers: Path | None = None):
+        self.folder, self.teachers = folder, teachers
         text, file = json.dumps(about, indent=2, sort_keys=True) + "\n", folder / ABOUT
         if about is not None and not (file.is_file() and file.read_bytes() == text.encode()):
             self.remove()
             write_text(file, text)
 
     def file(self, job: Job) -> Path:
-        return self.folder / f"{job.name}.safetensors"
+        folder = self.folder if job.row.startswith("student_") else self.teachers or self.folder
+        return folder / f"{job.name}.safetensors"
 
     def missing(self, jobs: list[Job]) -> list[Job]:
         return [job for job in jobs if not self.file(job).exists()]
@@ -82,7 +85,7 @@ class Parts:
             raise DimoError(f"{file} was damaged ({error}) and was deleted; run the same command again") from error
 
     def remove(self) -> None:
-        """Delete what this class wrote, and the folder if nothing else is in it."""
+        """Delete what this class wrote, but for what is kept, and the folder if nothing else is in it."""
         for file in [file for pattern in OWN for file in self.folder.glob(pattern)]:
             file.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # it does not exist, or has files of someone else

@@ -1,4 +1,4 @@
-"""`python -m dimo.evaluation.worker PARENT FOLDER WEIGHTS RANK OF`: one of the processes of an evaluation."""
+"""`python -m dimo.evaluation.worker PARENT FOLDER KEPT WEIGHTS RANK OF`: one of the processes of an evaluation."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from dimo.run.lifeline import share_work
 
 def main(arguments: list[str]) -> int:
     """Returns the exit code: 0; 2 for bad input, with a one-sentence message."""
-    parent, folder, weights, rank, of = arguments
+    parent, folder, kept, weights, rank, of = arguments
 
     def work() -> None:
         comparison, _ = open_comparison(load_config(Path(folder) / "config.yaml"), weights)
-        take_share(comparison, Parts(Path(folder)), int(rank), int(of))
+        take_share(comparison, Parts(Path(folder), teachers=Path(kept) if kept else None), int(rank), int(of))
 
     return share_work(int(parent), work)
 

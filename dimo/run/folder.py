@@ -37,9 +37,10 @@ except ImportError:  # Windows
     CAN_LOCK = False
 
 TEACHER_SAMPLES = "teacher_samples.safetensors"
+FOUND = "trained_on.json"  # {what was asked: which captions of an evaluation the run was trained on}
 OWN = (
     "config.yaml", SOURCES, "environment.json", "status.json", "metrics.jsonl", "events.jsonl", "train.log",
-    "report.json", "report.html", "sheet.png", "curves.png", "codes.safetensors", TEACHER_SAMPLES,
+    "report.json", "report.html", "sheet.png", "curves.png", "codes.safetensors", TEACHER_SAMPLES, FOUND,
 )  # fmt: skip
 OWN_INSIDE = {  # glob patterns, since users may keep other files in these folders
     "checkpoints": (STEP, MILESTONE, "final", PARTIALS),

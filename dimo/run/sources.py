@@ -104,9 +104,19 @@ def teacher_files(teacher: str) -> dict[str, Path]:
 
 
 def teacher_identity(teacher: str | Path) -> str:
-    """16 hex digits that tell checkpoints apart: names, sizes and BLOCKS MiB of every file, without reading all."""
+    """16 hex digits that tell checkpoints apart, without reading all of them."""
+    return _identity(teacher_files(str(teacher)))
+
+
+def captions_identity(source: str | Path) -> str:
+    """16 hex digits that tell caption files or folders apart, without reading all of them."""
+    return _identity(_prompt_files(str(source)))
+
+
+def _identity(files: dict[str, Path]) -> str:
+    """A digest of names, sizes and BLOCKS MiB of every file."""
     digest = hashlib.sha256()
-    for name, file in sorted(teacher_files(str(teacher)).items()):
+    for name, file in sorted(files.items()):
         size = file.stat().st_size
         digest.update(f"{name} {size} {_digest(file, size, BLOCKS)}\n".encode())
     return digest.hexdigest()[:16]

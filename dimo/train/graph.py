@@ -79,6 +79,8 @@ class StepGraphs:
         if trainer.lambda_ent > 0:
             trainer.lambda_ent = torch.tensor(trainer.lambda_ent, dtype=torch.float64, device=device)
         trainer.ema_weight = torch.zeros((), device=device)
+        if trainer.settings.t_power_start:
+            trainer.t_power = torch.zeros((), device=device)
         self.index = torch.zeros((), dtype=torch.int64, device=device)
         self.bad = torch.full((), -1, dtype=torch.int64, device=device)  # the first step that was not finite
         self.latest = 0

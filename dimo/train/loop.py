@@ -277,7 +277,7 @@ def write_samples(trainer: Trainer, run: RunFolder, done: int) -> None:
 
     Sampling uses the batch size and precision of training, so it needs no more memory than training does.
     """
-    if trainer.ursa.vae is None:
+    if trainer.ursa.vae is None or not trainer.sheets:
         return
     trainer.look()
     g = torch.Generator(trainer.device).manual_seed(trainer.config.experiment.seed)

@@ -12,7 +12,7 @@ import torch
 from dimo.config import Config
 from dimo.config.older import as_begun
 from dimo.distill import losses, stages
-from dimo.distill.schedules import Baseline, EntropyController, XInit, fade
+from dimo.distill.schedules import Baseline, EntropyController, XInit, fade, power_at, shift_for
 from dimo.distill.stages import Step
 from dimo.distill.step import nine_stages
 from dimo.errors import DimoError, NonFiniteError, trusted_values
@@ -81,7 +81,9 @@ class Trainer:
         self.draft_gain = config.model.final_logit_gain / config.model.logit_gain
         self.entropy_bonus = EntropyController(d.lambda_ent, d.lambda_ent_high, d.entropy_floor, self.device)
         self.baseline = Baseline(d.baseline_decay) if d.baseline == "ema" else None
-        self.beta, self.t_shift = d.beta(), d.shift(self.num_visual_tokens, self.ursa.own_shift)
+        self.beta = d.beta()
+        self.t_power: float | torch.Tensor = d.t_power
+        self.t_shift = shift_for(d.shift_value(), self.num_visual_tokens, self.ursa.own_shift)
         self.generator = torch.Generator(self.device)
         self.lambda_ent: float | torch.Tensor = d.lambda_ent
         self.ema_weight: float | torch.Tensor = 0.0  # of the student in an update of its moving average
@@ -93,6 +95,7 @@ class Trainer:
         self.dense = whole and not (large or many)
         self.guard = Guard(self.engine, config.training.max_bad_steps)
         self.averages = Averages()
+        self.sheets = True  # of samples, where there is a VAE
         self.events: list[dict] = []  # {"step", "event", ...}; drained by the training loop
         self.graphs: StepGraphs | None = None
         if config.training.cuda_graph:
@@ -156,6 +159,8 @@ class Trainer:
         factor = lr_factor(o, index, last, o.min_lr_share)
         self.student.set_lr_factor(factor)
         self.aux.set_lr_factor(lr_factor(o, index, last, o.aux_min_lr_share))
+        power = power_at(index, d.t_power, d.t_power_start, d.t_power_fade * last)
+        self.t_power = assign(self.t_power, power)
         self.x_init.fade = assign(self.x_init.fade, fade(index, 0, d.p_corrupt_fade * last))
         self.entropy_bonus.fade = assign(self.entropy_bonus.fade, fade(index, d.ent_anneal_from, d.ent_anneal_to))
         self.ema_weight = assign(self.ema_weight, 1 - ema_decay_at(o.ema_decay, index, o.ema_every))

@@ -10,6 +10,8 @@ import contextlib
 import dataclasses
 import importlib
 import importlib.metadata
+import logging
+from typing import Any
 
 import torch
 from torch.nn import attention
@@ -19,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dimo.errors import DimoError, reason
 from dimo.ursa.config import UrsaConfig
 
+log = logging.getLogger(__name__)
 # fastest first: attention dominates at URSA's sizes, and cuDNN makes the best use of Hopper's tensor cores
 ORDER = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 KERNELS = {  # {model.attention: torch's kernels, the first that supports the input is used}
@@ -32,6 +35,7 @@ CAPABILITIES = (9, 10)  # of the GPUs for which FlashAttention 4 has kernels: Ho
 PACKAGE = "flash-attn-4"
 INSTALL = "pip install -e '.[fa4]', which fits torch 2.11"
 LENGTH = 200  # positions of the trial, not a multiple of any kernel's tile
+LONG = 10_000  # tokens; a pass of 1.7B at 5,120 is faster by about a millisecond with FlashAttention 4
 TOLERANCE = {torch.float32: 1e-3}  # relative errors of the trial
 HALF_TOLERANCE = 0.02
 
@@ -45,13 +49,14 @@ class Choice:
     surprises: bool = False
 
 
-def choose(name: str, device: torch.device, dtype: torch.dtype, config: UrsaConfig) -> Choice:
+def choose(name: str, device: torch.device, dtype: torch.dtype, config: UrsaConfig, gradients: bool = True) -> Choice:
     """Resolve `model.attention`; "auto" is FlashAttention 4 where it is installed and right, else `ORDER`.
 
     Args:
         name: a key of `KERNELS`.
         device, dtype: of queries, keys and values.
         config: of the network, for the number and the size of heads.
+        gradients: whether they are needed; FlashAttention 4 compiles kernels for them, which takes seconds.
 
     Raises:
         DimoError: unknown name, or the kernel that it asks for cannot be used here.
@@ -61,22 +66,43 @@ def choose(name: str, device: torch.device, dtype: torch.dtype, config: UrsaConf
     if name == "auto":
         if device.type != "cuda" or dtype == torch.float32:
             return Choice("auto", f"attention: the first kernel of torch that supports {_spelled(dtype)} on {device}")
-        if not (why := fa4_problem(device, dtype, config)):
-            return Choice("fa4", f"attention: FlashAttention 4 ({PACKAGE} {_version()})")
-        surprises = _version() != ""
+        if not (why := fa4_problem(device, dtype, config, gradients)):
+            return Choice("fa4", f"attention: FlashAttention 4 ({PACKAGE} {fa4_version()})")
+        surprises = fa4_version() != ""
         return Choice("auto", f"attention: cuDNN, since FlashAttention 4 cannot be used: {why}", surprises)
     if name == "fa4":
-        why = fa4_problem(device, dtype, config)
-        hint = "" if _version() else f"; {INSTALL}"
+        why = fa4_problem(device, dtype, config, gradients)
+        hint = "" if fa4_version() else f"; {INSTALL}"
     else:
         deactivate_fa4()
-        why, hint = trial_problem(name, device, dtype, config), ""
+        why, hint = trial_problem(name, device, dtype, config, gradients), ""
     if why:
         raise DimoError(f"model.attention={name} cannot be used: {why}{hint}; model.attention=auto takes what works")
     return Choice(name, f"attention: {name}")
 
 
-def fa4_problem(device: torch.device, dtype: torch.dtype, config: UrsaConfig) -> str:
+def use_for_sampling(network: Any, tokens: int, name: str = "auto") -> None:
+    """Let a network that is only sampled run with the kernel that it would be trained with, on its device.
+
+    Args:
+        network: an `UrsaTransformer`.
+        tokens: of a video. "auto" tries FlashAttention 4 from LONG tokens on: below, it takes longer to compile than it
+            saves.
+        name: `model.attention`; on a CPU it does not count, since a run may have been trained on a GPU.
+
+    Raises:
+        DimoError: see `choose`.
+    """
+    weight = network.lm_head.weight
+    if weight.device.type != "cuda" or (name == "auto" and tokens < LONG):
+        return
+    choice = choose(name, weight.device, weight.dtype, network.config, gradients=False)
+    network.run_with(attention=choice.name)
+    if choice.surprises:
+        log.warning("%s", choice.about)
+
+
+def fa4_problem(device: torch.device, dtype: torch.dtype, config: UrsaConfig, gradients: bool = True) -> str:
     """Activate FlashAttention 4 in this process and try it; returns "", or why it cannot be used and is not active."""
     if device.type != "cuda":
         return f"FlashAttention 4 needs a GPU, the device is {device}"
@@ -91,13 +117,13 @@ def fa4_problem(device: torch.device, dtype: torch.dtype, config: UrsaConfig) ->
     except ModuleNotFoundError as error:
         if error.name in ("flash_attn", "flash_attn.cute"):
             return f"{PACKAGE} is not installed"
-        return f"{PACKAGE} {_version()} needs {error.name}, which is not installed"
+        return f"{PACKAGE} {fa4_version()} needs {error.name}, which is not installed"
     except Exception as error:  # a broken installation fails in many ways
-        return f"{PACKAGE} {_version()} cannot be imported: {reason(error)}"
-    why = trial_problem("fa4", device, dtype, config)
+        return f"{PACKAGE} {fa4_version()} cannot be imported: {reason(error)}"
+    why = trial_problem("fa4", device, dtype, config, gradients)
     if why:
         deactivate_fa4()
-        return f"{PACKAGE} {_version()} does not fit torch {torch.__version__}: {why}"
+        return f"{PACKAGE} {fa4_version()} does not fit torch {torch.__version__}: {why}"
     return ""
 
 
@@ -108,10 +134,12 @@ def deactivate_fa4() -> None:
         restore()
 
 
-def trial_problem(name: str, device: torch.device, dtype: torch.dtype, config: UrsaConfig) -> str:
+def trial_problem(
+    name: str, device: torch.device, dtype: torch.dtype, config: UrsaConfig, gradients: bool = True
+) -> str:
     """Try the first kernel of `KERNELS[name]`, alone; returns "", or what is wrong with it."""
     try:
-        off = trial_errors(KERNELS[name][0], device, dtype, config)
+        off = trial_errors(KERNELS[name][0], device, dtype, config, gradients=gradients)
     except Exception as error:  # the compiler of FlashAttention 4 has types of its own
         return f"{type(error).__name__}: {reason(error)}"
     tolerance = TOLERANCE.get(dtype, HALF_TOLERANCE)
@@ -120,8 +148,9 @@ def trial_problem(name: str, device: torch.device, dtype: torch.dtype, config: U
 
 
 def trial_errors(
-    kernel: SDPBackend, device: torch.device, dtype: torch.dtype, config: UrsaConfig, length: int = LENGTH
-) -> dict[str, float]:
+    kernel: SDPBackend, device: torch.device, dtype: torch.dtype, config: UrsaConfig, length: int = LENGTH,
+    gradients: bool = True,
+) -> dict[str, float]:  # fmt: skip
     """Compare a kernel with attention written out in float32, on random input with the heads of a network.
 
     Returns:
@@ -137,9 +166,13 @@ def trial_errors(
         return torch.randn(1, length, heads, size, device=device, generator=g).to(dtype).transpose(1, 2)
 
     q, k, v, grad = draw(heads), draw(kv_heads), draw(kv_heads), draw(heads)
-    with torch.enable_grad(), torch.autocast(device.type, enabled=False):
-        got = _with_gradients(lambda q, k, v: _attend(kernel, q, k, v), q, k, v, grad)
-        want = _with_gradients(written_out, *(x.float() for x in (q, k, v, grad)))
+    exact = [x.float() for x in (q, k, v, grad)]
+    with torch.set_grad_enabled(gradients), torch.autocast(device.type, enabled=False):
+        if gradients:
+            got = _with_gradients(lambda q, k, v: _attend(kernel, q, k, v), q, k, v, grad)
+            want = _with_gradients(written_out, *exact)
+        else:
+            got, want = [_attend(kernel, q, k, v)], [written_out(*exact[:3])]
     names = ("output", "gradient of q", "gradient of k", "gradient of v")
     return {name: float((a.float() - b).norm() / b.norm()) for name, a, b in zip(names, got, want)}
 
@@ -161,7 +194,7 @@ def _with_gradients(attend, q, k, v, grad) -> list[torch.Tensor]:
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), grad)]
 
 
-def _version() -> str:
+def fa4_version() -> str:
     """Version of flash-attn-4; empty if it is not installed."""
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(PACKAGE)

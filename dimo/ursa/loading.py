@@ -99,6 +99,7 @@ def load_ursa(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     backend: str = "native",
+    weights: bool = True,
 ) -> Ursa:
     """Load transformer, probability path, tokenizer and, if it can be run here, the VAE of a checkpoint folder.
 
@@ -107,12 +108,14 @@ def load_ursa(
         device: device of everything loaded.
         dtype: dtype of the transformer; path and VAE stay in float32.
         backend: "native" (this package's transformer) or "upstream" (diffnext's class with the same weights).
+        weights: False leaves the transformer without its weights, on the meta device: for a process that only needs to
+            know its sizes, since others run it.
 
     Raises:
         DimoError: a part is missing or damaged; the message names it.
     """
     folder = require_checkpoint(folder)
-    transformer = load_transformer(folder / "transformer", device, dtype, backend)
+    transformer = load_transformer(folder / "transformer", device, dtype, backend, weights)
     config = transformer.config
     path, shift = load_path(folder, config.codebook_size, device)
     tokenizer = load_tokenizer(folder, config)
@@ -125,6 +128,7 @@ def load_transformer(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     backend: str = "native",
+    weights: bool = True,
 ) -> UrsaTransformer:
     """Load a transformer from config.json and weights (.safetensors or .bin, sharded or not), as in `load_ursa`."""
     folder = Path(folder)
@@ -138,6 +142,8 @@ def load_transformer(
     else:
         with torch.device("meta"), _NoFirstValues():
             transformer = UrsaTransformer(config)
+    if not weights:
+        return transformer
     load_weights(transformer, read_weights(folder, device), where=str(folder), assign=True)
     return transformer.to(device).to(dtype)  # cast on the device: from bfloat16 to float32 half as much is sent there
 

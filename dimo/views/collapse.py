@@ -49,8 +49,36 @@ class OverNoises:
 
     @property
     def mutual_information(self) -> torch.Tensor:
-        """I(x_hat; noise) of every token in nats, (M,) or (P, M): from 0 to log n, but for rounding."""
-        return self.entropy_of_mean - self.mean_entropy
+        """I(x_hat; noise) of every token in nats, (M,) or (P, M): from 0 to log n."""
+        return (self.entropy_of_mean - self.mean_entropy).clamp(min=0)  # below 0 by rounding alone
+
+
+class Mixture:
+    """Mean over noises of the distributions of M tokens, and of their entropies: it holds (M, K), never n x M logits.
+
+    Args:
+        temperature: all logits are divided by it.
+    """
+
+    def __init__(self, temperature: float = 1.0):
+        self.noises, self.temperature = 0, temperature
+
+    def add(self, prediction: Dense | Chunked) -> None:
+        """Add b noises: predictions (b, M) of the tokens."""
+        b, m = prediction.shape
+        if not self.noises:
+            self._p = torch.zeros(m, prediction.codebook_size, device=prediction.device)
+            self._entropy = torch.zeros(m, device=prediction.device)
+        token = torch.arange(m, device=prediction.device).repeat(b)
+        for rows in prediction.row_chunks():
+            p = (prediction.logits(rows) / self.temperature).softmax(-1)
+            self._p.index_add_(0, token[rows], p)
+            self._entropy.index_add_(0, token[rows], torch.special.entr(p).sum(-1))
+        self.noises += b
+
+    def entropies(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """H(mean p) and mean H(p) of every token in nats, each (M,)."""
+        return torch.special.entr(self._p / self.noises).sum(-1), self._entropy / self.noises
 
 
 def choose_tokens(latents_shape: Grid, most: int = TOKENS) -> tuple[torch.Tensor, Grid]:
@@ -88,24 +116,16 @@ def over_noises(
         DimoError: no predictions, or a token out of range.
     """
     require_shape("tokens", tokens, ("M",))
-    total, entropies, codes = None, [], []
+    mixture, codes = Mixture(), []
     for prediction in predictions:
         require_ids("tokens", tokens, prediction.shape[1])
         chosen = prediction.detach().of_tokens(tokens)
         with without_compiling():  # a few passes
-            x, _, entropy = chosen.sample(generator)
-        if total is None:
-            total = torch.zeros(len(tokens), chosen.codebook_size, device=chosen.device)
-        token = torch.arange(x.numel(), device=x.device) % len(tokens)
-        for rows in chosen.row_chunks():
-            total.index_add_(0, token[rows], chosen.logits(rows).softmax(-1))
-        codes.append(x)
-        entropies.append(entropy)
-    if total is None:
+            codes.append(chosen.sample(generator)[0])
+        mixture.add(chosen)
+    if not codes:
         raise DimoError("predictions must hold at least one batch of noises")
-    mean = total / sum(len(x) for x in codes)
-    entropy_of_mean = -torch.xlogy(mean, mean).sum(-1)
-    return OverNoises(entropy_of_mean, torch.cat(entropies).mean(0), torch.cat(codes))
+    return OverNoises(*mixture.entropies(), torch.cat(codes))
 
 
 def student_over_noises(

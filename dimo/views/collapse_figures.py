@@ -47,7 +47,7 @@ def collapse_curves(rows: list[dict]) -> Figure:
         for (name, values), colour, style in zip(series.items(), (COLOURS[0], COLOURS[1], "black"), STYLES):
             dot = "o" if len(steps) == 1 else None  # a single point makes no line
             axis.plot(steps, values, color=colour, linestyle=style, linewidth=1.6, marker=dot, label=name)
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.05 * max(1e-9, *(value for values in series.values() for value in values)))
         axis.set_xlabel("step", fontsize=9)
         axis.tick_params(labelsize=9)
         axis.grid(alpha=0.3)
@@ -56,7 +56,8 @@ def collapse_curves(rows: list[dict]) -> Figure:
     def of(name: str) -> list[float]:
         return [row[f"collapse/{name}"] for row in rows]
 
-    figure = Figure(figsize=(13, 4.4), layout="constrained")
+    about = f"Entropies, variety and distinct videos over steps {steps[0]} to {steps[-1]}, beside the teacher's"
+    figure = Figure(figsize=(13, 4.4), layout="constrained", about=about)
     entropies, spreads, videos = figure.subplots(1, 3)
     draw(entropies, {
         "I(x_hat; noise): decided by the noise": of("mutual_information"),

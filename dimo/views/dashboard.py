@@ -12,6 +12,7 @@ from dimo.errors import DimoError
 from dimo.run.folder import RunFolder
 from dimo.views.explorer import explore
 from dimo.views.figure import Figure
+from dimo.views.history import History
 from dimo.views.live import Board, is_live, repeat
 from dimo.views.models import checkpoints_of
 from dimo.views.panels import Runs, dashboard_figure
@@ -63,10 +64,15 @@ class Dashboard:
         self.board, self.png, self.figure = Board(runs), b"", Figure()
         self.about = widgets.Label()
         self.follow = widgets.ToggleButton(description="follow", icon="refresh", tooltip="go on reading the runs")
+        self.explore = widgets.Button(
+            description="explore",
+            tooltip="open the explorer at the step of the samples below, else at the last",
+        )
+        self.explore.on_click(lambda _: self._explore_samples())
         self.image = Picture("curves of the training; a click opens the explorer at that step", self.open_explorer)
         self.explorer = widgets.VBox()
         self.sheets = Sheets([history.run for history in self.board.histories])
-        top = widgets.HBox([self.follow, self.about])
+        top = widgets.HBox([self.follow, self.explore, self.about])
         self.box = widgets.VBox([top, self.image.box, self.explorer, self.sheets.box])
         self._over, self._every_s = threading.Event(), every_s
         self._lock = threading.Lock()  # a thread may not have ended when the next begins
@@ -81,7 +87,7 @@ class Dashboard:
             try:
                 figure = self.board.news()
                 if figure:
-                    self.png, self.figure = figure._repr_png_(), figure
+                    self.png, self.figure = figure.png(), figure
                     self.image.show(self.png)
                 self.sheets.refresh()
                 self.about.value = "" if self.png else f"no step has been logged yet ({self.board.about})"
@@ -92,14 +98,18 @@ class Dashboard:
     def open_explorer(self, x: float, y: float) -> None:
         """Open the explorer on the checkpoint nearest to what is drawn at (x, y), shares of the picture's size."""
         chosen = place_in(self.figure, x, y)
-        if chosen is None:
-            return
-        history, step = self.board.histories[chosen[0]], chosen[1]
+        if chosen is not None:
+            self._explore(self.board.histories[chosen[0]], chosen[1])
+
+    def _explore_samples(self) -> None:
+        """The same by a button, for those who have no mouse, of the first run."""
+        history = self.board.histories[0]
+        self._explore(history, self.sheets.slider.value or max(history.steps, default=0))
+
+    def _explore(self, history: History, step: float) -> None:
         try:
             at = nearest_checkpoint(history.run, step)
-            self.about.value = (
-                f"opening {history.run.path.name} at {named(at)}, the checkpoint nearest to step {step:.0f}"
-            )
+            self.about.value = f"opening {history.run.path.name} at {named(at)}, the checkpoint nearest to it"
             shown = explore(history.run, (at,))
         except (DimoError, OSError) as error:
             self.about.value = str(error)
@@ -125,12 +135,12 @@ class Dashboard:
         # the figure has no pyplot, whose state belongs to the main thread
         threading.Thread(target=run, name="dashboard", daemon=True).start()
 
-    def _repr_mimebundle_(self, **kwargs) -> dict:
+    def _repr_mimebundle_(self, **kwargs) -> tuple[dict, dict]:
         """The widget for a live page, the picture for a page without a kernel."""
         data = self.box._repr_mimebundle_(**kwargs)
         if self.png:
             data["image/png"] = base64.b64encode(self.png).decode()
-        return data
+        return data, {"image/png": {"alt": self.figure.about}}
 
 
 def place_in(figure: Figure, x: float, y: float) -> tuple[int, float] | None:

@@ -158,26 +158,26 @@ function strip(canvas, alignment, width) {
   const ratio = window.devicePixelRatio || 1, readings = alignment.readings;
   canvas.hidden = !readings.length;
   if (!readings.length) return;
-  const names = readings.length, across = Math.max(40, Math.floor(width / names)), tall = 56;
-  canvas.width = width * ratio, canvas.height = (tall + 46) * ratio;
+  const across = Math.max(40, Math.floor(width / readings.length)), tall = 56, size = across < 58 ? 10 : 11;
+  canvas.width = width * ratio, canvas.height = (tall + 50) * ratio;
   canvas.style.width = `${width}px`;
   const pen = canvas.getContext("2d"), most = Math.max(...readings.map((r) => r.nats));
   pen.scale(ratio, ratio);
-  pen.clearRect(0, 0, width, tall + 46);
+  pen.clearRect(0, 0, width, tall + 50);
   pen.textAlign = "center";
   readings.forEach((reading, i) => {
     const high = Math.max(1, (tall - 14) * reading.nats / most), left = i * across, middle = left + across / 2;
     pen.fillStyle = reading.name === alignment.found ? (alignment.found === "right" ? "#009E73" : "#D55E00") : "#9bb7c9";
     pen.fillRect(left + 4, tall - high, across - 8, high);
     pen.fillStyle = "#1b1b1b";
-    pen.font = '10px "DejaVu Sans", sans-serif';
+    pen.font = `${size}px "DejaVu Sans", sans-serif`;
     pen.fillText(short(reading.nats), middle, tall - high - 3);
     const words = reading.name.replace("exchanged", "swapped").split(" "), lines = [];
     for (const word of words) {
-      if (lines.length && (`${lines.at(-1)} ${word}`).length <= across / 6.2) lines[lines.length - 1] += ` ${word}`;
+      if (lines.length && (`${lines.at(-1)} ${word}`).length <= across / (0.62 * size)) lines[lines.length - 1] += ` ${word}`;
       else lines.push(word);
     }
-    lines.slice(0, 4).forEach((line, k) => pen.fillText(line, middle, tall + 11 + 11 * k));
+    lines.slice(0, 4).forEach((line, k) => pen.fillText(line, middle, tall + 11 + 12 * k));
   });
   canvas.setAttribute("role", "img");
   canvas.setAttribute("aria-label", `Cross-entropy in nats per token: ${readings.map((r) => `${r.name} ${short(r.nats)}`).join(", ")}`);

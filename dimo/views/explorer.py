@@ -121,7 +121,7 @@ class _Front:
     def _repr_mimebundle_(self, **kwargs):
         made = super()._repr_mimebundle_(**kwargs)  # type: ignore[misc]
         picture = io.BytesIO()
-        self.figure().savefig(picture, format="png", dpi=80)
+        self.figure().savefig(picture, format="png")
         data, metadata = made if isinstance(made, tuple) else (made or {}, {})
         pane = self.view["panes"][-1]["asked"]
         data["image/png"] = base64.b64encode(picture.getvalue()).decode()

@@ -26,8 +26,17 @@ class Stored {
     for (const heard of this.heard["change:view"] || []) heard();
   }
 
+  show(changes) { // as if it had been chosen in the page
+    const request = structuredClone(this.values.request);
+    Object.assign(request.panes.at(-1), changes);
+    request.id = this.values.view.id + 1;
+    this.values.request = request;
+    this.values.view = { ...this.answer(request), request };
+    for (const heard of this.heard["change:view"] || []) heard();
+  }
+
   state(pane) {
-    const key = [pane.prompt, pane.seed, pane.t, pane.guidance_scale].join("|");
+    const key = [pane.model, pane.prompt, pane.seed, pane.t, pane.guidance_scale].join("|");
     return this.unpacked[key] ||= this.unpack(this.states[key]);
   }
 
@@ -64,5 +73,6 @@ class Stored {
   }
 }
 
-const stored = JSON.parse(document.getElementById("stored").textContent);
-render({ model: new Stored(stored), el: document.getElementById("explorer") });
+const shown = document.getElementById("explorer");
+const kept = shown && new Stored(JSON.parse(document.getElementById("stored").textContent));
+if (kept) render({ model: kept, el: shown });

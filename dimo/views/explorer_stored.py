@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 import math
 from typing import Any
 
@@ -22,7 +23,8 @@ NATS = 2048  # a log-probability is kept as a whole number of 1/2048 nats, up to
 def stored(explorer: ExplorerView, most: int = BYTES) -> dict[str, Any]:
     """What the page needs: `about` with the choices that there are, the first request, and a state per choice.
 
-    Of few tokens there are several prompts, noises, times and guidances; of many, fewer, until `most` bytes suffice.
+    Of few tokens there are several prompts, noises, times and guidances; of many, or of several checkpoints, fewer,
+    until `most` bytes suffice.
     """
     models = explorer.models[0]
     guides = sorted({1.0, models.guidance_scale if models.guidance_scale != 1 else 3.0})
@@ -33,7 +35,7 @@ def stored(explorer: ExplorerView, most: int = BYTES) -> dict[str, Any]:
         "guidance_scale": guides,
         "temperature": [1.0],
     }
-    states = max(1, most // (PER_TOKEN * math.prod(models.grid)))
+    states = max(1, most // (PER_TOKEN * math.prod(models.grid) * len(explorer.models)))
     for key in ("seed", "guidance_scale", "prompt", "t"):
         while len(choices[key]) > 1 and math.prod(map(len, choices.values())) > states:
             choices[key] = choices[key][:-1] if key != "t" else choices[key][1::2]
@@ -41,13 +43,11 @@ def stored(explorer: ExplorerView, most: int = BYTES) -> dict[str, Any]:
     first = explorer.first_request()
     pane = first["panes"][0] | {key: values[len(values) // 3 if key == "t" else 0] for key, values in choices.items()}
     made, codes, pool = {}, set[int](), dict[str, dict]()
-    for prompt in choices["prompt"]:
-        for seed in choices["seed"]:
-            for t in choices["t"]:
-                for guidance in choices["guidance_scale"]:
-                    one = pane | {"prompt": prompt, "seed": seed, "t": t, "guidance_scale": guidance}
-                    state, seen = _state(explorer, one, pool)
-                    made[f"{prompt}|{seed}|{_spelt(t)}|{_spelt(guidance)}"], codes = state, codes | seen
+    settings = [choices[key] for key in ("prompt", "seed", "t", "guidance_scale")]
+    for model, prompt, seed, t, guidance in itertools.product(range(len(explorer.models)), *settings):
+        one = pane | {"model": model, "prompt": prompt, "seed": seed, "t": t, "guidance_scale": guidance}
+        state, seen = _state(explorer, one, pool)
+        made[f"{model}|{prompt}|{seed}|{_spelt(t)}|{_spelt(guidance)}"], codes = state, codes | seen
     patches = explorer.patches_of(sorted(codes))
     about |= {"choices": choices, "live": False, "colours": _text(np.frombuffer(about["colours"], np.uint8))}
     if patches is not None:

@@ -26,7 +26,8 @@ def twin(view: dict, about: dict) -> Figure:
     """
     low, high = scale_of(view, about)
     statistic, grid, panes = about["statistics"][view["statistic"]], about["grid"], view["panes"]
-    figure = Figure(figsize=(12, 4.8), layout="constrained")
+    about_it = f"The explorer: {named(view, about, panes[-1])}, of {panes[-1]['asked']['prompt']!r}"
+    figure = Figure(figsize=(12, 4.8), layout="constrained", about=about_it)
     left, right = figure.subfigures(1, 2, width_ratios=[5, 6])
     pictured = "picture" in panes[-1]
     axes = left.subplots(len(panes) + pictured, 1, squeeze=False)[:, 0]

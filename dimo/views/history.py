@@ -134,12 +134,14 @@ def thin(steps: np.ndarray, values: np.ndarray, columns: int) -> tuple[np.ndarra
     if len(steps) <= 2 * columns + 2:
         return steps, values
     extent = max(steps[-1] - steps[0], 1e-9)
-    column = np.minimum((steps - steps[0]) / extent * columns, columns - 1).astype(int)
-    order = np.lexsort((values, column))  # by column, in each by value
-    begins = np.flatnonzero(np.diff(column[order], prepend=-1))
-    ends = np.append(begins[1:], len(order)) - 1
-    kept = np.unique(np.concatenate([order[begins], order[ends], [0, len(steps) - 1]]))
-    return steps[kept], values[kept]
+    column = np.minimum((steps - steps[0]) / extent * columns, columns - 1).astype(int)  # ascending, as steps are
+    begins = np.flatnonzero(np.diff(column, prepend=-1))
+    sizes, kept = np.diff(begins, append=len(column)), [np.array([0, len(steps) - 1])]
+    for extreme in (np.minimum, np.maximum):
+        there = np.flatnonzero(values == np.repeat(extreme.reduceat(values, begins), sizes))
+        kept.append(there[np.diff(column[there], prepend=-1) > 0])  # the first of several in a column
+    chosen = np.unique(np.concatenate(kept))
+    return steps[chosen], values[chosen]
 
 
 def running_mean(values: np.ndarray, width: int) -> np.ndarray:

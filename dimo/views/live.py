@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dimo.config import Config, load_config, to_flat
-from dimo.errors import DimoError
-from dimo.run.folder import RunFolder
 
 if TYPE_CHECKING:
     from dimo.views.figure import Figure
@@ -21,7 +17,6 @@ if TYPE_CHECKING:
 HEADLESS = "DIMO_HEADLESS"  # set in the kernels that `dimo run` starts
 ROOT = Path(__file__).parents[2]
 PATIENCE = 10  # a drawing is followed by a pause of so many times its duration, so that training is not slowed down
-CLOCK_S = 0.1  # by which the time of a file may lag behind the clock
 
 
 def is_live() -> bool:
@@ -102,36 +97,6 @@ def watch(runs: Runs, every_s: float = 5.0) -> None:
         repeat(redraw, every_s, time.sleep)
     except KeyboardInterrupt:
         print(f"no longer watched: {board.about}")
-
-
-@contextlib.contextmanager
-def following(output_dir: str | Path, every_s: float = 5.0) -> Iterator[bool]:
-    """In this context the dashboard of a training is drawn below the cell while it runs.
-
-    Yields whether it is. Headless it is not, and the training should print its progress.
-    """
-    if not is_live():
-        yield False
-        return
-    shown, over, begun = _display("starting"), threading.Event(), time.time()
-    run = RunFolder(output_dir, writes=False)
-    board = Board(run)
-
-    def redraw(begun: float = begun) -> bool:
-        with contextlib.suppress(DimoError, OSError):  # a folder that is being replaced; the next time is soon
-            # the run folder may still be that of an earlier training
-            if (run.path / "metrics.jsonl").stat().st_mtime > begun - CLOCK_S and (figure := board.news()):
-                shown.update(figure)
-        return True
-
-    thread = threading.Thread(target=lambda: repeat(redraw, every_s, over.wait), name="dashboard", daemon=True)
-    thread.start()
-    try:
-        yield True
-    finally:
-        over.set()
-        thread.join()
-        redraw(0)  # also what was finished before
 
 
 def _display(text: str):

@@ -16,6 +16,7 @@ from dimo.run.checkpoints import Checkpoints, step_of
 from dimo.run.folder import RunFolder
 from dimo.run.origin import run_config, run_of
 from dimo.ursa import Ursa, load_ursa, predict
+from dimo.ursa.chunks import without_compiling
 from dimo.ursa.device import pick_device, pick_dtype
 from dimo.ursa.loading import DTYPES, load_student
 from dimo.worlds import checkpoint_folder, is_world, load_world, require_world, video_size
@@ -113,14 +114,23 @@ def open_models(
     ))  # fmt: skip
 
 
-@torch.no_grad()
 def _warmed(models: Models) -> Models:
-    """Make the first pass on a GPU a part of loading: kernels are loaded and chosen in it, for more than a second."""
+    """Make the first passes on a GPU a part of loading: in them kernels are loaded, for more than a second."""
     if models.device.type == "cuda":
-        txt_ids = models.ursa.tokenize([""], models.max_prompt_length)
-        x_t = torch.zeros(1, math.prod(models.grid), dtype=torch.long, device=models.device)
-        predict(models.networks["teacher"], txt_ids, x_t, models.grid).logits(slice(0, 1))
+        first_passes(models)
     return models
+
+
+@torch.no_grad()
+def first_passes(models: Models) -> None:
+    """Do once what a view does first: a pass, a draw of x_hat from it, and a draw of x_t. No other draw is changed."""
+    path, size = models.ursa.path, (1, math.prod(models.grid))
+    g = torch.Generator(models.device).manual_seed(0)
+    txt_ids = models.ursa.tokenize([""], models.max_prompt_length)
+    x_init = torch.randint(path.codebook_size, size, generator=g, device=models.device)
+    with without_compiling():
+        x_hat = predict(models.networks["student"], txt_ids, x_init, models.grid, t=0.0).detach().sample(g)[0]
+        path.sample(x_hat, 0.5, g)
 
 
 def _of_checkpoint(place: Path, step, student, size, device: torch.device, dtype: str, backend: str) -> Models:

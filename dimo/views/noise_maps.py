@@ -15,6 +15,7 @@ import torch
 from dimo.errors import DimoError
 from dimo.ursa import predict
 from dimo.ursa.chunks import tokens_at_once, without_compiling
+from dimo.views.collapse import Mixture
 from dimo.views.models import Grid, Models
 from dimo.views.reading import clips_at_once
 
@@ -65,19 +66,11 @@ def entropies_over(passes: Sequence[Pass], temperature: float = 1.0) -> dict[str
     """
     if not passes:
         raise DimoError("passes must hold at least one batch of noises")
-    (_, n), codes, device = passes[0].shape, passes[0].codebook_size, passes[0].device
-    noises, mean_entropy, information = sum(one.shape[0] for one in passes), [], []
-    for tokens in torch.arange(n, device=device).split(tokens_at_once(codes, device)):
-        mean, entropy = torch.zeros(len(tokens), codes, device=device), torch.zeros(len(tokens), device=device)
+    (_, n), device, found = passes[0].shape, passes[0].device, []
+    for tokens in torch.arange(n, device=device).split(tokens_at_once(passes[0].codebook_size, device)):
+        mixture = Mixture(temperature)
         for one in passes:
-            chosen = one.of_tokens(tokens)
-            place = torch.arange(len(tokens), device=device).repeat(one.shape[0])
-            for rows in chosen.row_chunks():
-                log_p = (chosen.logits(rows) / temperature).log_softmax(-1)
-                p = log_p.exp()
-                mean.index_add_(0, place[rows], p)
-                entropy.index_add_(0, place[rows], -(p * log_p).sum(-1))
-        mean, entropy = mean.div_(noises), entropy / noises
-        mean_entropy.append(entropy)
-        information.append((-torch.xlogy(mean, mean).sum(-1) - entropy).clamp(min=0))  # 0 but for rounding
-    return {"mean_entropy": torch.cat(mean_entropy), "information": torch.cat(information)}
+            mixture.add(one.of_tokens(tokens))
+        found.append(mixture.entropies())
+    whole, left_open = (torch.cat(part) for part in zip(*found))
+    return {"mean_entropy": left_open, "information": (whole - left_open).clamp(min=0)}  # below 0 by rounding alone

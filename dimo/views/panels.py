@@ -116,7 +116,7 @@ def draw(histories: list[History]) -> Figure:
     rows = math.ceil(len(panels) / ACROSS)
     top, bottom = 0.1 + 0.22 * len(histories), 0.3 + LINE * len(notes)
     height = top + rows * (ABOVE + HEIGHT + BELOW) + bottom
-    figure = Figure(figsize=(WIDTH, height))
+    figure = Figure(figsize=(WIDTH, height), about=_alt(panels, histories))
     handles = [Line2D([], [], color=colour, linestyle=dash, linewidth=1.8)
                for colour, dash in map(_look, range(len(histories)))]  # fmt: skip
     about = [f"{label}{h.run.path.resolve().name}: {h.progress()}" for label, h in zip(_labels(histories), histories)]
@@ -134,6 +134,12 @@ def draw(histories: list[History]) -> Figure:
     figure.text(0.1 / WIDTH, (bottom - 0.12) / height, "\n".join(notes), fontsize=SMALL, va="top", parse_math=False,
                 linespacing=1.5)  # fmt: skip
     return figure
+
+
+def _alt(panels: list[Panel], histories: list[History]) -> str:
+    runs = ", ".join(f"{h.run.path.resolve().name} ({h.progress()})" for h in histories)
+    rang = sum(len(h.alarms.found) for h in histories)
+    return f"Curves of {runs}: {', '.join(panel.what for panel in panels)}; {rang or 'no'} alarms"
 
 
 def _look(i: int) -> tuple:
@@ -202,7 +208,8 @@ def _draw_panel(axis: Axes, panel: Panel, histories: list[History]) -> None:
     if panel.what.startswith("entropy"):
         _draw_bound(axis, histories)
     if panel.zero:
-        axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
+        low, high = min(0, axis.get_ylim()[0]), axis.get_ylim()[1]
+        axis.set_ylim(low, high + 0.04 * (high - low))  # else a line near the top is cut off
     if len(histories) == 1:
         _mark(axis, panel, histories[0])
     axis.set_title(f"{panel.what} ({panel.unit})" if panel.unit else panel.what, fontsize=NORMAL, loc="left")

@@ -42,7 +42,9 @@ def token_maps(maps: dict[str, torch.Tensor], unit: str, may_be_log: bool = True
         scale = {"vmin": low, "vmax": high}
     wide = min(1.5 if len(maps) < 4 else 1.0, WIDEST / frames)  # inches of a map
     tall = wide * min(1.5, max(m.shape[1] / m.shape[2] for m in maps.values()))
-    figure = Figure(figsize=(2.8 + (wide + 0.24) * frames, 0.5 + max(tall, 0.5) * len(maps)), layout="constrained")
+    size = 2.8 + (wide + 0.24) * frames, 0.5 + max(tall, 0.5) * len(maps)
+    means = ", ".join(f"{name} {values.float().mean().item():.3g}" for name, values in maps.items())
+    figure = Figure(figsize=size, layout="constrained", about=f"Maps over a video's tokens, {unit}; means: {means}")
     figure.get_layout_engine().set(w_pad=0.12)  # inches; the layout does not expect square axes
     axes = figure.subplots(len(maps), frames, squeeze=False)
     for r, (name, values) in enumerate(maps.items()):
@@ -68,7 +70,9 @@ def path_maps(prob: dict[float, torch.Tensor]) -> Figure:
     if not prob:
         raise DimoError("prob must hold at least one t")
     shape = tuple(next(iter(prob.values())).shape)
-    figure = Figure(figsize=(1.2 + 2.3 * len(prob), 2.8), layout="constrained")
+    times = ", ".join(f"{t:g}" for t in prob)
+    about = f"p_t(x | x_1) of {shape[0]} codes at t = {times}: what every clean code may have become"
+    figure = Figure(figsize=(1.2 + 2.3 * len(prob), 2.8), layout="constrained", about=about)
     axes = figure.subplots(1, len(prob), squeeze=False)[0]
     for axis, (t, p) in zip(axes, prob.items()):
         require_shape(f"prob[{t}]", p, shape if len(shape) == 2 else ("n", "K"))
@@ -94,7 +98,8 @@ def input_map(input_ids: torch.Tensor, rope_pos: torch.Tensor, text_length: int)
     """
     require_shape("input_ids", input_ids, ("S",))
     require_shape("rope_pos", rope_pos, (len(input_ids), 3))
-    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    about = f"Token ids and RoPE positions of a sequence: {text_length} of text, BOV, and the visual tokens"
+    figure = Figure(figsize=(11, 4.8), layout="constrained", about=about)
     top, bottom = figure.subplots(2, 1, sharex=True)
     for axis in (top, bottom):
         axis.axvspan(-0.5, text_length - 0.5, color="0.92", label="text")
@@ -120,7 +125,8 @@ def input_map(input_ids: torch.Tensor, rope_pos: torch.Tensor, text_length: int)
 def histogram(values: torch.Tensor, density: Callable[[torch.Tensor], torch.Tensor], xlabel: str) -> Figure:
     """Histogram of samples (n,) in [0, 1) with the density that they should follow, a function of (m,) to (m,)."""
     require_shape("values", values, ("n",))
-    figure = Figure(figsize=(5.5, 2.8), layout="constrained")
+    about = f"Histogram of {len(values):,} draws of {xlabel} with their density"
+    figure = Figure(figsize=(5.5, 2.8), layout="constrained", about=about)
     axis = figure.subplots()
     axis.hist(values.tolist(), bins=40, range=(0, 1), density=True, color=COLOURS[4], label=f"{len(values):,} draws")
     x = torch.linspace(0, 0.99, 200)
@@ -135,7 +141,8 @@ def lines(series: dict[str, list[float]], xlabel: str, ylabel: str, x: list[floa
     """Line plot of one to three named series over `x`, or over their index."""
     if not 1 <= len(series) <= len(STYLES):
         raise DimoError(f"series must hold 1 to {len(STYLES)} lines, got {len(series)}")
-    figure = Figure(figsize=(7, 3), layout="constrained")
+    ends = ", ".join(f"{name} from {values[0]:.3g} to {values[-1]:.3g}" for name, values in series.items() if values)
+    figure = Figure(figsize=(7, 3), layout="constrained", about=f"{ylabel} over {xlabel}: {ends}")
     axis = figure.subplots()
     for (name, values), colour, style in zip(series.items(), COLOURS, STYLES):
         if x is not None and len(values) != len(x):

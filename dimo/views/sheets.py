@@ -29,7 +29,9 @@ def video_sheet(columns: dict[str, torch.Tensor], prompts: list[str], shown: int
     for name, frames in columns.items():
         require_shape(f"columns[{name!r}]", frames, (count, "F", "height", "width", 3))
     shown = min(shown, *(frames.shape[1] for frames in columns.values()))  # an image is one frame
-    figure = Figure(figsize=(2.2 + len(columns) * shown * 0.85, 0.5 + count * 0.9), layout="constrained")
+    about = f"Frames of videos of {count} prompts: {'; '.join(columns)}"
+    size = 2.2 + len(columns) * shown * 0.85, 0.5 + count * 0.9
+    figure = Figure(figsize=size, layout="constrained", about=about)
     axes = figure.subplots(count, len(columns) * shown, squeeze=False)
     for c, (name, frames) in enumerate(columns.items()):
         picks = torch.linspace(0, frames.shape[1] - 1, shown).round().long().tolist()
