@@ -45,7 +45,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.folder:
         prompts = load_world(args.folder).held_out[3::17]
-        passes(args.folder, args.student, prompts, IMAGES / "sprites.gif", Look(cell=112, columns=2), guidance=3.0)
+        passes(args.folder, args.student, prompts, IMAGES / "sprites.gif", Look(cell=128, columns=2), guidance=3.0)
     else:
         passes(checkpoint_folder("shapes"), SHIPPED_STUDENT, PROMPTS, IMAGES / "one-pass.gif", Look(cell=88, columns=4))
         explorer()
