@@ -56,7 +56,8 @@ class Model:
         False, "torch.compile the transformer layers (GPU, backend native); compiling takes about a minute"
     )
     activation_checkpointing: str = _key(
-        "none", "none, or recompute: pointwise (norms, RoPE, SwiGLU), selective (all but attention), full; only native"
+        "none",
+        "none, or recompute: swiglu, pointwise (and norms, RoPE), selective (all but attention), full; only native",
     )
     attention: str = _key("auto", "kernel of attention: auto (fa4 where it works), fa4, cudnn, flash or math")
     train_embeddings: bool = _key(

@@ -27,7 +27,7 @@ from dimo.ursa.attention import KERNELS
 from dimo.ursa.config import NORM_EPS, UrsaConfig
 from dimo.ursa.sequence import Split, active_split
 
-CHECKPOINTING = ("none", "pointwise", "selective", "full")
+CHECKPOINTING = ("none", "swiglu", "pointwise", "selective", "full")
 
 
 class RMSNorm(nn.Module):
@@ -184,10 +184,18 @@ class MLP(Products):
     def maps(self) -> tuple[list[nn.Linear], nn.Linear]:
         return [self.gate_proj, self.up_proj], self.down_proj
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, again: bool = False) -> torch.Tensor:
+        """`again`: for the backward pass keep gate and up alone, not their product, which is quickly made again."""
         into, out_of = self.weights(x)
         gate, up = F.linear(x, into).chunk(2, -1)
-        return F.linear(F.silu(gate) * up, out_of)
+        return F.linear(once(swiglu, gate, up) if again else swiglu(gate, up), out_of)
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return F.silu(gate) * up
+
+
+once = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
 class Layer(nn.Module):
@@ -205,17 +213,16 @@ class Layer(nn.Module):
         run = compiled_run() if self.compiled else run_layer
         return run(self, self.checkpointing if torch.is_grad_enabled() else "none", x, *how)
 
-    def block(self, x: torch.Tensor, *how) -> torch.Tensor:
-        """`how`: what `Attention.forward` takes besides x."""
+    def block(self, x: torch.Tensor, *how, again: bool = False) -> torch.Tensor:
+        """`how`: what `Attention.forward` takes besides x; `again`: see `MLP.forward`."""
         x = x + self.self_attn(self.input_layernorm(x), *how)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        return x + self.mlp(self.post_attention_layernorm(x), again)
 
 
 def run_layer(layer: Layer, checkpointing: str, x: torch.Tensor, *how) -> torch.Tensor:
     """`layer.block` with one of the kinds of activation checkpointing (see `UrsaTransformer.run_with`)."""
-    if checkpointing == "none":
-        return layer.block(x, *how)
-    once = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    if checkpointing in ("none", "swiglu"):
+        return layer.block(x, *how, again=checkpointing == "swiglu")
     if checkpointing == "full":
         return once(layer.block, x, *how)
     kept = _keep_products if checkpointing == "pointwise" else _keep_attention
@@ -279,9 +286,10 @@ class UrsaTransformer(nn.Module):
 
         Args:
             compile: torch.compile the layers; takes about a minute in the first pass.
-            checkpointing: activations kept per layer for the backward pass: "none" keeps all, "pointwise" the input and
-                what attention and matrix products make (norms, RoPE and SwiGLU are computed again), "selective" the
-                input and the attention output, "full" the input only.
+            checkpointing: activations kept per layer for the backward pass: "none" keeps all, "swiglu" all but the
+                product of gate and up, a sixth of them, "pointwise" the input and what attention and matrix products
+                make (norms, RoPE and SwiGLU are computed again), "selective" the input and the attention output, "full"
+                the input only.
             attention: a key of `dimo.ursa.attention.KERNELS`; "fa4" must have been found by `choose` there.
 
         Raises:
