@@ -232,7 +232,7 @@ def test_checkpointing_keeps_less(monkeypatch, generator):
         held[how] = sum(kept.values())
         del logits
     assert held["none"] > 2 * held["full"]  # what the two kinds in between keep is not shown to hooks, see test_plan.py
-    with pytest.raises(DimoError, match="checkpointing must be one of none, swiglu, pointwise, selective, full"):
+    with pytest.raises(DimoError, match="checkpointing must be one of none, swiglu, pointwise, mlp, selective, full"):
         small(0).run_with(checkpointing="some")
 
 

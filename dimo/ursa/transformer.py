@@ -27,7 +27,7 @@ from dimo.ursa.attention import KERNELS
 from dimo.ursa.config import NORM_EPS, UrsaConfig
 from dimo.ursa.sequence import Split, active_split
 
-CHECKPOINTING = ("none", "swiglu", "pointwise", "selective", "full")
+CHECKPOINTING = ("none", "swiglu", "pointwise", "mlp", "selective", "full")
 
 
 class RMSNorm(nn.Module):
@@ -214,8 +214,14 @@ class Layer(nn.Module):
         return run(self, self.checkpointing if torch.is_grad_enabled() else "none", x, *how)
 
     def block(self, x: torch.Tensor, *how, again: bool = False) -> torch.Tensor:
-        """`how`: what `Attention.forward` takes besides x; `again`: see `MLP.forward`."""
-        x = x + self.self_attn(self.input_layernorm(x), *how)
+        return self.feed(self.attend(x, *how), again)
+
+    def attend(self, x: torch.Tensor, *how) -> torch.Tensor:
+        """`how`: what `Attention.forward` takes besides x."""
+        return x + self.self_attn(self.input_layernorm(x), *how)
+
+    def feed(self, x: torch.Tensor, again: bool = False) -> torch.Tensor:
+        """`again`: see `MLP.forward`."""
         return x + self.mlp(self.post_attention_layernorm(x), again)
 
 
@@ -223,6 +229,8 @@ def run_layer(layer: Layer, checkpointing: str, x: torch.Tensor, *how) -> torch.
     """`layer.block` with one of the kinds of activation checkpointing (see `UrsaTransformer.run_with`)."""
     if checkpointing in ("none", "swiglu"):
         return layer.block(x, *how, again=checkpointing == "swiglu")
+    if checkpointing == "mlp":
+        return once(layer.feed, once(layer.attend, x, *how, context_fn=_keep_products))
     if checkpointing == "full":
         return once(layer.block, x, *how)
     kept = _keep_products if checkpointing == "pointwise" else _keep_attention
@@ -287,9 +295,9 @@ class UrsaTransformer(nn.Module):
         Args:
             compile: torch.compile the layers; takes about a minute in the first pass.
             checkpointing: activations kept per layer for the backward pass: "none" keeps all, "swiglu" all but the
-                product of gate and up, a sixth of them, "pointwise" the input and what attention and matrix products
-                make (norms, RoPE and SwiGLU are computed again), "selective" the input and the attention output, "full"
-                the input only.
+                product of gate and up, "pointwise" the input and what attention and matrix products make, "mlp" the
+                inputs of attention and MLP and what attention and its products make, "selective" the input and the
+                attention output, "full" the input only.
             attention: a key of `dimo.ursa.attention.KERNELS`; "fa4" must have been found by `choose` there.
 
         Raises:
