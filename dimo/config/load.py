@@ -71,7 +71,6 @@ DIVISIBLE = {"model.backend": "native", "distill.teacher": "network"}  # what tr
 CAPTURABLE = {  # what training.cuda_graph needs; `dimo.train.graph` checks the rest
     "model.device": ("auto", "cuda"),
     "model.backend": ("native",),
-    "distill.prompt_source": ("world",),
     "training.num_processes": (1,),
     "training.gradient_accumulation_steps": (1,),
     "training.mixed_precision": ("no", "bf16"),
