@@ -30,8 +30,10 @@ once = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=Fal
 
 def run_layer(layer: Layer, checkpointing: str, x: torch.Tensor, *how) -> torch.Tensor:
     """`layer.block` with a kind of `CHECKPOINTING`."""
-    if checkpointing in ("none", "swiglu"):
-        return layer.block(x, *how, again=checkpointing == "swiglu")
+    if checkpointing == "none":
+        return layer.block(x, *how)
+    if checkpointing == "swiglu":
+        return layer.feed(layer.attend(x, *how), again=True)
     if checkpointing == "mlp":
         return once(layer.feed, once(layer.attend, x, *how, context_fn=_keep_products))
     if checkpointing == "full":

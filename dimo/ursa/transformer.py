@@ -202,8 +202,8 @@ class Layer(nn.Module):
         run = recompute.compiled_run() if self.compiled else recompute.run_layer
         return run(self, self.checkpointing if torch.is_grad_enabled() else "none", x, *how)
 
-    def block(self, x: torch.Tensor, *how, again: bool = False) -> torch.Tensor:
-        return self.feed(self.attend(x, *how), again)
+    def block(self, x: torch.Tensor, *how) -> torch.Tensor:
+        return self.feed(self.attend(x, *how))
 
     def attend(self, x: torch.Tensor, *how) -> torch.Tensor:
         """`how`: what `Attention.forward` takes besides x."""
