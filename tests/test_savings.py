@@ -212,6 +212,11 @@ def test_compiled_and_checkpointed_layers_give_the_same_from_one_graph(
     assert len(graphs) == 1
 
 
+def test_the_compiler_knows_its_options():
+    assert set(recompute.OPTIONS) <= set(torch._inductor.list_options())
+    recompute.compiled_run.__wrapped__()  # refuses options of another type
+
+
 def test_checkpointing_keeps_less(monkeypatch, generator):
     """Entries that autograd holds after the forward pass."""
     from dimo.ursa import cpu
