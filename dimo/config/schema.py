@@ -300,7 +300,7 @@ class Training:
     gradient_accumulation_steps: int = _key(1, "micro-batches of batch_size_per_gpu samples per update")
     sequence_parallel: int = _key(1, "GPUs that divide the tokens of each sample; they share one batch_size_per_gpu")
     cuda_graph: bool = _key(
-        False, "replay the step of a built-in world as a CUDA graph: with model.compile a fifth of the time; one GPU"
+        False, "replay the step as a CUDA graph; on a built-in world, with model.compile, a fifth of the time; one GPU"
     )
     max_bad_steps: int = _key(5, "consecutive steps skipped for NaN or infinity before training stops with an error")
 
