@@ -92,12 +92,12 @@ def test_a_protocol_replaces_what_a_preset_says_of_guidance_and_nothing_that_is_
         (None, "distill.protocol=vbensh", "protocol must be none or vbench, got 'vbensh'; did you mean 'vbench'"),
         (None, "distill.protocol=vbench", "needs a URSA checkpoint and a file of captions, but"),
         ("distill_dimo_image", "distill.protocol=vbench", "is how videos are made, with a motion prefix, but"),
-        ("distill_dimo", "training.cuda_graph=true", "cuda_graph=true needs distill.prompt_source=world, got"),
+        ("distill_dimo", "training.cuda_graph=true training.num_processes=2", "needs training.num_processes=1, got 2"),
     ],
 )
 def test_bad_input_is_refused_in_a_sentence(config, override, sentence):
     with pytest.raises(DimoError, match=sentence):
-        load_config(config, [override] if override else [])
+        load_config(config, override.split())
 
 
 @pytest.mark.parametrize("key", [k for k, value in to_flat(load_config()).items() if isinstance(value, float)])

@@ -10,7 +10,7 @@ from dimo.config import Optim, load_config
 from dimo.train.masters import MasterAdamW, copies_of, learning_of
 from dimo.train.optimizers import make_optimizers, set_lr_factor
 from dimo.train.trainer import Trainer
-from dimo.ursa import UrsaConfig, UrsaTransformer, transformer
+from dimo.ursa import UrsaConfig, UrsaTransformer, recompute
 from dimo.ursa.inputs import rope_positions
 
 BF16 = ["model.device=cpu", "distill.batch_size_per_gpu=2", "optim.optimizer=adamw", "training.mixed_precision=bf16"]
@@ -91,13 +91,13 @@ def test_what_is_held_is_never_an_older_weight(generator):
 
 def test_layers_and_updates_of_two_networks_share_their_graphs(monkeypatch, generator, graphs_made):
     graphs, compiling = graphs_made
-    compiled = compiling(transformer.run_layer)
+    compiled = compiling(recompute.run_layer)
     updates = {}
 
     def on_device(function, _):
         return updates.setdefault(function, compiling(function))
 
-    monkeypatch.setattr(transformer, "compiled_run", lambda: compiled)
+    monkeypatch.setattr(recompute, "compiled_run", lambda: compiled)
     monkeypatch.setattr("dimo.train.masters.on_device", on_device)
     for seed in (0, 1):
         model, ids = small(seed), torch.randint(25, (2, 12), generator=generator)

@@ -17,7 +17,7 @@ from dimo.config import load_config
 from dimo.errors import DimoError
 from dimo.train.trainer import Trainer
 from dimo.ursa import UrsaConfig, UrsaTransformer
-from dimo.ursa.transformer import CHECKPOINTING
+from dimo.ursa.recompute import CHECKPOINTING
 from dimo.worlds import checkpoint_folder
 
 pytestmark = pytest.mark.filterwarnings("error:Accessing the data pointer of FakeTensor")  # `dimo plan` showed it

@@ -15,7 +15,7 @@ from dimo.distill.stages import Step
 from dimo.errors import DimoError
 from dimo.train.engine import Engine
 from dimo.train.trainer import Trainer
-from dimo.ursa import Chunked, UrsaConfig, UrsaTransformer, load_ursa, predict, sampler, transformer, visual_logits
+from dimo.ursa import Chunked, UrsaConfig, UrsaTransformer, load_ursa, predict, recompute, sampler, visual_logits
 from dimo.ursa.inputs import rope_positions
 from dimo.ursa.loading import load_transformer
 from dimo.worlds import checkpoint_folder
@@ -190,13 +190,13 @@ def gradients(model, ids):
     return [logits.detach(), *(p.grad.clone() for p in model.parameters())]
 
 
-@pytest.mark.parametrize("checkpointing", transformer.CHECKPOINTING)
+@pytest.mark.parametrize("checkpointing", recompute.CHECKPOINTING)
 def test_compiled_and_checkpointed_layers_give_the_same_from_one_graph(
     monkeypatch, generator, graphs_made, checkpointing
 ):
     graphs, compiling = graphs_made
-    compiled = compiling(transformer.run_layer)
-    monkeypatch.setattr(transformer, "compiled_run", lambda: compiled)
+    compiled = compiling(recompute.run_layer)
+    monkeypatch.setattr(recompute, "compiled_run", lambda: compiled)
     for seed in (0, 1):  # two networks
         model, ids = small(seed), torch.randint(25, (2, 12), generator=generator)
         want = gradients(model, ids)
@@ -212,13 +212,18 @@ def test_compiled_and_checkpointed_layers_give_the_same_from_one_graph(
     assert len(graphs) == 1
 
 
+def test_the_compiler_knows_its_options():
+    assert set(recompute.OPTIONS) <= set(torch._inductor.list_options())
+    recompute.compiled_run.__wrapped__()  # refuses options of another type
+
+
 def test_checkpointing_keeps_less(monkeypatch, generator):
     """Entries that autograd holds after the forward pass."""
     from dimo.ursa import cpu
 
     monkeypatch.setattr(cpu, "serves", lambda *_, **__: False)  # PyTorch's attention, as on a GPU
     held, ids = {}, torch.randint(25, (2, 12), generator=generator)
-    for how in transformer.CHECKPOINTING:
+    for how in recompute.CHECKPOINTING:
         model, kept = small(0).run_with(checkpointing=how), {}
         own = {p.data_ptr() for p in model.parameters()}
 
@@ -232,7 +237,7 @@ def test_checkpointing_keeps_less(monkeypatch, generator):
         held[how] = sum(kept.values())
         del logits
     assert held["none"] > 2 * held["full"]  # what the two kinds in between keep is not shown to hooks, see test_plan.py
-    with pytest.raises(DimoError, match="checkpointing must be one of none, pointwise, selective, full"):
+    with pytest.raises(DimoError, match="checkpointing must be one of none, swiglu, pointwise, mlp, selective, full"):
         small(0).run_with(checkpointing="some")
 
 

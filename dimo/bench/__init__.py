@@ -136,8 +136,13 @@ def _step(trainer: Trainer, tflop: float, product: float, clock: Clock, progress
     trainer.step(next(counter))
     clock.wait()
     report: dict[str, Any] = {"first_step_seconds": time.perf_counter() - begin}
-    report["step"] = _rated(clock(lambda: trainer.step(next(counter))), tflop, product)
-    report["stages"] = stage_times(trainer, counter, clock)
+    while trainer.graphs is not None and not trainer.graphs.captured:
+        trainer.step(next(counter))
+    spent = clock(lambda: trainer.step(next(counter)))
+    if trainer.graphs is not None:  # its memory was allocated when it was captured
+        spent["peak_gib"] = spent["reserved_gib"]
+    report["step"] = _rated(spent, tflop, product)
+    report["stages"] = stage_times(trainer, counter, clock) if trainer.graphs is None else {}
     progress(_line("step, with optimizers", report["step"]))
     for name, seconds in report["stages"].items():
         progress(f"    {name:28}{1e3 * seconds:9.1f} ms")

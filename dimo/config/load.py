@@ -25,7 +25,7 @@ from dimo.ursa.attention import KERNELS
 from dimo.ursa.inputs import latents_shape_for
 from dimo.ursa.layout import makes_images, vae_strides
 from dimo.ursa.loading import BACKENDS, DTYPES
-from dimo.ursa.transformer import CHECKPOINTING
+from dimo.ursa.recompute import CHECKPOINTING
 from dimo.worlds import DATA, built_in_worlds, is_world, load_world
 from dimo.worlds.protocol import prompt_length
 
@@ -71,7 +71,6 @@ DIVISIBLE = {"model.backend": "native", "distill.teacher": "network"}  # what tr
 CAPTURABLE = {  # what training.cuda_graph needs; `dimo.train.graph` checks the rest
     "model.device": ("auto", "cuda"),
     "model.backend": ("native",),
-    "distill.prompt_source": ("world",),
     "training.num_processes": (1,),
     "training.gradient_accumulation_steps": (1,),
     "training.mixed_precision": ("no", "bf16"),

@@ -54,7 +54,8 @@ class Model:
         False, "torch.compile the transformer layers (GPU, backend native); compiling takes about a minute"
     )
     activation_checkpointing: str = _key(
-        "none", "none, or recompute: pointwise (norms, RoPE, SwiGLU), selective (all but attention), full; only native"
+        "none",
+        "none, or recompute: swiglu, pointwise (and norms, RoPE), mlp, selective (not attention), full; only native",
     )
     attention: str = _key("auto", "kernel of attention: auto (fa4 where it works), fa4, cudnn, flash or math")
     train_embeddings: bool = _key(
@@ -279,7 +280,7 @@ class Training:
     gradient_accumulation_steps: int = _key(1, "micro-batches of batch_size_per_gpu samples per update")
     sequence_parallel: int = _key(1, "GPUs that divide the tokens of each sample; they share one batch_size_per_gpu")
     cuda_graph: bool = _key(
-        False, "replay the step of a built-in world as a CUDA graph: with model.compile a fifth of the time; one GPU"
+        False, "replay the step as a CUDA graph; on a built-in world, with model.compile, a fifth of the time; one GPU"
     )
     max_bad_steps: int = _key(5, "consecutive steps skipped for NaN or infinity before training stops with an error")
 

@@ -78,9 +78,6 @@ class Distillation(Protocol):
     def set_entropy_bonus(self, index: int, entropy: torch.Tensor) -> None:
         """Set `lambda_ent` according to the student's mean token entropy, a scalar in nats."""
 
-    def update_ema(self) -> None:
-        """Update the student's moving average."""
-
     def mean(self, value: torch.Tensor) -> torch.Tensor:
         """The mean over all processes."""
 
@@ -167,7 +164,6 @@ def nine_stages(run: Distillation, index: int, steps: list[Step], norms: dict[st
             stages.total_loss(step, d.w_distill, d.w_kd, run.lambda_ent)
         run.student.backward(step.loss / parts, last=part == parts - 1)
     norms["grad_norm/student"] = _update(run.student, "student")
-    run.update_ema()
     if run.baseline and run.baseline.value is not None:
         run.baseline.value.copy_(run.mean(run.baseline.value))  # all processes share one baseline
     yield 9, steps[-1]

@@ -1,10 +1,11 @@
 """Training steps as CUDA graphs (`training.cuda_graph`): a step of a small world is bound by its kernel launches.
 
 The first steps of a run are ordinary ones: they fill the memory of x_init and create the optimizers' states. Then the
-nine stages, both updates and the sums of metrics are captured once and replayed. Random draws, learning rates and all
-else that a schedule changes are set before each replay, in tensors that the graph reads, so a replay makes the step
-that the trainer would make, up to rounding. Steps of another kind (after the time curriculum, or with stage 7 if
-distill.kd_every leaves it out of some) have a graph of their own.
+nine stages, both updates and the sums of metrics are captured once and replayed. Random draws, captions, learning rates
+and all else that a schedule changes are set before each replay, in tensors that the graph reads, so a replay makes the
+step that the trainer would make, up to rounding. The moving average is updated after it, in the steps that do. Steps of
+another kind (after the time curriculum, or with stage 7 if distill.kd_every leaves it out of some) have a graph of
+their own.
 
 What differs from training without a graph:
 
@@ -32,6 +33,7 @@ from dimo.distill.step import nine_stages
 from dimo.errors import DimoError, Diverged
 from dimo.run.checkpoints import Checkpoints
 from dimo.train.metrics import measured
+from dimo.train.prompts import StreamedPrompts
 from dimo.ursa.cuda_graph import ORDINARY, make_capturable, record
 
 if TYPE_CHECKING:
@@ -78,9 +80,11 @@ class StepGraphs:
         trainer.entropy_bonus.fade = torch.zeros((), dtype=torch.float64, device=device)
         if trainer.lambda_ent > 0:
             trainer.lambda_ent = torch.tensor(trainer.lambda_ent, dtype=torch.float64, device=device)
-        trainer.ema_weight = torch.zeros((), device=device)
         if trainer.settings.t_power_start:
             trainer.t_power = torch.zeros((), device=device)
+        self.txt_ids: torch.Tensor | None = None  # (B, L): captions, which come from the host
+        if isinstance(trainer.prompts, StreamedPrompts):
+            self.txt_ids = trainer.prompts.example_ids[:1].repeat(trainer.settings.batch_size_per_gpu, 1)
         self.index = torch.zeros((), dtype=torch.int64, device=device)
         self.bad = torch.full((), -1, dtype=torch.int64, device=device)  # the first step that was not finite
         self.latest = 0
@@ -116,7 +120,10 @@ class StepGraphs:
             captured = self.captured[kind]
             values = trainer.prepare(index)
             self.index.fill_(index)
+            if self.txt_ids is not None:
+                self.txt_ids.copy_(trainer.draw_prompts())
             captured.replay()
+            trainer.update_ema()
             trainer.averages.count(captured.names)
         return captured.step, captured.norms | values | {"guard/skipped": trainer.guard.skipped}
 
@@ -128,8 +135,12 @@ class StepGraphs:
 
     def _run(self, index: int, into: _Captured) -> None:
         trainer, step, norms = self.trainer, Step(dense=self.trainer.dense), dict[str, torch.Tensor]()
-        for _ in nine_stages(trainer, index, [step], norms):
-            pass
+        trainer.drawn = self.txt_ids
+        try:
+            for _ in nine_stages(trainer, index, [step], norms):
+                pass
+        finally:
+            trainer.drawn = None
         values = measured(step)
         trainer.averages.accumulate(values)
         finite = torch.stack([*norms.values(), *(values[name].detach() for name in CHECKED)]).isfinite().all()

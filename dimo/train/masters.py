@@ -29,23 +29,23 @@ class MasterAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure=None, scale: torch.Tensor | None = None) -> None:
         """One step with all gradients times `scale`, a scalar tensor."""
-        groups = [
-            [(p, *self._copy_and_gradient(p), self._state(p)) for p in group["params"]] for group in self.param_groups
-        ]
-        groups = [[row for row in rows if row[2] is not None] for rows in groups]
-        counts = [state["step"] for rows in groups for *_, state in rows]
-        if not counts:
-            return
-        torch._foreach_add_(counts, 1)
         beta1, beta2 = self.defaults["betas"]
-        numbers = torch.ones_like(counts[0]) if scale is None else scale, 1 - beta1 ** counts[0], 1 - beta2 ** counts[0]
-        for group, rows in zip(self.param_groups, groups):
-            if rows:
-                params, copies, grads, states = zip(*rows)
-                moments = [[state.get(key) for state in states] for key in ("exp_avg", "exp_avg_sq")]
-                lr = group["lr"] if torch.is_tensor(group["lr"]) else torch.full_like(counts[0], group["lr"])
-                settings = beta1, beta2, group["eps"], group["weight_decay"]
-                on_device(_adamw, params[0])(params, copies, grads, *moments, lr, *numbers, *settings)
+        numbers: tuple[torch.Tensor, ...] = ()
+        for group in self.param_groups:  # one after another, so that the GPU has the first while the next is prepared
+            rows = [(p, *self._copy_and_gradient(p), self._state(p)) for p in group["params"]]
+            rows = [row for row in rows if row[2] is not None]
+            if not rows:
+                continue
+            params, copies, grads, states = zip(*rows)
+            moments = [[state.get(key) for state in states] for key in ("exp_avg", "exp_avg_sq")]
+            counts = [state["step"] for state in states]
+            torch._foreach_add_(counts, 1)
+            if not numbers:
+                count = counts[0]
+                numbers = torch.ones_like(count) if scale is None else scale, 1 - beta1**count, 1 - beta2**count
+            lr = group["lr"] if torch.is_tensor(group["lr"]) else torch.full_like(counts[0], group["lr"])
+            settings = beta1, beta2, group["eps"], group["weight_decay"]
+            on_device(_adamw, params[0])(params, copies, grads, *moments, lr, *numbers, *settings)
 
     def _copy_and_gradient(self, p: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         if p not in self.copies:

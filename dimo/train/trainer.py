@@ -30,7 +30,7 @@ from dimo.train.together import train_together
 from dimo.ursa import Ursa, load_ursa, predict
 from dimo.ursa.chunks import BLOCK
 from dimo.ursa.cpu import keep_memory
-from dimo.ursa.cuda_graph import assign, towards
+from dimo.ursa.cuda_graph import assign
 from dimo.ursa.sampler import student_times
 from dimo.ursa.weights import scale_logits
 from dimo.views.clean_tokens import known_clean_tokens
@@ -86,7 +86,7 @@ class Trainer:
         self.t_shift = shift_for(d.shift_value(), self.num_visual_tokens, self.ursa.own_shift)
         self.generator = torch.Generator(self.device)
         self.lambda_ent: float | torch.Tensor = d.lambda_ent
-        self.ema_weight: float | torch.Tensor = 0.0  # of the student in an update of its moving average
+        self.ema_weight = 0.0  # of the student in an update of its moving average
         # logits are stored only if a batch's take at most 128 MiB and are not rounded to bf16; where there are many
         # codes, a GPU recomputes them faster than it goes through stored ones: what reads them is compiled then
         large = d.t_draws * d.batch_size_per_gpu * self.num_visual_tokens * self.path.codebook_size > 2**25
@@ -97,6 +97,7 @@ class Trainer:
         self.averages = Averages()
         self.sheets = True  # of samples, where there is a VAE
         self.events: list[dict] = []  # {"step", "event", ...}; drained by the training loop
+        self.drawn: torch.Tensor | None = None  # prompts that a CUDA graph reads, since it cannot draw captions
         self.graphs: StepGraphs | None = None
         if config.training.cuda_graph:
             require_capturable(self)
@@ -139,6 +140,7 @@ class Trainer:
             for number, step in nine_stages(self, index, steps, norms):
                 if number < 9:
                     yield number, step, {}
+            self.update_ema()
             self.guard.count(None)
             for step in steps:
                 self.averages.add(measured(step))
@@ -163,7 +165,7 @@ class Trainer:
         self.t_power = assign(self.t_power, power)
         self.x_init.fade = assign(self.x_init.fade, fade(index, 0, d.p_corrupt_fade * last))
         self.entropy_bonus.fade = assign(self.entropy_bonus.fade, fade(index, d.ent_anneal_from, d.ent_anneal_to))
-        self.ema_weight = assign(self.ema_weight, 1 - ema_decay_at(o.ema_decay, index, o.ema_every))
+        self.ema_weight = 1 - ema_decay_at(o.ema_decay, index, o.ema_every)
         return {"optim/lr": o.lr * factor}
 
     def seed_of(self, index: int) -> int:
@@ -172,6 +174,8 @@ class Trainer:
 
     def draw_prompts(self) -> torch.Tensor:
         """Stage 1: txt_ids (B, L)."""
+        if self.drawn is not None:
+            return self.drawn
         return self.prompts.batch(self.settings.batch_size_per_gpu, self.generator)
 
     def autocast(self) -> contextlib.AbstractContextManager:
@@ -204,13 +208,13 @@ class Trainer:
 
     @torch.no_grad()
     def update_ema(self) -> None:
-        """Update the student's moving average, if this step is one of those that do."""
-        if isinstance(self.ema_weight, float) and self.ema_weight == 0:
+        """Update the student's moving average, if this step is one of those that do. In no CUDA graph."""
+        if self.ema_weight == 0:
             return
         reshard(self.networks.ema)
         pairs = zip(self.networks.ema.parameters(), self.networks.student.parameters())
         ema, student = zip(*((to_local(e), to_local(s)) for e, s in pairs if s.requires_grad))
-        towards(list(ema), list(student), self.ema_weight)
+        torch._foreach_lerp_(ema, student, self.ema_weight)
 
     def look(self) -> None:
         """Raise DimoError if a replayed CUDA graph met a value that is not finite (see `StepGraphs.look`)."""

@@ -7,27 +7,19 @@ Source: baaivision/URSA at 29284bb, and arXiv 2510.24717.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import sdpa_kernel
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
 
 from dimo.errors import DimoError, require_ids, require_shape
-from dimo.ursa import cpu
+from dimo.ursa import cpu, recompute
 from dimo.ursa.attention import KERNELS
 from dimo.ursa.config import NORM_EPS, UrsaConfig
 from dimo.ursa.sequence import Split, active_split
-
-CHECKPOINTING = ("none", "pointwise", "selective", "full")
 
 
 class RMSNorm(nn.Module):
@@ -184,10 +176,15 @@ class MLP(Products):
     def maps(self) -> tuple[list[nn.Linear], nn.Linear]:
         return [self.gate_proj, self.up_proj], self.down_proj
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, again: bool = False) -> torch.Tensor:
+        """`again`: for the backward pass keep gate and up alone, not their product, which is quickly made again."""
         into, out_of = self.weights(x)
         gate, up = F.linear(x, into).chunk(2, -1)
-        return F.linear(F.silu(gate) * up, out_of)
+        return F.linear(recompute.once(swiglu, gate, up) if again else swiglu(gate, up), out_of)
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return F.silu(gate) * up
 
 
 class Layer(nn.Module):
@@ -202,53 +199,19 @@ class Layer(nn.Module):
         self.compiled, self.checkpointing = False, "none"
 
     def forward(self, x: torch.Tensor, *how) -> torch.Tensor:
-        run = compiled_run() if self.compiled else run_layer
+        run = recompute.compiled_run() if self.compiled else recompute.run_layer
         return run(self, self.checkpointing if torch.is_grad_enabled() else "none", x, *how)
 
     def block(self, x: torch.Tensor, *how) -> torch.Tensor:
+        return self.feed(self.attend(x, *how))
+
+    def attend(self, x: torch.Tensor, *how) -> torch.Tensor:
         """`how`: what `Attention.forward` takes besides x."""
-        x = x + self.self_attn(self.input_layernorm(x), *how)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        return x + self.self_attn(self.input_layernorm(x), *how)
 
-
-def run_layer(layer: Layer, checkpointing: str, x: torch.Tensor, *how) -> torch.Tensor:
-    """`layer.block` with one of the kinds of activation checkpointing (see `UrsaTransformer.run_with`)."""
-    if checkpointing == "none":
-        return layer.block(x, *how)
-    once = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-    if checkpointing == "full":
-        return once(layer.block, x, *how)
-    kept = _keep_products if checkpointing == "pointwise" else _keep_attention
-    return once(layer.block, x, *how, context_fn=kept)
-
-
-@functools.cache
-def compiled_run() -> Callable:
-    """Compiled `run_layer`. The layer is an argument, so all layers of all networks of one dtype share a graph.
-
-    Shapes are static: a run has a single video size and prompt length.
-    """
-    return torch.compile(run_layer, dynamic=False)
-
-
-def _keep_attention():
-    return create_selective_checkpoint_contexts(_attention)
-
-
-def _keep_products():
-    return create_selective_checkpoint_contexts(_attention_and_products)
-
-
-def _attention(context, operator, *args, **kwargs) -> CheckpointPolicy:
-    name = str(operator)  # what sequence parallelism has sent is not sent again
-    kept = ("_scaled_dot_product" in name and "backward" not in name) or "alltoall" in name
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def _attention_and_products(context, operator, *args, **kwargs) -> CheckpointPolicy:
-    if operator == torch.ops.aten.mm.default:
-        return CheckpointPolicy.MUST_SAVE
-    return _attention(context, operator, *args, **kwargs)
+    def feed(self, x: torch.Tensor, again: bool = False) -> torch.Tensor:
+        """`again`: see `MLP.forward`."""
+        return x + self.mlp(self.post_attention_layernorm(x), again)
 
 
 class Decoder(nn.Module):
@@ -279,16 +242,14 @@ class UrsaTransformer(nn.Module):
 
         Args:
             compile: torch.compile the layers; takes about a minute in the first pass.
-            checkpointing: activations kept per layer for the backward pass: "none" keeps all, "pointwise" the input and
-                what attention and matrix products make (norms, RoPE and SwiGLU are computed again), "selective" the
-                input and the attention output, "full" the input only.
+            checkpointing: a key of `dimo.ursa.recompute.CHECKPOINTING`.
             attention: a key of `dimo.ursa.attention.KERNELS`; "fa4" must have been found by `choose` there.
 
         Raises:
             DimoError: unknown `checkpointing` or `attention`.
         """
-        if checkpointing not in CHECKPOINTING:
-            raise DimoError(f"checkpointing must be one of {', '.join(CHECKPOINTING)}, got {checkpointing!r}")
+        if checkpointing not in recompute.CHECKPOINTING:
+            raise DimoError(f"checkpointing must be one of {', '.join(recompute.CHECKPOINTING)}, got {checkpointing!r}")
         if attention not in KERNELS:
             raise DimoError(f"attention must be one of {', '.join(KERNELS)}, got {attention!r}")
         for layer in self.model.layers:
