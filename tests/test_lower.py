@@ -4,17 +4,20 @@ import copy
 
 import pytest
 import torch
+from processes import WITH_ZERO2, run_script
 
 from dimo.bench import bench_config
 from dimo.bench.sizes import SIZES, step_flops
+from dimo.commands.dry_run import dry_run
 from dimo.config import load_config
 from dimo.distill import losses, stages
 from dimo.distill.stages import Step
 from dimo.errors import DimoError
 from dimo.train.trainer import Trainer
-from dimo.ursa import UrsaConfig, UrsaTransformer, predict
+from dimo.ursa import UrsaConfig, UrsaTransformer, load_ursa, predict
 from dimo.ursa.lower import going_on, keeping
 from dimo.ursa.transformer import Layer
+from dimo.worlds import checkpoint_folder
 
 GRID = (2, 2, 2)
 
@@ -123,6 +126,41 @@ def test_a_run_trains_the_upper_layers_alone_saves_and_goes_on(tmp_path, more):
         assert torch.equal(a, b)
 
 
+# Two steps of a rank, whose fits are at x_t and elsewhere; then one of it and of another that takes up its state.
+TWO_STEPS = """
+import sys
+import torch
+from dimo.config import load_config
+from dimo.train.trainer import Trainer
+
+keys = ["model.device=cpu", "distill.batch_size_per_gpu=2", "distill.t_draws=1", "distill.aux_pass=shared",
+        "distill.guidance_scale=2", "optim.optimizer=adamw", "model.aux_shared_layers=2"]
+trainer = Trainer(load_config("smoke", keys))
+teacher = {name: value.clone() for name, value in trainer.networks.teacher.state_dict().items()}
+for index in range(2):
+    trainer.step(index)
+tensors, state = trainer.state()
+again = Trainer(load_config("smoke", keys))
+everywhere = trainer.engine.everywhere((tensors, state))[0]
+again.load_state(*everywhere, trainer.rank_state())
+for one in (trainer, again):
+    assert one.engine.kind == sys.argv[1] and one.networks.aux.model.layers[1] is one.networks.teacher.model.layers[1]
+    assert all(torch.equal(value, teacher[name]) for name, value in one.networks.teacher.state_dict().items())
+    one.step(2)
+a, b = (one.engine.full_state_dict(one.networks.aux) for one in (trainer, again))
+assert all(torch.equal(a[name], b[name]) for name in a)
+if trainer.engine.rank == 0:
+    torch.save((a, state["optimizers"]["aux"]), "aux.pt")
+"""
+
+
+@pytest.mark.parametrize("engine", WITH_ZERO2)
+def test_every_engine_leaves_the_shared_layers_alone(tmp_path, engine):
+    run_script(tmp_path, TWO_STEPS, engine, engine=engine)
+    weights, state = torch.load(tmp_path / "aux.pt")
+    assert set(state) == {name for name in weights if ".layers.2." in name}
+
+
 def test_what_cannot_be_shared_is_refused(tmp_path):
     for keys, message in (
         (["model.aux_shared_layers=3"], "must be at most 2, so that one of the teacher's 3 layers learns, got 3"),
@@ -132,6 +170,17 @@ def test_what_cannot_be_shared_is_refused(tmp_path):
     ):
         with pytest.raises(DimoError, match=message):
             trainer_for(tmp_path, *keys)
+
+
+def test_what_is_shared_takes_no_memory():
+    keys = ["optim.optimizer=adamw", "training.gradient_accumulation_steps=1", "distill.aux_steps=1"]
+    whole, shared = (dry_run(load_config("smoke", [*keys, f"model.aux_shared_layers={n}"])) for n in (0, 2))
+    network = load_ursa(checkpoint_folder("shapes")).transformer
+    parts = [network.model.embed_tokens, *network.model.layers[:2]]
+    size = 4 * sum(p.numel() for part in parts for p in part.parameters())
+    assert whole.weights["aux"] - shared.weights["aux"] == size == whole.trained["aux"] - shared.trained["aux"]
+    assert whole.kept - shared.kept == pytest.approx(2 * size, rel=1e-3)  # both moments
+    assert shared.peak < whole.peak - size / 2  # activations of the fit
 
 
 @pytest.mark.parametrize(
