@@ -125,8 +125,7 @@ def nine_stages(run: Distillation, index: int, steps: list[Step], norms: dict[st
             yield 3, step
             # 4 x_t
             how = d.t_curriculum_steps, d.t_per, d.t_power, d.t_draws, g, step.x_hat.device, run.t_shift
-            t = stages.draw_t(len(step.x_hat), grid, index, *how)
-            stages.renoise(step, run.path, t, g)
+            stages.renoise(step, run.path, stages.draw_t(len(step.x_hat), grid, index, *how), g)
             yield 4, step
             # 5 teacher pass
             with run.autocast():
