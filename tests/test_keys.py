@@ -67,6 +67,8 @@ STEPPED = [
     Row("model.activation_checkpointing", "full", "count.blocks", still="student aux loss"),
     Row("model.attention", "math", "student aux", still="step.x_init"),
     Row("model.train_embeddings", "false", f"student.{EMBEDDINGS} aux.{EMBEDDINGS} ema.{EMBEDDINGS}"),
+    Row("model.aux_shared_layers", 1, f"aux.{MATRIX} aux.{EMBEDDINGS} count.blocks", still="step. loss/aux",
+        beside=("distill.teacher_ckpt=shapes",)),
     Row("model.train_head", "true", "student.lm_head aux.lm_head ema.lm_head"),
     Row("model.logit_gain", 2, "student.model.norm ema.model.norm loss/total", still="aux.model.norm"),
     Row("model.final_logit_gain", 5, "final.model.norm", still="student ema final.lm_head"),

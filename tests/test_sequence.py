@@ -10,7 +10,7 @@ from dimo.errors import DimoError
 SETTINGS = [
     "model.device=cpu", "distill.batch_size_per_gpu=2", "distill.w_kd=0.3", "distill.lambda_ent=0.02",
     "distill.w_reinforce=0.5", "distill.guidance_scale=2", "distill.t_per=frame", "optim.optimizer=adamw",
-    "model.train_head=true", "training.gradient_accumulation_steps=2",
+    "model.train_head=true", "model.aux_shared_layers=1", "training.gradient_accumulation_steps=2",
 ]  # fmt: skip
 
 # Two steps in float64, then metrics; everything that the process has seen goes to a file.

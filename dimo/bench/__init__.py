@@ -85,9 +85,13 @@ def bench(
     forward = d.batch_size_per_gpu * model_flops(network, sequence, trainer.num_visual_tokens)
     passes = passes_of(config)
     report |= {"tokens": trainer.num_visual_tokens, "forward_tflop": forward / 1e12, "passes": passes}
-    tflop = step_flops(config, network, d.batch_size_per_gpu, sequence, trainer.num_visual_tokens) / 1e12
+    apart = dataclasses.replace(config, model=dataclasses.replace(config.model, aux_shared_layers=0))
+    tflop, whole = (
+        step_flops(one, network, d.batch_size_per_gpu, sequence, trainer.num_visual_tokens) / 1e12
+        for one in (config, apart)
+    )
     if "step" in parts:
-        report |= _step(trainer, tflop, report["product_tflops"], clock, progress)
+        report |= _step(trainer, tflop, whole, report["product_tflops"], clock, progress)
     report |= _other_parts(trainer, text, parts, generate_steps, clock, progress)
     if "losses" in report and "step" in report:
         share = report["losses"]["all"]["seconds"] / report["step"]["seconds"]
@@ -97,7 +101,7 @@ def bench(
     del trainer
     _free()
     if "naive" in against:
-        report["naive"] = _naive(config, kept, tflop, clock, report, progress)
+        report["naive"] = _naive(config, kept, whole, clock, report, progress)
     del kept
     _free()
     if "upstream" in against:
@@ -130,7 +134,7 @@ def _upstream_module() -> types.ModuleType:
         raise DimoError(f"--against upstream: diffnext's pipeline cannot be imported: {reason(error)}") from error
 
 
-def _step(trainer: Trainer, tflop: float, product: float, clock: Clock, progress) -> dict:
+def _step(trainer: Trainer, tflop: float, whole: float, product: float, clock: Clock, progress) -> dict:
     counter = iter(range(10**9))
     begin = time.perf_counter()
     trainer.step(next(counter))
@@ -144,6 +148,12 @@ def _step(trainer: Trainer, tflop: float, product: float, clock: Clock, progress
     report["step"] = _rated(spent, tflop, product)
     report["stages"] = stage_times(trainer, counter, clock) if trainer.graphs is None else {}
     progress(_line("step, with optimizers", report["step"]))
+    if whole > tflop:
+        report["step"]["tflops_not_shared"] = whole / report["step"]["seconds"]
+        progress(
+            f"    {report['step']['tflops_not_shared']:.3g} TFLOP/s if the layers that auxiliary and teacher share are "
+            "counted as if they were not"
+        )
     for name, seconds in report["stages"].items():
         progress(f"    {name:28}{1e3 * seconds:9.1f} ms")
     return report

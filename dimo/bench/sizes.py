@@ -72,11 +72,15 @@ def model_flops(config: UrsaConfig, sequence: int, tokens: int) -> float:
         sequence: length of the sequence, text and BOV included.
         tokens: number of visual tokens.
     """
+    return config.num_hidden_layers * layer_flops(config, sequence) + head_flops(config, tokens)
+
+
+def layer_flops(config: UrsaConfig, sequence: int) -> float:
+    """FLOPs of one layer's forward pass for one sample."""
     attention_width = config.num_attention_heads * config.head_dim
     kv_width = config.num_key_value_heads * config.head_dim
-    layer = config.hidden_size * (2 * attention_width + 2 * kv_width + 3 * config.intermediate_size)
-    layers = config.num_hidden_layers * (2 * layer * sequence + 4 * sequence**2 * attention_width)
-    return layers + head_flops(config, tokens)
+    weights = config.hidden_size * (2 * attention_width + 2 * kv_width + 3 * config.intermediate_size)
+    return 2 * weights * sequence + 4 * sequence**2 * attention_width
 
 
 def head_flops(config: UrsaConfig, tokens: int) -> float:
@@ -85,12 +89,24 @@ def head_flops(config: UrsaConfig, tokens: int) -> float:
 
 
 def step_flops(config: Config, network: UrsaConfig, batch: int, sequence: int, tokens: int) -> float:
-    """FLOPs of all passes of a training step for a batch; a frozen head has no weight gradient."""
+    """FLOPs of all passes of a training step for a batch, as far as they are made.
+
+    A frozen head has no weight gradient. Layers that the auxiliary shares with the teacher have no backward pass, and
+    at x_t no forward pass of the auxiliary's.
+    """
     passes = passes_of(config)
     flops = sum(passes.values()) * model_flops(network, sequence, tokens)
     if not config.model.train_head:
         flops -= sum(passes[name] // 3 for name in LEARNING) * head_flops(network, tokens)
-    return batch * flops
+    return batch * (flops - passes_shared(config) * config.model.aux_shared_layers * layer_flops(network, sequence))
+
+
+def passes_shared(config: Config) -> int:
+    """How many of `passes_of` a layer that the auxiliary shares with the teacher has no part in."""
+    d, passes = config.distill, passes_of(config)
+    fits = passes["auxiliary's fit"] // 3
+    at_x_t = fits if d.aux_objective == "match_teacher" else d.t_draws if d.aux_pass == "shared" else 0
+    return 2 * fits + at_x_t + passes["auxiliary at x_t"]
 
 
 def passes_of(config: Config) -> dict[str, int]:

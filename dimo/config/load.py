@@ -49,7 +49,8 @@ RANGES = {  # {phrase: (test, keys)}; null values are not tested
         "distill.w_distill distill.w_kd distill.w_reinforce distill.lambda_ent distill.lambda_ent_high "
         "distill.entropy_floor distill.ent_anneal_from distill.ent_anneal_to distill.t_curriculum_steps "
         "distill.t_power_start distill.max_prompt_length experiment.keep_every optim.weight_decay "
-        "optim.muon_weight_decay optim.warmup_steps evaluation.held_out evaluation.judged_videos",
+        "optim.muon_weight_decay optim.warmup_steps evaluation.held_out evaluation.judged_videos "
+        "model.aux_shared_layers",
     ),
     "be positive": (
         lambda value: value > 0,
@@ -67,7 +68,7 @@ RANGES = {  # {phrase: (test, keys)}; null values are not tested
     "lie in [0, 2^63)": (lambda value: 0 <= value < 2**63, "experiment.seed evaluation.seed"),
 }
 FITS = {"none": 6_000, "selective": 36_000}  # visual tokens per step, see `checkpointing_for`
-DIVISIBLE = {"model.backend": "native", "distill.teacher": "network"}  # what training.sequence_parallel needs
+OURS = {"model.backend": "native", "distill.teacher": "network"}  # what needs transformers of dimo's own
 CAPTURABLE = {  # what training.cuda_graph needs; `dimo.train.graph` checks the rest
     "model.device": ("auto", "cuda"),
     "model.backend": ("native",),
@@ -226,9 +227,10 @@ def validate(config: Config) -> None:
     if t.num_processes % t.sequence_parallel:
         wanted = f"must divide training.num_processes={t.num_processes}"
         raise DimoError(f"training.sequence_parallel {wanted}, got {t.sequence_parallel}")
-    for key, value in DIVISIBLE.items() if t.sequence_parallel > 1 else ():
-        if flat[key] != value:
-            raise DimoError(f"training.sequence_parallel needs {key}={value}, got {flat[key]}")
+    for asking, least in (("training.sequence_parallel", 2), ("model.aux_shared_layers", 1)):
+        for key, value in OURS.items() if flat[asking] >= least else ():
+            if flat[key] != value:
+                raise DimoError(f"{asking} needs {key}={value}, got {flat[key]}")
     for key, values in CAPTURABLE.items() if config.training.cuda_graph else ():
         if flat[key] not in values:
             raise DimoError(f"training.cuda_graph=true needs {key}={values[0]}, got {flat[key]}")

@@ -14,6 +14,7 @@ from dimo.errors import DimoError
 BEFORE = {
     "model.backend": "native",
     "model.train_embeddings": True,
+    "model.aux_shared_layers": 0,
     "model.train_head": True,
     "model.logit_gain": 1.0,
     "model.final_logit_gain": 1.0,

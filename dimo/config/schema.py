@@ -61,6 +61,7 @@ class Model:
     train_embeddings: bool = _key(
         True, "train the token embeddings; false: frozen at the teacher's, one copy shared by all networks"
     )
+    aux_shared_layers: int = _key(0, "first layers of the auxiliary that stay the teacher's, with its embeddings")
     train_head: bool = _key(
         False, "train output head and last norm too, which lets the logits grow without bound; false: both are frozen"
     )

@@ -20,6 +20,7 @@ from dimo.distill.exact_target import exact_denoising
 from dimo.distill.schedules import Baseline, XInit, draw_t
 from dimo.errors import DimoError, capturing, require_finite
 from dimo.ursa import Chunked, Dense, MetricPath, MixturePath, Prediction, UrsaTransformer, predict, predict_guided
+from dimo.ursa.lower import Lower, going_on, keeping
 from dimo.ursa.token_losses import denoising
 
 Grid = tuple[int, int, int]
@@ -48,6 +49,7 @@ class Step:
     t: torch.Tensor = LATER  # 4: (R B,) or (R B, N)
     x_t: torch.Tensor = LATER  # 4: (R B, N), all samples of the first draw of t, then of the second, ...
     teacher: Prediction = LATER  # 5: at x_t, (R B, N, K)
+    lower: Lower | None = None  # 5: the teacher's hidden states at x_t, (R B, L + 1 + N, D), for the auxiliary
     aux_losses: list[torch.Tensor] = dataclasses.field(default_factory=list)  # 6: scalars, nats per token
     aux: Prediction = LATER  # 6: at x_t, (R B, N, K)
     student_at_t: Dense | Chunked | None = None  # 7: at x_t, (R B, N, K), if stage 7 runs
@@ -141,6 +143,7 @@ def teacher_pass(
     guidance_scale: float = 1.0,
     guidance_trunc: float = 0.9,
     uncond_ids: torch.Tensor | None = None,
+    shared_layers: int = 0,
 ) -> None:
     """Stage 5: the frozen teacher at x_t with classifier-free guidance, u + w (c - u).
 
@@ -151,16 +154,20 @@ def teacher_pass(
         guidance_scale: w; 1 is no guidance.
         guidance_trunc: w = 1 where t >= this.
         uncond_ids: (1, L) ids of the negative prompt; required if guidance_scale is not 1.
+        shared_layers: keep the conditional hidden states after so many layers, from which the auxiliary goes on.
     """
     if guidance_scale != 1 and uncond_ids is None:
         raise DimoError("uncond_ids, the ids (1, L) of the negative prompt, are required if guidance_scale is not 1")
     txt_ids = step.txt_ids_at_t
     guided = uncond_ids is not None and guidance_scale != 1
-    if guided and (capturing(step.t) or bool((step.t < guidance_trunc).any())):
-        w = torch.where(step.t < guidance_trunc, guidance_scale, 1.0).view(len(step.t), -1, 1)
-        step.teacher = predict_guided(teacher, txt_ids, uncond_ids, step.x_t, grid, w, step.dense, step.t)
-    else:
-        step.teacher = predict(teacher, txt_ids, step.x_t, grid, step.dense, step.t)
+    with keeping(shared_layers) as lower:
+        if guided and (capturing(step.t) or bool((step.t < guidance_trunc).any())):
+            w = torch.where(step.t < guidance_trunc, guidance_scale, 1.0).view(len(step.t), -1, 1)
+            step.teacher = predict_guided(teacher, txt_ids, uncond_ids, step.x_t, grid, w, step.dense, step.t)
+        else:
+            step.teacher = predict(teacher, txt_ids, step.x_t, grid, step.dense, step.t)
+    if lower is not None:
+        step.lower = lower.of(slice(len(step.x_t)))  # not of the unconditional half
     _require_finite("the teacher's logits", step.teacher)
 
 
@@ -195,6 +202,8 @@ def auxiliary_losses(
         aux_target: of "denoise": "sampled" fits it to x_hat itself, "exact" to its distribution given x_t and x_init
             (`exact_denoising`), which needs `step.student`.
 
+    Fits at x_t itself go on from `step.lower`, if the auxiliary shares layers with the teacher (`dimo.ursa.lower`).
+
     Yields:
         Scalar losses with gradient, in nats per token.
 
@@ -217,13 +226,17 @@ def auxiliary_losses(
         if at_x_t:
             x, txt_ids = draws[index], for_each_draw(step.txt_ids, draws[index])
             t = step.t.split(batch)[index] if len(x) == batch else step.t
+            rows = slice(index * batch, (index + 1) * batch) if len(x) == batch else slice(None)
+            lower = step.lower and step.lower.of(rows)
         else:
+            lower = None  # another x_t than the teacher's
             txt_ids, t = step.txt_ids, draw_t(batch, grid, 0, 0, t_per, 1.0, 1, generator, device, shift)
             if empty_ids is not None and empty_share > 0:
                 drop = torch.rand(batch, generator=generator, device=device) < empty_share
                 txt_ids = torch.where(drop[:, None], empty_ids, txt_ids)
             x = path.sample(step.x_hat, t, generator)
-        prediction = predict(aux, txt_ids, x, grid, step.dense)
+        with going_on(lower):
+            prediction = predict(aux, txt_ids, x, grid, step.dense)
         if share_x_t and at_x_t:
             fixed = prediction.detach(copy=True)
             kept = [fixed] if objective == "match_teacher" else [*kept, fixed]
@@ -242,7 +255,8 @@ def auxiliary_losses(
 @torch.no_grad()
 def auxiliary_pass(step: Step, aux: UrsaTransformer, grid: Grid) -> None:
     """End of stage 6: the prediction of the updated auxiliary at x_t."""
-    step.aux = predict(aux, step.txt_ids_at_t, step.x_t, grid, step.dense)
+    with going_on(step.lower):
+        step.aux = predict(aux, step.txt_ids_at_t, step.x_t, grid, step.dense)
     _require_finite("the auxiliary's logits", step.aux)
 
 

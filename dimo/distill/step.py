@@ -48,6 +48,7 @@ class Distillation(Protocol):
     """What a training step reads and changes; implemented by `dimo.train.trainer.Trainer`."""
 
     networks: Networks
+    shared_layers: int  # of teacher and auxiliary, the first ones
     path: MetricPath | MixturePath
     grid: Grid
     num_visual_tokens: int
@@ -122,12 +123,12 @@ def nine_stages(run: Distillation, index: int, steps: list[Step], norms: dict[st
             yield 3, step
             # 4 x_t
             how = d.t_curriculum_steps, d.t_per, run.t_power, d.t_draws, g, step.x_hat.device, run.t_shift
-            t = stages.draw_t(len(step.x_hat), grid, index, *how)
-            stages.renoise(step, run.path, t, g)
+            stages.renoise(step, run.path, stages.draw_t(len(step.x_hat), grid, index, *how), g)
             yield 4, step
             # 5 teacher pass
             with run.autocast():
-                stages.teacher_pass(step, n.teacher, grid, d.guidance_scale, d.guidance_trunc, run.uncond_ids)
+                guidance = d.guidance_scale, d.guidance_trunc, run.uncond_ids
+                stages.teacher_pass(step, n.teacher, grid, *guidance, run.shared_layers)
             yield 5, step
     # 6 auxiliary: its updates, then (below) its prediction at x_t
     what = d.aux_objective, d.aux_steps, d.label_smoothing, d.empty_prompt_share

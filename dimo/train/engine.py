@@ -97,8 +97,9 @@ class Engine:
         policy = MixedPrecisionPolicy(bf16, torch.float32 if bf16 else None, cast_forward_inputs=False)
         how: dict = {"mesh": dist.init_device_mesh(self.device.type, (self.world_size,)), "mp_policy": policy}
         embeddings = model.model.embed_tokens
-        for part in (*model.model.layers, *(() if embeddings in shared else (embeddings,))):
-            fully_shard(part, reshard_after_forward=True, **how)
+        for part in (*model.model.layers, embeddings):
+            if part not in shared:
+                fully_shard(part, reshard_after_forward=True, **how)
         whole = {p for part in shared for p in part.parameters()}
         # the head is used after `hidden` has returned
         fully_shard(model, reshard_after_forward=False, ignored_params=whole, **how)

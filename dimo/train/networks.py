@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import torch
+
 from dimo.config import Config
 from dimo.distill.step import Networks
+from dimo.errors import DimoError
 from dimo.train.engine import Engine
-from dimo.ursa import Ursa
+from dimo.ursa import Ursa, UrsaTransformer
 from dimo.ursa.attention import Choice, choose
 from dimo.worlds.exact import exact_teacher
 
@@ -29,7 +32,9 @@ def make_networks(config: Config, ursa: Ursa, engine: Engine) -> tuple[Networks,
     )
     shared = [part for part, learns in learning if not learns]
     engine.require_heads(teacher.config.num_key_value_heads)
-    student, aux, ema = (engine.copy_of(teacher, learns, shared) for learns in (True, True, False))
+    lower = _lower(teacher, config.model.aux_shared_layers)
+    student, ema = (engine.copy_of(teacher, learns, shared) for learns in (True, False))
+    aux = engine.copy_of(teacher, True, list(dict.fromkeys([*shared, *lower])))
     if config.training.mixed_precision == "bf16":
         teacher.bfloat16()  # frozen, so it needs no float32 master weights
     asked = exact_teacher(ursa.folder, ursa.path) if config.distill.teacher == "exact" else teacher
@@ -45,3 +50,14 @@ def make_networks(config: Config, ursa: Ursa, engine: Engine) -> tuple[Networks,
     if config.model.backend == "native":
         teacher.hold(teacher.lm_head.weight.dtype)
     return networks, attention
+
+
+def _lower(teacher: UrsaTransformer, layers: int) -> list[torch.nn.Module]:
+    """The teacher's embeddings and first layers, as far as they are the auxiliary's too (model.aux_shared_layers)."""
+    most = teacher.config.num_hidden_layers - 1
+    if layers > most:
+        raise DimoError(
+            f"model.aux_shared_layers must be at most {most}, so that one of the teacher's {most + 1} layers learns, "
+            f"got {layers}"
+        )
+    return [teacher.model.embed_tokens, *list(teacher.model.layers)[:layers]] if layers else []

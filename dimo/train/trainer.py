@@ -80,6 +80,7 @@ class Trainer:
         self.student_times = student_times(self.path, d.student_steps, self.ursa.shift)
         self.draft_gain = config.model.final_logit_gain / config.model.logit_gain
         self.entropy_bonus = EntropyController(d.lambda_ent, d.lambda_ent_high, d.entropy_floor, self.device)
+        self.shared_layers = config.model.aux_shared_layers
         self.baseline = Baseline(d.baseline_decay) if d.baseline == "ema" else None
         self.beta = d.beta()
         self.t_power: float | torch.Tensor = d.t_power

@@ -19,6 +19,7 @@ from dimo.errors import DimoError, require_ids, require_shape
 from dimo.ursa import cpu, recompute
 from dimo.ursa.attention import KERNELS
 from dimo.ursa.config import NORM_EPS, UrsaConfig
+from dimo.ursa.lower import active_lower
 from dimo.ursa.sequence import Split, active_split
 
 
@@ -271,7 +272,8 @@ class UrsaTransformer(nn.Module):
             rope_pos: (S, 3) positions (t, y, x).
 
         Returns:
-            (B, S, hidden_size); inside `dimo.ursa.sequence.splitting` only the positions that are held here.
+            (B, S, hidden_size); inside `dimo.ursa.sequence.splitting` only the positions that are held here. Inside
+            `dimo.ursa.lower.going_on` the first layers are not run.
 
         Raises:
             DimoError: wrong shapes, or an id out of range.
@@ -284,12 +286,19 @@ class UrsaTransformer(nn.Module):
         if split is not None:
             how = split, input_ids.shape[1]
             input_ids, cos, sin = (split.own(one, dim) for one, dim in ((input_ids, 1), (cos, 0), (sin, 0)))
-        x = self.model.embed_tokens(input_ids)
-        # embeddings may differ in dtype from the layers (shared with a bfloat16 teacher, or float32); cast to one dtype
-        autocast = torch.is_autocast_enabled(x.device.type)
-        x = x.to(torch.get_autocast_dtype(x.device.type) if autocast else self.lm_head.weight.dtype)
-        for layer in self.model.layers:
+        lower = active_lower()
+        if lower is not None and lower.states is not None:
+            x, done = lower.states, lower.layers
+            require_shape("the hidden states to go on from", x, (*input_ids.shape, self.config.hidden_size))
+        else:
+            x, done = self.model.embed_tokens(input_ids), 0
+            # embeddings may differ in dtype from the layers (shared with a bfloat16 teacher, or float32)
+            autocast = torch.is_autocast_enabled(x.device.type)
+            x = x.to(torch.get_autocast_dtype(x.device.type) if autocast else self.lm_head.weight.dtype)
+        for index, layer in enumerate(list(self.model.layers)[done:], done + 1):
             x = layer(x, cos, sin, *how)
+            if lower is not None and index == lower.layers:
+                lower.states = x
         return self.model.norm(x)
 
     def forward(self, input_ids: torch.Tensor, rope_pos: torch.Tensor, last: int | None = None) -> torch.Tensor:
