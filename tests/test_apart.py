@@ -1,6 +1,8 @@
 """A training that a notebook starts in a process of its own: followed, found again, stopped and continued."""
 
 import os
+import subprocess
+import sys
 import time
 
 import psutil
@@ -72,6 +74,21 @@ def test_what_it_cannot_train_is_told_and_not_what_was_there_before(tmp_path):
         start(config(tmp_path, "experiment.resume=false")).wait()
     with pytest.raises(DimoError, match="neither a preset nor"):
         start(config(tmp_path, "training.engine=./none"))
+
+
+def test_a_process_that_no_longer_trains_is_left_alone(tmp_path):
+    """It may be a stranger's: another one has taken the folder over, and the number was given away again."""
+    stranger = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    run = RunFolder(tmp_path)
+    run._acquire()
+    try:
+        with pytest.raises(DimoError, match=f"is being trained by process {os.getpid()} on .* by now; start it again"):
+            Training(run, stranger.pid).stop()
+        assert stranger.poll() is None
+    finally:
+        run.close()
+        stranger.communicate(b"\n")
+    assert stranger.returncode == 0
 
 
 @pytest.mark.parametrize("headless", [True, False])  # `dimo run`, or papermill by itself

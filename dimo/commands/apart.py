@@ -44,12 +44,21 @@ class Training:
         return self._child.poll() is None if self._child else self.run.is_held()
 
     def stop(self) -> None:
-        """Ask it to save a checkpoint and end, and wait until it has; starting it again continues."""
+        """Ask it to save a checkpoint and end, and wait until it has; starting it again continues.
+
+        Raises:
+            DimoError: another process trains in this folder by now, or the process is not ours.
+        """
         if self.pid is not None and self.is_running():
+            where, pid, _ = _holder(self.run)
+            if self._child is None and pid != self.pid:  # of the old one the number may be a stranger's by now
+                raise DimoError(f"{self.run.path} is being trained by {where} by now; start it again to follow that")
             try:
                 os.kill(self.pid, signal.SIGTERM)
             except ProcessLookupError:
                 pass  # it has just ended
+            except PermissionError:
+                raise DimoError(f"process {self.pid} belongs to another user, who must stop it") from None
             while self.is_running():
                 time.sleep(0.05)
         print(f"{self.run.path}: {progress_of(self.run)}")
@@ -123,12 +132,17 @@ def _attached(run: RunFolder, config: Config) -> Training:
     """The training that goes on in a folder."""
     while run.is_held() and not (run.path / "config.yaml").exists():  # it is about to be written
         time.sleep(0.05)
-    holder = re.match(r"process (\d+) on (.*)", (run.path / LOCK).read_text(encoding="utf-8"))
+    where, pid, host = _holder(run)
     changes = changes_of(run.path, read_groups(run.path / "config.yaml"), to_yaml(as_begun(config)))
-    where = holder[0] if holder else "another process"
     if changes:
         raise DimoError(f"{run.path} is being trained by {where} with {spell(changes)}; stop it first")
-    if holder is None or holder[2] != socket.gethostname() or not psutil.pid_exists(int(holder[1])):
+    if pid is None or host != socket.gethostname() or not psutil.pid_exists(pid):
         raise DimoError(f"{run.path} is being trained by {where}, which is not on this machine; stop it there")
     print(f"{where} trains {run.path.resolve()} already; training.stop() ends it with a checkpoint")
-    return Training(run, int(holder[1]))
+    return Training(run, pid)
+
+
+def _holder(run: RunFolder) -> tuple[str, int | None, str]:
+    """Who trains in a folder: in words, the process and its machine, as far as the lock tells."""
+    told = re.match(r"process (\d+) on (.*)", (run.path / LOCK).read_text(encoding="utf-8"))
+    return (told[0], int(told[1]), told[2]) if told else ("another process", None, "")
