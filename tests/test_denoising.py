@@ -129,3 +129,13 @@ def test_many_codes_start_as_a_linear_map_of_the_codebook():
         left = rows - points @ torch.linalg.lstsq(points, rows).solution
         assert left.square().mean().item() == pytest.approx(0.05 * std**2, rel=0.1)
         assert rows.square().mean().item() == pytest.approx(std**2, rel=0.3)
+
+
+def test_a_matrix_of_a_layer_that_is_as_long_as_the_codebook_does_not_start_as_a_map_of_it():
+    world = TilesWorld(codes=1000)
+    torch.manual_seed(0)
+    model = UrsaTransformer(ursa_config(world, TeacherRecipe(layers=1, intermediate=1024)))
+    initialise(model, world.codebook())
+    rows = model.model.layers[0].mlp.gate_proj.weight.detach()[-1000:]
+    left = rows - world.codebook() @ torch.linalg.lstsq(world.codebook(), rows).solution
+    assert left.square().mean() > 0.9 * rows.square().mean()

@@ -146,7 +146,7 @@ def test_a_teacher_of_another_world_is_trained_and_loads(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_a_teacher_replaces_only_a_teacher_and_only_by_a_finite_one(tmp_path, folder):
+def test_a_teacher_replaces_only_a_teacher_and_only_by_a_finite_one(tmp_path, folder, monkeypatch):
     tiny = {"layers": 1, "hidden": 32, "heads": 2, "batch_size": 2}
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("years of work")
@@ -154,9 +154,11 @@ def test_a_teacher_replaces_only_a_teacher_and_only_by_a_finite_one(tmp_path, fo
         make_teacher(ShapesWorld(), TeacherRecipe(steps=1, **tiny), tmp_path / "mine")
     assert (tmp_path / "mine/thesis.txt").read_text() == "years of work"
     before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    monkeypatch.setattr("dimo.worlds.teacher.KEEP_EVERY", 1)
     with pytest.raises(DimoError, match="weights are not finite after 3 steps"):
         make_teacher(ShapesWorld(), TeacherRecipe(steps=3, lr=1e30, **tiny), folder)
     assert before == {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    assert not folder.with_name(f"{folder.name}.training.pt").exists()  # another rate would be refused
 
 
 def test_a_world_file_of_another_world_is_refused(folder):

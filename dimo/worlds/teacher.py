@@ -122,7 +122,8 @@ def initialise(model: UrsaTransformer, codebook: torch.Tensor) -> None:
         if "o_proj" in name or "down_proj" in name:
             std /= (2 * model.config.num_hidden_layers) ** 0.5
         torch.nn.init.normal_(weight, std=std)
-        if weight.shape[0] >= len(codebook) > FEW:  # the embeddings, whose last rows are the codes, and the head
+        # the last rows of the embeddings are the codes, and all of the head's
+        if len(codebook) > FEW and ("embed_tokens" in name or "lm_head" in name):
             linear = points @ torch.randn(points.shape[1], weight.shape[1]) * (std / points.shape[1] ** 0.5)
             rows = weight[-len(codebook) :]
             rows.mul_((1 - LINEAR) ** 0.5).add_(linear, alpha=LINEAR**0.5)
@@ -191,6 +192,7 @@ def make_teacher(world: World, recipe: TeacherRecipe, folder: Path, videos_per_p
     kept = folder.with_name(f"{folder.name}.training.pt")
     transformer = train_teacher(world, recipe, kept=kept)
     if not all(are_finite(p) for p in transformer.parameters()):
+        kept.unlink(missing_ok=True)  # there is nothing to go on from
         raise DimoError(f"the teacher's weights are not finite after {recipe.steps} steps; try a lower lr")
     write_checkpoint(folder, world, transformer, recipe.alpha, recipe.c)
     kept.unlink(missing_ok=True)
