@@ -7,7 +7,6 @@ import torch
 
 from dimo.config.schema import Distill
 from dimo.distill.schedules import (
-    T_MAX,
     Baseline,
     EntropyController,
     XInit,
@@ -16,9 +15,9 @@ from dimo.distill.schedules import (
     power_at,
     sample_t_curriculum,
     shift_for,
-    shifted,
 )
 from dimo.errors import DimoError
+from dimo.ursa.probability_path import T_MAX, shifted
 from dimo.ursa.sampler import timesteps
 
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from dimo.distill import stages
-from dimo.distill.schedules import T_MAX, Baseline, XInit
+from dimo.distill.schedules import Baseline, XInit
 from dimo.distill.stages import Step
 from dimo.errors import DimoError
 from dimo.ursa import Dense, MetricPath, visual_logits
+from dimo.ursa.probability_path import T_MAX
 
 GRID = (3, 4, 4)
 

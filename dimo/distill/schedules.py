@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 
 from dimo.errors import DimoError, require_ids, require_shape
+from dimo.ursa.probability_path import T_MAX, shifted
 
-T_MAX = 0.999  # beta_t is infinite at t = 1
 LAW_TOKENS = 48  # at which `t_shift=law` is 1: the built-in world, on which t_power was tuned
 
 
@@ -47,16 +47,6 @@ def sample_t_curriculum(
         part = torch.arange(draws, device=device).view(draws, *[1] * len(size)) + first
         u = (u + (part % draws).flatten(0, 1)) / draws
     return (1 - (1 - u).square() if step < curriculum_steps else u) * T_MAX
-
-
-def shifted(t: torch.Tensor, shift: float) -> torch.Tensor:
-    """t' = t / (t + s (1 - t)): times t in [0, 1) moved towards the noise (t = 0) for s > 1; s = 1 leaves them.
-
-    The shift of flow models, and of URSA's sampler (`dimo.ursa.sampler.timesteps`).
-    """
-    if not shift >= 1:
-        raise DimoError(f"shift must be at least 1 (1: off), got {shift}")
-    return t if shift == 1 else t / (t + shift * (1 - t))
 
 
 def shift_for(value: float | str, num_visual_tokens: int, checkpoints: float | None = None) -> float:
@@ -129,6 +119,8 @@ def draw_t(
     """
     if not isinstance(t_power, torch.Tensor) and not t_power > 0:
         raise DimoError(f"t_power must be positive, got {t_power}")
+    if not shift >= 1:
+        raise DimoError(f"shift must be at least 1 (1: off), got {shift}")
     if t_per not in ("sample", "frame", "mixed"):
         raise DimoError(f"t_per must be 'sample', 'frame' or 'mixed', got {t_per!r}")
 

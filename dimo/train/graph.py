@@ -19,10 +19,9 @@ What differs from training without a graph:
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,7 +33,7 @@ from dimo.errors import DimoError, Diverged
 from dimo.run.checkpoints import Checkpoints
 from dimo.train.metrics import measured
 from dimo.train.prompts import StreamedPrompts
-from dimo.ursa.cuda_graph import ORDINARY, make_capturable, record
+from dimo.ursa.cuda_graph import ORDINARY, make_capturable, on_stream, record
 
 if TYPE_CHECKING:
     from dimo.train.trainer import Trainer
@@ -106,7 +105,7 @@ class StepGraphs:
     def step(self, index: int) -> tuple[Step, dict[str, torch.Tensor | float]]:
         """Run training step `index` without waiting for it; returns what `Trainer.step` does."""
         trainer, kind = self.trainer, self.kind(index)
-        with self._on_stream():
+        with on_stream(self.stream):
             if self.noticed is None:
                 self._note_switch()
             self.latest = index
@@ -153,7 +152,7 @@ class StepGraphs:
         Raises:
             Diverged: a replayed step was not finite; the run's state is worthless since then.
         """
-        with self._on_stream():
+        with on_stream(self.stream):
             bad = int(self.bad)
             self._note_switch()
         if bad < 0:
@@ -176,15 +175,3 @@ class StepGraphs:
         if before is not None and before[0] != raised:
             event = "entropy_bonus_raised" if raised else "entropy_bonus_lowered"
             trainer.events.append({"step": self.latest + 1, "event": event, "was": before[1], "is": now})
-
-    @contextlib.contextmanager
-    def _on_stream(self) -> Iterator[None]:
-        """In this context the own stream is the current one; what comes before and after on another waits for it."""
-        outside = torch.cuda.current_stream(self.trainer.device) if self.stream is not None else None
-        if self.stream is None or outside is None or outside == self.stream:
-            yield
-            return
-        self.stream.wait_stream(outside)
-        with torch.cuda.stream(self.stream):
-            yield
-        outside.wait_stream(self.stream)

@@ -5,9 +5,10 @@ A replay reads and writes the tensors of the capture. What changes between repla
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -36,6 +37,19 @@ def record(function: Callable[[], None], stream, generator: torch.Generator) -> 
             queued.popleft().synchronize()
 
     return replay
+
+
+@contextlib.contextmanager
+def on_stream(stream) -> Iterator[None]:
+    """In this context `stream` is the current one; it and the outer one wait for each other. None does nothing."""
+    outside = torch.cuda.current_stream(stream.device) if stream is not None else None
+    if outside is None or outside == stream:
+        yield
+        return
+    stream.wait_stream(outside)
+    with torch.cuda.stream(stream):
+        yield
+    outside.wait_stream(stream)
 
 
 def assign(held: float | torch.Tensor, value: float | torch.Tensor) -> float | torch.Tensor:

@@ -17,7 +17,7 @@ from dimo.errors import DimoError, may_read, require_ids, require_shape, require
 from dimo.ursa.chunks import BLOCK, FEW_CODES, chunks, inverse_cdf, on_device, pick, tokens_at_once
 from dimo.ursa.normaliser import LogNormaliser, interpolate
 
-LAST = 0.999  # the largest t of `log_likelihood`: beta_t is infinite at 1
+T_MAX = 0.999  # of all draws of t, and of `log_likelihood`: beta_t is infinite at 1
 
 
 def categorical(prob: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -38,6 +38,16 @@ def time_like(t: torch.Tensor | float, x: torch.Tensor) -> torch.Tensor:
     elif t.dim() != 0 and t.shape != x.shape:
         raise DimoError(f"t must be a number or have shape ({x.shape[0]},) or {tuple(x.shape)}, got {tuple(t.shape)}")
     return t.expand(x.shape)
+
+
+def shifted(t: torch.Tensor, shift: float) -> torch.Tensor:
+    """t' = t / (t + s (1 - t)): times t in [0, 1) moved towards the noise (t = 0) for s > 1, to the data for s < 1.
+
+    The shift of flow models, and of URSA's sampler (`dimo.ursa.sampler.timesteps`).
+    """
+    if not shift > 0:
+        raise DimoError(f"shift must be positive (1: off), got {shift}")
+    return t if shift == 1 else t / (t + shift * (1 - t))
 
 
 class _Path:
@@ -87,8 +97,8 @@ class _Path:
         require_shape("t", t, tuple(x_t.shape))
         require_ids("x_t", x_t, self.codebook_size)
         require_time("t", t)
-        if may_read(t) and not bool((t < LAST + 1e-6).all()):
-            raise DimoError(f"t must be at most {LAST}, got {t.max().item():.6g}")
+        if may_read(t) and not bool((t < T_MAX + 1e-6).all()):
+            raise DimoError(f"t must be at most {T_MAX}, got {t.max().item():.6g}")
         return self._log_likelihood(x_t, t.float())
 
     def velocity(self, x_1: torch.Tensor, x_t: torch.Tensor, t: float) -> torch.Tensor:
@@ -203,7 +213,7 @@ class MetricPath(_Path):
 
     def _log_likelihood(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         if self._normaliser is None:
-            most = self.c * (LAST / (1 - LAST)) ** self.alpha
+            most = self.c * (T_MAX / (1 - T_MAX)) ** self.alpha
             self._normaliser = LogNormaliser(self._distance, self.codebook_size, most, self.device)
         beta, z = self.c * (t / (1 - t)) ** self.alpha, self._normaliser
         one = on_device(_log_likelihood_near, t)

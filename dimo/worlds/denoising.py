@@ -6,11 +6,10 @@ drawn, and learning rate and weight of the moving average set, before each repla
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +22,7 @@ from dimo.ursa import MetricPath, UrsaTransformer, predict, visual_logits
 from dimo.ursa.chunks import FEW_CODES
 from dimo.ursa.cuda_graph import ORDINARY, assign, make_capturable, record, towards
 from dimo.ursa.muon import Muon
+from dimo.ursa.probability_path import T_MAX, shifted
 from dimo.ursa.token_losses import denoising
 from dimo.worlds.protocol import World
 
@@ -101,10 +101,9 @@ class DenoisingSteps:
         per_frame, shift, spread = self.recipe.t_per == "frame", self.recipe.t_shift, self.recipe.t_spread
         size, g = (batch, frames) if per_frame else (batch,), self.generator
         if spread:
-            t = torch.sigmoid(spread * torch.randn(size, generator=g, device=device) - math.log(shift)) * 0.999
+            t = torch.sigmoid(spread * torch.randn(size, generator=g, device=device) - math.log(shift)) * T_MAX
         else:
-            t = torch.rand(size, generator=g, device=device) * 0.999
-            t = t if shift == 1 else t / (t + shift * (1 - t))
+            t = shifted(torch.rand(size, generator=g, device=device) * T_MAX, shift)
         return t.repeat_interleave(math.prod(rest), 1) if per_frame else t
 
     def _step(self) -> None:
@@ -121,18 +120,6 @@ class DenoisingSteps:
         with torch.no_grad():
             towards(list(self.ema.parameters()), list(self.model.parameters()), self.ema_weight)
         self.loss = loss.detach()
-
-    @contextlib.contextmanager
-    def on_stream(self) -> Iterator[None]:
-        """In this context the own stream is the current one; what follows on another waits for it."""
-        if self.stream is None:
-            yield
-            return
-        outside = torch.cuda.current_stream(self.stream.device)
-        self.stream.wait_stream(outside)
-        with torch.cuda.stream(self.stream):
-            yield
-        outside.wait_stream(self.stream)
 
 
 def _optimizers(model: UrsaTransformer, recipe: TeacherRecipe, fused: bool | None) -> dict[str, torch.optim.Optimizer]:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from dimo.errors import DimoError, may_read, require_ids, require_shape
 from dimo.ursa.chunks import ENTRIES, FEW_CODES, chunks, tokens_at_once
 from dimo.ursa.normaliser import LogNormaliser
-from dimo.ursa.probability_path import LAST, MetricPath, MixturePath, time_like
+from dimo.ursa.probability_path import T_MAX, MetricPath, MixturePath, time_like
 from dimo.ursa.sparse import Sparse
 from dimo.worlds import is_world, load_world
 from dimo.worlds.protocol import World, prompt_length
@@ -132,7 +132,7 @@ class ExactTeacher:
             size = max(1, ENTRIES["cpu"] // self._distance.numel())
             return torch.cat([(-b[:, None, None] * self._distance).logsumexp(1) for (b,) in chunks(size, beta)])
         if self._normaliser is None:
-            most, by_code = self.path.c * (LAST / (1 - LAST)) ** self.path.alpha, self._distance.T.contiguous()
+            most, by_code = self.path.c * (T_MAX / (1 - T_MAX)) ** self.path.alpha, self._distance.T.contiguous()
             self._normaliser = LogNormaliser(lambda i: by_code[i], len(by_code), most, beta.device, KNOTS)
         return self._normaliser(beta.clamp(max=self._normaliser.most))
 

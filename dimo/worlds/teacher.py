@@ -14,6 +14,7 @@ from tqdm import tqdm
 from dimo.errors import DimoError, are_finite
 from dimo.files import whole_folder
 from dimo.ursa import UrsaConfig, UrsaTransformer, load_ursa, sample, save_student
+from dimo.ursa.cuda_graph import on_stream
 from dimo.worlds import WORLD_FILE, is_world
 from dimo.worlds.denoising import DenoisingSteps, TrainingState
 from dimo.worlds.oracle import score
@@ -152,7 +153,7 @@ def train_teacher(
     model = model.to(recipe.device).run_with(compile=gpu and math.prod(world.latents_shape) >= COMPILED)
     prompt_ids, pad = encode(world, world.prompts), words(world).index(PAD)
     training = DenoisingSteps(world, recipe, model, prompt_ids, pad, generator, graph=gpu)
-    with training.on_stream():
+    with on_stream(training.stream):
         state = TrainingState(kept, training)
         steps = range(state.load(), recipe.steps)
         bar = tqdm(
