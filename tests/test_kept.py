@@ -1,5 +1,6 @@
 """What a teacher makes is kept for its next student, and never taken where anything differs."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import dimo
 from dimo.config import load_config, to_yaml
 from dimo.evaluation import kept
 from dimo.evaluation.comparison import Comparison
@@ -97,6 +99,15 @@ def test_whatever_changes_it_is_made_again(runs, monkeypatch):
     assert is_new()
     monkeypatch.setattr(torch, "__version__", "2.99")
     assert is_new() and not is_new()
+
+
+def test_code_that_is_edited_after_its_import_does_not_count(monkeypatch, tmp_path):
+    spec = importlib.util.find_spec("dimo.evaluation.kept")
+    imported = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(imported)
+    want = kept._code()
+    monkeypatch.setattr(dimo, "__file__", str(tmp_path / "__init__.py"))
+    assert imported._code() == want
 
 
 def test_where_it_cannot_be_kept_it_is_made(runs, tmp_path):

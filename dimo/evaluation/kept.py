@@ -83,3 +83,6 @@ def _code() -> str:
     for file in sorted(root.rglob("*.py")):
         digest.update(file.read_bytes())
     return digest.hexdigest()
+
+
+_code()  # now: a notebook's kernel goes on with what it has imported, whatever is edited since
