@@ -30,9 +30,9 @@ def require_consistent(config: Config) -> None:
     as_the_teacher = d.teacher == "network" and d.guidance_scale == 1 and config.model.logit_gain == 1
     if d.w_distill == d.lambda_ent == 0 and as_the_teacher:
         raise DimoError(
-            "distill.w_distill is 0, so only w_kd would teach the student, by its KL to the teacher at x_t; but it "
-            "starts as that teacher, where this is 0, and would learn nothing: it needs distill.guidance_scale above "
-            "1, distill.teacher=exact or model.logit_gain other than 1"
+            "distill.w_distill is 0, so only w_kd would teach the student, by its KL to the teacher; but it starts as "
+            "that teacher, so the KL is 0 and it would learn nothing: set w_distill, distill.guidance_scale above 1, "
+            "distill.teacher=exact or model.logit_gain other than 1"
         )
     if d.ent_anneal_to and d.ent_anneal_from > d.ent_anneal_to:
         raise DimoError(
