@@ -150,7 +150,7 @@ def test_what_compares_the_samples_of_a_batch_needs_two():
 def test_the_student_must_have_something_to_learn_from_and_a_fade_an_order():
     load_config(None, ["distill.w_distill=0", "distill.w_kd=1"])
     alone = ["distill.w_distill=0", "distill.w_kd=1", "model.logit_gain=1"]
-    with pytest.raises(DimoError, match="starts as that teacher, so the KL is 0 and it would learn nothing: set w_distill,"):
+    with pytest.raises(DimoError, match="starts as that teacher, so the KL is 0 and it would learn nothing: set w_dis"):
         load_config(None, alone)
     for more in ("distill.guidance_scale=3", "distill.teacher=exact", "model.logit_gain=2", "distill.lambda_ent=0.1"):
         load_config("tiles", [*alone, more])
