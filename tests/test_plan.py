@@ -132,7 +132,7 @@ def test_each_kind_of_checkpointing_keeps_less_than_the_one_before(one_layer):
 def test_the_largest_batch_fits_and_one_more_does_not(one_layer, monkeypatch):
     monkeypatch.setattr(plan, "SPARE", 0)
     own = [*one_layer, "distill.t_draws=1", "distill.batch_size_per_gpu=4"]
-    how = "model.activation_checkpointing=pointwise"  # in place of none
+    how = "model.activation_checkpointing=swiglu"  # in place of none
     runs = [dry_run(load_config("smoke", [*own, how, f"distill.batch_size_per_gpu={n}"])) for n in (6, 7)]
     memory = sum(sum(parts_of(run, "ddp", 1).values()) for run in runs) / 2
     asked = plan.Plan(load_config("smoke", own), runs[0], {})

@@ -178,11 +178,11 @@ def alternatives(plan: Plan, size: str | None, preset: str | None, overrides: Se
 def largest_batch(plan: Plan, size: str | None, preset: str | None, overrides: Sequence[str], memory: float) -> str:
     """The largest batch per GPU in `memory` bytes less SPARE, as text; arguments as in `alternatives`.
 
-    In place of no activation checkpointing it is that with pointwise, which costs hardly any time. Memory grows in
+    In place of no activation checkpointing it is that with swiglu, which costs hardly any time. Memory grows in
     proportion to the batch, so two dry runs tell it.
     """
     how, batch = plan.config.model.activation_checkpointing, plan.config.distill.batch_size_per_gpu
-    how, totals = "pointwise" if how == "none" else how, []
+    how, totals = "swiglu" if how == "none" else how, []
     for samples in (batch, 2 * batch):
         print(f"dimo: trying {how}, batch {samples}", file=sys.stderr)
         words = f"model.activation_checkpointing={how}", f"distill.batch_size_per_gpu={samples}"
