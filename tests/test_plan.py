@@ -140,6 +140,17 @@ def test_the_largest_batch_fits_and_one_more_does_not(one_layer, monkeypatch):
     assert told.startswith(f"{how} distill.batch_size_per_gpu=6, ")
 
 
+def test_compiled_layers_are_expected_to_need_what_an_h100_measured():
+    """Parts of URSA-1.7B at 17x256x256 as counted, GiB, against `dimo bench`'s peaks: docs/performance.md."""
+    for how, activations, peak in (("none", 37.44, 56.6), ("swiglu", 68.37, 70.6)):
+        counted = {"weights, optimizers, gradients": int(37.82 * GIB), "activations and logits": int(activations * GIB)}
+        words = [f"model.activation_checkpointing={how}"]
+        asked = plan.Plan(load_config("distill_dimo", words), None, counted)
+        assert peak - 0.5 < asked.expected / GIB < peak + 2  # SPARE
+        heads = plan.Plan(load_config("distill_dimo", [*words, "model.train_head=true"]), None, counted)
+        assert heads.expected == heads.total
+
+
 def test_what_to_change_is_gone_through_too(one_layer):
     overrides = [*one_layer, "training.num_processes=2", "distill.batch_size_per_gpu=16"]
     plan = make_plan(load_config("smoke", overrides), memory_gib=1e-4, probe=False)
