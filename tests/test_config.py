@@ -204,7 +204,8 @@ def test_bad_files_are_refused_in_a_sentence(text, sentence, tmp_path):
     ("size", "batch", "kept"),
     [
         ((17, 256, 256), 1, "none"),
-        ((17, 256, 256), 2, "selective"),
+        ((17, 256, 256), 2, "swiglu"),
+        ((17, 256, 256), 3, "selective"),
         ((49, 320, 512), 1, "selective"),
         ((49, 320, 512), 2, "full"),
     ],
@@ -217,6 +218,8 @@ def test_a_folder_without_a_preset_is_trained_with_what_fits(tmp_path, size, bat
     assert load_config(None, asked).model.activation_checkpointing == "selective"
     assert load_config("distill_dimo", own).model.activation_checkpointing == "none"  # a preset is what it says
     assert load_config().model.activation_checkpointing == "none"
+    with pytest.raises(DimoError, match="must be one of none, swiglu, selective, full, got 'pointwise'"):  # as once was
+        load_config(None, [*own, "model.activation_checkpointing=pointwise"])
 
 
 def test_the_recipe_page_has_a_row_for_every_key_that_decides_what_is_learnt():

@@ -132,12 +132,23 @@ def test_each_kind_of_checkpointing_keeps_less_than_the_one_before(one_layer):
 def test_the_largest_batch_fits_and_one_more_does_not(one_layer, monkeypatch):
     monkeypatch.setattr(plan, "SPARE", 0)
     own = [*one_layer, "distill.t_draws=1", "distill.batch_size_per_gpu=4"]
-    how = "model.activation_checkpointing=pointwise"  # in place of none
+    how = "model.activation_checkpointing=swiglu"  # in place of none
     runs = [dry_run(load_config("smoke", [*own, how, f"distill.batch_size_per_gpu={n}"])) for n in (6, 7)]
     memory = sum(sum(parts_of(run, "ddp", 1).values()) for run in runs) / 2
     asked = plan.Plan(load_config("smoke", own), runs[0], {})
     told = plan.largest_batch(asked, None, "smoke", own, memory)
     assert told.startswith(f"{how} distill.batch_size_per_gpu=6, ")
+
+
+def test_compiled_layers_are_expected_to_need_what_an_h100_measured():
+    """Parts of URSA-1.7B at 17x256x256 as counted, GiB, against `dimo bench`'s peaks: docs/performance.md."""
+    for how, activations, peak in (("none", 37.44, 56.6), ("swiglu", 68.37, 70.6)):
+        counted = {"weights, optimizers, gradients": int(37.82 * GIB), "activations and logits": int(activations * GIB)}
+        words = [f"model.activation_checkpointing={how}"]
+        asked = plan.Plan(load_config("distill_dimo", words), None, counted)
+        assert peak - 0.5 < asked.expected / GIB < peak + 2  # SPARE
+        heads = plan.Plan(load_config("distill_dimo", [*words, "model.train_head=true"]), None, counted)
+        assert heads.expected == heads.total
 
 
 def test_what_to_change_is_gone_through_too(one_layer):

@@ -67,7 +67,7 @@ RANGES = {  # {phrase: (test, keys)}; null values are not tested
     ),
     "lie in [0, 2^63)": (lambda value: 0 <= value < 2**63, "experiment.seed evaluation.seed"),
 }
-FITS = {"none": 6_000, "selective": 36_000}  # visual tokens per step, see `checkpointing_for`
+FITS = {"none": 6_000, "swiglu": 10_500, "selective": 36_000}  # visual tokens per step, see `checkpointing_for`
 OURS = {"model.backend": "native", "distill.teacher": "network"}  # what needs transformers of dimo's own
 CAPTURABLE = {  # what training.cuda_graph needs; `dimo.train.graph` checks the rest
     "model.device": ("auto", "cuda"),
@@ -145,8 +145,7 @@ def _default_preset(written: dict[str, Any]) -> str | None:
 def checkpointing_for(config: Config) -> str:
     """The cheapest activation checkpointing with which a training step of URSA-1.7B fits into 80 GB.
 
-    By visual tokens of a GPU, measured on H100 and H200 (docs/performance.md). `pointwise` may do for a batch of 2 at
-    5,120 tokens, as `dimo plan` counts; no GPU has tried it.
+    By visual tokens of a GPU, measured on H100 and H200 (docs/performance.md).
     """
     tokens = config.distill.batch_size_per_gpu * math.prod(_grid(config)) // config.training.sequence_parallel
     return next((how for how, most in FITS.items() if tokens <= most), "full")

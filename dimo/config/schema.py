@@ -55,7 +55,7 @@ class Model:
     )
     activation_checkpointing: str = _key(
         "none",
-        "none, or recompute: swiglu, pointwise (and norms, RoPE), mlp, selective (not attention), full; only native",
+        "none, or recompute: swiglu, selective (all but attention), full; only native",
     )
     attention: str = _key("auto", "kernel of attention: auto (fa4 where it works), fa4, cudnn, flash or math")
     train_embeddings: bool = _key(

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 CHECKPOINTING = {  # {model.activation_checkpointing: what a layer keeps}, each less than the one before
     "none": "everything",
     "swiglu": "everything but the product of gate and up",
-    "pointwise": "its input and what attention and matrix products make: norms, RoPE and SwiGLU come again",
-    "mlp": "the inputs of attention and of the MLP, and what attention and its products make",
     "selective": "its input and the output of attention",
     "full": "its input",
 }
@@ -34,20 +32,8 @@ def run_layer(layer: Layer, checkpointing: str, x: torch.Tensor, *how) -> torch.
         return layer.block(x, *how)
     if checkpointing == "swiglu":
         return layer.feed(layer.attend(x, *how), again=True)
-    if checkpointing == "mlp":
-        return once(layer.feed, once(layer.attend, x, *how, context_fn=_keep_products))
-    if checkpointing == "full":
-        return once(layer.block, x, *how)
-    kept = _keep_products if checkpointing == "pointwise" else _keep_attention
-    return once(layer.block, x, *how, context_fn=kept)
-
-
-OPTIONS = {  # of the compiler: how much a kernel may read and compute before a result goes through memory
-    # With its defaults, 4, 8 and 30, the gradients of q and k do, in float32, between RoPE and RMSNorm
-    "realize_reads_threshold": 8,
-    "realize_acc_reads_threshold": 16,
-    "realize_opcount_threshold": 80,
-}
+    kept = {"context_fn": _keep_attention} if checkpointing == "selective" else {}
+    return once(layer.block, x, *how, **kept)
 
 
 @functools.cache
@@ -56,25 +42,14 @@ def compiled_run() -> Callable:
 
     Shapes are static: a run has a single video size and prompt length.
     """
-    known = torch._inductor.list_options()
-    return torch.compile(run_layer, dynamic=False, options={key: OPTIONS[key] for key in OPTIONS if key in known})
+    return torch.compile(run_layer, dynamic=False)
 
 
 def _keep_attention():
     return create_selective_checkpoint_contexts(_attention)
 
 
-def _keep_products():
-    return create_selective_checkpoint_contexts(_attention_and_products)
-
-
 def _attention(context, operator, *args, **kwargs) -> CheckpointPolicy:
     name = str(operator)  # what sequence parallelism has sent is not sent again
     kept = ("_scaled_dot_product" in name and "backward" not in name) or "alltoall" in name
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def _attention_and_products(context, operator, *args, **kwargs) -> CheckpointPolicy:
-    if operator == torch.ops.aten.mm.default:
-        return CheckpointPolicy.MUST_SAVE
-    return _attention(context, operator, *args, **kwargs)
