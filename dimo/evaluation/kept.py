@@ -23,7 +23,7 @@ from dimo.evaluation.jobs import ABOUT
 from dimo.files import write_text
 from dimo.run.origin import run_of
 from dimo.run.sources import teacher_files
-from dimo.ursa.attention import fa4_version
+from dimo.ursa.attention import fa4_version, version_of
 from dimo.ursa.weights import weight_files
 
 KEPT = ".teachers"  # folder of such folders, beside the runs
@@ -68,7 +68,7 @@ def depends_on(comparison: Comparison, config: Config) -> dict:
         "network": [config.distill.teacher, config.model.backend, config.model.attention, fa4_version()],
         "precision": config.training.mixed_precision,
         "device": torch.cuda.get_device_name(device) if on_gpu else [platform.machine(), torch.get_num_threads()],
-        "code": [dimo.__version__, _code(), torch.__version__],
+        "code": [dimo.__version__, _code(), torch.__version__, version_of("transformers"), version_of("diffusers")],
         "prompts": [c.prompts[:: c.copies], c.choice_ids.tolist(), [ids.shape[1] for ids in c.txt_ids]],
         "videos": [c.copies, c.judged_copies, [len(batch) for batch in c.videos], c.grid],
         "seed": c.seed,

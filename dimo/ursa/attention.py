@@ -194,11 +194,16 @@ def _with_gradients(attend, q, k, v, grad) -> list[torch.Tensor]:
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), grad)]
 
 
+def version_of(package: str) -> str:
+    """Version of a package; empty if it is not installed."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(package)
+    return ""
+
+
 def fa4_version() -> str:
     """Version of flash-attn-4; empty if it is not installed."""
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.version(PACKAGE)
-    return ""
+    return version_of(PACKAGE)
 
 
 def _spelled(dtype: torch.dtype) -> str:
