@@ -19,6 +19,7 @@ import torch
 from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
 
+from dimo.errors import DimoError
 from dimo.ursa import load_ursa, sample
 from dimo.ursa.loading import load_student
 from dimo.ursa.sampler import Trajectory
@@ -44,7 +45,13 @@ def main() -> None:
     parser.add_argument("--student", type=Path)
     args = parser.parse_args()
     if args.folder:
-        prompts = load_world(args.folder).held_out[3::17]
+        try:
+            world = load_world(args.folder)
+        except DimoError as error:
+            parser.error(str(error))
+        if world.name != "sprites":
+            parser.error(f"{args.folder} is a teacher of {world.name}, but one of sprites is needed")
+        prompts = world.held_out[3::17]
         passes(args.folder, args.student, prompts, IMAGES / "sprites.gif", Look(cell=128, columns=2), guidance=3.0)
     else:
         passes(checkpoint_folder("shapes"), SHIPPED_STUDENT, PROMPTS, IMAGES / "one-pass.gif", Look(cell=88, columns=4))

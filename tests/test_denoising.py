@@ -9,11 +9,12 @@ import math
 import pytest
 import torch
 
+from dimo.errors import DimoError
 from dimo.ursa import UrsaTransformer
 from dimo.ursa.cuda_graph import ORDINARY
-from dimo.worlds import denoising
+from dimo.worlds import denoising, teacher
 from dimo.worlds.denoising import DenoisingSteps, TrainingState
-from dimo.worlds.teacher import TeacherRecipe, encode, initialise, ursa_config
+from dimo.worlds.teacher import TeacherRecipe, encode, initialise, make_teacher, ursa_config
 from dimo.worlds.tiles import TilesWorld
 
 STEPS = ORDINARY + 5
@@ -83,6 +84,28 @@ def test_a_graph_goes_on_where_training_stopped(tmp_path, captured):
         second.step(index)
     assert second.optimizers["adamw"].param_groups[0]["lr"] is rate and len(captured) == 2
     assert torch.equal(weights(whole), weights(second))
+
+
+@pytest.mark.parametrize("other", [{"a": 1}, [1]], ids=str)
+def test_another_file_in_its_place_is_a_sentence(tmp_path, other):
+    torch.save(other, tmp_path / "half.pt")
+    with pytest.raises(DimoError, match="half.pt is damaged: remove it to start afresh"):
+        TrainingState(tmp_path / "half.pt", training(False)).load()
+
+
+def test_who_is_stopped_while_the_teacher_is_scored_does_not_train_it_again(tmp_path, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(teacher, "KEEP_EVERY", 2)
+    recipe = TeacherRecipe(layers=1, hidden=32, heads=2, batch_size=4, steps=4)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(teacher, "sample", stop)
+        make_teacher(WORLD, recipe, tmp_path / "world")
+    assert (tmp_path / "world.training.pt").exists()
+    monkeypatch.setattr(DenoisingSteps, "step", stop)
+    assert "validity" in make_teacher(WORLD, recipe, tmp_path / "world", videos_per_prompt=1)
+    assert not (tmp_path / "world.training.pt").exists()
 
 
 def test_muon_moves_the_matrices_of_layers_equally_in_all_directions():

@@ -162,6 +162,8 @@ def test_what_the_disk_has_damaged_is_made_again(tmp_path):
     with pytest.raises(DimoError, match=r"student_1-00000.safetensors was damaged .*; run the same command again"):
         parts.load(JOBS[:1])
     assert parts.missing(JOBS) == JOBS
+    with pytest.raises(DimoError, match=r"student_1-00000.safetensors was deleted meanwhile; run the same command"):
+        parts.load(JOBS[:1])
     parts.save(JOBS[0], {"codes": torch.zeros(1, 4)})
     (tmp_path / "about.json").write_bytes(b"\xff\xfe")
     assert Parts(tmp_path, {"a": 1}).missing(JOBS) == JOBS

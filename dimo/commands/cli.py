@@ -85,7 +85,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         args.overrides = [*args.overrides, *(word for word in left if _is_override(word)), *flagged]
         left = [word for word in left if not _is_override(word)]
     if left:
-        raise DimoError(f"dimo {argv[0]} does not take {' '.join(left)}; see dimo {argv[0]} --help")
+        command = " ".join(argv[:3] if argv[0] == "world" else argv[:1])
+        raise DimoError(f"dimo {command} does not take {' '.join(left)}; see dimo {command} --help")
     for name in NAMES:
         value = getattr(args, name, None)
         if value == "":  # from an unset shell variable; the default would not be what was meant

@@ -73,7 +73,7 @@ class Parts:
         """The results of finished jobs.
 
         Raises:
-            DimoError: a file is damaged; it is deleted, so that the job runs again next time.
+            DimoError: a file is gone, or damaged and so deleted, so that the job runs again next time.
         """
         return {job: self._load(self.file(job)) for job in jobs}
 
@@ -83,6 +83,8 @@ class Parts:
         except SafetensorError as error:
             file.unlink()
             raise DimoError(f"{file} was damaged ({error}) and was deleted; run the same command again") from error
+        except FileNotFoundError as error:
+            raise DimoError(f"{file} was deleted meanwhile; run the same command again") from error
 
     def remove(self) -> None:
         """Delete what this class wrote, but for what is kept, and the folder if nothing else is in it."""

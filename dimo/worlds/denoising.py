@@ -166,6 +166,8 @@ class TrainingState:
             return 0
         try:
             state = torch.load(self.kept, map_location="cpu", weights_only=True)
+            if not (isinstance(state, dict) and {"of", "step", "generator", *self.parts} <= state.keys() | {"muon"}):
+                raise DimoError("it is no state of training")
         except Exception as error:  # torch raises many types for a damaged file
             raise DimoError(f"{self.kept} is damaged: remove it to start afresh ({reason(error)})") from error
         if state["of"] != self.of:

@@ -26,6 +26,7 @@ SCORED = 2**20  # tokens of all videos with which a new teacher is scored, about
 GUIDANCE = 3.0  # of the last row of a new teacher's scores
 KEEP_EVERY = 500  # steps
 FEW, LINEAR = 256, 0.95  # codes that start singly; the share of the variance that is linear in more of them
+LIMITS = {"t_shift": (1e-3, 1e3), "t_spread": (0.0, 10.0), "muon_lr": (0.0, 1.0)}  # a larger shift leaves one t only
 COMPILED = 256  # tokens of a video from which compiling the layers saves more time than it takes
 
 
@@ -196,7 +197,6 @@ def make_teacher(world: World, recipe: TeacherRecipe, folder: Path, videos_per_p
         kept.unlink(missing_ok=True)  # there is nothing to go on from
         raise DimoError(f"the teacher's weights are not finite after {recipe.steps} steps; try a lower lr")
     write_checkpoint(folder, world, transformer, recipe.alpha, recipe.c)
-    kept.unlink(missing_ok=True)
     ursa = load_ursa(folder, recipe.device)
     asked = prompts_to_score(world)
     videos_per_prompt = max(1, min(videos_per_prompt, SCORED // (len(asked) * math.prod(world.latents_shape))))
@@ -219,6 +219,7 @@ def make_teacher(world: World, recipe: TeacherRecipe, folder: Path, videos_per_p
         shares = scores.valid.float().mean(), scores.adherent.float().mean()
         lines.append(f"{steps:6} {guidance:9g} {shares[0]:9.4f} {shares[1]:10.4f}")
     bar.close()
+    kept.unlink(missing_ok=True)  # only now: who is stopped while it is scored does not train it again
     return "\n".join(lines)
 
 
@@ -228,9 +229,10 @@ def _require_sense(world: World, recipe: TeacherRecipe) -> None:
             raise DimoError(f"seed must lie in [0, 2^63), got {value}")
         if isinstance(value, int) and name != "seed" and value < 1:
             raise DimoError(f"{name} must be at least 1, got {value}")
-        if name in ("muon_lr", "t_spread") and value == 0:
-            continue
-        if isinstance(value, float) and not 0 < value < math.inf:
+        least, most = LIMITS.get(name, (None, None))
+        if least is not None and not least <= value <= most:
+            raise DimoError(f"{name} must lie in [{least:g}, {most:g}], got {value}")
+        if least is None and isinstance(value, float) and not 0 < value < math.inf:
             raise DimoError(f"{name} must be positive and finite, got {value}")
     if recipe.t_per not in ("sample", "frame"):
         raise DimoError(f"t_per must be sample or frame, got {recipe.t_per!r}")
