@@ -153,7 +153,8 @@ function panel(about, top, pane, patches, other) {
   });
   const node = make("div", { className: "panel", title: `entropy ${short(top.entropy)} nats; x_hat has rank ${top.rank}` }, [
     make("h4", { textContent: about.titles[top.of] }),
-    make("div", { className: "about", textContent: `H ${short(top.entropy < 1e-6 ? 0 : top.entropy)}, x_hat #${top.rank}, p ${likely(top.p_x_hat)}${end < 1 ? `; bars to p ${end}` : ""}` }), ...rows]);
+    make("div", { className: "about", textContent: `H ${short(top.entropy < 1e-6 ? 0 : top.entropy)}, x_hat #${top.rank}, p ${likely(top.p_x_hat)}` }), ...rows,
+    make("div", { className: "about", textContent: `bars end at p ${end}` })]);
   node.style.borderTopColor = COLOUR[top.of];
   if (top.of === "unconditional" || top.of === "guided") node.style.borderTopStyle = top.of === "guided" ? "double" : "dashed";
   node.dataset.of = top.of;
