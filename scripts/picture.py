@@ -35,7 +35,7 @@ PROMPTS += ["pink bar moving left", "blue corner moving up", "orange bar moving 
 STEPS, HELD = 25, 18  # passes of the teacher, pictures after its last pass
 GAP, TOP = 8, 40  # pixels
 BACKGROUND, TEXT, DONE = "#ffffff", "#222222", "#0072B2"
-WINDOW = 1300, 740  # pixels
+WINDOW = 1300, 776  # pixels
 IMAGES = Path("docs/images")
 
 

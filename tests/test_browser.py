@@ -20,6 +20,7 @@ from dimo.config import load_config, to_yaml
 from dimo.run.folder import RunFolder
 from dimo.train.trainer import Trainer
 from dimo.ursa.weights import read_weights
+from dimo.views.explorer_twin import end_of_bars
 from dimo.views.explorer_view import ExplorerView, colours_of, scale_of
 from dimo.views.models import open_models
 from dimo.views.sheets import save_sheet
@@ -322,7 +323,11 @@ def test_a_report_works_from_a_file_by_click_and_key(browser, report):
     live = explorer.first_request()
     live["panes"][0] |= {"t": 0.5, "prompt": page.input_value(".dimo select.prompt")}
     live["token"] = [2, 1, 0]
-    assert same_top(page.evaluate(TOP), explorer.view(live)["panes"][0]["top"])
+    tops = explorer.view(live)["panes"][0]["top"]
+    assert same_top(page.evaluate(TOP), tops)
+    longest = page.evaluate("() => [...document.querySelectorAll('.dimo .panel')].map((panel) => "
+                            "parseFloat(panel.querySelector('.track > i').style.width) / 100)")  # fmt: skip
+    assert longest == pytest.approx([top["p"][0] / end_of_bars(top["p"]) for top in tops], abs=0.01)
     for key in "ans":  # pin A; the next network; the next statistic, which A's network, the teacher, does not have
         canvas.press(key)
     assert len([c for c in page.query_selector_all(".dimo canvas.map") if c.is_visible()]) == 3

@@ -163,6 +163,9 @@ def test_figures_draw_what_was_measured():
     want = [student.entropy_of_mean, student.mean_entropy, student.mutual_information]
     want += [sampled_entropy(student.codes[:, :4]), sampled_entropy(teacher)]
     assert len(shown) == len(want) and all(torch.equal(a, b.mean(0).view(2, 3)) for a, b in zip(shown, want))
+    tops = [axis.images[0].get_clim()[1] for axis in figure.axes if axis.images]
+    assert tops[2] == pytest.approx(shown[2].max().item()) and tops[2] not in tops[:2]  # I, on a scale of its own
+    assert tops[0] == tops[1] == pytest.approx(max(shown[0].max(), shown[1].max()).item()) and tops[3] == tops[4]
     with pytest.raises(DimoError, match=r"teacher must have shape \(2, m, 6\)"):
         collapse_maps(student, teacher[:1], (1, 2, 3))
 

@@ -192,6 +192,10 @@ def test_one_run_has_a_line_for_each_network_with_its_name_and_log_K(run):
     }  # fmt: skip
     assert {text.get_text() for text in axis.texts} == {"student", "auxiliary", "teacher", "log K = 2.30"}
     assert [y for line in axis.lines for y in line.get_ydata()[:1]][-1] == math.log(10)  # smoke's world
+    bound = next(text for text in axis.texts if text.get_text().startswith("log K"))
+    figure.draw_without_rendering()
+    box, to_pixels = bound.get_window_extent(), axis.transData.transform
+    assert to_pixels((0, math.log(10)))[1] < box.y0 < box.y1 < axis.get_window_extent().y1  # no curve gets there
     assert [line.get_label() for line in thick(axes["reward: minus Jeffreys (nats)"])] == ["mean"]  # no baseline
     run.log({"step": 40, "lambda_ent": 0.05})
     bonus = panels(dashboard_figure(run))["weight of the entropy bonus"]

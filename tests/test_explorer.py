@@ -16,7 +16,7 @@ from dimo.views import explorer as front
 from dimo.views import explorer_view
 from dimo.views.explorer_data import token_map
 from dimo.views.explorer_stored import stored
-from dimo.views.explorer_twin import twin
+from dimo.views.explorer_twin import end_of_bars, twin
 from dimo.views.explorer_view import ExplorerView, colours_of, named, scale_of
 from dimo.views.models import open_models
 from dimo.worlds import SHIPPED_STUDENT
@@ -106,6 +106,14 @@ def test_two_states_share_one_scale_and_the_figure_has_the_pages_pixels(view):
         assert np.array_equal(image[:4, :4], want[0]) and np.array_equal(image[:4, 5:9], want[1])
     bars = [axis for axis in figure.axes if axis.patches and not axis.images and axis.get_title(loc="left")]
     assert [bar.get_width() for bar in bars[0].patches] == pytest.approx(made["panes"][1]["top"][0]["p"])
+    for p, end in ((0.9, 1), (0.02, 0.1), (1.6e-5 * 4, 1e-4)):  # of 64,000 codes a uniform one has p 1.6e-5
+        for top in made["panes"][1]["top"]:
+            top["p"] = [p, p / 2]
+            top["codes"] = top["codes"][:2]
+        drawn = [axis for axis in twin(made, about).axes if axis.patches and not axis.images and axis.get_title("left")]
+        axis = drawn[0]
+        assert axis.get_xlim() == (0, pytest.approx(end)) and axis.get_xticklabels()[-1].get_text() == f"p {end:g}"
+    assert [end_of_bars(p) for p in ([1.0000001], [0.0], [float("nan")])] == [1, 1, 1]
 
 
 def test_a_notebook_without_a_kernel_shows_the_figure(widget):

@@ -57,15 +57,31 @@ def test_frechet_of_features_is_that_of_their_scaled_gaussians(generator):
 
 
 def test_frechet_has_the_dimension_that_the_sample_supports(generator):
-    assert [features.dimension(n, 64) for n in (3, 4, 16, 1000)] == [1, 2, 8, 32] and features.dimension(99, 5) == 5
-    wide = torch.randn(4, 2, 64, generator=generator)
-    assert math.isfinite(features.frechet(wide, wide + 1).value)  # 8 videos, 64 features
+    assert [features.dimension(n, 64) for n in (4, 15, 16, 20, 1000)] == [0, 0, 8, 10, 32]
+    assert features.dimension(99, 5) == 5
+    wide = torch.randn(8, 2, 64, generator=generator)
+    assert math.isfinite(features.frechet(wide, wide + 1).value)  # 16 videos, 64 features
     assert features.frechet(wide, wide).value == pytest.approx(0, abs=1e-9)
-    assert features.frechet(wide[:1], wide[:1]) is None and features.frechet(wide * math.nan, wide) is None
+    assert features.frechet(wide[:7], wide[:7]) is None and features.frechet(wide * math.nan, wide) is None
     projected = features.project(wide, 8)
-    assert torch.equal(projected, features.project(wide, 8)) and projected.shape == (4, 2, 8)
+    assert torch.equal(projected, features.project(wide, 8)) and projected.shape == (8, 2, 8)
     with pytest.raises(DimoError, match="size must be from 1 to the 64 features, got 65"):
         features.project(wide, 65)
+
+
+def test_below_the_fewest_videos_chance_alone_looks_like_a_collapse(generator):
+    """How often a sampler's own second set is as far from the first as videos that all lie at its mean."""
+    shares = {}
+    for videos in (4, features.FEWEST - 4, features.FEWEST):
+        size, as_far = videos // 2, []
+        for one, other in torch.randn(400, 2, videos, size, generator=generator).double():
+            scaled = [(x - other.mean(0)) / other.std(0) for x in (one, other)]
+            (m, c), (own, spread) = ((x.mean(0), x.T.cov()) for x in scaled)
+            chance = features.frechet_distance(m, c, own, spread)
+            as_far.append(bool(chance >= features.frechet_distance(own, torch.zeros_like(c), own, spread)))
+        shares[videos] = sum(as_far) / len(as_far)
+    few, fewer, fewest = shares.values()
+    assert few > 0.4 and fewer > 0.02 and fewest < 0.01, shares
 
 
 def test_coverage_by_brute_force(generator):

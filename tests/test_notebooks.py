@@ -62,6 +62,7 @@ def test_all_five_execute_and_leave_a_report(executed):
     last = json.loads((run.path / "notebooks" / "05_evaluation.ipynb").read_text())
     printed = "".join(t for c in last["cells"] for o in c.get("outputs", []) for t in o.get("text", []))
     assert "ok   the teacher needs its passes" in printed and "FAIL" not in printed
+    assert "?    the student has not collapsed" in printed and "-> evaluation.videos_per_prompt=2 or more" in printed
     assert "(reported, not checked: min_share is 0)" in printed and "the student reaches" not in printed
     assert last["metadata"]["papermill"]["parameters"]["overrides"][-1] == "evaluation.seed=3"
 
@@ -148,6 +149,8 @@ def test_all_five_take_it_as_training_does_in_bf16_from_hidden_states(tmp_path):
     assert "ok   all metrics are finite" in pages["03_train"]
     assert "skipped: " in pages["04_diagnostics"] or "samples/" in (run.path / "report.html").read_text()
     assert "ok   every figure is finite" in pages["05_evaluation"]
+    assert "ok   the student has not collapsed" in pages["05_evaluation"]
+    assert "1/2 by chance" in " ".join(pages["05_evaluation"].split())
     report = (run.path / "report.html").read_text()
     assert "<th>teacher_nll</th>" in report and "teacher_2" in report and "validity" not in report
 

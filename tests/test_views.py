@@ -114,8 +114,22 @@ def test_a_map_of_small_values_beside_one_of_large_ones_is_not_of_one_colour():
     shown = [ax.images[0] for ax in token_maps({"before": 1 + torch.rand(2, 3, 3), "after": after}, "nats").axes[:4]]
     colours = shown[2].norm(shown[2].get_array())
     assert colours.max() - colours.min() > 0.2 and len({i.get_clim() for i in shown}) == 1
-    parts = token_maps({"before": 1 + torch.rand(2, 3, 3), "after": after}, "nats", may_be_log=False)
-    assert type(parts.axes[0].images[0].norm) is matplotlib.colors.Normalize
+
+
+def test_maps_that_are_not_together_have_scales_of_their_own():
+    large, small, none = 10 + torch.rand(2, 3, 3), 0.2 + 0.1 * torch.rand(2, 3, 3), torch.full((2, 3, 3), 1e-7)
+    figure = token_maps({"a": large, "b": large + 1, "c": small, "d": none}, "nats", together=(2, 1, 1))
+    limits = [ax.images[0].get_clim() for ax in figure.axes[:8:2]]
+    most = (large.max().item() + 1, small.max().item(), 1e-3)  # rounding is one colour
+    assert limits == [(0, pytest.approx(high)) for high in (most[0], *most)]
+    colours = figure.axes[4].images[0].norm(small[0])
+    assert colours.min() > 0.5 and colours.max() - colours.min() > 0.1
+    assert [ax.get_ylabel() for ax in figure.axes[8:]] == ["nats"] * 3
+    figure.draw_without_rendering()
+    boxes = [ax.yaxis.label.get_window_extent() for ax in figure.axes[8:]]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    with pytest.raises(DimoError, match=r"together must be numbers of at least 1 that add up to 2 maps, got \(1, 2\)"):
+        token_maps({"a": large, "b": large}, "nats", together=(1, 2))
 
 
 def test_sheet_shows_each_videos_own_pixels(tmp_path):
@@ -182,6 +196,13 @@ def test_checks_show_everything_and_raise_what_failed(capsys):
     with pytest.raises(DimoError):
         checks.finish()
     assert "-> raise" not in capsys.readouterr().out  # nothing to turn where it passed
+    checks = Checks()
+    checks.add("blind", None, "cannot tell", turn="make two videos")
+    checks.finish()
+    assert capsys.readouterr().out.splitlines() == ["?    blind  cannot tell", "         -> make two videos"]
+    checks.add("bad", False)
+    with pytest.raises(DimoError, match="1 of 2 checks failed: bad$"):
+        checks.finish()
 
 
 def test_the_sheets_of_several_runs_are_those_of_the_same_time(tmp_path):

@@ -53,6 +53,11 @@ def retrieval(videos: Videos) -> Estimate | None:
     return bootstrap.mean(_per_prompt(best[..., 0] / best.sum(-1)))
 
 
+def retrieval_prompts(videos: Videos) -> int:
+    """k, the prompts among which `retrieval` looks for a video's own: 1/k is chance."""
+    return videos.judged["choice_nll"].shape[-1]
+
+
 def frechet_of(videos: Videos) -> Estimate | None:
     if videos.reference is None:
         return None

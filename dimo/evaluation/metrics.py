@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dimo.evaluation import beside_teacher, bootstrap, trust
+from dimo.evaluation import beside_teacher, bootstrap, features, trust
 from dimo.evaluation.bootstrap import Estimate
 from dimo.evaluation.comparison import AGAIN
 from dimo.evaluation.reference_free import diversity
@@ -52,11 +52,11 @@ SECONDS = Metric(
 
 SPREAD = Metric(
     "higher", "mean squared distance of two videos of a prompt in the codebook's space, per token; far below the "
-    "teacher's where a student has collapsed", beside_teacher.mean_spread,
+    "teacher's where a student has collapsed; undefined of a single video", beside_teacher.mean_spread,
 )  # fmt: skip
 
 DISTINCT = Metric(
-    "higher", "share of distinct videos among those of a prompt",
+    "higher", "share of distinct videos among those of a prompt; undefined of a single one",
     lambda v: distinct(v.by_prompt) if v.copies > 1 else None,
 )  # fmt: skip
 
@@ -95,7 +95,7 @@ REFERENCE_FREE: dict[str, Metric] = {
     "distinct": DISTINCT,
     "codes_used": Metric("higher", "number of distinct codes in all videos", lambda v: v.codes.unique().numel()),
     "diversity": Metric(
-        "higher", "share of tokens in which two videos of a prompt differ",
+        "higher", "share of tokens in which two videos of a prompt differ; undefined of a single one",
         lambda v: diversity(v.by_prompt),
     ),
 }  # fmt: skip
@@ -128,16 +128,21 @@ JUDGED: dict[str, Metric] = {
     ),
     "retrieval": Metric(
         "higher", "share of videos that are likelier under their own prompt than under 7 others (or all, if there are "
-        "fewer), by the teacher; 1/8 by chance", beside_teacher.retrieval,
+        "fewer), by the teacher", beside_teacher.retrieval,
+    ),
+    "retrieval_prompts": Metric(
+        None, "number of prompts k among which retrieval looks for a video's own; 1/k is chance",
+        beside_teacher.retrieval_prompts,
     ),
     "frechet": Metric(
         "lower", "Fréchet distance from the teacher's videos in its hidden features; above 0 even for others of its "
-        "own, the more so the fewer there are", beside_teacher.frechet_of,
+        f"own, the more so the fewer there are; undefined below {features.FEWEST} videos, where chance alone makes it "
+        "as large as a collapse would", beside_teacher.frechet_of,
     ),
     "frechet_dimension": Metric(None, "dimension of the features of frechet", beside_teacher.frechet_dimension),
     "feature_coverage": Metric(
         "higher", "share of the teacher's videos that have one of these within reach of their own 5th neighbour, in "
-        "its hidden features", beside_teacher.feature_coverage,
+        f"its hidden features; undefined of {features.NEIGHBOURS} videos or fewer", beside_teacher.feature_coverage,
     ),
     "spread_ratio": Metric("nearer to 1", "spread relative to the teacher's", beside_teacher.spread_ratio),
     "motion": Metric(
@@ -200,11 +205,18 @@ def columns_of(rows: dict[str, dict]) -> list[str]:
     return [name for name, m in known.items() if m.better and any(name in row for row in rows.values())]
 
 
+def _by_chance(name: str, rows: dict[str, dict]) -> str:
+    """The chance of retrieval, which is that of the report's own number of prompts; empty for all other metrics."""
+    most = max((row.get("retrieval_prompts", 0) for row in rows.values()), default=0)
+    return f"; 1/{most} by chance, among {most} prompts" if name == "retrieval" and most > 1 else ""
+
+
 def legend(rows: dict[str, dict]) -> list[str]:
     """Sentences for each column of such a table, with how far it can be trusted, and what the brackets are."""
     known, columns = SCORED | REFERENCE_FREE | JUDGED, columns_of(rows)
     said = [
-        f"{name} ({known[name].better} is better): {known[name].definition}. {trust.sentence(name)}".rstrip()
+        f"{name} ({known[name].better} is better): {known[name].definition}{_by_chance(name, rows)}. "
+        f"{trust.sentence(name)}".rstrip()
         for name in columns
     ]
     if any(row.get("intervals") for row in rows.values()):

@@ -16,17 +16,19 @@ class Checks:
     """
 
     def __init__(self):
-        self.rows: dict[str, tuple[bool, str]] = {}
+        self.rows: dict[str, tuple[bool | None, str]] = {}
         self.advice: dict[str, str] = {}
 
-    def add(self, name: str, passed: bool, measured: object = "", turn: str = "") -> None:
+    def add(self, name: str, passed: bool | None, measured: object = "", turn: str = "") -> None:
         """Add a check.
 
         Args:
+            passed: None where it cannot be told, which is shown and fails nothing.
             measured: shown beside it.
-            turn: what to look at or to turn where it fails, in a sentence.
+            turn: what to look at or to turn where it did not pass, in a sentence.
         """
-        self.rows[name] = bool(passed), f"{measured:.4g}" if isinstance(measured, float) else str(measured)
+        outcome = None if passed is None else bool(passed)  # may be of numpy
+        self.rows[name] = outcome, f"{measured:.4g}" if isinstance(measured, float) else str(measured)
         self.advice[name] = turn
 
     def finish(self) -> None:
@@ -34,14 +36,15 @@ class Checks:
             raise DimoError("no checks were added")
         width = min(NAME, max(len(name) for name in self.rows))
         for name, (passed, measured) in self.rows.items():
-            said = [f"{'ok  ' if passed else 'FAIL'} {name:{width}}  {measured}".rstrip()]
+            mark = "?   " if passed is None else "ok  " if passed else "FAIL"
+            said = [f"{mark} {name:{width}}  {measured}".rstrip()]
             if len(said[0]) > LINE:  # below the name, so that columns of short values stay
-                said = [f"{'ok  ' if passed else 'FAIL'} {name}", *_below(measured)]
+                said = [f"{mark} {name}", *_below(measured)]
             if not passed and self.advice[name]:
                 said += _below(f"-> {self.advice[name]}")
             print(*said, sep="\n")
         failed = [f"{name}{measured and f' ({measured})'}" for name, (passed, measured) in self.rows.items()
-                  if not passed]  # fmt: skip
+                  if passed is False]  # fmt: skip
         if failed:
             raise DimoError(f"{len(failed)} of {len(self.rows)} checks failed: {'; '.join(failed)}")
 

@@ -14,6 +14,9 @@ from dimo.views.plots import COLOURS, STYLES, token_maps
 def collapse_maps(student: OverNoises, teacher: torch.Tensor, latents_shape: Grid) -> Figure:
     """Maps of H(mean p), its parts mean H(p) and I, and the entropies of student and teacher at equally many samples.
 
+    I has a colour scale of its own, since at a large codebook it is at most log n, and H(mean p) is log K if untrained.
+    Each pair shares one.
+
     Args:
         student: of P prompts, over which the maps are averaged.
         teacher: its codes in many passes, (P, m, M).
@@ -28,8 +31,8 @@ def collapse_maps(student: OverNoises, teacher: torch.Tensor, latents_shape: Gri
         f"student, of {m} samples": sampled_entropy(student.codes[:, :m]),
         f"teacher, of {m} samples": sampled_entropy(teacher),
     }
-    unit = "nats per token"
-    return token_maps({name: values.mean(0).view(latents_shape) for name, values in maps.items()}, unit, False)
+    shown = {name: values.mean(0).view(latents_shape) for name, values in maps.items()}
+    return token_maps(shown, "nats per token", together=(2, 1, 2))
 
 
 def collapse_curves(rows: list[dict]) -> Figure:

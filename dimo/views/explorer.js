@@ -119,14 +119,21 @@ class Mosaic {
   }
 }
 
+// Where the bars of p end: the power of ten, 1 at most, to which the longest is a tenth or more.
+function endOfBars(p) {
+  const most = Math.max(...p);
+  return most > 0 ? Math.min(1, Number(`1e${Math.ceil(Math.log10(most))}`)) : 1;
+}
+
 function panel(about, top, pane, patches, other) {
+  const end = endOfBars([...top.p, ...(other ? other.p : [])]);
   const rows = top.codes.map((code, i) => {
     const track = make("div", { className: "track" }, [make("i")]);
-    track.firstChild.style.cssText = `width:${100 * top.p[i]}%;background:${COLOUR[top.of]}`;
+    track.firstChild.style.cssText = `width:${100 * top.p[i] / end}%;background:${COLOUR[top.of]}`;
     const before = other ? other.codes.indexOf(code) : -1;
     if (before >= 0) {
       const mark = make("b", { title: `A: ${short(other.p[before])}` });
-      mark.style.left = `calc(${100 * other.p[before]}% - 1px)`;
+      mark.style.left = `calc(${100 * other.p[before] / end}% - 1px)`;
       track.append(mark);
     }
     const picture = make("canvas", { width: 1, height: 1, hidden: !patches });
@@ -146,7 +153,8 @@ function panel(about, top, pane, patches, other) {
   });
   const node = make("div", { className: "panel", title: `entropy ${short(top.entropy)} nats; x_hat has rank ${top.rank}` }, [
     make("h4", { textContent: about.titles[top.of] }),
-    make("div", { className: "about", textContent: `H ${short(top.entropy < 1e-6 ? 0 : top.entropy)}, x_hat #${top.rank}, p ${likely(top.p_x_hat)}` }), ...rows]);
+    make("div", { className: "about", textContent: `H ${short(top.entropy < 1e-6 ? 0 : top.entropy)}, x_hat #${top.rank}, p ${likely(top.p_x_hat)}` }), ...rows,
+    make("div", { className: "about", textContent: `bars end at p ${end}` })]);
   node.style.borderTopColor = COLOUR[top.of];
   if (top.of === "unconditional" || top.of === "guided") node.style.borderTopStyle = top.of === "guided" ? "double" : "dashed";
   node.dataset.of = top.of;

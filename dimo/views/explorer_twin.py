@@ -54,8 +54,9 @@ def twin(view: dict, about: dict) -> Figure:
         axis.barh(places, top["p"], color=NETWORK[top["of"]])
         axis.set_yticks(places, [f"{code}{' *' if code == pane['x_hat'] else ''}" for code in top["codes"]], fontsize=8)
         axis.invert_yaxis()
-        axis.set_xlim(0, 1)
-        axis.set_xticks((0, 0.5, 1), ("0", "p .5", "1"), fontsize=8)  # few: text takes most of the time of a figure
+        end = end_of_bars(top["p"])
+        axis.set_xlim(0, end)
+        axis.set_xticks((0, end), ("0", f"p {end:g}"), fontsize=8)  # few: text takes most of the time of a figure
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_title(
             f"{about['titles'][top['of']]}: H {max(0, round(top['entropy'], 6)):.3g}", fontsize=9, loc="left"
@@ -63,6 +64,12 @@ def twin(view: dict, about: dict) -> Figure:
     for axis in right.axes[len(pane["top"]) :]:
         axis.set_visible(False)
     return figure
+
+
+def end_of_bars(p: list[float]) -> float:
+    """Where the axis of the bars of p ends: the power of ten, 1 at most, to which the longest is a tenth or more."""
+    most = max(p)
+    return min(1.0, 10.0 ** math.ceil(math.log10(most))) if most > 0 else 1.0
 
 
 def _mosaic(axis, frames: np.ndarray, grid: list[int], token: list[int] | None) -> None:

@@ -18,6 +18,7 @@ from dimo.views.clean_tokens import known_clean_tokens
 from dimo.views.explorer_data import STATISTICS, TITLES, Answer, Setting, ask, offered, token_at, token_maps, top_codes
 from dimo.views.models import Models
 from dimo.views.noise_maps import noises_of
+from dimo.views.plots import NARROWEST
 from dimo.views.reading import NEAR_DATA, check_slice
 from dimo.worlds import is_world, load_world
 from dimo.worlds.protocol import prompt_index
@@ -25,7 +26,6 @@ from dimo.worlds.protocol import prompt_index
 KEPT = 6  # answers kept: hidden states of so many (checkpoint, prompt, seed, t)
 MAPS = 64  # maps kept, which are small: a click on another token computes none
 PATCH, PIXELS = 8, 2**17  # pixels of a code's patch, and the most of all decoded pictures together
-NARROWEST = 1e-3  # range of a colour scale, in the unit of the statistic
 OVER_NOISES = [name for name, statistic in STATISTICS.items() if statistic.over_noises]
 PICTURES = {"x_hat": "decoded x_hat", "x_t": "decoded x_t", "x_init": "decoded x_init"}
 COLOURS = np.round(matplotlib.colormaps["cividis"](np.arange(256))[:, :3] * 255).astype(np.uint8)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
-from matplotlib.colors import LogNorm
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.ticker import MaxNLocator
 
 from dimo.errors import DimoError, require_shape
@@ -15,11 +15,12 @@ from dimo.views.figure import Figure
 # Okabe and Ito's palette, ordered so that neighbours differ in lightness, too
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 WIDEST = 7.0  # inches of all maps beside each other
+NARROWEST = 1e-3  # range in nats of a colour scale, so that rounding is not shown as structure
 STYLES = ("-", (0, (5, 4)), (0, (1.5, 2)))  # dashes, so that coinciding lines remain visible
 
 
-def token_maps(maps: dict[str, torch.Tensor], unit: str, may_be_log: bool = True) -> Figure:
-    """Per-token values as heat maps with a common colour scale: a row per map, a column per latent frame.
+def token_maps(maps: dict[str, torch.Tensor], unit: str, together: Sequence[int] = ()) -> Figure:
+    """Per-token values as heat maps: a row per map, a column per latent frame, and a colour scale for all of them.
 
     The scale is logarithmic where a map would be of one colour otherwise: its largest value is less than a tenth of the
     largest of all. It then covers three decades.
@@ -27,19 +28,22 @@ def token_maps(maps: dict[str, torch.Tensor], unit: str, may_be_log: bool = True
     Args:
         maps: {name: values (T, H, W)}.
         unit: label of the colour bar.
-        may_be_log: False where maps are parts of a sum, which a logarithm would hide.
+        together: how many maps after each other share a scale, such as (2, 1) of three, each scale linear and at least
+            NARROWEST wide; empty: one scale for all.
+
+    Raises:
+        DimoError: no maps, one of another shape, or `together` does not add up to their number.
     """
     if not maps:
         raise DimoError("maps must hold at least one map")
     frames = next(iter(maps.values())).shape[0]
     for name, values in maps.items():
         require_shape(f"maps[{name!r}]", values, (frames, "H", "W"))
-    everything = torch.cat([m.flatten().float() for m in maps.values()])
-    low, high = min(0.0, everything.min().item()), everything.max().item()
-    if may_be_log and low == 0 and min(m.max().item() for m in maps.values()) < high / 10:
-        scale, unit = {"norm": LogNorm(high / 1000, high, clip=True)}, f"{unit} (log scale)"
-    else:
-        scale = {"vmin": low, "vmax": high}
+    if together and (sum(together) != len(maps) or min(together) < 1):
+        raise DimoError(f"together must be numbers of at least 1 that add up to {len(maps)} maps, got {together}")
+    all_values, groups = list(maps.values()), together or (len(maps),)
+    begins = [sum(groups[:i]) for i in range(len(groups))]
+    scales = [_scale(all_values[i : i + n], unit, bool(together)) for i, n in zip(begins, groups)]
     wide = min(1.5 if len(maps) < 4 else 1.0, WIDEST / frames)  # inches of a map
     tall = wide * min(1.5, max(m.shape[1] / m.shape[2] for m in maps.values()))
     size = 2.8 + (wide + 0.24) * frames, 0.5 + max(tall, 0.5) * len(maps)
@@ -47,16 +51,31 @@ def token_maps(maps: dict[str, torch.Tensor], unit: str, may_be_log: bool = True
     figure = Figure(figsize=size, layout="constrained", about=f"Maps over a video's tokens, {unit}; means: {means}")
     figure.get_layout_engine().set(w_pad=0.12)  # inches; the layout does not expect square axes
     axes = figure.subplots(len(maps), frames, squeeze=False)
+    norms = [norm for (norm, _), n in zip(scales, groups) for _ in range(n)]
     for r, (name, values) in enumerate(maps.items()):
         for f in range(frames):
-            image = axes[r][f].imshow(values[f].float().cpu().numpy(), cmap="cividis", **scale)
+            axes[r][f].imshow(values[f].float().cpu().numpy(), cmap="cividis", norm=norms[r])
             axes[r][f].set_xticks([])
             axes[r][f].set_yticks([])
             if r == 0:
                 axes[r][f].set_title(f"latent frame {f}" if wide >= 1 else f"{f}", fontsize=9)
         axes[r][0].set_ylabel(textwrap.fill(name, 16), fontsize=9, rotation=0, ha="right", va="center")
-    figure.colorbar(image, ax=axes, label=unit, extend="min" if "norm" in scale else "neither")
+    for (norm, label), i, n in zip(scales, begins, groups):
+        bar = figure.colorbar(axes[i][0].images[0], ax=axes[i : i + n], extend="min" if norm.clip else "neither",
+                              ticks=MaxNLocator(4) if together else None)  # fmt: skip
+        bar.set_label(label, fontsize=9 if together else 10)  # beside a single row there is little room
     return figure
+
+
+def _scale(maps: list[torch.Tensor], unit: str, linear: bool) -> tuple[Normalize, str]:
+    """The colour scale of maps that share one, and the label of its bar; see `token_maps`."""
+    everything = torch.cat([m.flatten().float() for m in maps])
+    low, high = min(0.0, everything.min().item()), everything.max().item()
+    if linear:
+        return Normalize(low, max(high, low + NARROWEST)), unit
+    if low == 0 and min(m.max().item() for m in maps) < high / 10:
+        return LogNorm(high / 1000, high, clip=True), f"{unit} (log scale)"
+    return Normalize(low, high), unit
 
 
 def path_maps(prob: dict[float, torch.Tensor]) -> Figure:
