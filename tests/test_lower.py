@@ -10,12 +10,13 @@ from dimo.bench import bench_config
 from dimo.bench.sizes import SIZES, step_flops
 from dimo.commands.dry_run import dry_run
 from dimo.config import load_config
-from dimo.distill import losses, stages
+from dimo.distill import stages
 from dimo.distill.stages import Step
 from dimo.errors import DimoError
 from dimo.train.trainer import Trainer
 from dimo.ursa import UrsaConfig, UrsaTransformer, load_ursa, predict
 from dimo.ursa.lower import going_on, keeping
+from dimo.ursa.token_losses import denoising
 from dimo.ursa.transformer import Layer
 from dimo.worlds import checkpoint_folder
 
@@ -67,7 +68,7 @@ def test_fits_and_answers_go_on_from_the_teachers_states(monkeypatch, generator,
         loss = next(fits)
         assert seen == list(aux.model.layers[0 if x is elsewhere else 2 :])
         loss.backward()
-        want = losses.denoising(predict(naive, ids, x, GRID, dense), x_hat)
+        want = denoising(predict(naive, ids, x, GRID, dense), x_hat)
         assert torch.allclose(loss, want, atol=1e-6)
         want.backward()
     for (name, p), q in zip(aux.named_parameters(), naive.parameters(), strict=True):
