@@ -193,7 +193,9 @@ def test_in_jupyterlab_notebook_04_leads_from_a_curve_to_a_token(browser, lab, t
     """Clicks on a token and on the dashboard, keys, and t."""
     page, wrong = page_of(browser)
     rows = run_all(page, f"{lab}/04_diagnostics.ipynb")
-    assert all(passed for passed, _ in rows.values()) and "the student has not collapsed" in rows
+    unsure = {name for name, (passed, _) in rows.items() if passed is None}  # a run of four steps is not watched
+    assert unsure == {"no alarm of collapse rings at the end"} and False not in [passed for passed, _ in rows.values()]
+    assert "the student has not collapsed" in rows
     page.wait_for_selector(".dimo .panel .row", timeout=60_000)
     explorer = ExplorerView([open_models(trained[0])])
     first, canvas = explorer.first_request(), page.query_selector_all(".dimo canvas.map")[1]
