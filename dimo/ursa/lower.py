@@ -38,11 +38,9 @@ def active_lower() -> Lower | None:
     return _active.get()
 
 
-@contextlib.contextmanager
-def keeping(layers: int) -> Iterator[Lower | None]:
+def keeping(layers: int) -> contextlib.AbstractContextManager[Lower | None]:
     """In this context a pass keeps its hidden states after the first `layers` layers, in what this yields; 0: none."""
-    with going_on(Lower(layers) if layers else None) as lower:
-        yield lower
+    return going_on(Lower(layers) if layers else None)
 
 
 @contextlib.contextmanager
