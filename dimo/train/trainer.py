@@ -30,7 +30,7 @@ from dimo.train.together import train_together
 from dimo.ursa import Ursa, load_ursa, predict
 from dimo.ursa.chunks import BLOCK
 from dimo.ursa.cpu import keep_memory
-from dimo.ursa.cuda_graph import assign
+from dimo.ursa.cuda_graph import assign, towards
 from dimo.ursa.sampler import student_times
 from dimo.ursa.weights import scale_logits
 from dimo.views.clean_tokens import known_clean_tokens
@@ -215,7 +215,7 @@ class Trainer:
         reshard(self.networks.ema)
         pairs = zip(self.networks.ema.parameters(), self.networks.student.parameters())
         ema, student = zip(*((to_local(e), to_local(s)) for e, s in pairs if s.requires_grad))
-        torch._foreach_lerp_(ema, student, self.ema_weight)
+        towards(list(ema), list(student), self.ema_weight)
 
     def look(self) -> None:
         """Raise DimoError if a replayed CUDA graph met a value that is not finite (see `StepGraphs.look`)."""
