@@ -10,7 +10,7 @@ import torch
 from dimo.config import Optim
 from dimo.train.masters import MasterAdamW, copies_of
 from dimo.ursa.cuda_graph import assign
-from dimo.ursa.muon import Muon
+from dimo.ursa.muon import Muon, is_for_muon
 
 
 def make_optimizers(model: torch.nn.Module, lr: float, muon_lr: float, optim: Optim) -> list[torch.optim.Optimizer]:
@@ -25,7 +25,7 @@ def make_optimizers(model: torch.nn.Module, lr: float, muon_lr: float, optim: Op
         optim: the other settings.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    inside = {name for name, p in named if ".layers." in name and p.dim() == 2} if optim.optimizer == "muon" else set()
+    inside = {name for name, p in named if is_for_muon(name, p)} if optim.optimizer == "muon" else set()
     rest = [(name, p) for name, p in named if name not in inside]
     settings = {"lr": lr, "betas": (optim.beta1, optim.beta2), "weight_decay": optim.weight_decay}
     copies = copies_of(model)

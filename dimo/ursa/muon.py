@@ -11,6 +11,11 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Muon's quintic: brings singular val
 STACK_ENTRIES = 2**24  # matrices of equal shape are orthogonalised in batches of up to so many entries
 
 
+def is_for_muon(name: str, parameter: torch.Tensor) -> bool:
+    """Whether Muon is meant for a network's parameter of this name: the matrices inside its layers."""
+    return ".layers." in name and parameter.dim() == 2
+
+
 class Muon(torch.optim.Optimizer):
     """Muon: the Nesterov momentum, orthogonalised and scaled to the typical RMS of AdamW's update, 0.2.
 

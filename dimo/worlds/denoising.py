@@ -21,7 +21,7 @@ from dimo.files import whole_file
 from dimo.ursa import MetricPath, UrsaTransformer, predict, visual_logits
 from dimo.ursa.chunks import FEW_CODES
 from dimo.ursa.cuda_graph import ORDINARY, assign, make_capturable, record, towards
-from dimo.ursa.muon import Muon
+from dimo.ursa.muon import Muon, is_for_muon
 from dimo.ursa.probability_path import T_MAX, shifted
 from dimo.ursa.token_losses import denoising
 from dimo.worlds.protocol import World
@@ -127,7 +127,7 @@ def _optimizers(model: UrsaTransformer, recipe: TeacherRecipe, fused: bool | Non
     inside: list[torch.nn.Parameter] = []
     rest: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        (inside if recipe.muon_lr and ".layers." in name and parameter.dim() == 2 else rest).append(parameter)
+        (inside if recipe.muon_lr and is_for_muon(name, parameter) else rest).append(parameter)
     made: dict[str, torch.optim.Optimizer] = {
         "adamw": torch.optim.AdamW(rest, lr=recipe.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=fused)
     }
