@@ -58,10 +58,10 @@ for parts in (1, 2):
     updates, draws, aux_ids = [], [], []
 
     def spy(learner, name):
-        def update(norm, inner=learner.update):
+        def update(norm, _, inner=learner.update):
             weights = {{k: v.clone() for k, v in trainer.engine.full_state_dict(learner.model).items()}}
             updates.append((name, gradients(learner), float(norm), weights))
-            inner(norm)
+            inner(norm, name)
         learner.update = update
 
     spy(trainer.student, "student")
