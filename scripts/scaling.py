@@ -33,7 +33,7 @@ def main() -> None:
     (device, _), gpus = process(), int(os.environ.get("WORLD_SIZE", 1))
     own = ["distill.max_prompt_length=320", "optim.warmup_steps=1", f"training.num_processes={gpus}"]
     config = load_config(args.preset, [*own, "experiment.output_dir=/nowhere", *args.keys])
-    ursa = random_ursa(args.size, device)
+    ursa = random_ursa(args.size, device, config.distill.num_frames)
     trainer, seconds = Trainer(config, ursa, random_prompts(ursa, config.distill.max_prompt_length)), []
     del ursa
     for _, values, took in timed_steps(trainer, args.steps):

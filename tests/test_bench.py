@@ -1,11 +1,13 @@
 """`dimo bench` refuses before it measures: what was asked for, what the machine lacks, where the report cannot go."""
 
 import importlib.util
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from dimo import bench
+from dimo.bench.parts import Clock, kernels_of
 from dimo.commands.cli import main
 
 
@@ -33,8 +35,8 @@ def refusal(capsys, *arguments) -> str:
         (["--against", "naive,upstrem"], "--against: unknown name 'upstrem'; did you mean 'ups"),
         (["--parts", "step,loses"], "--parts: unknown name 'loses'; did you mean 'losses'"),
         (["--size", "17B"], "size must be one of 0.6B, 1.7B, tiny, got '17B'; did you mean '1.7B'"),
-        (["--against", "naive", "distill.estimator=reinforce"], "the naive step supports only distill.estimator=dimo"),
-        (["--against", "naive", "distill.divergence=reverse"], "the naive step supports only distill.estimator=dimo"),
+        (["--against", "naive", "distill.estimator=reinforce"], "naive needs distill.estimator=dimo, got reinforce"),
+        (["--against", "naive", "distill.divergence=forward"], "naive needs distill.aux_steps=1, got 2"),
         (["model.device=cuda"], "cuda"),
     ],
 )
@@ -57,3 +59,18 @@ def test_a_report_that_could_not_be_written_is_refused_first(capsys, tmp_path):
     (tmp_path / "file").touch()
     assert "--out must be a file, but folder is a folder" in refusal(capsys, "-o", "folder")
     assert "file is a file, not a folder" in refusal(capsys, "-o", "file/deep/bench.json")
+
+
+def test_with_a_cuda_graph_a_replay_is_profiled():
+    taken: list[str] = []
+
+    class Run:
+        graphs = SimpleNamespace(captured={})
+
+        def step(self, index):
+            taken.append("replay" if self.graphs.captured else "ordinary")
+            if index == 2:
+                self.graphs.captured[True, True] = "a graph"
+
+    kernels_of(Run(), Clock(torch.device("cpu")))
+    assert taken == ["ordinary"] * 3 + ["replay"]

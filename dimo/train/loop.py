@@ -115,7 +115,7 @@ def _train(
     run.write_status(state="running", step=first, max_steps=last)
     open_trackers(trainer.accelerator, trainer.config, run)
     yield
-    watch = Watch(trainer, run, first)
+    watch = Watch(trainer, run)
     bar = Progress(first, last, shown=progress and run.writes)
     clock, since = time.perf_counter(), first
     trainer.cold_start.mark("networks and checks")
