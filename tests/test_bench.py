@@ -62,15 +62,13 @@ def test_a_report_that_could_not_be_written_is_refused_first(capsys, tmp_path):
 
 
 def test_with_a_cuda_graph_a_replay_is_profiled():
-    taken: list[str] = []
+    taken: list[tuple[int, str]] = []
+    graphs = SimpleNamespace(captured={}, kind=lambda index: index % 2)
 
-    class Run:
-        graphs = SimpleNamespace(captured={})
+    def step(index):
+        taken.append((index, "replay" if graphs.kind(index) in graphs.captured else "ordinary"))
+        if index == 3:
+            graphs.captured[graphs.kind(index)] = "a graph"
 
-        def step(self, index):
-            taken.append("replay" if self.graphs.captured else "ordinary")
-            if index == 2:
-                self.graphs.captured[True, True] = "a graph"
-
-    kernels_of(Run(), Clock(torch.device("cpu")))
-    assert taken == ["ordinary"] * 3 + ["replay"]
+    kernels_of(SimpleNamespace(graphs=graphs, step=step), Clock(torch.device("cpu")))
+    assert taken == [*((index, "ordinary") for index in range(4)), (1, "replay")]

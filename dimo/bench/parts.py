@@ -174,10 +174,12 @@ def kernels_of(trainer: Trainer, clock: Clock) -> dict[str, tuple[float, int]]:
     The longest come first.
     """
     steps_until_replays(trainer, itertools.count())
+    graphs = trainer.graphs
+    index = next(i for i in itertools.count() if graphs is None or graphs.kind(i) in graphs.captured)
     cuda = clock.device.type == "cuda"
     kind = ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU
     with profile(activities=[kind]) as found:
-        trainer.step(0)
+        trainer.step(index)
         clock.wait()
     rows = [(e.key, (e.self_device_time_total if cuda else e.self_cpu_time_total) / 1e6, e.count)
             for e in found.key_averages()]  # fmt: skip

@@ -59,7 +59,7 @@ def passes_of_step(config: Config) -> float:
     """Cost of a training step per process, in forward passes of one video.
 
     A backward pass counts as two and an update as one. Losses and moving average are left out, so that a share of these
-    passes is a smaller share of the time.
+    passes is a smaller share of the time. Layers that auxiliary and teacher share are counted as if they were not.
     """
     d, parts = config.distill, config.training.gradient_accumulation_steps
     student = 3 + d.student_steps + (parts > 1) + (3 / d.kd_every if d.w_kd > 0 else 0)
