@@ -245,8 +245,9 @@ def test_bench_measures_what_runs(tmp_path):
     parts = ("step", "generate", "path", "losses", "attention", "kernels", "save")
     report = bench(config, "tiny", parts, against=("naive",), repeats=1, warmup=0, generate_steps=(1, 2),
                    progress=lines.append)  # fmt: skip
-    assert report["passes"] == {"student at x_init": 3, "teacher": 2, "auxiliary's fit": 3, "auxiliary at x_t": 0,
-                                "student at x_t": 3, "student's drafts": 0, "student before the updates": 0}  # fmt: skip
+    assert {name: count for name, count in report["passes"].items() if count} == {
+        "student at x_init": 3, "teacher": 2, "auxiliary's fit": 3, "student at x_t": 3,
+    }  # fmt: skip
     spent = report["stages"]
     assert [name[0] for name in spent] == list("123456789")
     assert min(spent["3 student's pass"], spent["6 auxiliary"], spent["9 losses, update"]) > spent["2 x_init"]

@@ -17,7 +17,6 @@ from dimo.distill.schedules import sample_t_curriculum
 from dimo.errors import DimoError
 from dimo.ursa import UrsaTransformer, visual_logits
 
-
 # what the naive step does; of a configuration that does something else, times and TFLOP/s could not be compared
 DOES = {
     "distill.estimator": "dimo", "distill.divergence": "forward", "distill.aux_objective": "denoise",
