@@ -3,7 +3,6 @@
 The same with real graphs needs a GPU; there `dimo world train` always uses them.
 """
 
-import dataclasses
 import math
 
 import pytest

@@ -27,7 +27,10 @@ torch.manual_seed(0)
 model = UrsaTransformer(ursa_config(world, recipe))
 initialise(model, world.codebook())
 loss = denoising.denoising_loss
-denoising.denoising_loss = lambda network, *batch: (seen.append([x.clone() for x in batch[:3]]), loss(network, *batch))[1]
+def spy(network, *batch):
+    seen.append([x.clone() for x in batch[:3]])
+    return loss(network, *batch)
+denoising.denoising_loss = spy
 steps = DenoisingSteps(
     world, recipe, model, encode(world, world.prompts), 0, torch.Generator().manual_seed(rank()), graph=False
 )

@@ -21,8 +21,8 @@ class Muon(torch.optim.Optimizer):
 
     The update of a matrix (m, n) is lr 0.2 sqrt(max(m, n)) U, with U from five Newton-Schulz iterations (Jordan et al.
     2024; scale: arXiv 2502.16982, eq. 4). Equals `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"`, but
-    matrices of equal shape, or of each other's, are processed as one batch, several times as fast for small networks, and the learning rate
-    may be a scalar tensor.
+    matrices of equal shape, tall ones transposed, are processed as one batch, several times as fast for small networks,
+    and the learning rate may be a scalar tensor.
     """
 
     def __init__(self, params, lr: float, momentum: float = 0.9, weight_decay: float = 0.0):

@@ -154,7 +154,9 @@ def _draw_blockwise(x_1: torch.Tensor, codebook: torch.Tensor, beta: torch.Tenso
     """
     whole = len(codebook) // BLOCK
     mass = _weights(x_1[:, None, None], codebook.view(whole, BLOCK, -1), beta[:, None, None]).sum(-1)
-    return pick_in_blocks(mass, lambda block: _weights(x_1[:, None], codebook.view(whole, BLOCK, -1)[block], beta[:, None]), u)
+    return pick_in_blocks(
+        mass, lambda block: _weights(x_1[:, None], codebook.view(whole, BLOCK, -1)[block], beta[:, None]), u
+    )
 
 
 def _weights(x: torch.Tensor, y: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
