@@ -27,7 +27,8 @@ def add_world(commands, kinds: dict[type, Callable]) -> None:
     train = actions.add_parser(
         "train",
         help="train a world's teacher and write its checkpoint folder in URSA's layout",
-        description="Train the teacher of a world by denoising the world's videos.",
+        description="Train the teacher of a world by denoising the world's videos. On N GPUs of a machine:\n"
+        "torchrun --nproc_per_node N -m dimo world train NAME -o OUT --device cuda",
         epilog=examples(["world train"]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
