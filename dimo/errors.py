@@ -49,6 +49,16 @@ def reason(error: BaseException) -> str:
     return " ".join(text.split()) if first.endswith(":") else first  # "...:" introduces a list on the next lines
 
 
+@contextlib.contextmanager
+def enough_memory() -> Iterator[None]:
+    """Memory of a GPU that is full becomes a DimoError in this context."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        said = reason(error).split(" Including ")[0]  # the allocator's details follow
+        raise DimoError(f"{said.rstrip('.')}. `dimo plan` with the same keys says what needs less") from error
+
+
 def _reason_of_system(error: OSError) -> str:
     path = Path(os.fsdecode(error.filename2 or error.filename))  # a rename fails at its destination
     if isinstance(error, FileExistsError | NotADirectoryError):

@@ -29,11 +29,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--first", type=int, default=10, help="steps before it are not counted")
     parser.add_argument("keys", nargs="*", metavar="key=value")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
+    if args.first >= args.steps:
+        parser.error(f"--first must be below --steps, got {args.first} and {args.steps}")
     (device, _), gpus = process(), int(os.environ.get("WORLD_SIZE", 1))
     own = ["distill.max_prompt_length=320", "optim.warmup_steps=1", f"training.num_processes={gpus}"]
     config = load_config(args.preset, [*own, "experiment.output_dir=/nowhere", *args.keys])
-    ursa = random_ursa(args.size, device)
+    ursa = random_ursa(args.size, device, config.distill.num_frames)
     trainer, seconds = Trainer(config, ursa, random_prompts(ursa, config.distill.max_prompt_length)), []
     del ursa
     for _, values, took in timed_steps(trainer, args.steps):

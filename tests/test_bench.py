@@ -1,11 +1,13 @@
 """`dimo bench` refuses before it measures: what was asked for, what the machine lacks, where the report cannot go."""
 
 import importlib.util
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from dimo import bench
+from dimo.bench.parts import Clock, kernels_of
 from dimo.commands.cli import main
 
 
@@ -33,8 +35,8 @@ def refusal(capsys, *arguments) -> str:
         (["--against", "naive,upstrem"], "--against: unknown name 'upstrem'; did you mean 'ups"),
         (["--parts", "step,loses"], "--parts: unknown name 'loses'; did you mean 'losses'"),
         (["--size", "17B"], "size must be one of 0.6B, 1.7B, tiny, got '17B'; did you mean '1.7B'"),
-        (["--against", "naive", "distill.estimator=reinforce"], "the naive step supports only distill.estimator=dimo"),
-        (["--against", "naive", "distill.divergence=reverse"], "the naive step supports only distill.estimator=dimo"),
+        (["--against", "naive", "distill.estimator=reinforce"], "naive needs distill.estimator=dimo, got reinforce"),
+        (["--against", "naive", "distill.divergence=forward"], "naive needs distill.aux_steps=1, got 2"),
         (["model.device=cuda"], "cuda"),
     ],
 )
@@ -57,3 +59,16 @@ def test_a_report_that_could_not_be_written_is_refused_first(capsys, tmp_path):
     (tmp_path / "file").touch()
     assert "--out must be a file, but folder is a folder" in refusal(capsys, "-o", "folder")
     assert "file is a file, not a folder" in refusal(capsys, "-o", "file/deep/bench.json")
+
+
+def test_with_a_cuda_graph_a_replay_is_profiled():
+    taken: list[tuple[int, str]] = []
+    graphs = SimpleNamespace(captured={}, kind=lambda index: index % 2)
+
+    def step(index):
+        taken.append((index, "replay" if graphs.kind(index) in graphs.captured else "ordinary"))
+        if index == 3:
+            graphs.captured[graphs.kind(index)] = "a graph"
+
+    kernels_of(SimpleNamespace(graphs=graphs, step=step), Clock(torch.device("cpu")))
+    assert taken == [*((index, "ordinary") for index in range(4)), (1, "replay")]

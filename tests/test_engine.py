@@ -58,10 +58,10 @@ for parts in (1, 2):
     updates, draws, aux_ids = [], [], []
 
     def spy(learner, name):
-        def update(norm, inner=learner.update):
+        def update(norm, _, inner=learner.update):
             weights = {{k: v.clone() for k, v in trainer.engine.full_state_dict(learner.model).items()}}
             updates.append((name, gradients(learner), float(norm), weights))
-            inner(norm)
+            inner(norm, name)
         learner.update = update
 
     spy(trainer.student, "student")
@@ -283,8 +283,8 @@ def test_bf16_masters_are_float32_and_every_pass_sees_the_latest_weights():
     trainer.networks.aux.hidden = lambda *args: answers.append((args, hidden(*args))) or answers[-1][1]
     update, weights = trainer.aux.update, [copy.deepcopy(trainer.networks.aux.state_dict())]
 
-    def spy(norm):
-        update(norm)
+    def spy(norm, name):
+        update(norm, name)
         weights.append(copy.deepcopy(trainer.networks.aux.state_dict()))
 
     trainer.aux.update = spy

@@ -61,6 +61,7 @@ def test_fits_and_answers_go_on_from_the_teachers_states(monkeypatch, generator,
     seen = ran(monkeypatch)
     stages.teacher_pass(step, teacher, GRID, guidance, 0.9, torch.zeros(1, 2, dtype=torch.long), shared_layers=2)
     assert seen == list(teacher.model.layers) and step.lower.states.shape == (6, 2 + 1 + 8, 64)
+    assert step.lower.states.untyped_storage().nbytes() == 4 * step.lower.states.numel()  # the other half is gone
     path = type("Path", (), {"sample": lambda self, *_: elsewhere})()
     fits = stages.auxiliary_losses(step, aux, path, GRID, aux_steps=3, share_x_t=True, generator=generator)
     for x in (*x_t.split(3), elsewhere):

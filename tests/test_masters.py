@@ -7,6 +7,8 @@ import torch
 from processes import run_script
 
 from dimo.config import Optim, load_config
+from dimo.errors import NonFiniteError
+from dimo.train.learner import Learner
 from dimo.train.masters import MasterAdamW, copies_of, learning_of
 from dimo.train.optimizers import make_optimizers, set_lr_factor
 from dimo.train.trainer import Trainer
@@ -55,6 +57,29 @@ def test_masters_take_torchs_steps_and_copies_follow(beta1):
     assert_copies(model)
     held = [set(mine.state[p]) for p in model.parameters()]
     assert held == [{"step", "exp_avg_sq", "exp_avg"} if beta1 else {"step", "exp_avg_sq"}] * len(held)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_gradients_that_are_not_finite_change_nothing(bad):
+    model = small().hold(torch.bfloat16)
+    (optimizer,) = make_optimizers(model, 1e-2, 0, Optim(optimizer="adamw", beta1=0.9))
+    learner = Learner(model, [optimizer], 1.0)
+
+    def learn(value):
+        for leaf in learner.learning:
+            leaf.grad = torch.full_like(leaf, value)
+        learner.update(learner.gradient_norm(), "student")
+
+    learn(0.1)
+    kept = copy.deepcopy([model.state_dict(), optimizer.state_dict()["state"]])
+    with pytest.raises(NonFiniteError, match="student's gradient"):
+        learn(bad)
+    assert_copies(model)
+    now = [model.state_dict(), optimizer.state_dict()["state"]]
+    flat, before = (torch.utils._pytree.tree_leaves(state) for state in (now, kept))
+    assert all(torch.equal(a, b) for a, b in zip(flat, before, strict=True))
+    learn(0.1)
+    assert not any(torch.equal(p, kept[0][name]) for name, p in model.named_parameters())
 
 
 def outcome(model, ids):
@@ -177,12 +202,12 @@ def alike(tensor):
     return torch.equal(*parts)
 
 
-def update(norm, inner=learner.update):
+def update(norm, name, inner=learner.update):
     found.append(learner.gradients)
     assert all(alike(gradient) for gradient in learner.gradients)
     whole = torch.cat([gradient.float().flatten() for gradient in learner.gradients]).norm()
     assert abs(whole / norm - 1) < 1e-5
-    inner(norm)
+    inner(norm, name)
 
 
 learner.update = update

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from dimo.bench.sizes import SIZES
+from dimo.bench.sizes import SIZES, random_ursa
 from dimo.commands import plan
 from dimo.commands.cli import main
 from dimo.commands.dry_run import dry_run
@@ -79,6 +79,15 @@ def test_the_sizes_are_ursas():
         with torch.device("meta"):
             model = UrsaTransformer(UrsaConfig.from_dict(SIZES[size]))
         assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+def test_a_size_without_a_folder_is_an_image_model_where_one_frame_is_asked_for():
+    words = ["model.activation_checkpointing=full", "training.mixed_precision=no"]
+    for preset, tokens in (("distill_dimo_image", 64 * 64), ("distill_dimo", 5 * 32 * 32)):
+        assert dry_run(load_config(preset, words), "tiny").num_visual_tokens == tokens
+        d = load_config(preset).distill
+        ursa = random_ursa("tiny", torch.device("cpu"), d.num_frames)
+        assert math.prod(ursa.latents_shape(d.num_frames, d.height, d.width)) == tokens
 
 
 def test_all_ranks_send_their_gradients(one_layer):

@@ -245,8 +245,9 @@ def test_bench_measures_what_runs(tmp_path):
     parts = ("step", "generate", "path", "losses", "attention", "kernels", "save")
     report = bench(config, "tiny", parts, against=("naive",), repeats=1, warmup=0, generate_steps=(1, 2),
                    progress=lines.append)  # fmt: skip
-    assert report["passes"] == {"student at x_init": 3, "teacher": 2, "auxiliary's fit": 3, "auxiliary at x_t": 0,
-                                "student at x_t": 3, "student's drafts": 0}  # fmt: skip
+    assert {name: count for name, count in report["passes"].items() if count} == {
+        "student at x_init": 3, "teacher": 2, "auxiliary's fit": 3, "student at x_t": 3,
+    }  # fmt: skip
     spent = report["stages"]
     assert [name[0] for name in spent] == list("123456789")
     assert min(spent["3 student's pass"], spent["6 auxiliary"], spent["9 losses, update"]) > spent["2 x_init"]
@@ -282,6 +283,14 @@ def test_a_head_that_stays_has_no_gradient_to_count():
     network = UrsaConfig.from_dict(SIZES["tiny"])
     gradients = 2 * 3 * 2 * network.hidden_size * 4096 * 8  # batch 2; at x_init, at x_t, and the auxiliary's
     assert step_flops(own, network, 2, 12, 8) - step_flops(stays, network, 2, 12, 8) == gradients
+
+
+def test_a_step_of_several_batches_counts_all_of_them_and_the_pass_that_is_made_twice():
+    network, counts = UrsaConfig.from_dict(SIZES["tiny"]), []
+    for parts in (1, 3):
+        config = bench_config(None, "tiny", [f"training.gradient_accumulation_steps={parts}"])
+        counts.append(step_flops(config, network, 2, 12, 8))
+    assert counts[1] == 3 * (counts[0] + 2 * model_flops(network, 12, 8))
 
 
 def test_bf16_losses_follow_the_float32_ones(tmp_path):

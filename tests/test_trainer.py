@@ -15,6 +15,7 @@ import torch
 from forks import python
 from safetensors.torch import load_file
 
+from dimo.commands.cli import main
 from dimo.config import load_config
 from dimo.distill.step import nine_stages
 from dimo.errors import DimoError
@@ -111,11 +112,35 @@ def test_a_step_looks_at_few_values(tmp_path, monkeypatch, precision, most):
 def test_weights_that_are_not_finite_are_not_saved_and_not_a_finished_run(tmp_path):
     trainer = Trainer(config_for(tmp_path, "training.max_train_steps=2"))
     inner = trainer.student.update
-    trainer.student.update = lambda norm: inner(norm * math.nan)  # no step comes after the last one to notice
+
+    def ruin(norm, name):
+        inner(norm, name)
+        trainer.student.learning[0].detach().fill_(math.nan)  # no step comes after the last one to notice
+
+    trainer.student.update = ruin
     with pytest.raises(DimoError, match="after step 2 .* of the student is not finite .* nothing was saved"):
         trainer.train(progress=False)
     assert not list(tmp_path.glob("checkpoints/*/*.safetensors")) and not (tmp_path / "checkpoints" / "final").exists()
     assert json.loads((tmp_path / "status.json").read_text())["state"] == "failed"
+
+
+def test_a_gpu_that_is_full_is_a_sentence_and_says_what_to_ask(tmp_path, monkeypatch, capsys):
+    told = (
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 79.11 GiB of which 1.05 GiB is free. Including non-"
+    )
+
+    def full(*_):
+        raise torch.OutOfMemoryError(told)
+
+    words = [*SMALL, f"experiment.output_dir={tmp_path}"]
+    monkeypatch.setattr(Trainer, "step", full)
+    assert main(["train", "-c", "smoke", *words]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == f"dimo: {told.removesuffix(' Including non-')} `dimo plan` with the same keys says what needs less"
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert status["state"] == "failed" and status["error"] == said.removeprefix("dimo: ")
+    monkeypatch.setattr("dimo.train.trainer.make_networks", full)
+    assert main(["train", "-c", "smoke", *words]) == 2 and "`dimo plan`" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_pictures_are_made_by_as_many_at_once_and_in_the_precision_as_training_has(tmp_path):

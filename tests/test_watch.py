@@ -86,7 +86,9 @@ def test_a_watched_run_learns_the_same_and_compares_with_one_reference(train, mo
     measured = [row["step"] for row in run.metrics() if "collapse/spread" in row]
     assert (measured, [row["step"] for row in run.metrics()]) == ([2, 4, 5], [2, 3, 4, 5])
     assert not any("collapse/spread" in row for row in other.metrics()) and not (other.path / TEACHER_SAMPLES).exists()
-    assert "watched for collapse every 2 steps: 2 prompts x 8 noises" in (run.path / "train.log").read_text()
+    log = (run.path / "train.log").read_text()
+    assert "watched for collapse every 2 steps: 2 prompts x 8 noises" in log
+    assert log.index("to the end of the first step") < log.index("sampled the teacher")
     assert "not watched for collapse" in (other.path / "train.log").read_text()
     before = (run.path / TEACHER_SAMPLES).read_bytes()
     with monkeypatch.context() as patch:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import importlib
+import itertools
 import json
 import os
 import time
@@ -21,7 +22,15 @@ import torch
 
 from dimo.bench.attention import attention_alone
 from dimo.bench.naive import naive_step, require_naive
-from dimo.bench.parts import Clock, kernels_of, losses_alone, matrix_product, saving, stage_times
+from dimo.bench.parts import (
+    Clock,
+    kernels_of,
+    losses_alone,
+    matrix_product,
+    saving,
+    stage_times,
+    steps_until_replays,
+)
 from dimo.bench.sizes import model_flops, passes_of, random_prompts, random_ursa, require_size, step_flops
 from dimo.config import Config, device_of, load_config
 from dimo.errors import DimoError, nearest, reason
@@ -74,7 +83,7 @@ def bench(
 
     ursa = prompts = None
     if size:
-        ursa = random_ursa(size, device)
+        ursa = random_ursa(size, device, d.num_frames)
         prompts = random_prompts(ursa, d.max_prompt_length)
     trainer = Trainer(config, ursa, prompts)
     report["attention_used"] = trainer.attention.name
@@ -135,13 +144,12 @@ def _upstream_module() -> types.ModuleType:
 
 
 def _step(trainer: Trainer, tflop: float, whole: float, product: float, clock: Clock, progress) -> dict:
-    counter = iter(range(10**9))
+    counter = itertools.count()
     begin = time.perf_counter()
     trainer.step(next(counter))
     clock.wait()
     report: dict[str, Any] = {"first_step_seconds": time.perf_counter() - begin}
-    while trainer.graphs is not None and not trainer.graphs.captured:
-        trainer.step(next(counter))
+    steps_until_replays(trainer, counter)
     spent = clock(lambda: trainer.step(next(counter)))
     if trainer.graphs is not None:  # its memory was allocated when it was captured
         spent["peak_gib"] = spent["reserved_gib"]
@@ -219,7 +227,8 @@ def _naive(
 
 
 def _upstream(config: Config, size: str | None, device, report: dict, clock: Clock, progress) -> dict:
-    call = _upstream_module().pipeline_call(config, random_ursa(size, device) if size else None, device)
+    ursa = random_ursa(size, device, config.distill.num_frames) if size else None
+    call = _upstream_module().pipeline_call(config, ursa, device)
     result = dataclasses.replace(clock, repeats=min(clock.repeats, 3), warmup=1)(call)
     progress(_line("upstream's pipeline, 25 steps, guidance", result))
     if 1 in report.get("generate", {}):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -161,12 +162,24 @@ def saving(trainer: Trainer, clock: Clock) -> dict[str, float]:
     return clock(copy) | {"first": first, "gb": size / 1e9}
 
 
+def steps_until_replays(trainer: Trainer, counter: Iterator[int]) -> None:
+    """Make the ordinary steps with which a run with training.cuda_graph begins."""
+    while trainer.graphs is not None and not trainer.graphs.captured:
+        trainer.step(next(counter))
+
+
 def kernels_of(trainer: Trainer, clock: Clock) -> dict[str, tuple[float, int]]:
-    """Profile one step: {CUDA kernel, or operator on a CPU: (seconds, calls)}, longest first."""
+    """Profile one step, a replay if there are such: {CUDA kernel, or operator on a CPU: (seconds, calls)}.
+
+    The longest come first.
+    """
+    steps_until_replays(trainer, itertools.count())
+    graphs = trainer.graphs
+    index = next(i for i in itertools.count() if graphs is None or graphs.kind(i) in graphs.captured)
     cuda = clock.device.type == "cuda"
     kind = ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU
     with profile(activities=[kind]) as found:
-        trainer.step(10**6)
+        trainer.step(index)
         clock.wait()
     rows = [(e.key, (e.self_device_time_total if cuda else e.self_cpu_time_total) / 1e6, e.count)
             for e in found.key_averages()]  # fmt: skip

@@ -12,6 +12,7 @@ from dimo.config import Config
 from dimo.errors import DimoError, nearest
 from dimo.train.prompts import WorldPrompts
 from dimo.ursa import MetricPath, Ursa, UrsaConfig, UrsaTransformer
+from dimo.ursa.layout import IMAGE_STRIDES, VIDEO_STRIDES
 
 SIZES = {
     "0.6B": {"hidden_size": 1024, "intermediate_size": 3072},
@@ -44,8 +45,13 @@ def require_size(size: str) -> None:
         raise DimoError(f"size must be one of {', '.join(SIZES)}, got {size!r}{hint}")
 
 
-def random_ursa(size: str, device: torch.device) -> Ursa:
-    """A model of one of URSA's sizes with random weights, without files.
+def strides_for(num_frames: int) -> tuple[int, int]:
+    """(time, space): those of URSA's image models for a single frame, else those of its video models."""
+    return IMAGE_STRIDES if num_frames == 1 else VIDEO_STRIDES
+
+
+def random_ursa(size: str, device: torch.device, num_frames: int = 17) -> Ursa:
+    """A model of one of URSA's sizes for videos of so many frames, with random weights, without files.
 
     Raises:
         DimoError: unknown size.
@@ -56,7 +62,8 @@ def random_ursa(size: str, device: torch.device) -> Ursa:
         torch.manual_seed(0)
         transformer = UrsaTransformer(config)
         path = MetricPath(torch.randn(config.codebook_size, 32), alpha=0.9, c=3.0)
-    return Ursa(transformer, path, RandomIds(config.lm_vocab_size), None, 1.0, Path(tempfile.gettempdir()), "random")
+    tokenizer, folder = RandomIds(config.lm_vocab_size), Path(tempfile.gettempdir())
+    return Ursa(transformer, path, tokenizer, None, 1.0, folder, "random", strides_for(num_frames))
 
 
 def random_prompts(ursa: Ursa, max_prompt_length: int) -> WorldPrompts:
@@ -89,7 +96,7 @@ def head_flops(config: UrsaConfig, tokens: int) -> float:
 
 
 def step_flops(config: Config, network: UrsaConfig, batch: int, sequence: int, tokens: int) -> float:
-    """FLOPs of all passes of a training step for a batch, as far as they are made.
+    """FLOPs of all passes of a training step for its batches of one GPU, as far as they are made.
 
     A frozen head has no weight gradient. Layers that the auxiliary shares with the teacher have no backward pass, and
     at x_t no forward pass of the auxiliary's.
@@ -98,7 +105,8 @@ def step_flops(config: Config, network: UrsaConfig, batch: int, sequence: int, t
     flops = sum(passes.values()) * model_flops(network, sequence, tokens)
     if not config.model.train_head:
         flops -= sum(passes[name] // 3 for name in LEARNING) * head_flops(network, tokens)
-    return batch * (flops - passes_shared(config) * config.model.aux_shared_layers * layer_flops(network, sequence))
+    flops -= passes_shared(config) * config.model.aux_shared_layers * layer_flops(network, sequence)
+    return config.training.gradient_accumulation_steps * batch * flops
 
 
 def passes_shared(config: Config) -> int:
@@ -110,10 +118,14 @@ def passes_shared(config: Config) -> int:
 
 
 def passes_of(config: Config) -> dict[str, int]:
-    """Cost of a step in units of one forward pass; a backward pass counts as two, and recomputation is not counted."""
-    d = config.distill
+    """Cost of a batch of a step in units of one forward pass; a backward pass counts as two.
+
+    What activation checkpointing makes again is not counted.
+    """
+    d, accumulates = config.distill, config.training.gradient_accumulation_steps > 1
     return {
         "student's drafts": d.student_steps - 1,
+        "student before the updates": int(accumulates),  # its pass is made again after them, with a gradient
         "student at x_init": 3,
         "teacher": d.t_draws * (1 if d.guidance_scale == 1 else 2),
         "auxiliary's fit": 3 * d.aux_steps * (d.t_draws if d.aux_objective == "match_teacher" else 1),

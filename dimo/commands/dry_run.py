@@ -26,8 +26,9 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from dimo.bench.sizes import SIZES
+from dimo.bench.sizes import SIZES, strides_for
 from dimo.config import Config
+from dimo.config.schema import Distill
 from dimo.errors import DimoError
 from dimo.run.launch import engine_kind
 from dimo.train.prompts import WorldPrompts
@@ -60,22 +61,23 @@ class DryRun:
     num_visual_tokens: int
 
 
-def empty_ursa(size: str | None, teacher_ckpt: str, device: str | torch.device = "cpu") -> Ursa:
+def empty_ursa(size: str | None, d: Distill, device: str | torch.device = "cpu") -> Ursa:
     """A model with random (or fake) weights.
 
     Args:
-        size: one of URSA's sizes; None takes the sizes from the config.json of the folder teacher_ckpt.
+        size: one of URSA's sizes, an image model if one frame is asked for; None takes the sizes from the config.json
+            of the folder distill.teacher_ckpt.
 
     Raises:
         DimoError: unknown size, or no such folder.
     """
     if size is not None and size not in SIZES:
         raise DimoError(f"--size must be one of {', '.join(SIZES)}, got {size!r}")
-    folder, strides = Path(f"URSA-{size}"), (4, 8)
+    folder, strides = Path(f"URSA-{size}"), strides_for(d.num_frames)
     if size is not None:
         config = UrsaConfig.from_dict(SIZES[size])
     else:
-        folder = checkpoint_folder(teacher_ckpt)
+        folder = checkpoint_folder(d.teacher_ckpt)
         config, strides = read_config(folder / "transformer"), vae_strides(folder)
     with torch.device(device):
         transformer, codebook = UrsaTransformer(config), torch.rand(config.codebook_size, 6)
@@ -120,7 +122,7 @@ def dry_run(config: Config, size: str | None = None, num_processes: int = 1) -> 
         _Fake(allow_non_fake_inputs=True),
         meter.with_resizing(),
     ):
-        ursa = empty_ursa(size, config.distill.teacher_ckpt)
+        ursa = empty_ursa(size, config.distill)
         prompts = WorldPrompts(["a red ball"], ursa, config.distill.max_prompt_length)
         trainer = Trainer(config, ursa, prompts)
         trainer.step(0)

@@ -138,7 +138,7 @@ def _seconds(config: Config, size: str | None) -> float:
     from dimo.train.prompts import WorldPrompts
     from dimo.train.trainer import Trainer
 
-    ursa = empty_ursa(size, config.distill.teacher_ckpt, "cuda")
+    ursa = empty_ursa(size, config.distill, "cuda")
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, cuda_graph=False))
     trainer = Trainer(config, ursa, WorldPrompts(["a red ball"], ursa, config.distill.max_prompt_length))
     seconds = []

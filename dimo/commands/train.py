@@ -10,7 +10,7 @@ from dimo.config import Config
 from dimo.config.load import validate
 from dimo.data.listing import list_files
 from dimo.distill.stages import require_estimator
-from dimo.errors import DimoError
+from dimo.errors import DimoError, enough_memory
 from dimo.run.folder import RunFolder
 from dimo.run.launch import launch, launch_command, launch_file, needs_launch
 from dimo.run.signals import PREEMPTED, Preempted, stopping_at_once
@@ -32,7 +32,7 @@ def train(config: Config, progress: bool = True) -> RunFolder:
     if not needs_launch(config):
         from dimo.train.trainer import Trainer
 
-        with stopping_at_once():
+        with stopping_at_once(), enough_memory():
             trainer = Trainer(config)
         return trainer.train(progress)
     code = launch(config)
@@ -68,7 +68,7 @@ def train_seeds(config: Config, seeds: Sequence[int]) -> list[RunFolder]:
     from dimo.train.together import train_together
     from dimo.train.trainer import Trainer
 
-    with stopping_at_once():
+    with stopping_at_once(), enough_memory():
         trainers = [Trainer(each) for each in configs]
     return train_together(trainers)
 

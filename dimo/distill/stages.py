@@ -167,7 +167,7 @@ def teacher_pass(
         else:
             step.teacher = predict(teacher, txt_ids, step.x_t, grid, step.dense, step.t)
     if lower is not None:
-        step.lower = lower.of(slice(len(step.x_t)))  # not of the unconditional half
+        step.lower = lower.first(len(step.x_t))  # not of the unconditional half
     _require_finite("the teacher's logits", step.teacher)
 
 

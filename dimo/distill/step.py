@@ -17,7 +17,6 @@ from dimo.distill import stages
 from dimo.distill.few_steps import draft_x_init
 from dimo.distill.schedules import Baseline, XInit
 from dimo.distill.stages import Grid, Step
-from dimo.errors import require_finite
 from dimo.ursa import MetricPath, MixturePath, UrsaTransformer
 
 
@@ -40,8 +39,11 @@ class Learner(Protocol):
     def gradient_norm(self) -> torch.Tensor:
         """The norm of the gradient averaged over all processes, a scalar."""
 
-    def update(self, norm: torch.Tensor) -> None:
-        """Clip the gradient to the maximal norm, step the optimizers and zero the gradient."""
+    def update(self, norm: torch.Tensor, name: str) -> None:
+        """Clip the gradient to the maximal norm, step the optimizers and zero the gradient.
+
+        Raises NonFiniteError with the network's `name`, and changes no weight, if the norm is not finite.
+        """
 
 
 class Distillation(Protocol):
@@ -181,7 +183,6 @@ def _draw_x_init(run: Distillation, step: Step) -> None:
 
 
 def _update(learner: Learner, name: str) -> torch.Tensor:
-    norm = learner.gradient_norm()
-    require_finite(f"the norm of the {name}'s gradient", norm)  # the norm is the same in every process
-    learner.update(norm)
+    norm = learner.gradient_norm()  # the same in every process
+    learner.update(norm, name)
     return norm

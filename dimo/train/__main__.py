@@ -7,7 +7,7 @@ import sys
 
 import torch.distributed as dist
 
-from dimo.errors import DimoError, reason
+from dimo.errors import DimoError, enough_memory, reason
 from dimo.output import lasting_output
 from dimo.run.lifeline import end_with_launcher
 from dimo.run.signals import PREEMPTED, Preempted, stopping_at_once
@@ -29,7 +29,7 @@ def _main(arguments: list[str]) -> int:
         words, overrides = split_flags(arguments, own=set())
         preset = [word.removeprefix("config=") for word in words if word.startswith("config=")]
         overrides += [word for word in words if not word.startswith("config=")]
-        with stopping_at_once():
+        with stopping_at_once(), enough_memory():
             trainer = Trainer(load_config(preset[-1] if preset else None, overrides))
         trainer.train()
     except DimoError as error:

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
+from dimo.errors import require_finite
 from dimo.train.masters import MasterAdamW, learning_of, with_first_moments
 from dimo.train.optimizers import set_lr_factor
 from dimo.train.sharded import full_tensors, load_full_state, placed_like, reshard, to_local
@@ -72,12 +73,18 @@ class Learner:
             dist.all_reduce(square)
         return square.sqrt()
 
-    def update(self, norm: torch.Tensor) -> None:
-        """Clip to max_grad_norm, step and zero the gradient; `norm` is what `gradient_norm` returned."""
+    def update(self, norm: torch.Tensor, name: str) -> None:
+        """Clip to max_grad_norm, step and zero the gradient; `norm` is what `gradient_norm` returned.
+
+        Raises:
+            NonFiniteError: the norm is not finite. No weight has changed then; `name` is that of the network.
+        """
         clip, first = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0), self.optimizers[0]
-        if isinstance(first, MasterAdamW):  # the only one, and it clips as it goes
-            first.step(scale=clip)
+        if isinstance(first, MasterAdamW):  # the only one; it clips as it goes, and not by a factor of NaN or 0
+            first.step(scale=clip)  # queued while the GPU still makes the gradient, which the next line waits for
+            require_finite(f"the norm of the {name}'s gradient", norm)
         else:
+            require_finite(f"the norm of the {name}'s gradient", norm)
             torch._foreach_mul_(self.gradients, clip)
             for optimizer in self.optimizers:
                 optimizer.step()

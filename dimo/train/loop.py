@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from dimo.config import to_flat, to_yaml
-from dimo.errors import DimoError, Diverged, are_finite
+from dimo.errors import DimoError, Diverged, are_finite, enough_memory
 from dimo.files import save_torch, whole_file, write_text
 from dimo.run.checkpoints import Checkpoints
 from dimo.run.folder import RunFolder
@@ -46,13 +46,14 @@ def training(trainer: Trainer, signals: Signals, progress: bool = True) -> Gener
 
     Raises:
         Preempted: a signal asked to stop; the step was finished and saved, and the run's status is "preempted".
-        DimoError: the run folder or its checkpoints cannot be used, or writing failed.
+        DimoError: the run folder or its checkpoints cannot be used, writing failed, or the GPU's memory is full.
     """
     c = trainer.config.experiment
     run = _open(trainer)
     checkpoints = Checkpoints(run.path / "checkpoints", c.keep_last, trainer.accelerator.process_index)
     try:
-        yield from _train(trainer, run, checkpoints, signals, progress)
+        with enough_memory():
+            yield from _train(trainer, run, checkpoints, signals, progress)
     except BaseException as error:  # Ctrl-C, too: the run folder must record how the run ended
         if isinstance(error, Exception) and trainer.accelerator.num_processes == 1:  # else a rank may be missing
             with contextlib.suppress(DimoError):
@@ -115,7 +116,7 @@ def _train(
     run.write_status(state="running", step=first, max_steps=last)
     open_trackers(trainer.accelerator, trainer.config, run)
     yield
-    watch = Watch(trainer, run, first)
+    watch = Watch(trainer, run)
     bar = Progress(first, last, shown=progress and run.writes)
     clock, since = time.perf_counter(), first
     trainer.cold_start.mark("networks and checks")

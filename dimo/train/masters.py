@@ -28,7 +28,10 @@ class MasterAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure=None, scale: torch.Tensor | None = None) -> None:
-        """One step with all gradients times `scale`, a scalar tensor."""
+        """One step with all gradients times `scale`, a scalar tensor; none if that is NaN or 0.
+
+        So the host may queue a step before it knows whether the gradients are finite.
+        """
         beta1, beta2 = self.defaults["betas"]
         numbers: tuple[torch.Tensor, ...] = ()
         for group in self.param_groups:  # one after another, so that the GPU has the first while the next is prepared
@@ -39,10 +42,10 @@ class MasterAdamW(torch.optim.AdamW):
             params, copies, grads, states = zip(*rows)
             moments = [[state.get(key) for state in states] for key in ("exp_avg", "exp_avg_sq")]
             counts = [state["step"] for state in states]
-            torch._foreach_add_(counts, 1)
+            scale = torch.ones_like(counts[0]) if scale is None else scale
+            torch._foreach_add_(counts, (scale > 0).float())
             if not numbers:
-                count = counts[0]
-                numbers = torch.ones_like(count) if scale is None else scale, 1 - beta1**count, 1 - beta2**count
+                numbers = scale, 1 - beta1 ** counts[0], 1 - beta2 ** counts[0]
             lr = group["lr"] if torch.is_tensor(group["lr"]) else torch.full_like(counts[0], group["lr"])
             settings = beta1, beta2, group["eps"], group["weight_decay"]
             on_device(_adamw, params[0])(params, copies, grads, *moments, lr, *numbers, *settings)
@@ -66,13 +69,14 @@ class MasterAdamW(torch.optim.AdamW):
 
 
 def _adamw(params, copies, grads, first, second, lr, scale, bias1, bias2, beta1, beta2, eps, weight_decay) -> None:
+    go = scale > 0
     for p, copy, grad, m, v in zip(params, copies, grads, first, second):
         grad = grad.float() * scale
-        v.copy_(beta2 * v + (1 - beta2) * grad.square())
+        v.copy_(torch.where(go, beta2 * v + (1 - beta2) * grad.square(), v))
         if m is not None:
-            m.copy_(beta1 * m + (1 - beta1) * grad)
+            m.copy_(torch.where(go, beta1 * m + (1 - beta1) * grad, m))
             grad = m / bias1
-        p.copy_(p * (1 - lr * weight_decay) - lr * grad / ((v / bias2).sqrt() + eps))
+        p.copy_(torch.where(go, p * (1 - lr * weight_decay) - lr * grad / ((v / bias2).sqrt() + eps), p))
         if copy is not None:
             copy.copy_(p)
 

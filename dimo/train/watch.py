@@ -59,7 +59,7 @@ def passes_of_step(config: Config) -> float:
     """Cost of a training step per process, in forward passes of one video.
 
     A backward pass counts as two and an update as one. Losses and moving average are left out, so that a share of these
-    passes is a smaller share of the time.
+    passes is a smaller share of the time. Layers that auxiliary and teacher share are counted as if they were not.
     """
     d, parts = config.distill, config.training.gradient_accumulation_steps
     student = 3 + d.student_steps + (parts > 1) + (3 / d.kd_every if d.w_kd > 0 else 0)
@@ -134,13 +134,17 @@ def read_reference(run: Path, num_visual_tokens: int) -> Reference | None:
 
 
 class Watch:
-    """Measures the EMA student of a run that has done `done` steps. Collective: the networks may be sharded."""
+    """Measures the EMA student of a run. Collective: the networks may be sharded.
 
-    def __init__(self, trainer: Trainer, run: RunFolder, done: int = 0):
+    The teacher is sampled before the first measurement, not before the first step: at URSA's sizes it takes minutes.
+    """
+
+    def __init__(self, trainer: Trainer, run: RunFolder):
         d, ursa = trainer.settings, trainer.ursa
         guided = d.guidance_scale > 1
         times = timesteps(TEACHER_STEPS, ursa.shift)
-        self.trainer, self.tokens = trainer, choose_tokens(trainer.grid)[0].to(trainer.device)
+        self.trainer, self.run = trainer, run
+        self.tokens = choose_tokens(trainer.grid)[0].to(trainer.device)
         self.reference: Reference | None = None
         processes = trainer.accelerator.num_processes
         passes = TEACHER_STEPS + (sum(t < d.guidance_trunc for t in times) if guided else 0)
@@ -149,8 +153,6 @@ class Watch:
             run.say(f"not watched for collapse: it would take more than {SHARE:.0%} of so short a run")
             return
         run.say(self.plan.sentence)
-        if done < trainer.config.training.max_train_steps:
-            self.reference = self._reference(run, self.plan)
 
     def is_due(self, done: int) -> bool:
         """Whether to measure after step `done`."""
@@ -159,7 +161,8 @@ class Watch:
 
     def measure(self) -> dict[str, float]:
         """The figures of `beside_teacher`, named collapse/..., and the seconds that they took."""
-        assert self.plan is not None and self.reference is not None  # is_due
+        assert self.plan is not None  # is_due
+        self.reference = self.reference or self._reference(self.run, self.plan)
         t, start = self.trainer, time.perf_counter()
         with t.engine.autocast():
             student = student_over_noises(

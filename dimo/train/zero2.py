@@ -7,6 +7,7 @@ import logging
 import torch
 import torch.distributed as dist
 
+from dimo.errors import require_finite
 from dimo.train.learner import Learner
 from dimo.train.masters import with_first_moments
 from dimo.train.sharded import load_full_state
@@ -39,7 +40,8 @@ class Zero2Learner(Learner):
         norm = torch.as_tensor(self.zero.scaled_global_norm(), device=self.engine.device)
         return torch.where(norm < 0, torch.nan, norm)  # DeepSpeed returns -1 for NaN or infinity
 
-    def update(self, norm: torch.Tensor) -> None:
+    def update(self, norm: torch.Tensor, name: str) -> None:
+        require_finite(f"the norm of the {name}'s gradient", norm)
         self.engine.step()
 
     def discard(self) -> None:

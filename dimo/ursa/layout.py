@@ -14,7 +14,8 @@ PARTS = ("transformer", "scheduler", "tokenizer", "vae")
 INSIDE = ("*/", "*/*/", "*/snapshots/*/", "hub/*/snapshots/*/")  # the last two: the Hugging Face cache
 UPSTREAM_VAES = {"AutoencoderVQCosmos3D": "autoencoder_vq_cosmos3d", "AutoencoderVQ": "autoencoder_vq"}
 UPSTREAM_HEAD_DIM = 128  # the only head size that upstream supports
-STRIDES = {"AutoencoderVQ": (1, 16)}  # strides of VAE classes whose config.json lacks them; otherwise the video VAE's
+VIDEO_STRIDES, IMAGE_STRIDES = (TEMPORAL_STRIDE, SPATIAL_STRIDE), (1, 16)  # (time, space) of URSA's two VAEs
+STRIDES = {"AutoencoderVQ": IMAGE_STRIDES}  # of VAE classes whose config.json lacks them; otherwise the video VAE's
 
 
 def require_checkpoint(folder: str | Path) -> Path:
@@ -59,7 +60,7 @@ def vae_config(folder: Path) -> dict | None:
 def vae_strides(folder: Path) -> tuple[int, int]:
     """(temporal, spatial) strides of the folder's VAE; 4 and 8, URSA's, if it does not specify them."""
     config = vae_config(folder) or {}
-    time, space = STRIDES.get(str(config.get("_class_name")), (TEMPORAL_STRIDE, SPATIAL_STRIDE))
+    time, space = STRIDES.get(str(config.get("_class_name")), VIDEO_STRIDES)
     strides = config.get("temporal_stride", time), config.get("spatial_stride", space)
     if not all(type(s) is int and s > 0 for s in strides):
         raise DimoError(

@@ -26,6 +26,11 @@ class Lower:
         assert self.states is not None
         return Lower(self.layers, self.states[samples])
 
+    def first(self, samples: int) -> Lower:
+        """Those of the first samples; of the others nothing stays in memory."""
+        assert self.states is not None
+        return Lower(self.layers, self.states if len(self.states) == samples else self.states[:samples].clone())
+
     def __repr__(self) -> str:
         return f"Lower({self.layers} layers, {None if self.states is None else tuple(self.states.shape)})"
 
