@@ -12,7 +12,7 @@ from dimo.errors import DimoError
 from dimo.ursa import UrsaTransformer
 from dimo.ursa.cuda_graph import ORDINARY
 from dimo.worlds import denoising, teacher
-from dimo.worlds.denoising import DenoisingSteps, TrainingState, shift_at
+from dimo.worlds.denoising import DenoisingSteps, TrainingState
 from dimo.worlds.teacher import TeacherRecipe, encode, initialise, make_teacher, ursa_config
 from dimo.worlds.tiles import TilesWorld
 
@@ -49,16 +49,12 @@ def held(steps):
         steps.x_1,
         *(one.param_groups[0]["lr"] for one in steps.optimizers.values()),
         steps.ema_weight,
-        steps.t_shift,
         *steps.ema.parameters(),
         *state,
     ]
 
 
-MORE = [{}, {"t_per": "frame", "t_shift": 2.6}, {"muon_lr": 8e-3}, {"t_shift_start": 0.3, "t_shift": 1.4}]
-
-
-@pytest.mark.parametrize("more", MORE, ids=str)
+@pytest.mark.parametrize("more", [{}, {"t_per": "frame", "t_shift": 2.6}, {"muon_lr": 8e-3}], ids=str)
 def test_replays_make_the_ordinary_steps(captured, more):
     plain, graph, losses = training(False, **more), training(True, **more), []
     start = weights(plain)
@@ -131,13 +127,6 @@ def test_shifted_times_lie_towards_the_noise():
     t = steps._times()
     for s in (0.05, 0.2, 0.5, 0.9):
         assert (t <= s).float().mean().item() == pytest.approx(4 * s / (1 + 3 * s), abs=0.015)
-
-
-def test_times_move_from_the_data_towards_the_noise():
-    """A quarter of the way the shift is the geometric mean of start and end, from half of the way on the end."""
-    recipe = TeacherRecipe(t_shift_start=0.4, t_shift=1.6, steps=100)
-    assert [shift_at(i, recipe) for i in (0, 25, 50, 99)] == pytest.approx([0.4, 0.8, 1.6, 1.6])
-    assert shift_at(0, TeacherRecipe(t_shift=1.6)) == 1.6
 
 
 def test_times_may_be_logit_normal():

@@ -1,8 +1,8 @@
 """The training steps of a world's teacher: cross-entropy of the clean tokens, optimizers, and the moving average.
 
 On a GPU the two halves of a step become CUDA graphs (`dimo.ursa.cuda_graph`), as it would be bound by its kernel
-launches. Data are drawn, and learning rate, times' shift and weight of the moving average set, before each replay, so a
-replay makes the ordinary step. Between the halves, processes that train together average their gradients.
+launches. Data are drawn, and learning rate and weight of the moving average set, before each replay, so a replay makes
+the ordinary step. Between the halves, processes that train together average their gradients.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dimo.ursa import MetricPath, UrsaTransformer, predict, visual_logits
 from dimo.ursa.chunks import FEW_CODES
 from dimo.ursa.cuda_graph import ORDINARY, assign, make_capturable, record, towards
 from dimo.ursa.muon import Muon, is_for_muon
-from dimo.ursa.probability_path import T_MAX
+from dimo.ursa.probability_path import T_MAX, shifted
 from dimo.ursa.token_losses import denoising
 from dimo.worlds.protocol import World
 
@@ -78,7 +78,6 @@ class DenoisingSteps:
         self.videos = recipe.batch_size // self.processes  # of this process
         self.gradient = _gradients_in_one(model)
         self.ema_weight: float | torch.Tensor = 1.0
-        self.t_shift: float | torch.Tensor = recipe.t_shift
         self.prompt, self.x_1 = torch.empty(0), torch.empty(0)  # prompt indices (B,) and clean tokens (B, N)
         self.loss = torch.zeros(())
         self.done = 0  # steps since this process began
@@ -86,7 +85,7 @@ class DenoisingSteps:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         if graph:
             make_capturable(list(self.optimizers.values()), device)
-            self.ema_weight, self.t_shift = torch.ones((), device=device), torch.ones((), device=device)
+            self.ema_weight = torch.ones((), device=device)
 
     @property
     def parts(self) -> dict:
@@ -102,7 +101,6 @@ class DenoisingSteps:
                 peak = recipe.muon_lr if name == "muon" else recipe.lr
                 group["lr"] = assign(group["lr"], peak * min(1.0, (index + 1) / warmup) * decay)
         self.ema_weight = assign(self.ema_weight, max(1 - EMA_DECAY, 1 / (index + 1)))
-        self.t_shift = assign(self.t_shift, shift_at(index, recipe))
         drawn = self.world.draw(self.videos, self.generator)
         if self.done == 0:
             self.prompt, self.x_1 = drawn
@@ -120,13 +118,12 @@ class DenoisingSteps:
     def _times(self) -> torch.Tensor:
         """t (B,) or, with one per latent frame, (B, N)."""
         (frames, *rest), batch, device = self.world.latents_shape, self.videos, self.generator.device
-        per_frame, spread = self.recipe.t_per == "frame", self.recipe.t_spread
+        per_frame, shift, spread = self.recipe.t_per == "frame", self.recipe.t_shift, self.recipe.t_spread
         size, g = (batch, frames) if per_frame else (batch,), self.generator
         if spread:
-            u = torch.sigmoid(spread * torch.randn(size, generator=g, device=device))
+            t = torch.sigmoid(spread * torch.randn(size, generator=g, device=device) - math.log(shift)) * T_MAX
         else:
-            u = torch.rand(size, generator=g, device=device)
-        t = T_MAX * u / (u + self.t_shift * (1 - u))
+            t = shifted(torch.rand(size, generator=g, device=device) * T_MAX, shift)
         return t.repeat_interleave(math.prod(rest), 1) if per_frame else t
 
     def _find_gradient(self) -> None:
@@ -146,12 +143,6 @@ class DenoisingSteps:
         for optimizer in self.optimizers.values():
             optimizer.step()
         towards(list(self.ema.parameters()), list(self.model.parameters()), self.ema_weight)
-
-
-def shift_at(index: int, recipe: TeacherRecipe) -> float:
-    """The shift of t in a step: from `t_shift_start` to `t_shift`, geometrically, in the first half of training."""
-    left = max(0.0, 1 - 2 * index / recipe.steps) if recipe.t_shift_start else 0.0
-    return recipe.t_shift * (recipe.t_shift_start / recipe.t_shift) ** left
 
 
 def _gradients_in_one(model: UrsaTransformer) -> torch.Tensor:

@@ -26,12 +26,7 @@ SCORED = 2**20  # tokens of all videos with which a new teacher is scored, about
 GUIDANCE = 3.0  # of the last row of a new teacher's scores
 KEEP_EVERY = 500  # steps
 FEW, LINEAR = 256, 0.95  # codes that start singly; the share of the variance that is linear in more of them
-LIMITS = {
-    "t_shift": (1e-3, 1e3),
-    "t_shift_start": (0.0, 1e3),
-    "t_spread": (0.0, 10.0),
-    "muon_lr": (0.0, 1.0),
-}  # a larger shift leaves one t only
+LIMITS = {"t_shift": (1e-3, 1e3), "t_spread": (0.0, 10.0), "muon_lr": (0.0, 1.0)}  # a larger shift leaves one t only
 SEEDS_APART = 1_000_003  # of the processes that train together
 COMPILED = 256  # tokens of a video from which compiling the layers saves more time than it takes
 
@@ -57,9 +52,6 @@ class TeacherRecipe:
     batch_size: int = _field(256, "videos per step, shared by all processes")
     t_per: str = _field("sample", "one t per sample or, as URSA's, per latent frame: sample or frame")
     t_shift: float = _field(1.0, "shift of t in training, t / (t + shift (1 - t)): above 1 towards the noise")
-    t_shift_start: float = _field(
-        0.0, "t_shift at the first step, from which it moves to t_shift in the first half of training; 0: t_shift"
-    )
     t_spread: float = _field(0.0, "standard deviation of logit t, which is normal, around the shift's; 0: uniform t")
     lr: float = _field(2e-3, "peak learning rate, with cosine decay to zero")
     muon_lr: float = _field(0.0, "Muon's peak rate for the layers' matrices, lr being that of all others; 0: no Muon")
