@@ -17,7 +17,7 @@ import statistics
 
 from engines import peak_gib, process, timed_steps
 
-from dimo.bench.sizes import random_prompts, random_ursa
+from dimo.bench.sizes import random_prompts, random_ursa, strides_for
 from dimo.config import load_config
 from dimo.train.trainer import Trainer
 
@@ -35,7 +35,7 @@ def main() -> None:
     (device, _), gpus = process(), int(os.environ.get("WORLD_SIZE", 1))
     own = ["distill.max_prompt_length=320", "optim.warmup_steps=1", f"training.num_processes={gpus}"]
     config = load_config(args.preset, [*own, "experiment.output_dir=/nowhere", *args.keys])
-    ursa = random_ursa(args.size, device, config.distill.num_frames)
+    ursa = random_ursa(args.size, device, strides_for(config.distill.num_frames))
     trainer, seconds = Trainer(config, ursa, random_prompts(ursa, config.distill.max_prompt_length)), []
     del ursa
     for _, values, took in timed_steps(trainer, args.steps):

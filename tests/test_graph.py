@@ -170,7 +170,7 @@ def test_a_replay_that_is_not_finite_ends_the_run_before_anything_is_written(tmp
         if index == 9:
             monkeypatch.setattr("dimo.distill.stages.require_finite", lambda *_: None)
             monkeypatch.setattr("dimo.distill.losses.require_finite", lambda *_: None)
-            monkeypatch.setattr("dimo.distill.step.require_finite", lambda *_: None)
+            monkeypatch.setattr("dimo.train.learner.require_finite", lambda *_: None)
             trainer.networks.teacher.model.norm.weight.data.fill_(torch.nan)
         return inner(index)
 

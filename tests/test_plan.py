@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from dimo.bench.sizes import SIZES, random_ursa
+from dimo.bench.sizes import SIZES, random_ursa, strides_for
 from dimo.commands import plan
 from dimo.commands.cli import main
 from dimo.commands.dry_run import dry_run
@@ -86,7 +86,7 @@ def test_a_size_without_a_folder_is_an_image_model_where_one_frame_is_asked_for(
     for preset, tokens in (("distill_dimo_image", 64 * 64), ("distill_dimo", 5 * 32 * 32)):
         assert dry_run(load_config(preset, words), "tiny").num_visual_tokens == tokens
         d = load_config(preset).distill
-        ursa = random_ursa("tiny", torch.device("cpu"), d.num_frames)
+        ursa = random_ursa("tiny", torch.device("cpu"), strides_for(d.num_frames))
         assert math.prod(ursa.latents_shape(d.num_frames, d.height, d.width)) == tokens
 
 

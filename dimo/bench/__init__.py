@@ -31,7 +31,15 @@ from dimo.bench.parts import (
     stage_times,
     steps_until_replays,
 )
-from dimo.bench.sizes import model_flops, passes_of, random_prompts, random_ursa, require_size, step_flops
+from dimo.bench.sizes import (
+    model_flops,
+    passes_of,
+    random_prompts,
+    random_ursa,
+    require_size,
+    step_flops,
+    strides_for,
+)
 from dimo.config import Config, device_of, load_config
 from dimo.errors import DimoError, nearest, reason
 from dimo.files import write_text
@@ -83,7 +91,7 @@ def bench(
 
     ursa = prompts = None
     if size:
-        ursa = random_ursa(size, device, d.num_frames)
+        ursa = random_ursa(size, device, strides_for(d.num_frames))
         prompts = random_prompts(ursa, d.max_prompt_length)
     trainer = Trainer(config, ursa, prompts)
     report["attention_used"] = trainer.attention.name
@@ -227,7 +235,7 @@ def _naive(
 
 
 def _upstream(config: Config, size: str | None, device, report: dict, clock: Clock, progress) -> dict:
-    ursa = random_ursa(size, device, config.distill.num_frames) if size else None
+    ursa = random_ursa(size, device, strides_for(config.distill.num_frames)) if size else None
     call = _upstream_module().pipeline_call(config, ursa, device)
     result = dataclasses.replace(clock, repeats=min(clock.repeats, 3), warmup=1)(call)
     progress(_line("upstream's pipeline, 25 steps, guidance", result))

@@ -50,8 +50,8 @@ def strides_for(num_frames: int) -> tuple[int, int]:
     return IMAGE_STRIDES if num_frames == 1 else VIDEO_STRIDES
 
 
-def random_ursa(size: str, device: torch.device, num_frames: int = 17) -> Ursa:
-    """A model of one of URSA's sizes for videos of so many frames, with random weights, without files.
+def random_ursa(size: str, device: torch.device, strides: tuple[int, int] = VIDEO_STRIDES) -> Ursa:
+    """A model of one of URSA's sizes with random weights, without files.
 
     Raises:
         DimoError: unknown size.
@@ -63,7 +63,7 @@ def random_ursa(size: str, device: torch.device, num_frames: int = 17) -> Ursa:
         transformer = UrsaTransformer(config)
         path = MetricPath(torch.randn(config.codebook_size, 32), alpha=0.9, c=3.0)
     tokenizer, folder = RandomIds(config.lm_vocab_size), Path(tempfile.gettempdir())
-    return Ursa(transformer, path, tokenizer, None, 1.0, folder, "random", strides_for(num_frames))
+    return Ursa(transformer, path, tokenizer, None, 1.0, folder, "random", strides)
 
 
 def random_prompts(ursa: Ursa, max_prompt_length: int) -> WorldPrompts:

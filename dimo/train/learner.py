@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
-from dimo.errors import require_finite
+from dimo.errors import capturing, require_finite
 from dimo.train.masters import MasterAdamW, learning_of, with_first_moments
 from dimo.train.optimizers import set_lr_factor
 from dimo.train.sharded import full_tensors, load_full_state, placed_like, reshard, to_local
@@ -81,8 +83,9 @@ class Learner:
         """
         clip, first = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0), self.optimizers[0]
         if isinstance(first, MasterAdamW):  # the only one; it clips as it goes, and not by a factor of NaN or 0
-            first.step(scale=clip)  # queued while the GPU still makes the gradient, which the next line waits for
-            require_finite(f"the norm of the {name}'s gradient", norm)
+            read = reading(norm)
+            first.step(scale=clip)  # queued while the GPU still makes the gradient
+            require_finite(f"the norm of the {name}'s gradient", read())
         else:
             require_finite(f"the norm of the {name}'s gradient", norm)
             torch._foreach_mul_(self.gradients, clip)
@@ -117,6 +120,21 @@ class Learner:
             for name, values in with_first_moments(state).items():
                 if named[name] in mine:
                     optimizer.state[named[name]] = {k: placed_like(named[name], v) for k, v in values.items()}
+
+
+def reading(value: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Queue a copy of a tensor to the host; returns what waits for this copy, and not for what is queued after it."""
+    if not value.is_cuda or capturing(value):
+        return lambda: value
+    held, ready = torch.empty_like(value, device="cpu", pin_memory=True), torch.cuda.Event()
+    held.copy_(value, non_blocking=True)
+    ready.record()
+
+    def read() -> torch.Tensor:
+        ready.synchronize()
+        return held
+
+    return read
 
 
 def reduction() -> dist.ReduceOp:

@@ -105,8 +105,9 @@ def _train(
     _require_one_run(trainer)
     first = _resume(trainer, run, checkpoints)
     if progress and run.writes:
-        begin = f"steps {first} to {last} of {run.path}; Ctrl-C saves and stops, the same command goes on"
-        print(f"dimo: {begin}", file=sys.stderr, flush=True)
+        grid = "x".join(map(str, trainer.grid))
+        begin = f"steps {first} to {last} of {run.path}, each of {trainer.tokens_per_step:,} tokens ({grid} a video)"
+        print(f"dimo: {begin}; Ctrl-C saves and stops, the same command goes on", file=sys.stderr, flush=True)
     if trainer.prompts.about:
         run.say(trainer.prompts.about)
     run.say(trainer.attention.about, aloud=trainer.attention.surprises)
