@@ -86,6 +86,19 @@ def test_many_codes_take_the_same_values_as_the_table(monkeypatch):
     assert torch.allclose(table.prob(torch.arange(4), 0.5), direct.prob(torch.arange(4), 0.5), atol=1e-6)
 
 
+def test_blockwise_draws_are_those_of_the_sum_over_all_codes(generator):
+    """What a GPU compiles, against the inverse of the cumulative sum in float64; u next to a boundary may round."""
+    codebook = torch.nn.functional.normalize(torch.randn(4 * 256, 5, generator=generator), dim=-1)
+    x_1, u = torch.randint(1024, (4000,), generator=generator), torch.rand(4000, generator=generator).double()
+    beta = 10 ** (torch.rand(4000, generator=generator) * 4 - 1)  # from nearly uniform to nearly x_1
+    got = path_module._draw_blockwise(codebook[x_1], codebook, beta, u)
+    distance = (codebook[x_1].double()[:, None] - codebook.double()).square().sum(-1)
+    cumulative = (-beta.double()[:, None] * distance).softmax(-1).cumsum(-1)
+    below = torch.nn.functional.pad(cumulative, (1, 0))
+    assert (below.gather(1, got[:, None])[:, 0] < u + 1e-5).all()
+    assert (cumulative.gather(1, got[:, None])[:, 0] > u - 1e-5).all()
+
+
 def test_categorical_takes_unnormalised_rows(generator):
     share = (
         torch.bincount(categorical(torch.tensor([2.0, 0.0, 6.0]).repeat(40_000, 1), generator), minlength=3) / 40_000

@@ -3,14 +3,16 @@ reader that sees pictures."""
 
 import dataclasses
 import itertools
+import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from dimo.commands.cli import parse
+from dimo.commands.cli import main, parse
 from dimo.commands.sample import Request, sample_to_folder
 from dimo.config import load_config
 from dimo.errors import DimoError
@@ -18,7 +20,7 @@ from dimo.evaluation.evaluate import open_comparison
 from dimo.train.prompts import open_prompts
 from dimo.ursa import MetricPath, UrsaTransformer, load_ursa, predict
 from dimo.ursa.patch_vae import PatchVae
-from dimo.worlds import built_in_worlds, checkpoint_folder, load_world
+from dimo.worlds import built_in_worlds, checkpoint_folder, load_world, student_of
 from dimo.worlds.exact import FLOOR, ExactTeacher
 from dimo.worlds.oracle import score
 from dimo.worlds.protocol import prompt_index, prompt_length, prompts_to_score, prompts_to_train
@@ -324,6 +326,22 @@ def test_a_teacher_that_ships_knows_its_world(name, generator):
     noised = ursa.path.sample(clean, 0.5, generator)
     told = predict(ursa.transformer, txt_ids, noised, shipped.latents_shape).argmax()
     assert (told == clean).float().mean() > max(0.9, (noised == clean).float().mean())
+
+
+@pytest.mark.parametrize("name", [name for name in built_in_worlds() if student_of(name)])
+def test_a_student_that_ships_is_called_by_its_world(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prompt = load_world(checkpoint_folder(name)).prompts[0]
+    assert main(["sample", "--student_ckpt", name, "--prompt", prompt, "--out_dir", "out"]) == 0
+    how = json.loads((tmp_path / "out/0000.json").read_text())
+    assert (how["teacher_ckpt"], how["steps"], how["prompt"]) == (name, 1, prompt)
+    assert Path(how["student_ckpt"]) == checkpoint_folder(name) / "student"
+
+
+def test_a_world_without_a_student_is_no_student(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["sample", "--student_ckpt", "tiles", "--prompt", "x"]) == 2
+    assert "there is no run" in capsys.readouterr().err
 
 
 def test_the_command_proposes_the_worlds_own_network(capsys):

@@ -20,7 +20,7 @@ from dimo.output import lasting_output
 from dimo.paths import user_path
 from dimo.run.overview import existing_run
 from dimo.run.signals import PREEMPTED, Preempted
-from dimo.worlds import SHIPPED_STUDENT, checkpoint_folder
+from dimo.worlds import DEFAULT_WORLD, SHIPPED_STUDENT, checkpoint_folder, student_of, world_of
 
 NAMES = (
     "captions", "config", "file", "folder", "grid", "out", "out_dir", "prompt_file", "prompts", "run", "student",
@@ -147,7 +147,8 @@ def _evaluate(args) -> None:
         raise DimoError(f"two students were given, {args.student_ckpt} and {args.student}; give one")
     source = _student(args.student_ckpt or args.student)
     run, overrides = run_of(source), [*args.set, *args.overrides]
-    config = load_config(args.config, overrides) if args.config or not run else run_config(run, overrides)
+    preset = args.config or (None if world_of(source) == DEFAULT_WORLD else world_of(source))  # each has its own
+    config = load_config(preset, overrides) if preset or not run else run_config(run, overrides)
     is_run = run is not None and source.is_dir() and source.samefile(run)
     weights = source / "checkpoints" / "final" if is_run else source
     out = Path(args.out) if args.out else (source if is_run else Path("runs/evaluation"))
@@ -160,8 +161,14 @@ def _evaluate(args) -> None:
 
 
 def _student(given: str | None) -> Path:
-    """Path of a student, by default of the one that ships; a run that is not there is a DimoError that names others."""
+    """Path of a student: of a run, of the one that ships with a world, by default the built-in one.
+
+    Raises:
+        DimoError: a run that is not there; the message names others.
+    """
     source = Path(given or SHIPPED_STUDENT)
+    if not source.exists():
+        source = student_of(str(source)) or source
     if not source.exists() and not source.suffix:
         existing_run(source)
     return source

@@ -127,8 +127,8 @@ def _add_results(command: Callable) -> None:
                   "Compare a student with its teacher in 1 to 25 steps, on the same prompts and noise and "
                   "with the same metrics; writes report.json and sheet.png.")  # fmt: skip
     sub.add_argument("student", nargs="?",
-                     help="a run folder, student.pt, a .safetensors file, or a folder with one of them "
-                     "(default: the student that ships with dimo)")  # fmt: skip
+                     help="a run folder, student.pt, a .safetensors file, a folder with one of them, or a world whose "
+                     "student ships (default: the built-in world's)")  # fmt: skip
     sub.add_argument("--student_ckpt", help="the same, as a flag")
     sub.add_argument("-o", "--out", "--out_dir", help="folder for report.json and sheet.png (default: the run folder "
                      "if one was given, else runs/evaluation)")  # fmt: skip

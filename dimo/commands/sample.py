@@ -28,7 +28,7 @@ from dimo.ursa.device import pick_device, pick_dtype
 from dimo.ursa.frames import eight_bits
 from dimo.ursa.loading import DTYPES, load_student
 from dimo.ursa.sampler import student_times, timesteps, warn_if_guided_again
-from dimo.worlds import DEFAULT_WORLD, checkpoint_folder, is_world, load_world, require_world, video_size
+from dimo.worlds import DEFAULT_WORLD, checkpoint_folder, is_world, load_world, require_world, video_size, world_of
 from dimo.worlds.protocol import prompt_index
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,9 @@ class Request:
     teacher_ckpt: str | None = _flag(
         None, f"a checkpoint folder in URSA's layout, or a built-in world; default: the run's, else {DEFAULT_WORLD}"
     )
-    student_ckpt: str | None = _flag(None, "student.pt, its folder or a run folder; default: sample with the teacher")
+    student_ckpt: str | None = _flag(
+        None, "student.pt, its folder, a run folder, or a world whose student ships; default: sample with the teacher"
+    )
     num_frames: int | None = _flag(None, "4 (T-1) + 1; default: the run's or world's, 1 for image models, else 17")
     height: int | None = _flag(None, "in pixels; default: the run's or world's, 64 tokens for image models, else 256")
     width: int | None = _flag(None, "in pixels; default: the run's or world's, 64 tokens for image models, else 256")
@@ -167,9 +169,9 @@ def open_sampler(
 
 
 def teacher_of(request: Request) -> str:
-    """`teacher_ckpt` of a request, of its student's run if it is left open, or the default world's."""
-    trained = _trained(request)
-    return request.teacher_ckpt or (trained.teacher_ckpt if trained else DEFAULT_WORLD)
+    """`teacher_ckpt` of a request; if it is left open that of its student, or the default world's."""
+    trained, ships = _trained(request), request.student_ckpt and world_of(request.student_ckpt)
+    return request.teacher_ckpt or (trained.teacher_ckpt if trained else ships or DEFAULT_WORLD)
 
 
 def _trained(request: Request) -> Distill | None:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import torch
+import torch.distributed as dist
 
 from dimo.commands.ending import next_commands
 from dimo.commands.examples import examples
+from dimo.errors import DimoError
+from dimo.run.ranks import launched_or_alone, read_launch
 from dimo.worlds.registry import WORLDS
 from dimo.worlds.teacher import RECIPES, TeacherRecipe, make_teacher
 
@@ -20,7 +27,8 @@ def add_world(commands, kinds: dict[type, Callable]) -> None:
     train = actions.add_parser(
         "train",
         help="train a world's teacher and write its checkpoint folder in URSA's layout",
-        description="Train the teacher of a world by denoising the world's videos.",
+        description="Train the teacher of a world by denoising the world's videos. On N GPUs of a machine:\n"
+        "torchrun --nproc_per_node N -m dimo world train NAME -o OUT --device cuda",
         epilog=examples(["world train"]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -43,6 +51,28 @@ def world_train(args: argparse.Namespace) -> None:
     def chosen(kind):
         return kind(**{field.name: getattr(args, field.name) for field in dataclasses.fields(kind)})
 
-    print(make_teacher(chosen(WORLDS[args.world]), chosen(TeacherRecipe), Path(args.out)))
-    print(f"written: {args.out}, a checkpoint folder in URSA's layout")
-    print(next_commands({f"inspect {args.out}": "its sizes, which a training on it needs"}))
+    with together(args.device):
+        table = make_teacher(chosen(WORLDS[args.world]), chosen(TeacherRecipe), Path(args.out))
+    if table:  # else another process has it
+        print(table)
+        print(f"written: {args.out}, a checkpoint folder in URSA's layout")
+        print(next_commands({f"inspect {args.out}": "its sizes, which a training on it needs"}))
+
+
+@contextlib.contextmanager
+def together(device: str) -> Iterator[None]:
+    """In this context the processes that torchrun has started train together, each on a GPU of its own."""
+    if not read_launch():
+        yield
+        return
+    if device == "cuda":
+        own, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if own >= gpus:
+            raise DimoError(f"there are {gpus} GPUs for more processes: start one per GPU")
+        torch.cuda.set_device(own)
+    with launched_or_alone():
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

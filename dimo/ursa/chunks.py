@@ -107,11 +107,29 @@ def pick(logits: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     if codes % BLOCK:
         logits = F.pad(logits, (0, blocks * BLOCK - codes), value=-math.inf)
     logits = logits.view(n, blocks, BLOCK)
-    mass = (logits - top.unsqueeze(-1)).exp().sum(-1).double().cumsum(-1)
+    mass = (logits - top.unsqueeze(-1)).exp().sum(-1)
+
+    def weights(block: torch.Tensor) -> torch.Tensor:
+        inside = logits.gather(1, block.view(-1, 1, 1).expand(-1, 1, BLOCK)).squeeze(1)
+        return (inside - top).exp()
+
+    return pick_in_blocks(mass, weights, u)
+
+
+def pick_in_blocks(
+    mass: torch.Tensor, weights: Callable[[torch.Tensor], torch.Tensor], u: torch.Tensor
+) -> torch.Tensor:
+    """Sample one index per row from weights that are summed over blocks of 256, by inverting the CDF at u.
+
+    Args:
+        mass: (n, blocks) float32 sums.
+        weights: the weights (n, 256) in one block (n,) of every row.
+        u: (n,) float64 uniform numbers in [0, 1).
+    """
+    mass = mass.double().cumsum(-1)
     at = u.unsqueeze(-1) * mass[:, -1:]
-    block = (mass <= at).sum(-1, keepdim=True).clamp(max=blocks - 1)
+    block = (mass <= at).sum(-1, keepdim=True).clamp(max=mass.shape[1] - 1)
     before = torch.where(block > 0, mass.gather(-1, (block - 1).clamp(min=0)), 0.0)
-    inside = logits.gather(1, block.unsqueeze(-1).expand(-1, 1, BLOCK)).squeeze(1)
-    inside = (inside - top).exp().double().cumsum(-1)
+    inside = weights(block.squeeze(-1)).double().cumsum(-1)
     at = torch.minimum(at - before, inside[:, -1:] * (1 - 1e-15))  # the two sums of a block differ by rounding
     return (block * BLOCK + (inside <= at).sum(-1, keepdim=True)).squeeze(-1)

@@ -21,8 +21,8 @@ class Muon(torch.optim.Optimizer):
 
     The update of a matrix (m, n) is lr 0.2 sqrt(max(m, n)) U, with U from five Newton-Schulz iterations (Jordan et al.
     2024; scale: arXiv 2502.16982, eq. 4). Equals `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"`, but
-    matrices of equal shape are processed as one batch, several times as fast for small networks, and the learning rate
-    may be a scalar tensor.
+    matrices of equal shape, tall ones transposed, are processed as one batch, several times as fast for small networks,
+    and the learning rate may be a scalar tensor.
     """
 
     def __init__(self, params, lr: float, momentum: float = 0.9, weight_decay: float = 0.0):
@@ -31,25 +31,32 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None) -> None:
         for group in self.param_groups:
-            momentum, updates = group["momentum"], []
+            momentum = group["momentum"]
             params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
             for p in params:
                 if "momentum_buffer" not in self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
-                buffer = self.state[p]["momentum_buffer"]
-                buffer.lerp_(p.grad, 1 - momentum)
-                updates.append(p.grad.lerp(buffer, momentum))
+            grads, buffers = [p.grad for p in params], [self.state[p]["momentum_buffer"] for p in params]
+            torch._foreach_lerp_(buffers, grads, 1 - momentum)
+            updates = torch._foreach_lerp(grads, buffers, momentum)
             if group["weight_decay"]:
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-            order = sorted(range(len(params)), key=lambda i: tuple(params[i].shape))
-            for shape, members in itertools.groupby(order, key=lambda i: tuple(params[i].shape)):
+            order = sorted(range(len(params)), key=lambda i: sorted(params[i].shape))
+            for shape, members in itertools.groupby(order, key=lambda i: sorted(params[i].shape)):
                 same, most = list(members), max(1, STACK_ENTRIES // math.prod(shape))
                 for some in (same[i : i + most] for i in range(0, len(same), most)):
-                    step = orthogonalise(torch.stack([updates[i] for i in some]))
-                    scale = -group["lr"] * 0.2 * math.sqrt(max(shape))
+                    wide = torch.stack([_wide(updates[i]) for i in some])
+                    steps, scale = orthogonalise(wide), -group["lr"] * 0.2 * math.sqrt(max(shape))
                     if isinstance(scale, torch.Tensor):  # which `alpha` would read back
-                        step, scale = step * scale, 1.0
-                    torch._foreach_add_([params[i] for i in some], list(step.unbind()), alpha=scale)
+                        steps, scale = steps * scale, 1.0
+                    torch._foreach_add_([_wide(params[i]) for i in some], list(steps.unbind()), alpha=scale)
+
+
+def _wide(matrix: torch.Tensor) -> torch.Tensor:
+    """The matrix, or a view of its transpose if it is tall."""
+    return matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix
 
 
 def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
@@ -60,5 +67,5 @@ def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         square = x @ x.mT
-        x = a * x + (b * square + c * square @ square) @ x
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x

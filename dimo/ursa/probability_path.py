@@ -14,9 +14,10 @@ import torch
 from torch.nn import functional as F
 
 from dimo.errors import DimoError, may_read, require_ids, require_shape, require_time
-from dimo.ursa.chunks import BLOCK, FEW_CODES, chunks, inverse_cdf, on_device, pick, tokens_at_once
+from dimo.ursa.chunks import BLOCK, FEW_CODES, chunks, inverse_cdf, on_device, pick, pick_in_blocks, tokens_at_once
 from dimo.ursa.normaliser import LogNormaliser, interpolate
 
+FEW_DIMENSIONS = 8  # of code vectors, whose distances cost less than reading them from memory
 T_MAX = 0.999  # of all draws of t, and of `log_likelihood`: beta_t is infinite at 1
 
 
@@ -145,6 +146,25 @@ def _draw_near(
     return pick(beta.unsqueeze(-1) * (2 * _products(x_1, codebook) - square), u)
 
 
+def _draw_blockwise(x_1: torch.Tensor, codebook: torch.Tensor, beta: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """`_draw_near` for vectors of few dimensions, to be compiled: nothing of size (n, K) is kept in memory.
+
+    The largest logit is known, 0 at x_1 itself, so a first pass adds up the blocks of `pick` and a second one looks
+    into the block that u falls into. Each pass computes its distances anew, from a few numbers of cache.
+    """
+    whole = len(codebook) // BLOCK
+    mass = _weights(x_1[:, None, None], codebook.view(whole, BLOCK, -1), beta[:, None, None]).sum(-1)
+    return pick_in_blocks(
+        mass, lambda block: _weights(x_1[:, None], codebook.view(whole, BLOCK, -1)[block], beta[:, None]), u
+    )
+
+
+def _weights(x: torch.Tensor, y: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
+    """exp(-beta |x - y|^2) of vectors (..., D), dimension by dimension: compilers fuse it, unlike a product."""
+    distance = sum((x[..., i] - y[..., i]).square() for i in range(x.shape[-1]))
+    return (-beta * distance).exp()
+
+
 def _log_likelihood_near(
     x_t: torch.Tensor, codebook: torch.Tensor, square: torch.Tensor, beta: torch.Tensor, *normaliser: torch.Tensor
 ) -> torch.Tensor:
@@ -209,6 +229,8 @@ class MetricPath(_Path):
         if self._table is not None and not compiles:
             return super()._draw(x_1, t, u)
         beta = self.c * (t / (1 - t)) ** self.alpha
+        if u.is_cuda and self.codebook_size % BLOCK == 0 and self.codebook.shape[1] <= FEW_DIMENSIONS:
+            return on_device(_draw_blockwise, u)(self.codebook[x_1], self.codebook, beta, u)
         return on_device(_draw_near, u)(self.codebook[x_1], self.codebook, self._square, beta, u)
 
     def _log_likelihood(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

@@ -23,6 +23,17 @@ def built_in_worlds() -> list[str]:
     return sorted(p.name for p in DATA.iterdir() if (p / "transformer").is_dir()) if DATA.is_dir() else []
 
 
+def student_of(world: str) -> Path | None:
+    """The student that ships with a world, in the folder `student` of its teacher's; None if none does."""
+    folder = DATA / world / SHIPPED_STUDENT.name
+    return folder if world in WORLDS and folder.is_dir() else None
+
+
+def world_of(student: str | Path) -> str | None:
+    """The world with which this student ships; None if it does not."""
+    return next((world for world in built_in_worlds() if student_of(world) == Path(student)), None)
+
+
 def checkpoint_folder(teacher_ckpt: str | Path) -> Path:
     """Resolve `distill.teacher_ckpt`, the name of a built-in world ("shapes") or a path, to a checkpoint folder.
 

@@ -1,7 +1,8 @@
 """The training steps of a world's teacher: cross-entropy of the clean tokens, optimizers, and the moving average.
 
-On a GPU a step becomes a CUDA graph (`dimo.ursa.cuda_graph`), as it would be bound by its kernel launches. Data are
-drawn, and learning rate and weight of the moving average set, before each replay, so a replay makes the ordinary step.
+On a GPU the two halves of a step become CUDA graphs (`dimo.ursa.cuda_graph`), as it would be bound by its kernel
+launches. Data are drawn, and learning rate and weight of the moving average set, before each replay, so a replay makes
+the ordinary step. Between the halves, processes that train together average their gradients.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from torch.nn import functional as F
 
 from dimo.errors import DimoError, reason
@@ -31,17 +33,26 @@ if TYPE_CHECKING:
 
 EMPTY_PROMPT_SHARE = 0.1
 EMA_DECAY = 0.999
+MAX_GRAD_NORM = 1.0
 MUON_MOMENTUM = 0.95
 WARMUP = 300  # steps, of a run of at least ten times as many
+
+
+def rank() -> int:
+    """Which of the processes that train together this one is; 0 is also one that trains alone."""
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 class DenoisingSteps:
     """A teacher in training: its network, the moving average of its weights, and its steps.
 
+    Processes of one process group share the videos of a step, each with as many; their weights stay the same.
+
     Args:
-        model: the network, on the generator's device.
+        model: the network, on the generator's device, with the same weights in all processes.
         prompt_ids: (prompts, L) the ids of the world's prompts.
         pad: the id of which the empty prompt consists.
+        generator: of this process's data.
         graph: whether the steps become a CUDA graph; then they run on a stream of their own.
     """
 
@@ -61,10 +72,16 @@ class DenoisingSteps:
         self.prompt_ids, self.pad = prompt_ids.to(device), pad
         self.ema = copy.deepcopy(model).requires_grad_(False)
         self.optimizers = _optimizers(model, recipe, fused=graph or None)
+        self.processes = dist.get_world_size() if dist.is_initialized() else 1
+        if recipe.batch_size % self.processes:
+            raise DimoError(f"batch_size {recipe.batch_size} cannot be shared evenly by {self.processes} processes")
+        self.videos = recipe.batch_size // self.processes  # of this process
+        self.gradient = _gradients_in_one(model)
         self.ema_weight: float | torch.Tensor = 1.0
         self.prompt, self.x_1 = torch.empty(0), torch.empty(0)  # prompt indices (B,) and clean tokens (B, N)
         self.loss = torch.zeros(())
-        self.done, self.replay = 0, lambda: None  # steps of this process, and what replays one
+        self.done = 0  # steps since this process began
+        self.halves: list[Callable[[], None]] = [self._find_gradient, self._update]
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         if graph:
             make_capturable(list(self.optimizers.values()), device)
@@ -76,7 +93,7 @@ class DenoisingSteps:
         return {"model": self.model, "ema": self.ema, **self.optimizers}
 
     def step(self, index: int) -> None:
-        """Make training step `index`; on a GPU without waiting for it. `loss` is its loss."""
+        """Make training step `index`; on a GPU without waiting for it. `loss` is that of this process's videos."""
         recipe, warmup = self.recipe, min(WARMUP, self.recipe.steps // 10 + 1)
         decay = 0.5 * (1 + math.cos(math.pi * index / recipe.steps))
         for name, optimizer in self.optimizers.items():
@@ -84,20 +101,23 @@ class DenoisingSteps:
                 peak = recipe.muon_lr if name == "muon" else recipe.lr
                 group["lr"] = assign(group["lr"], peak * min(1.0, (index + 1) / warmup) * decay)
         self.ema_weight = assign(self.ema_weight, max(1 - EMA_DECAY, 1 / (index + 1)))
-        drawn = self.world.draw(recipe.batch_size, self.generator)
+        drawn = self.world.draw(self.videos, self.generator)
         if self.done == 0:
             self.prompt, self.x_1 = drawn
         self.prompt.copy_(drawn[0])
         self.x_1.copy_(drawn[1])
         if self.graph and self.done == ORDINARY:
-            self.replay = record(self._step, self.stream, self.generator)
-        run: Callable[[], None] = self.replay if self.graph and self.done >= ORDINARY else self._step
-        run()
+            self.halves = [record(half, self.stream, self.generator) for half in self.halves]
+        find_gradient, update = self.halves
+        find_gradient()
+        if self.processes > 1:
+            dist.all_reduce(self.gradient)
+        update()
         self.done += 1
 
     def _times(self) -> torch.Tensor:
         """t (B,) or, with one per latent frame, (B, N)."""
-        (frames, *rest), batch, device = self.world.latents_shape, self.recipe.batch_size, self.generator.device
+        (frames, *rest), batch, device = self.world.latents_shape, self.videos, self.generator.device
         per_frame, shift, spread = self.recipe.t_per == "frame", self.recipe.t_shift, self.recipe.t_spread
         size, g = (batch, frames) if per_frame else (batch,), self.generator
         if spread:
@@ -106,20 +126,32 @@ class DenoisingSteps:
             t = shifted(torch.rand(size, generator=g, device=device) * T_MAX, shift)
         return t.repeat_interleave(math.prod(rest), 1) if per_frame else t
 
-    def _step(self) -> None:
+    def _find_gradient(self) -> None:
+        """Fill `gradient` with this process's summand of the mean over all videos."""
         t = self._times()
         drop = torch.rand(len(t), generator=self.generator, device=t.device) < EMPTY_PROMPT_SHARE
         txt_ids = self.prompt_ids[self.prompt].masked_fill(drop[:, None], self.pad)
         x_t = self.path.sample(self.x_1, t, self.generator)
         loss = denoising_loss(self.model, txt_ids, x_t, self.x_1, self.world.latents_shape)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.gradient.zero_()
+        (loss / self.processes).backward()
+        self.loss = loss.detach()
+
+    @torch.no_grad()
+    def _update(self) -> None:
+        self.gradient.mul_((MAX_GRAD_NORM / (self.gradient.norm() + 1e-6)).clamp(max=1.0))
         for optimizer in self.optimizers.values():
             optimizer.step()
-            optimizer.zero_grad()
-        with torch.no_grad():
-            towards(list(self.ema.parameters()), list(self.model.parameters()), self.ema_weight)
-        self.loss = loss.detach()
+        towards(list(self.ema.parameters()), list(self.model.parameters()), self.ema_weight)
+
+
+def _gradients_in_one(model: UrsaTransformer) -> torch.Tensor:
+    """Zeros of which every parameter's gradient is a view, so that all are averaged, clipped and cleared at once."""
+    parameters = list(model.parameters())
+    gradient = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
+    for p, own in zip(parameters, gradient.split([p.numel() for p in parameters])):
+        p.grad = own.view_as(p)
+    return gradient
 
 
 def _optimizers(model: UrsaTransformer, recipe: TeacherRecipe, fused: bool | None) -> dict[str, torch.optim.Optimizer]:
@@ -153,12 +185,16 @@ def denoising_loss(
 
 
 class TrainingState:
-    """What training needs to go on where it stopped, in the file `kept`; None keeps nothing."""
+    """What training needs to go on where it stopped, in the file `kept`; None keeps nothing.
+
+    The first of several processes writes it, with the states of all generators.
+    """
 
     def __init__(self, kept: Path | None, steps: DenoisingSteps):
         self.kept, self.parts, self.generator = kept, steps.parts, steps.generator
         self.optimizers = steps.optimizers
         self.of = {"world": steps.world.name, **dataclasses.asdict(steps.world), **dataclasses.asdict(steps.recipe)}
+        self.of["processes"] = steps.processes
 
     def load(self) -> int:
         """The number of steps done."""
@@ -180,12 +216,18 @@ class TrainingState:
             state[name] = state[name] | {"param_groups": optimizer.state_dict()["param_groups"]}
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
-        self.generator.set_state(state["generator"])
+        self.generator.set_state(state["generator"][rank()])
         return state["step"]
 
     def save(self, step: int) -> None:
         if self.kept is None:
             return
+        generators = [self.generator.get_state()]
+        if dist.is_initialized():
+            generators *= dist.get_world_size()
+            dist.all_gather_object(generators, self.generator.get_state())
+        if rank() > 0:
+            return
         parts = {name: part.state_dict() for name, part in self.parts.items()}
         with whole_file(self.kept) as beside:
-            torch.save({"of": self.of, "step": step, "generator": self.generator.get_state(), **parts}, beside)
+            torch.save({"of": self.of, "step": step, "generator": generators, **parts}, beside)

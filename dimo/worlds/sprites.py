@@ -52,6 +52,7 @@ KINDS = len(MOTIONS) * len(STRENGTHS)
 QUARTERS = 4  # of the rows and columns where a card may start: the bins of coverage
 MOST_STRAYS = 90
 AT_ONCE = 8  # clips scored together
+CPU = torch.device("cpu")
 
 Look = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -116,12 +117,6 @@ class SpritesWorld:
         return [self.prompts[j] for j in index.tolist()]
 
     @functools.cached_property
-    def _drawn(self) -> torch.Tensor:
-        """Indices of the prompts that are not held out."""
-        held_out = set(self.held_out)
-        return torch.tensor([i for i, prompt in enumerate(self.prompts) if prompt not in held_out])
-
-    @functools.cached_property
     def used_codes(self) -> torch.Tensor:
         """(C,) the codes that clips of these sprites and textures use, ascending."""
         cards, corners, plain = _codes()
@@ -136,7 +131,8 @@ class SpritesWorld:
             return (torch.rand(size, generator=generator, device=device, dtype=torch.float64) * n).long()
 
         if prompt is None:
-            prompt = self._drawn.to(device)[pick(len(self._drawn))]
+            drawn = _drawn(self, device)
+            prompt = drawn[pick(len(drawn))]
         counts = _ways(device).count[self.attributes(prompt)[1]]
         return prompt, pick(counts), pick(PHASES)
 
@@ -150,7 +146,7 @@ class SpritesWorld:
     def render(self, prompt: torch.Tensor, start: torch.Tensor, phase: torch.Tensor) -> torch.Tensor:
         """Codes (B, N) of clips, from indices (B,) each; `start` counts rows by rows where the card may start."""
         device, size = prompt.device, len(prompt)
-        cards, corners, plain = (x.to(device) for x in _codes())
+        cards, corners, plain = _codes(device)
         sprite, kind, behind = self.attributes(prompt)
         way = _ways(device)
         pose, place = way.pose[way.first[kind] + start], way.place[way.first[kind] + start]  # (B, STEPS)
@@ -273,11 +269,23 @@ def _vae() -> PatchVae:
     return PatchVae.load(PICTURES / "vae")
 
 
+# Tables are kept on their device: a copy in every step would make the host wait for the GPU
+
+
+@functools.lru_cache(maxsize=8)
+def _drawn(world: SpritesWorld, device: torch.device) -> torch.Tensor:
+    """Indices of the prompts that are not held out."""
+    held_out = set(world.held_out)
+    return torch.tensor([i for i, prompt in enumerate(world.prompts) if prompt not in held_out], device=device)
+
+
 @functools.cache
-def _codes() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _codes(device: torch.device = CPU) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes of the patches that `pieces` draws, int64: of cards (sprites, POSES, BLOCK^2), -1 in the corners; of
     corners (backgrounds, 4, 4), by cell of the tile behind and by corner; of tiles (backgrounds, 4).
     """
+    if device != CPU:
+        return tuple(x.to(device) for x in _codes())
     code = {patch.tobytes(): i for i, patch in enumerate(_vae().patches.numpy())}
 
     def look_up(patches: torch.Tensor) -> torch.Tensor:

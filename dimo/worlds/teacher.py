@@ -16,7 +16,7 @@ from dimo.files import whole_folder
 from dimo.ursa import UrsaConfig, UrsaTransformer, load_ursa, sample, save_student
 from dimo.ursa.cuda_graph import on_stream
 from dimo.worlds import WORLD_FILE, is_world
-from dimo.worlds.denoising import DenoisingSteps, TrainingState
+from dimo.worlds.denoising import DenoisingSteps, TrainingState, rank
 from dimo.worlds.oracle import score
 from dimo.worlds.protocol import World, prompt_index, prompt_length, prompts_to_score
 
@@ -27,6 +27,7 @@ GUIDANCE = 3.0  # of the last row of a new teacher's scores
 KEEP_EVERY = 500  # steps
 FEW, LINEAR = 256, 0.95  # codes that start singly; the share of the variance that is linear in more of them
 LIMITS = {"t_shift": (1e-3, 1e3), "t_spread": (0.0, 10.0), "muon_lr": (0.0, 1.0)}  # a larger shift leaves one t only
+SEEDS_APART = 1_000_003  # of the processes that train together
 COMPILED = 256  # tokens of a video from which compiling the layers saves more time than it takes
 
 
@@ -48,7 +49,7 @@ class TeacherRecipe:
     alpha: float = _field(0.9, "alpha of the metric path, beta_t = c (t / (1-t))^alpha")
     c: float = _field(2.0, "c of the metric path")
     steps: int = _field(25_000, "training steps")
-    batch_size: int = _field(256, "videos per step")
+    batch_size: int = _field(256, "videos per step, shared by all processes")
     t_per: str = _field("sample", "one t per sample or, as URSA's, per latent frame: sample or frame")
     t_shift: float = _field(1.0, "shift of t in training, t / (t + shift (1 - t)): above 1 towards the noise")
     t_spread: float = _field(0.0, "standard deviation of logit t, which is normal, around the shift's; 0: uniform t")
@@ -138,7 +139,7 @@ def train_teacher(
 
     Cross-entropy of the clean tokens at t in [0, 0.999), uniform unless shifted or spread (logit-normal, as in
     arXiv 2403.03206), one per sample or per latent frame, with 10% empty prompts for classifier-free guidance. On a GPU
-    in bfloat16, the step a CUDA graph.
+    in bfloat16, the step a CUDA graph. Processes of one process group train together.
 
     Args:
         kept: a file that holds the state of training, written every KEEP_EVERY steps; training goes on from it.
@@ -148,7 +149,7 @@ def train_teacher(
     """
     gpu = recipe.device == "cuda"
     torch.manual_seed(recipe.seed)
-    generator = torch.Generator(recipe.device).manual_seed(recipe.seed)
+    generator = torch.Generator(recipe.device).manual_seed((recipe.seed + SEEDS_APART * rank()) % 2**63)
     model = UrsaTransformer(ursa_config(world, recipe))
     initialise(model, world.codebook())
     model = model.to(recipe.device).run_with(compile=gpu and math.prod(world.latents_shape) >= COMPILED)
@@ -161,7 +162,7 @@ def train_teacher(
             steps,
             desc="teacher",
             unit="step",
-            disable=not progress,
+            disable=not progress or rank() > 0,
             mininterval=1,
             initial=steps.start,
             total=recipe.steps,
@@ -178,10 +179,11 @@ def train_teacher(
 def make_teacher(world: World, recipe: TeacherRecipe, folder: Path, videos_per_prompt: int = 64) -> str:
     """Train a teacher, write its checkpoint folder and score it.
 
-    Training that was interrupted goes on from the file FOLDER.training.pt beside it.
+    Training that was interrupted goes on from the file FOLDER.training.pt beside it. Of processes that train together,
+    the first writes and scores.
 
     Returns:
-        Validity and adherence by number of sampling steps, and guided, as a table.
+        Validity and adherence by number of sampling steps, and guided, as a table; of other processes, "".
 
     Raises:
         DimoError: before training: a value out of range, a missing device, or a folder with other contents; after it:
@@ -193,6 +195,8 @@ def make_teacher(world: World, recipe: TeacherRecipe, folder: Path, videos_per_p
         raise DimoError(f"{folder} exists and is not a world's checkpoint folder: give another one, or remove it")
     kept = folder.with_name(f"{folder.name}.training.pt")
     transformer = train_teacher(world, recipe, kept=kept)
+    if rank() > 0:
+        return ""
     if not all(are_finite(p) for p in transformer.parameters()):
         kept.unlink(missing_ok=True)  # there is nothing to go on from
         raise DimoError(f"the teacher's weights are not finite after {recipe.steps} steps; try a lower lr")
