@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from dimo.config import load_config
 from dimo.config.load import shipped_grids
 from dimo.errors import DimoError
-from dimo.evaluation.ablate import _workers, ablate, worth
+from dimo.evaluation.ablate import _workers, ablate, teacher_folder, worth
 from dimo.evaluation.grid import read_grid
 from dimo.evaluation.intervals import cell, format_grid, interval, t_quantile
 from dimo.run.signals import Preempted, Signals, stopping_at
@@ -170,6 +170,15 @@ def test_a_grid_is_tuned_reported_and_continued(tmp_path):
     assert row["rate"] == 2e-4 and "not finite" in row["tuning"]["1e+30"][0]["diverged"] and len(row["seeds"]) == 1
     with pytest.raises(DimoError, match="was made by another recipe than the grid's tiny; give another --out"):
         ablate(read_grid(written(tmp_path, SMALL.replace("steps: 2}", "steps: 3}"))), moved)
+
+
+def test_teachers_of_one_name_are_not_one_teacher(tmp_path):
+    def scores(teacher, out=tmp_path):
+        return teacher_folder(load_config("tiles", [f"distill.teacher_ckpt={teacher}"]), out)
+
+    assert scores("/a/tiles") != scores("/b/tiles")
+    moved = scores(tmp_path / "elsewhere" / "world-tiles", tmp_path / "elsewhere").name
+    assert scores(tmp_path / "world-tiles").name == moved != scores("/a/world-tiles").name
 
 
 def test_runs_side_by_side_are_the_same_runs(tmp_path):

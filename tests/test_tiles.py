@@ -405,7 +405,7 @@ def test_sizes_are_those_they_are_called_by():
         ({"frames": 1}, "at least 2 frames, and a height and a width that are multiples of 4, got 1x4x4"),
         ({"width": 6}, "multiples of 4, got 3x4x6"),
         ({"height": 0}, "multiples of 4, got 3x0x4"),
-        ({"codes": 100}, "codes must be one of 16, 256, 1000, 4096, 15360, 64000, got 100"),
+        ({"codes": 100}, "codes must be one of 16, 256, 1000, 4096, 8000, 15360, 64000, got 100"),
         ({"codes": 16, "shades": 3}, "16 codes allow 2 to 2 shades, .* got shades=3"),
         ({"palettes": 1}, "there must be 2 palettes or more; got shades=2 and palettes=1"),
         ({"codes": 16, "palettes": 3}, "16 codes have fewer hues than the 12 of 3 palettes a subject"),

@@ -230,9 +230,14 @@ def _make_world(place: Place, out: Path, device: str, videos_per_prompt: int, de
 
 
 def teacher_folder(config: Config, out: Path) -> Path:
-    """Where a grid in `out` has the scores of a run's teacher, for all runs whose teacher makes the same videos."""
+    """Where a grid in `out` has the scores of a run's teacher, for all runs whose teacher makes the same videos.
+
+    A teacher that was made there goes by its name, since the grid's folder may move.
+    """
     keys = {key: value for key, value in to_flat(config).items() if key in TEACHERS or key.startswith("evaluation.")}
-    text = json.dumps([Path(config.distill.teacher_ckpt).name, sorted(keys.items())], default=str)
+    folder = Path(config.distill.teacher_ckpt)
+    name = folder.name if folder.resolve().parent == out.resolve() else str(folder)
+    text = json.dumps([name, sorted(keys.items())], default=str)
     return out / f"teacher-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
