@@ -155,8 +155,8 @@ def _add_results(command: Callable) -> None:
                   configurable=False)  # fmt: skip
     sub.add_argument("run", help="a run folder")
     sub.add_argument("out", help="the folder to write")
-    sub.add_argument("--step", help="a checkpoint's step, or newest, for the moving average in it (default: "
-                     "checkpoints/final)")  # fmt: skip
+    sub.add_argument("--step", help="a checkpoint's or milestone's step, or newest, for the moving average in "
+                     "it (default: checkpoints/final)")  # fmt: skip
     sub.add_argument("--teacher_ckpt", help="where the run's teacher is now, if it has moved")
     sub.add_argument("--overwrite", action="store_true", help="replace an older export in OUT")
 
