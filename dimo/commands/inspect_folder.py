@@ -90,6 +90,9 @@ def _transformer(folder: Path, config: UrsaConfig) -> list[tuple[str, str]]:
     problem = misfit(needed, {key: shape for key, (shape, _) in headers.items()})
     if problem:
         raise DimoError(f"the weights of {folder} do not fit its config.json: {problem}")
+    for key, (_, dtype) in headers.items():
+        if not dtype.lower().startswith(("float", "bfloat", "f8")):
+            raise DimoError(f"{key} in the weights of {folder} must hold floating-point numbers, got {dtype}")
     size = sum(file.stat().st_size for file in files)
     kinds = " and ".join(name for name, _ in Counter(dtype for _, dtype in headers.values()).most_common())
     return [*rows, ("weights", f"{', '.join(file.name for file in files)} ({size / GIB:.2f} GiB, {kinds})")]
