@@ -127,8 +127,9 @@ def student_file(weights: str | Path) -> Path:
         DimoError: it is the folder of an unfinished run.
     """
     source = Path(weights)
-    if (source / "checkpoints" / "final").is_dir():
-        source = source / "checkpoints" / "final"
-    elif (source / "status.json").exists():
-        raise DimoError(f"{source} is a run without checkpoints/final: it has not finished")
+    run = source.parent.parent if source.match("checkpoints/final") else source
+    if (run / "checkpoints" / "final").is_dir():
+        source = run / "checkpoints" / "final"
+    elif (run / "status.json").exists():
+        raise DimoError(f"{run} is a run without checkpoints/final: it has not finished")
     return next((source / name for name in ("student.pt", "student") if os.path.lexists(source / name)), source)
