@@ -84,7 +84,9 @@ def test_of_a_killed_process_it_is_told_what_killed_it_and_not_its_line_of_progr
         assert training.is_running() and time.monotonic() < until
         time.sleep(0.05)
     psutil.Process(training.pid).kill()
-    with pytest.raises(DimoError, match=r"^training failed: SIGKILL killed its process at step \d+, as a machine .* goes on"):
+    with pytest.raises(
+        DimoError, match=r"^training failed: SIGKILL killed its process at step \d+, as a machine .* goes on"
+    ):
         training.wait()
 
 

@@ -138,7 +138,9 @@ def test_a_damaged_checkpoint_is_a_sentence_and_the_newest_is_the_newest_whole_o
     assert json.loads((tmp_path / "out" / MARKER).read_text())["step"] == 1
     assert "step-00000002 is damaged and passed over: ema.safetensors has another checksum" in caplog.text
     shutil.rmtree(copy / "checkpoints" / "final")
-    with pytest.raises(DimoError, match=r"has not finished; --step exports a checkpoint \(.* the steps 1, 2, milestones of 1, 2\)"):
+    with pytest.raises(
+        DimoError, match=r"has not finished; --step exports a checkpoint \(.* the steps 1, 2, milestones of 1, 2\)"
+    ):
         export(copy, tmp_path / "other")
 
 

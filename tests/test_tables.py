@@ -156,7 +156,9 @@ def test_a_broken_row_is_named_far_down(name, tmp_path):
 def test_a_file_of_carriage_returns_alone_is_named_as_one(tmp_path):
     file = make(tmp_path, "a.csv", b"id,caption\r1,a dog\r2,a cat\r")
     for read in (PromptStream, read_prompts):
-        with pytest.raises(DimoError, match=r"a.csv cannot be read as csv: its lines end in a carriage return .* alone; s"):
+        with pytest.raises(
+            DimoError, match=r"a.csv cannot be read as csv: its lines end in a carriage return .* alone; s"
+        ):
             read(file)
 
 

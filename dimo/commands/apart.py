@@ -91,7 +91,9 @@ class Training:
             name = signal.Signals(-self._child.returncode).name
             memory = ", as a machine that is out of memory does" if name == "SIGKILL" else ""
             step = self.run.status().get("step")
-            return f"{name} killed its process at step {step}{memory}; starting it again goes on from the last checkpoint"
+            return (
+                f"{name} killed its process at step {step}{memory}; starting it again goes on from the last checkpoint"
+            )
         self._log.seek(0)
         lines = self._log.read().decode(errors="replace").strip().splitlines()
         return lines[-1].removeprefix("dimo: ") if lines else ""

@@ -156,8 +156,8 @@ def _student(run: Path, config: Config, teacher: Path, step: str | None) -> Stud
         folder, damaged = checkpoints.newest()
         if folder is None:
             raise DimoError(f"{run} has no checkpoints yet")
-        for passed_over, wrong in damaged.items():
-            log.warning("%s is damaged and passed over: %s", passed_over, wrong)
+        for passed_over, why in damaged.items():
+            log.warning("%s is damaged and passed over: %s", passed_over, why)
     elif not step.isdecimal() or int(step) not in {*steps, *milestones}:
         raise DimoError(f"--step must be {NEWEST} or the step of a checkpoint of {run}, got {step!r}; {known}")
     elif int(step) not in steps:
