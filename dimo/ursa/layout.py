@@ -124,7 +124,7 @@ def student_file(weights: str | Path) -> Path:
     """Resolve the `weights` argument of `load_student` to a file or folder of weights.
 
     Raises:
-        DimoError: it is the folder of an unfinished run.
+        DimoError: it is the folder of an unfinished run, or a checkpoint, whose networks lack the last gain.
     """
     source = Path(weights)
     run = source.parent.parent if source.match("checkpoints/final") else source
@@ -132,4 +132,9 @@ def student_file(weights: str | Path) -> Path:
         source = run / "checkpoints" / "final"
     elif (run / "status.json").exists():
         raise DimoError(f"{run} is a run without checkpoints/final: it has not finished")
+    elif (source / "ema.safetensors").exists() and (source / "manifest.json").exists():
+        raise DimoError(
+            f"{source} is a checkpoint, from which training goes on; a student is checkpoints/final, or a milestone, of "
+            "which a run keeps one every experiment.keep_every steps"
+        )
     return next((source / name for name in ("student.pt", "student") if os.path.lexists(source / name)), source)
