@@ -141,7 +141,12 @@ def sample_suite(request: Request, asked: SuiteRequest, out: str | Path) -> str:
 def _motion(asked: SuiteRequest, suite: Suite, request: Request) -> float | None:
     if asked.motion is None:
         return None if is_world(checkpoint_folder(teacher_of(request))) else suite.motion
-    return None if asked.motion == "none" else read_value("motion", "float", asked.motion)
+    if asked.motion == "none":
+        return None
+    try:
+        return read_value("motion", "float", asked.motion)
+    except DimoError as error:
+        raise DimoError(f"{error}, or none") from error
 
 
 def _open(request: Request, name: str, entries: list[Entry], weights: bool = True) -> Sampler:

@@ -134,7 +134,7 @@ def student_file(weights: str | Path) -> Path:
         raise DimoError(f"{run} is a run without checkpoints/final: it has not finished")
     elif (source / "ema.safetensors").exists() and (source / "manifest.json").exists():
         raise DimoError(
-            f"{source} is a checkpoint, from which training goes on; a student is checkpoints/final, or a milestone, of "
-            "which a run keeps one every experiment.keep_every steps"
+            f"{source} is a checkpoint, from which training goes on; a student is checkpoints/final, or a milestone, "
+            "which a run keeps every experiment.keep_every steps"
         )
     return next((source / name for name in ("student.pt", "student") if os.path.lexists(source / name)), source)
