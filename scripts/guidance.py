@@ -3,6 +3,8 @@
 `python scripts/guidance.py` samples the shipped student on 48 prompts x 64 videos, with the noise of `dimo evaluate`.
 """
 
+import argparse
+
 import torch
 
 from dimo.evaluation.evaluate import format_cell
@@ -27,6 +29,7 @@ def one_pass(ursa, network, grid, ids, **guidance) -> torch.Tensor:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     folder = checkpoint_folder(DEFAULT_WORLD)
     world, ursa = load_world(folder), load_ursa(folder)
     student, grid = load_student(ursa, SHIPPED_STUDENT), world.latents_shape

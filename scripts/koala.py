@@ -2,7 +2,7 @@
 
 The CSV shards have a byte-order mark, quotes, newlines in captions, rows without caption and a truncated last line.
 
-    python scripts/koala.py write FOLDER --rows 2000000      # about 2.6 GB
+    python scripts/koala.py write FOLDER --rows 2000000      # 2.1 GB
     python scripts/koala.py measure FOLDER                   # time to the first batch, peak memory, prompts per second
 """
 

@@ -75,7 +75,7 @@ def explorer() -> None:
         subprocess.run(
             ["chromium", *words, size, f"--screenshot={shot}", page.as_uri()], check=True, capture_output=True
         )
-        Image.open(shot).quantize(128).save(IMAGES / "explorer.png", optimize=True)
+        Image.open(shot).quantize(256).save(IMAGES / "explorer.png", optimize=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -76,6 +76,20 @@ def test_what_it_cannot_train_is_told_and_not_what_was_there_before(tmp_path):
         start(config(tmp_path, "training.engine=./none"))
 
 
+def test_of_a_killed_process_it_is_told_what_killed_it_and_not_its_line_of_progress(tmp_path, request):
+    training = start(config(tmp_path / "run", "training.max_train_steps=9999"))
+    request.addfinalizer(training.stop)
+    until = time.monotonic() + 60
+    while not training.run.metrics():
+        assert training.is_running() and time.monotonic() < until
+        time.sleep(0.05)
+    psutil.Process(training.pid).kill()
+    with pytest.raises(
+        DimoError, match=r"^training failed: SIGKILL killed its process at step \d+, as a machine .* goes on"
+    ):
+        training.wait()
+
+
 def test_a_process_that_no_longer_trains_is_left_alone(tmp_path):
     """It may be a stranger's: another one has taken the folder over, and the number was given away again."""
     stranger = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)

@@ -1,6 +1,7 @@
 """`dimo bench` refuses before it measures: what was asked for, what the machine lacks, where the report cannot go."""
 
 import importlib.util
+import shlex
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from dimo import bench
 from dimo.bench.parts import Clock, kernels_of
 from dimo.commands.cli import main
+from dimo.commands.examples import EXAMPLES
 
 
 @pytest.fixture(autouse=True)
@@ -27,6 +29,12 @@ def refusal(capsys, *arguments) -> str:
     error = capsys.readouterr().err
     assert error.startswith("dimo: ") and error.count("\n") == 1
     return error
+
+
+def test_the_examples_of_its_help_come_as_far_as_the_clock():
+    for words in EXAMPLES["bench"]:
+        with pytest.raises(AssertionError, match="measured before it was refused"):
+            main(["bench", *shlex.split(words)])
 
 
 @pytest.mark.parametrize(

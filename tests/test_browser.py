@@ -42,6 +42,13 @@ PIXELS = """(canvas) => {
 TOP = """() => [...document.querySelectorAll(".dimo .panel")].map((panel) => [panel.dataset.of,
   [...panel.querySelectorAll(".row")].map((row) => [+row.dataset.code, +row.dataset.p])])"""
 
+# how far the bold text of a row, of code 63,999, is wider than its column
+TOO_WIDE = """() => Math.max(...[...document.querySelectorAll(".dimo .panel .row")].flatMap((row) => {
+  row.className = "row x_hat"; row.querySelector("span").textContent = "▸63999";
+  return [...row.querySelectorAll("span")].map((span) => {
+    const text = document.createRange(); text.selectNodeContents(span);
+    return text.getBoundingClientRect().width - span.getBoundingClientRect().width; }); }))"""
+
 
 @pytest.fixture(scope="module")
 def browser():
@@ -358,5 +365,5 @@ def test_a_report_works_from_a_file_by_click_and_key(browser, report):
     assert page.evaluate(TOP) != said  # of another checkpoint
     assert all(page.evaluate("() => [...document.images].map((i) => i.alt && i.naturalWidth > 0)"))
     assert len(page.query_selector_all("video[aria-label]")) == 4
-    assert wrong == []
+    assert wrong == [] and page.evaluate(TOO_WIDE) <= 0
     page.close()

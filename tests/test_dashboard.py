@@ -203,6 +203,24 @@ def test_one_run_has_a_line_for_each_network_with_its_name_and_log_K(run):
     assert len(bonus.collections) > 0 and "step 40 on  entropy_floor" in dashboard_figure(run).texts[0].get_text()
 
 
+def test_of_runs_with_different_codebooks_no_curve_crosses_the_label_of_log_K(tmp_path, monkeypatch):
+    """The entropy of the larger one begins where the smaller one's bound is."""
+    sizes, runs = {"a": 10, "b": 64_000}, []
+    monkeypatch.setattr(History, "codebook_size", lambda self: sizes[self.run.path.name])
+    for name in sizes:
+        runs.append(RunFolder.open(tmp_path / name, to_yaml(load_config("smoke"))))
+        runs[-1].log({"step": 10, "entropy/student": math.log(10)})
+        runs[-1].log({"step": 20, "entropy/student": math.log(sizes[name])})
+    figure = dashboard_figure(runs)
+    axis = panels(figure)["entropy, student (nats per token)"]
+    (bound,) = (text for text in axis.texts if text.get_text().startswith("log K"))
+    assert bound.get_text() == "log K = 2.30, 11.07"
+    assert {math.log(10), math.log(64_000)} <= {y for line in axis.lines for y in line.get_ydata()[:1]}
+    figure.draw_without_rendering()
+    top = axis.transData.transform((0, math.log(64_000)))[1]
+    assert top < bound.get_window_extent().y0 and bound.get_window_extent().x0 > axis.get_window_extent().x0
+
+
 def test_several_runs_have_a_colour_and_a_dash_each_and_a_panel_for_each_metric(tmp_path):
     runs = []
     for i in range(3):

@@ -1,5 +1,6 @@
 """An evaluation in one process, in several, killed and continued: always the same figures."""
 
+import itertools
 import json
 import os
 import shutil
@@ -167,6 +168,19 @@ def test_what_the_disk_has_damaged_is_made_again(tmp_path):
     parts.save(JOBS[0], {"codes": torch.zeros(1, 4)})
     (tmp_path / "about.json").write_bytes(b"\xff\xfe")
     assert Parts(tmp_path, {"a": 1}).missing(JOBS) == JOBS
+
+
+def test_all_that_is_damaged_is_made_again_by_one_command(tmp_path, caplog):
+    parts = Parts(tmp_path / "out", {"a": 1}, teachers=tmp_path / "kept")
+    (tmp_path / "kept").mkdir()
+    for job in JOBS:
+        parts.save(job, {"codes": torch.zeros(1, 4)})
+    whole, *others = JOBS
+    for job, size in zip(others, itertools.cycle((0, 4, 20, 90)), strict=False):
+        parts.file(job).write_bytes(parts.file(job).read_bytes()[:size])
+    parts.forget_damaged(JOBS)
+    assert parts.missing(JOBS) == others and len(caplog.records) == len(others) > 1
+    assert "is made again" in caplog.text and parts.load([whole])
 
 
 def test_what_others_keep_where_the_jobs_lie_stays(tmp_path):

@@ -50,7 +50,8 @@ def run(tmp_path_factory):
     Trainer(load_config("smoke", [
         *sizes, f"distill.teacher_ckpt={TINY}", f"distill.prompt_source={captions}", "model.device=cpu",
         f"experiment.output_dir={folder / 'run'}", "training.max_train_steps=2", "distill.batch_size_per_gpu=1",
-        "experiment.save_every=1", "model.logit_gain=2", "model.final_logit_gain=6", "optim.lr=0.01",
+        "experiment.save_every=1", "experiment.keep_every=1", "model.logit_gain=2", "model.final_logit_gain=6",
+        "optim.lr=0.01",
     ])).train(progress=False)  # fmt: skip
     return folder / "run"
 
@@ -115,7 +116,19 @@ def test_a_checkpoints_moving_average_is_exported_by_step_or_as_the_newest(run, 
     assert json.loads((tmp_path / "newest" / MARKER).read_text())["step"] == 2
 
 
-def test_a_damaged_checkpoint_is_a_sentence_and_the_newest_is_the_newest_whole_one(run, tmp_path):
+def test_a_milestone_is_exported_by_its_step_as_its_checkpoint_was(run, tmp_path):
+    export(run, tmp_path / "before", "1")
+    copy = shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(copy / "checkpoints" / "step-00000001")
+    export(copy, tmp_path / "after", "1")
+    assert same(weights(tmp_path / "after"), weights(tmp_path / "before"))
+    about = json.loads((tmp_path / "after" / MARKER).read_text())
+    assert (about["step"], about["from"]) == (1, "checkpoints/milestone-00000001")
+    with pytest.raises(DimoError, match="got '3'; checkpoints are of the steps 2, milestones of 1, 2$"):
+        export(copy, tmp_path / "other", "3")
+
+
+def test_a_damaged_checkpoint_is_a_sentence_and_the_newest_is_the_newest_whole_one(run, tmp_path, caplog):
     copy = shutil.copytree(run, tmp_path / "run")
     file = copy / "checkpoints" / "step-00000002" / "ema.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"x")
@@ -123,8 +136,11 @@ def test_a_damaged_checkpoint_is_a_sentence_and_the_newest_is_the_newest_whole_o
         export(copy, tmp_path / "out", "2")
     export(copy, tmp_path / "out", "newest")
     assert json.loads((tmp_path / "out" / MARKER).read_text())["step"] == 1
+    assert "step-00000002 is damaged and passed over: ema.safetensors has another checksum" in caplog.text
     shutil.rmtree(copy / "checkpoints" / "final")
-    with pytest.raises(DimoError, match=r"has not finished; --step exports a checkpoint \(.* the steps 1, 2\)"):
+    with pytest.raises(
+        DimoError, match=r"has not finished; --step exports a checkpoint \(.* the steps 1, 2, milestones of 1, 2\)"
+    ):
         export(copy, tmp_path / "other")
 
 

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,29 @@ def test_whatever_changes_it_is_made_again(runs, monkeypatch):
     assert is_new()
     monkeypatch.setattr(torch, "__version__", "2.99")
     assert is_new() and not is_new()
+
+
+def test_the_folders_that_were_used_last_stay(runs, tmp_path, monkeypatch):
+    folder, words = runs
+    config = load_config("distill_dimo", words)
+    comparison, _ = open_comparison(config, folder / "a", networks=False)
+    days = [*range(40)]  # since each was used
+    for day in days:
+        about = tmp_path / f"{day:032x}" / "about.json"
+        about.parent.mkdir()
+        about.write_text("{}")
+        os.utime(about, (time.time() - (day * 86_400 + 60),) * 2)
+    for other in ("notes", "f" * 31):
+        (tmp_path / other).mkdir()
+        shutil.copy(about, tmp_path / other)
+        os.utime(tmp_path / other / "about.json", (0, 0))
+    own = kept.kept_in(tmp_path, comparison, config)
+    assert {f.name for f in tmp_path.iterdir()} == {own.name, "notes", "f" * 31, *(f"{day:032x}" for day in days[:15])}
+    os.utime(own / "about.json", (0, 0))
+    monkeypatch.setattr(kept, "MOST", 1)
+    assert kept.kept_in(tmp_path, comparison, config) == own and own.is_dir()  # used now, so it is the newest
+    left = {f.name for f in tmp_path.iterdir()}
+    assert left == {own.name, "notes", "f" * 31, f"{0:032x}"}  # the other may be in use: it was, within a day
 
 
 def test_code_that_is_edited_after_its_import_does_not_count(monkeypatch, tmp_path):

@@ -175,8 +175,13 @@ def test_a_students_wrong_level_names_the_right_one(folder, tmp_path):
     run = tmp_path / "run"
     (run / "checkpoints" / "step-00000005").mkdir(parents=True)
     (run / "status.json").write_text("{}")
-    with pytest.raises(DimoError, match="run is a run without checkpoints/final: it has not finished"):
-        load_student(tiny, run)
+    for unfinished in (run, run / "checkpoints" / "final"):  # as `dimo sample` and `dimo evaluate` name it
+        with pytest.raises(DimoError, match="run is a run without checkpoints/final: it has not finished"):
+            load_student(tiny, unfinished)
+    for name in ("ema.safetensors", "manifest.json"):
+        (run / "checkpoints" / "step-00000005" / name).touch()
+    with pytest.raises(DimoError, match="step-00000005 is a checkpoint, from which training goes on; a student is"):
+        load_student(tiny, run / "checkpoints" / "step-00000005")
     (run / "checkpoints" / "final").mkdir()
     torch.save(tiny.transformer.state_dict(), run / "checkpoints" / "final" / "student.pt")
     with pytest.raises(DimoError, match=f"did you mean {run / 'checkpoints' / 'final' / 'student.pt'}"):

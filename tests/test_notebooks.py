@@ -14,11 +14,12 @@ from forks import python
 from jupyter_client.launcher import launch_kernel
 
 import docs
-from dimo.commands.notebooks import is_done, notebook_folder, run_notebooks
+from dimo.commands.notebooks import is_done, notebook_folder, print_summary, run_notebooks
 from dimo.errors import DimoError
 from dimo.run.folder import RunFolder
 
 pytestmark = pytest.mark.usefixtures("forked_kernels")
+TINY = str(Path(__file__).parent / "data" / "tiny-ursa")
 NAMES = ["01_inputs", "02_losses", "03_train", "04_diagnostics", "05_evaluation"]
 PICTURE = re.compile(r"!\[[^\]]*\]\(([^)]+\.png)\)")
 TOUR = "00_tour"  # of what ships: `dimo run` does not need it; test_browser.py executes it
@@ -306,3 +307,13 @@ def test_a_damaged_executed_notebook_is_executed_again(tmp_path, text):
     assert is_done(done, source, {"config": "smoke"})
     done.write_text(text, encoding="utf-8")
     assert not is_done(done, source, {"config": "smoke"})
+
+
+@pytest.mark.parametrize(
+    ("teacher", "said", "unsaid"), [(TINY, "export ", "-c shapes"), ("shapes", "-c shapes", "export")]
+)
+def test_what_comes_next_suits_the_teacher(teacher, said, unsaid, tmp_path, capsys):
+    (tmp_path / "checkpoints" / "final").mkdir(parents=True)
+    print_summary(RunFolder(tmp_path, writes=False), teacher)
+    following = capsys.readouterr().out.split("next:")[1]
+    assert said in following and unsaid not in following

@@ -2,10 +2,12 @@
 
 import json
 import math
+import re
 import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.profiler import ProfilerActivity, profile
 
 from dimo.bench.sizes import SIZES, random_ursa, strides_for
@@ -20,6 +22,7 @@ from dimo.ursa import UrsaConfig, UrsaTransformer
 from dimo.ursa.recompute import CHECKPOINTING
 from dimo.worlds import checkpoint_folder
 
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 pytestmark = pytest.mark.filterwarnings("error:Accessing the data pointer of FakeTensor")  # `dimo plan` showed it
 
 
@@ -189,6 +192,26 @@ def test_the_command(capsys, one_layer):
     assert "does NOT fit" in (text := capsys.readouterr().out) and "training.engine=deepspeed_zero2" in text
     assert main([*words, "--dry-run"]) == 0
     assert "ran as rank 0 of 4" in capsys.readouterr().out
+
+
+DAMAGE = {
+    "whole": (lambda f: None, None),
+    "cut off": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:999]), "is damaged .an incomplete cop"),
+    "of integers": (lambda f: save_file({k: v.int() for k, v in load_file(f / WEIGHTS).items()}, f / WEIGHTS),
+                    "must hold floating-point numbers, got I32"),
+    "no tokenizer": (lambda f: shutil.rmtree(f / "tokenizer"), "tokenizer is missing"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_plan_says_what_training_would_refuse(damage, capsys, tmp_path):
+    """All but values, which it does not read."""
+    folder = shutil.copytree(checkpoint_folder("shapes"), tmp_path / "teacher")
+    do, sentence = DAMAGE[damage]
+    do(folder)
+    assert main(["plan", "-c", "smoke", f"--teacher_ckpt={folder}", ONE_UPDATE, "--memory", "80"]) == 0
+    said = re.search(f"{folder} cannot be trained as it is: (.*)", capsys.readouterr().out)
+    assert re.search(sentence, said[1]) if sentence else said is None
 
 
 @pytest.mark.parametrize(

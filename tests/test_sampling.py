@@ -254,6 +254,13 @@ def test_inspect_of_ursa_1_7b_gives_its_published_sizes(tmp_path):
     assert len(missing) == 3 and all(str(tmp_path) in sentence for sentence in missing)
 
 
+def test_inspect_of_a_small_model_has_sizes_that_say_something():
+    """174,816 parameters, by hand: x 2 / 2^20 = .33; logits of 48 tokens x 10 codes are 960 bytes."""
+    rows = dict(inspect_folder(checkpoint_folder("shapes"))[0])
+    assert rows["parameters"] == "174,816; 0.33 MiB at bf16, 0.67 MiB at float32"
+    assert rows["weights"].endswith("(0.67 MiB, float32)") and "0.00 MiB at bf16" in rows["logits"]
+
+
 def test_inspect_says_all_that_is_missing_and_exits_with_two(tmp_path, capsys):
     folder = shutil.copytree(TINY, tmp_path / "broken")
     shutil.rmtree(folder / "tokenizer")

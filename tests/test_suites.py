@@ -80,7 +80,7 @@ def test_vbench_finds_five_videos_of_each_prompt_by_its_name(videos):
     frames = [iio.imread(folder / name, plugin="FFMPEG") for name in found[0]]
     assert all(video.shape == (5, 64, 64, 3) for video in frames)
     assert len({video.tobytes() for video in frames}) == 5  # each from its own noise
-    assert f"vbench evaluate --videos_path {folder}" in videos[1] and "--distributed" in videos[1]
+    assert f"vbench evaluate --videos_path {folder}" in videos[1]
     assert "the whole suite has 944 prompts, these are 2" in videos[1]
 
 
@@ -197,6 +197,7 @@ def test_captions_take_the_place_of_prompts_and_a_doubled_prompt_is_sampled_once
         ("vbench", "a\nb\n", "x\n", "has 1 captions for 2 prompts; they are paired by line"),
         ("vbench", "a\ncats/dogs\n", None, "line 2 of .* has a slash: VBench finds videos by their prompt"),
         ("vbench", ".a\n", None, "line 1 of .* begins with a dot"),
+        ("vbench", '{"tag": "x", "prompt": "a"}\n', None, "p.txt is JSON, but VBench's prompts are a text file"),
         ("vbench", "x" * 250, None, "gives a file's name of 257 bytes, .* at most can be written"),
         ("geneval", "a red bus\n", None, "line 1 of .* is none of GenEval's evaluation_metadata.jsonl"),
         (
@@ -232,7 +233,7 @@ def test_the_longest_name_that_is_taken_can_be_written(place, tmp_path):
         (["--suite", "vbench", "--prompts", "P", "--samples", "0"], r"samples must lie in \[1, 100\], got 0"),
         (["--suite", "vbench", "--prompts", "P", "--num_processes", "0"], "num_processes must be at least 1"),
         (["--suite", "vbench", "--prompts", "/nowhere.txt"], "/nowhere.txt does not exist"),
-        (["--suite", "vbench", "--prompts", "P", "--motion", "fast"], "motion: 'fast' is not a number"),
+        (["--suite", "vbench", "--prompts", "P", "--motion", "fast"], "'fast' is not a number, .* or none"),
         (["--suite", "vbench", "--prompts", "P", "--num_frames", "1"], "vbench scores videos: num_frames must be"),
         (["--suite", "geneval", "--prompts", "M", "--num_frames", "5"], "geneval scores images: num_frames must be 1"),
         (["--suite", "vbench", "--prompts", "P", "--teacher_ckpt", str(TINY), "--num_frames", "2"],

@@ -123,9 +123,9 @@ BROKEN = {
     "a later quote": ('v,"a\nb","c\nv,b,1\n', "line 12001: the quote that opens here is still open"),
     "without limit": (
         'v,"a\nb","' + "x\n" * 70_000,
-        "field larger than field limit: line 12001: the quote",
+        "line 12001: the quote that opens here is never closed, or begins a field of more than 131,072",
     ),
-    "a long field": ("v," + "x" * 140_000 + ",1\n", "field larger than field limit: line 12000: here begins"),
+    "a long field": ("v," + "x" * 140_000 + ",1\n", "line 12000: here begins a field of more than 131,072"),
     "escaped": ('v,"a \\"grey\\" pigeon",0.5\nv,b,1\n', r"line 12000: \\\".* is not valid CSV; .*\"\" \(in Spark"),
     "escaped at the end": ('v,"a pigeon of 5\\"",0.5\nv,b,1\nv,"c, d",1\n', r"line 12000: \\\""),
     "escaped to the end": ('v,"a pigeon of 5\\"",0.5\n', r"line 12000: \\\""),
@@ -151,6 +151,15 @@ def test_a_broken_row_is_named_far_down(name, tmp_path):
         cut.load_state_dict(state)
         with pytest.raises(DimoError, match=f"a.csv cannot be read as csv: {sentence}"):
             cut.take(200)
+
+
+def test_a_file_of_carriage_returns_alone_is_named_as_one(tmp_path):
+    file = make(tmp_path, "a.csv", b"id,caption\r1,a dog\r2,a cat\r")
+    for read in (PromptStream, read_prompts):
+        with pytest.raises(
+            DimoError, match=r"a.csv cannot be read as csv: its lines end in a carriage return .* alone; s"
+        ):
+            read(file)
 
 
 def test_a_header_without_its_end_and_blank_rows_hold_nothing(tmp_path):

@@ -110,7 +110,7 @@ def damage(folder, file, how):
         ("transformer/config.json", {"num_hidden_layers": 2}, "do not fit this model: it has unknown"),
         ("transformer/config.json", {"intermediate_size": 32}, "it has the wrong shape for"),
         ("transformer/config.json", {"vocab_size": 33}, "lm_head_size must be the codebook's size"),
-        ("scheduler/scheduler_model.pth", "truncate", "could not be read as plain tensors"),
+        ("scheduler/scheduler_model.pth", "truncate", "could not be read as plain tensors: it is cut off"),
         ("scheduler/scheduler_config.json", "remove", "scheduler_config.json is missing"),
         ("tokenizer", "remove", "tokenizer is missing"),
     ],

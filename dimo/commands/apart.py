@@ -84,9 +84,16 @@ class Training:
         return self.run
 
     def _last_words(self) -> str:
-        """What the process said last, after its end."""
+        """What the process said last, after its end; of a killed one, which could say nothing, by what."""
         if self._log is None:
             return ""
+        if self._child and self._child.returncode < 0:
+            name = signal.Signals(-self._child.returncode).name
+            memory = ", as a machine that is out of memory does" if name == "SIGKILL" else ""
+            step = self.run.status().get("step")
+            return (
+                f"{name} killed its process at step {step}{memory}; starting it again goes on from the last checkpoint"
+            )
         self._log.seek(0)
         lines = self._log.read().decode(errors="replace").strip().splitlines()
         return lines[-1].removeprefix("dimo: ") if lines else ""

@@ -20,6 +20,11 @@ from dimo.views.reading import NEAR_DATA, Slice, check_slice, logits_fit
 from dimo.worlds import checkpoint_folder, is_world, video_size
 
 RIGHT, MISREAD, UNDECIDED = 0, 1, 3  # exit codes; 2 is bad input
+SIZE = {  # flags, and what they are by default where there is no world
+    "num_frames": "17, or 1 for an image model",
+    "height": "256, or 64 tokens for an image model",
+    "width": "256, or 64 tokens for an image model",
+}
 ABOUT = f"""\
 Compare what a checkpoint predicts through a logits slice with its clean tokens as they are and as every misreading
 would have them: late or early by a position, a row or a frame, axes exchanged or reversed, ids shifted. Without --slice
@@ -69,8 +74,8 @@ def add_check_alignment(command, integer, number) -> None:
                      help="sampling steps per clip of a URSA folder (default: %(default)s)")  # fmt: skip
     sub.add_argument("--t", type=number, default=NEAR_DATA,
                      help="time to which clean tokens are re-noised, 1 is data (default: %(default)s)")  # fmt: skip
-    for name in ("num_frames", "height", "width"):
-        sub.add_argument(f"--{name}", type=integer, help="default: the world's, else 17x256x256 or one image")
+    for name, default in SIZE.items():
+        sub.add_argument(f"--{name}", type=integer, help=f"default: the world's, else {default}")
     sub.add_argument("--max_prompt_length", type=integer, help="text tokens (default: as in training)")
     sub.add_argument("--backend", default="native", help="native or upstream (diffnext's transformer)")
     sub.add_argument("--device", default="auto", help="auto, cpu or cuda")

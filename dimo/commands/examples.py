@@ -47,7 +47,9 @@ EXAMPLES = {
         "runs/ursa exported": "the finished run's student, for URSAPipeline.from_pretrained",
         "runs/ursa exported --step newest": "the moving average in the newest checkpoint",
     },
-    "bench": {"-c shapes --against naive": "small enough for a CPU, compared with a naive step"},
+    "bench": {
+        "-c shapes --against naive distill.divergence=forward": "small enough for a CPU, compared with a naive step",
+    },
     "config": {
         "": "all keys with their defaults and meanings",
         "-c literal --lr 1e-4": "all values of a preset, with one key changed",

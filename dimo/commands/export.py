@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -12,12 +13,11 @@ from safetensors.torch import load_file
 
 import dimo
 from dimo.commands.inspect_folder import inspect_folder
-from dimo.commands.suite_files import DISTRIBUTED
 from dimo.config import Config, to_flat
 from dimo.config.load import read_groups
 from dimo.errors import DimoError
 from dimo.files import save_file, whole_folder
-from dimo.run.checkpoints import Checkpoints, step_of, what_is_wrong
+from dimo.run.checkpoints import MILESTONE, Checkpoints, step_of, what_is_wrong
 from dimo.run.folder import RunFolder
 from dimo.run.origin import run_config, run_of
 from dimo.run.sources import TEACHER, require_same_sources
@@ -36,6 +36,7 @@ from dimo.ursa.weights import (
 )
 from dimo.worlds import checkpoint_folder, is_world
 
+log = logging.getLogger(__name__)
 MARKER = "dimo_export.json"  # in an exported folder: where its student comes from
 NEWEST = "newest"
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*")
@@ -60,8 +61,8 @@ def export(
     Args:
         run: the run folder.
         out: the folder to write; it appears under its name when it is complete.
-        step: None for checkpoints/final; the number of a checkpoint, or "newest", for the moving average in it, with
-            `model.final_logit_gain` as in checkpoints/final.
+        step: None for checkpoints/final; the number of a checkpoint or milestone, or "newest" of the checkpoints: the
+            moving average in it, with `model.final_logit_gain` as in checkpoints/final.
         teacher_ckpt: where the teacher is now, if it has moved; its files must be those that the run was trained with.
         overwrite: replace an older export.
 
@@ -139,7 +140,9 @@ def _require_place(out: Path, teacher: Path, run: Path, overwrite: bool) -> None
 def _student(run: Path, config: Config, teacher: Path, step: str | None) -> Student:
     checkpoints = Checkpoints(run / "checkpoints")
     steps = [step_of(folder) for folder in checkpoints.all()]
+    milestones = {step_of(folder): folder for folder in sorted(checkpoints.folder.glob(MILESTONE))}
     known = f"checkpoints are of the steps {', '.join(map(str, steps))}" if steps else "it has no checkpoints"
+    known += f", milestones of {', '.join(map(str, milestones))}" if milestones else ""
     if step is None:
         final = run / "checkpoints" / "final"
         if not final.is_dir():
@@ -150,11 +153,16 @@ def _student(run: Path, config: Config, teacher: Path, step: str | None) -> Stud
         trained = status.get("step") if status.get("state") == "finished" else None  # else it has trained on
         return Student(plain_state(read_weights(final / "student.pt")), trained, "checkpoints/final")
     if step == NEWEST:
-        folder, _ = checkpoints.newest()
+        folder, damaged = checkpoints.newest()
         if folder is None:
             raise DimoError(f"{run} has no checkpoints yet")
-    elif not step.isdecimal() or int(step) not in steps:
+        for passed_over, why in damaged.items():
+            log.warning("%s is damaged and passed over: %s", passed_over, why)
+    elif not step.isdecimal() or int(step) not in {*steps, *milestones}:
         raise DimoError(f"--step must be {NEWEST} or the step of a checkpoint of {run}, got {step!r}; {known}")
+    elif int(step) not in steps:
+        folder = milestones[int(step)]
+        return Student(plain_state(read_weights(folder)), int(step), f"checkpoints/{folder.name}")
     else:
         folder = checkpoints.folder / f"step-{int(step):08d}"
         wrong = what_is_wrong(folder)
@@ -243,5 +251,6 @@ frames = pipe(
 - Logit gains are in the weights of the last norm: there is no temperature to set.
 - URSA's evaluation scripts take this folder as `--ckpt`, with `--num_inference_steps {steps} --guidance_scale 1`.
   They run it in float16.
-- {DISTRIBUTED}.
+- `evaluations/vbench/sample.py` must not be given `--distributed`, which saves videos under the names of other prompts
+  (baaivision/URSA at 29284bb); or use `dimo sample --suite vbench`.
 """

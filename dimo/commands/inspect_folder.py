@@ -78,7 +78,7 @@ def _transformer(folder: Path, config: UrsaConfig) -> list[tuple[str, str]]:
     parameters = sum(math.prod(shape) for shape in needed.values())
     spans = "the codebook" if config.lm_head_size == config.codebook_size else "text and codebook"
     rows = [
-        ("parameters", f"{parameters:,}; {_gib(parameters)}"),
+        ("parameters", f"{parameters:,}; {_memory(parameters)}"),
         ("layers", f"{config.num_hidden_layers} of width {config.hidden_size}, MLP width {config.intermediate_size}; "
          f"{config.num_attention_heads} query and {config.num_key_value_heads} key/value heads of {config.head_dim}"),
         ("vocabulary", f"{config.lm_vocab_size:,} text ids (BOV {config.bov_token_id}), "
@@ -90,9 +90,12 @@ def _transformer(folder: Path, config: UrsaConfig) -> list[tuple[str, str]]:
     problem = misfit(needed, {key: shape for key, (shape, _) in headers.items()})
     if problem:
         raise DimoError(f"the weights of {folder} do not fit its config.json: {problem}")
+    for key, (_, dtype) in headers.items():
+        if not dtype.lower().startswith(("float", "bfloat", "f8")):
+            raise DimoError(f"{key} in the weights of {folder} must hold floating-point numbers, got {dtype}")
     size = sum(file.stat().st_size for file in files)
     kinds = " and ".join(name for name, _ in Counter(dtype for _, dtype in headers.values()).most_common())
-    return [*rows, ("weights", f"{', '.join(file.name for file in files)} ({size / GIB:.2f} GiB, {kinds})")]
+    return [*rows, ("weights", f"{', '.join(file.name for file in files)} ({_spelled(size)}, {kinds})")]
 
 
 def _path(folder: Path, config: UrsaConfig) -> list[tuple[str, str]]:
@@ -134,12 +137,17 @@ def _video(config, strides, num_frames: int, height: int, width: int, text: int)
     return [
         ("video", f"{num_frames}x{height}x{width} -> latents {t}x{h}x{w} = {n:,} visual tokens; "
          f"{n + text + 1:,} positions with {text} of text and BOV"),
-        ("logits", f"for one video: {_gib(logits)}"),
+        ("logits", f"for one video: {_memory(logits)}"),
     ]  # fmt: skip
 
 
-def _gib(entries: int) -> str:
-    return f"{entries * 2 / GIB:.2f} GiB at bf16, {entries * 4 / GIB:.2f} at float32"
+def _memory(entries: int) -> str:
+    return f"{_spelled(entries * 2)} at bf16, {_spelled(entries * 4)} at float32"
+
+
+def _spelled(size: int) -> str:
+    """Bytes in GiB, of small models and videos in MiB, where two places of a GiB say nothing."""
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.2f} MiB"
 
 
 def format_rows(rows: list[tuple[str, str]], missing: list[str]) -> str:

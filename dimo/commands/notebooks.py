@@ -31,7 +31,7 @@ from dimo.run.launch import children_told_to_stop, machine_of, wait_for_children
 from dimo.run.progress import OneLine
 from dimo.run.signals import Preempted
 from dimo.views.live import HEADLESS
-from dimo.worlds import DEFAULT_WORLD, SHIPPED_STUDENT
+from dimo.worlds import DEFAULT_WORLD, SHIPPED_STUDENT, checkpoint_folder, is_world
 
 NAMES = {
     "01_inputs": "the token splice and the logits slice",
@@ -313,7 +313,10 @@ def print_summary(run: RunFolder, teacher_ckpt: str) -> None:
     after = {"evaluate": "the student that ships"} if teacher_ckpt == DEFAULT_WORLD else {}
     if (run.path / "checkpoints" / "final").exists():
         after[sampling(run.path, teacher_ckpt)] = "a video"
-    after["train -c shapes optim.lr=5e-4 --name slow"] = "another run, with a key changed"
+    if is_world(checkpoint_folder(teacher_ckpt)):
+        after["train -c shapes optim.lr=5e-4 --name slow"] = "another run, with a key changed"
+    elif (run.path / "checkpoints" / "final").exists():
+        after[f"export {run.path} exported"] = "the student, for URSA's own pipeline"
     print("", ending(run.path, ["report.html", "sheet.png", "notebooks", "checkpoints/final"], after), sep="\n")
 
 

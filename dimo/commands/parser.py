@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, NoReturn
 
 from dimo import __version__
-from dimo.commands.check_alignment import add_check_alignment
+from dimo.commands.check_alignment import SIZE, add_check_alignment
 from dimo.commands.examples import EXAMPLES, examples
 from dimo.commands.sample import Request
 from dimo.commands.suite_files import SuiteRequest
@@ -155,8 +155,8 @@ def _add_results(command: Callable) -> None:
                   configurable=False)  # fmt: skip
     sub.add_argument("run", help="a run folder")
     sub.add_argument("out", help="the folder to write")
-    sub.add_argument("--step", help="a checkpoint's step, or newest, for the moving average in it (default: "
-                     "checkpoints/final)")  # fmt: skip
+    sub.add_argument("--step", help="a checkpoint's or milestone's step, or newest, for the moving average in "
+                     "it (default: checkpoints/final)")  # fmt: skip
     sub.add_argument("--teacher_ckpt", help="where the run's teacher is now, if it has moved")
     sub.add_argument("--overwrite", action="store_true", help="replace an older export in OUT")
 
@@ -172,8 +172,8 @@ def _add_looking(command: Callable) -> None:
                   "Print sizes, codebook, path, token counts and memory at a resolution; exit code 2 if something is "
                   "missing or damaged.", configurable=False)  # fmt: skip
     sub.add_argument("folder", help="a checkpoint folder, or a built-in world's name")
-    for name in ("num_frames", "height", "width"):
-        sub.add_argument(f"--{name}", type=_integer, help="default: the world's, else 17x256x256 or one image")
+    for name, default in SIZE.items():
+        sub.add_argument(f"--{name}", type=_integer, help=f"default: the world's, else {default}")
     sub.add_argument(
         "--max_prompt_length", type=_integer, help="number of text tokens (default: a world's longest prompt, else 320)"
     )

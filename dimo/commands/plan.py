@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from dimo.commands.dry_run import DryRun, dry_run, empty_ursa
+from dimo.commands.inspect_folder import inspect_folder
 from dimo.config import Config, load_config, to_flat
 from dimo.errors import DimoError
 from dimo.run.launch import engine_kind
@@ -302,4 +303,7 @@ def plan_report(
         text += "\n\n" + format_alternatives(alternatives(plan, size, preset, overrides), memory)
     elif size is not None or not is_world(checkpoint_folder(config.distill.teacher_ckpt)):
         text += f"\n\nlargest batch: {largest_batch(plan, size, preset, overrides, memory)}"
+    missing = [] if size else inspect_folder(checkpoint_folder(config.distill.teacher_ckpt))[1]
+    if missing:  # planned all the same: weights may still be on their way
+        text += f"\n\n{name} cannot be trained as it is: {missing[0]}"
     return text

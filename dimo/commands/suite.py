@@ -20,7 +20,6 @@ import torch
 import dimo
 from dimo.commands.sample import Request, Sampler, open_sampler, teacher_of, write_frames
 from dimo.commands.suite_files import (
-    DISTRIBUTED,
     SUITES,
     Entry,
     Suite,
@@ -134,8 +133,6 @@ def sample_suite(request: Request, asked: SuiteRequest, out: str | Path) -> str:
         _run(samples, sampler, asked.num_processes if several else None, damaged)
         samples.clear_partials()  # an ffmpeg outlives its killed process for a moment
     lines = [f"written: {len(jobs)} files in {samples.scored}, {out / SETTINGS}"]
-    if asked.suite == "vbench":
-        lines.append(f"note: {DISTRIBUTED}")
     if len(entries) < suite.prompts:
         lines.append(f"note: the whole suite has {suite.prompts} prompts, these are {len(entries)}")
     return "\n".join([*lines, f"next: {suite.scorer.format(folder=samples.scored)}"])
@@ -144,7 +141,12 @@ def sample_suite(request: Request, asked: SuiteRequest, out: str | Path) -> str:
 def _motion(asked: SuiteRequest, suite: Suite, request: Request) -> float | None:
     if asked.motion is None:
         return None if is_world(checkpoint_folder(teacher_of(request))) else suite.motion
-    return None if asked.motion == "none" else read_value("motion", "float", asked.motion)
+    if asked.motion == "none":
+        return None
+    try:
+        return read_value("motion", "float", asked.motion)
+    except DimoError as error:
+        raise DimoError(f"{error}, or none") from error
 
 
 def _open(request: Request, name: str, entries: list[Entry], weights: bool = True) -> Sampler:

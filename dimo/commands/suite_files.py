@@ -24,12 +24,6 @@ log = logging.getLogger(__name__)
 LONGEST_NAME = 255 - len(f".{2**22}.partial")  # bytes; a file is written under a longer name first
 
 
-DISTRIBUTED = (
-    "URSA's evaluations/vbench/sample.py pairs captions with the file names of other prompts when it is given "
-    "--distributed (baaivision/URSA at 29284bb): run it without, or use `dimo sample --suite vbench`"
-)
-
-
 def _flag(help: str):
     return dataclasses.field(default=None, metadata={"help": help})
 
@@ -194,6 +188,8 @@ def _dense_prompts(file: Path, prompts: list[str]) -> list[str]:
 
 def _require_name(file: Path, entry: Entry) -> None:
     """Raise DimoError unless VBench can find the videos of a prompt, by its name alone."""
+    if entry.prompt[:1] in "{[":
+        raise DimoError(f"{file} is JSON, but VBench's prompts are a text file, such as all_dimension.txt: one a line")
     size, where = len(f"{entry.file(99)}.mp4".encode()), f"line {entry.line + 1} of {file}"
     if "/" in entry.prompt or entry.prompt.startswith("."):
         what = "has a slash" if "/" in entry.prompt else "begins with a dot"

@@ -172,7 +172,9 @@ class Distill:
         0.0, "t_power at the first step; it then moves to t_power: modes first, sharpness later; 0: t_power throughout"
     )
     t_power_fade: float = _key(
-        0.9, "fraction of training over which t_power_start moves to t_power, geometrically; 0: never"
+        0.9,
+        "fraction of training over which t_power_start moves to t_power, geometrically; 0 is not at once but never: "
+        "t_power_start holds throughout",
     )
     t_draws: int = _key(
         4, "stratified draws of (t, x_t) per x_hat; each extra draw costs two forward passes without gradient"
@@ -188,7 +190,10 @@ class Distill:
     p_corrupt: float = _key(
         0.2, "probability that x_init is an earlier student sample with part of its tokens replaced, not pure noise"
     )
-    p_corrupt_fade: float = _key(0.7, "fraction of training over which p_corrupt falls linearly to zero; 0: constant")
+    p_corrupt_fade: float = _key(
+        0.7,
+        "fraction of training over which p_corrupt falls linearly to zero; 0 is not at once but never: p_corrupt stays",
+    )
     corrupt_ratio: float = _key(0.5, "probability that a token of a corrupted x_init (see p_corrupt) is replaced")
 
     def score_minimums(self) -> dict[str, float]:

@@ -115,11 +115,13 @@ def _explain(file: Path, error: str, text: str, line: int, last: int) -> None:
     assert whole is not None  # no field is a match too
     place = whole.end()
     opened = line + text[:place].count("\n")
+    if "new-line" in error and "\n" not in text:
+        raise ValueError("its lines end in a carriage return (\\r) alone; save it with line ends of \\n or \\r\\n")
     if "new-line" in error:
         raise ValueError(f"line {line} has a carriage return (\\r) inside a field; put the caption in quotes")
     if "field larger" in error:
         begins = "the quote that opens here is never closed, or begins" if text[place] == '"' else "here begins"
-        raise ValueError(f"field larger than field limit: line {opened}: {begins} a field of more than "
+        raise ValueError(f"line {opened}: {begins} a field of more than "
                          f"{csv.field_size_limit():,} characters")  # fmt: skip
     if BACKSLASHED in text[place:]:
         raise ValueError(

@@ -171,6 +171,7 @@ def _evaluate_alone(
 ) -> dict:  # fmt: skip
     kept = kept_beside(weights, comparison, config)
     parts, jobs = parts_of(config, weights, out, comparison.prompts, kept), comparison.jobs()
+    parts.forget_damaged(jobs)
     missing = parts.missing(jobs)
     most = processes_for(config)
     processes = max(1, min(most, len(missing)))
@@ -214,6 +215,7 @@ def evaluate_teacher(config: Config, place: Path) -> dict[str, dict]:
     comparison, world = open_comparison(config, None)
     folder, jobs = kept_in(place, comparison, config), comparison.jobs()
     parts = Parts(folder, teachers=folder)
+    parts.forget_damaged(jobs)
     run_here(comparison, jobs, parts, progress=False)
     return rows_of(comparison, comparison.gather(parts.load(jobs)), world)
 

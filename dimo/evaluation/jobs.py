@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import subprocess
 import time
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from dimo.errors import DimoError
@@ -27,6 +28,7 @@ from dimo.run.progress import CostBar
 if CAN_LOCK:
     import fcntl
 
+log = logging.getLogger(__name__)
 ABOUT = "about.json"
 OWN = OWN_INSIDE["evaluation_jobs"]  # patterns of the files written to that folder
 
@@ -64,6 +66,17 @@ class Parts:
 
     def missing(self, jobs: list[Job]) -> list[Job]:
         return [job for job in jobs if not self.file(job).exists()]
+
+    def forget_damaged(self, jobs: list[Job]) -> None:
+        """Delete the files of these jobs that are cut off or no safetensors, so that they count as missing."""
+        for file in (self.file(job) for job in jobs):
+            try:
+                if file.exists():
+                    with safe_open(file, "pt"):
+                        pass
+            except SafetensorError as error:
+                log.warning("%s is damaged (%s) and is made again", file, error)
+                file.unlink(missing_ok=True)
 
     def save(self, job: Job, made: dict[str, torch.Tensor]) -> None:
         with whole_file(self.file(job)) as beside:

@@ -12,6 +12,8 @@ import hashlib
 import json
 import os
 import platform
+import shutil
+import time
 from pathlib import Path
 
 import torch
@@ -27,6 +29,8 @@ from dimo.ursa.attention import fa4_version, version_of
 from dimo.ursa.weights import weight_files
 
 KEPT = ".teachers"  # folder of such folders, beside the runs
+MOST = 16  # of them; those that were used last stay
+DAY = 86_400  # seconds; one used within a day may be in use by another evaluation
 
 
 def kept_beside(weights: str | Path, comparison: Comparison, config: Config) -> Path | None:
@@ -44,7 +48,7 @@ def kept_beside(weights: str | Path, comparison: Comparison, config: Config) -> 
 
 
 def kept_in(place: Path, comparison: Comparison, config: Config) -> Path:
-    """The folder in `place` of what the teacher of a comparison makes, created if needed.
+    """The folder in `place` of what the teacher of a comparison makes, created if needed; the oldest there are deleted.
 
     Raises:
         OSError: it cannot be written to.
@@ -53,7 +57,21 @@ def kept_in(place: Path, comparison: Comparison, config: Config) -> Path:
     folder = place / hashlib.sha256(about.encode()).hexdigest()[:32]
     if not (folder / ABOUT).exists():
         write_text(folder / ABOUT, about + "\n")
+    with contextlib.suppress(OSError):  # another user's
+        os.utime(folder / ABOUT)
+    _forget_oldest(place)
     return folder
+
+
+def _forget_oldest(place: Path) -> None:
+    """Delete all but the MOST folders that were used last, and those used within a day."""
+    used = {}
+    for file in place.glob(f"{'[0-9a-f]' * 32}/{ABOUT}"):
+        with contextlib.suppress(FileNotFoundError):  # another evaluation has just deleted it
+            used[file.parent] = file.stat().st_mtime
+    for folder in sorted(used, key=used.__getitem__, reverse=True)[MOST:]:
+        if time.time() - used[folder] > DAY:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def depends_on(comparison: Comparison, config: Config) -> dict:

@@ -35,8 +35,8 @@ STEP, MILESTONE = (f"{name}-" + "[0-9]" * 8 for name in ("step", "milestone"))
 
 
 def step_of(file: Path) -> int:
-    """The step in the name of a checkpoint folder or sample sheet that matches STEP."""
-    return int(file.stem.removeprefix("step-"))
+    """The step in the name of a checkpoint folder, milestone or sample sheet that matches STEP or MILESTONE."""
+    return int(file.stem.rpartition("-")[2])
 
 
 class Checkpoints:

@@ -326,7 +326,7 @@ class Trainer:
         if clean is None:
             command = f"dimo check-alignment {self.ursa.folder} --num_frames {d.num_frames} --height {d.height} "
             command += f"--width {d.width} --runs {runs}"
-            return f"the logits slice is not checked: no clean tokens are kept in {runs}; `{command}` checks it", False
+            return f"not checked: no clean tokens are kept in {runs}; `{command}` checks it", False
         with self.engine.autocast():
             alignment = check_slice(self.ursa, clean, d.max_prompt_length, self.dense)
         if alignment.found in ("right", None):

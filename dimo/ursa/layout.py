@@ -125,11 +125,17 @@ def student_file(weights: str | Path) -> Path:
     """Resolve the `weights` argument of `load_student` to a file or folder of weights.
 
     Raises:
-        DimoError: it is the folder of an unfinished run.
+        DimoError: it is the folder of an unfinished run, or a checkpoint, whose networks lack the last gain.
     """
     source = Path(weights)
-    if (source / "checkpoints" / "final").is_dir():
-        source = source / "checkpoints" / "final"
-    elif (source / "status.json").exists():
-        raise DimoError(f"{source} is a run without checkpoints/final: it has not finished")
+    run = source.parent.parent if source.match("checkpoints/final") else source
+    if (run / "checkpoints" / "final").is_dir():
+        source = run / "checkpoints" / "final"
+    elif (run / "status.json").exists():
+        raise DimoError(f"{run} is a run without checkpoints/final: it has not finished")
+    elif (source / "ema.safetensors").exists() and (source / "manifest.json").exists():
+        raise DimoError(
+            f"{source} is a checkpoint, from which training goes on; a student is checkpoints/final, or a milestone, "
+            "which a run keeps every experiment.keep_every steps"
+        )
     return next((source / name for name in ("student.pt", "student") if os.path.lexists(source / name)), source)

@@ -31,6 +31,7 @@ from dimo.ursa.weights import (
 SCHEDULER = "KineticOptimalScheduler"
 BACKENDS = ("native", "upstream")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt")  # one of which a tokenizer has, or a *.model
 INSTALL = (
     "pip install 'transformers>=4.57.1,<5' 'diffusers>=0.36,<0.40' scipy einops "
     "git+https://github.com/baaivision/URSA.git@29284bb"
@@ -212,8 +213,9 @@ def load_tokenizer(folder: Path, config: UrsaConfig):
             where, padding_side="left", local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # transformers and tokenizers raise many types for a damaged file
-        lacks = "" if (where / "tokenizer.json").exists() else "there is no tokenizer.json; "
-        raise DimoError(f"the tokenizer in {where} could not be read: {lacks}{reason(error)}") from error
+        is_there = any((where / name).exists() for name in VOCABULARIES) or any(where.glob("*.model"))
+        why = reason(error) if is_there else "there is no tokenizer.json"
+        raise DimoError(f"the tokenizer in {where} could not be read: {why}") from error
     if tokenizer.pad_token_id is None:
         raise DimoError(f"the tokenizer in {where} has no padding token, but prompts are padded on the left")
     ids = set(tokenizer.get_vocab().values())

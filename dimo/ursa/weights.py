@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import zipfile
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from dimo.errors import DimoError, are_finite, reason
 WEIGHTS = "diffusion_pytorch_model"
 LFS_POINTER = b"version https://git-lfs"
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}  # safetensors' names
+ZIP = b"PK\x03\x04"  # how what torch.save writes begins
 BOM = b"\xef\xbb\xbf"
 UNFINISHED = (".incomplete", ".part", ".crdownload", ".aria2")  # suffixes of unfinished downloads
 _VARIANT = re.compile(rf"{WEIGHTS}(?:\.safetensors\.index|\.bin\.index)?(\.\w+)\.(?:safetensors|bin|json)")
@@ -163,6 +165,8 @@ def read_pickle(file: Path) -> dict[str, torch.Tensor]:
         why = reason(error)
         if why.startswith("Weights only load failed"):  # torch goes on to recommend weights_only=False
             why = "it was not written by torch.save, or contains more than tensors (code in it is not executed)"
+        elif _is_cut_off(file):  # torch says only "Invalid argument"
+            why = "it is cut off (an incomplete copy?)"
         raise DimoError(f"{file} could not be read as plain tensors: {why}") from error
     if not isinstance(content, dict):
         raise DimoError(f"{file} must hold a plain state dict, got {type(content).__name__}")
@@ -170,6 +174,12 @@ def read_pickle(file: Path) -> dict[str, torch.Tensor]:
         if not isinstance(value, torch.Tensor):
             raise DimoError(f"{file} must map names to tensors only, but {key!r} is of type {type(value).__name__}")
     return content
+
+
+def _is_cut_off(file: Path) -> bool:
+    """Whether a file of torch.save, a zip archive, lacks its end, where a zip archive has its index."""
+    with open(file, "rb") as opened:
+        return opened.read(len(ZIP)) == ZIP and not zipfile.is_zipfile(file)
 
 
 def require_file(file: Path) -> None:

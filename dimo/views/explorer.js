@@ -7,7 +7,7 @@ const bytes = (data) => data instanceof Uint8Array ? data : new Uint8Array(data.
 const floats = (data) => data instanceof Float32Array ? data : new Float32Array(bytes(data).slice().buffer);
 const clamp = (x, low, high) => Math.min(high, Math.max(low, x));
 const short = (x) => (x === 0 ? "0" : Math.abs(x) < 0.0005 || Math.abs(x) >= 1e5 ? x.toExponential(1) : x.toPrecision(3));
-const likely = (p) => (p < 1e-9 ? "<1e-9" : short(p));
+const likely = (p) => (p < 1e-9 ? "<1e-9" : p < 0.001 ? p.toExponential(1) : short(p)); // 0.000612 would be wider than its column
 
 function make(tag, properties = {}, children = []) {
   const node = Object.assign(document.createElement(tag), properties);

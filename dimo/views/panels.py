@@ -233,14 +233,16 @@ def _width(rows: int) -> int:
 
 
 def _draw_bound(axis: Axes, histories: list[History]) -> None:
-    """log K, which no entropy exceeds, with room above it for its label: the curves may be right below."""
-    for size in sorted({size for history in histories if (size := history.codebook_size())}):
-        axis.axhline(math.log(size), color="0.5", linewidth=1)
+    """log K, which no entropy exceeds; the label of all is above the highest, the one place without curves."""
+    bounds = sorted({math.log(size) for history in histories if (size := history.codebook_size())})
+    for bound in bounds:
+        axis.axhline(bound, color="0.5", linewidth=1)
+    if bounds:
         axis.annotate(
-            f"log K = {math.log(size):.2f}", (0.98, math.log(size)), (0, 2), fontsize=SMALL, ha="right", va="bottom",
-            color="0.35", xycoords=axis.get_yaxis_transform(), textcoords="offset points",
+            f"log K = {', '.join(f'{bound:.2f}' for bound in bounds)}", (0.98, bounds[-1]), (0, 2), fontsize=SMALL,
+            ha="right", va="bottom", color="0.35", xycoords=axis.get_yaxis_transform(), textcoords="offset points",
         )  # fmt: skip
-        axis.set_ylim(top=max(axis.get_ylim()[1], math.log(size) / (1 - (1.3 * SMALL + 2) / (72 * HEIGHT))))
+        axis.set_ylim(top=max(axis.get_ylim()[1], bounds[-1] / (1 - (1.3 * SMALL + 2) / (72 * HEIGHT))))
 
 
 def _mark(axis: Axes, panel: Panel, history: History) -> None:
