@@ -33,7 +33,7 @@ from dimo.worlds.fsq import fsq_codebook
 from dimo.worlds.oracle import score
 from dimo.worlds.protocol import prompt_index, prompt_length
 from dimo.worlds.sprite_frames import BLOCK, CARD, CELL, CELLS, SIZES, SPRITES, TEXTURES, TILE, pieces, render
-from dimo.worlds.sprite_reader import read, reads_as
+from dimo.worlds.sprite_reader import agreement, read, reads_as
 from dimo.worlds.sprites import FSQ, SpritesWorld
 from dimo.worlds.teacher import PAD, RECIPES, words
 
@@ -220,7 +220,10 @@ def judge(
     asked = [prompt for prompt in world.held_out for _ in range(videos)]
     index, ids = prompt_index(world, asked), ursa.tokenize(asked, prompt_length(world)).to(device)
     print(f"{len(asked)} videos of {len(world.held_out)} held-out prompts by {'exact' if exact else weights or folder}")
-    print("passes guidance | valid adherent tokens | read as the prompt | coverage of places, phases | seconds")
+    print(
+        "passes guidance | valid adherent tokens | read as the prompt: sprite, motion, strength, texture, time, sure | "
+        "coverage of places, phases | seconds"
+    )
     shown = {}
     for steps, scale in itertools.product(passes, guidance):
         generator, begin = torch.Generator(device).manual_seed(0), time.perf_counter()
@@ -233,13 +236,17 @@ def judge(
             for part in ids.split(256)
         ]  # fmt: skip
         codes = torch.cat(made)
-        seconds, scores, seen = time.perf_counter() - begin, score(world, codes, asked), reads_as(world, codes, index)
+        seconds, scores, right = time.perf_counter() - begin, score(world, codes, asked), agreement(world, codes, index)
+        seen, parts = (
+            torch.stack(list(right.values())).all(0),
+            " ".join(f"{x.float().mean():.3f}" for x in right.values()),
+        )
         shares = [x.float().mean().item() for x in (scores.valid, scores.adherent, scores.accuracy)]
         detail = coverage_detail(scores, near=True)
         covered = [f"{detail[name]:.3f}" if detail[name] is not None else "none" for name in ("places", "phases")]
         print(
-            f"{steps:6} {scale:8g} | {shares[0]:.3f} {shares[1]:8.3f} {shares[2]:6.3f} | {seen.float().mean():18.3f} | "
-            f"{covered[0]:>20}, {covered[1]} | {seconds:.1f}", flush=True,
+            f"{steps:6} {scale:8g} | {shares[0]:.3f} {shares[1]:8.3f} {shares[2]:6.3f} | "
+            f"{seen.float().mean():18.3f}: {parts} | {covered[0]:>20}, {covered[1]} | {seconds:.1f}", flush=True,
         )  # fmt: skip
         few = codes[:: 5 * videos].cpu().view(-1, *world.latents_shape)
         shown[f"{steps} passes, guidance {scale:g}"] = world.decoder().decode(few)

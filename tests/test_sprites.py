@@ -25,7 +25,7 @@ from dimo.worlds.exact import FLOOR, ExactTeacher
 from dimo.worlds.oracle import score
 from dimo.worlds.protocol import prompt_index, prompt_length, prompts_to_score, prompts_to_train
 from dimo.worlds.sprite_frames import MOTIONS, PICTURES, SPRITES, STRENGTHS, TEXTURES, TIMES, render, starts
-from dimo.worlds.sprite_reader import read, reads_as
+from dimo.worlds.sprite_reader import agreement, read, reads_as
 from dimo.worlds.sprites import FSQ, SpritesWorld
 from dimo.worlds.teacher import RECIPES, TeacherRecipe, encode, train_teacher, ursa_config, write_checkpoint
 
@@ -246,6 +246,17 @@ def test_strays_show_what_another_prompt_asks_for(generator):
     assert scores.valid.all() and 0.35 < scores.adherent.float().mean() < 0.65
 
 
+def said(factor, prompt):
+    """What a prompt says of a factor, by its words."""
+    what = prompt.split(", motion=")[0]
+    (motion,) = (m for m in MOTIONS if f" {m} " in what)
+    sprite, behind = what.split(f" {motion} ")
+    time = next((t for t in TIMES if t and behind.endswith(t)), "")
+    texture = behind.removesuffix(time).split()[1]
+    said = {"sprite": sprite, "motion": motion, "strength": prompt.split("=")[1], "texture": texture, "time": time}
+    return said[factor]
+
+
 def test_the_reader_reads_held_out_clips_as_drawn_and_is_not_sure_of_what_is_no_clip(sprites, clips, generator):
     prompts, chosen, codes = clips
     frames = sprites.decoder().decode(codes.view(-1, 5, 16, 16))
@@ -254,6 +265,9 @@ def test_the_reader_reads_held_out_clips_as_drawn_and_is_not_sure_of_what_is_no_
         torch.equal(torch.stack(seen.choice()), torch.stack(sprites.factors(*chosen))) and seen.confidence.min() > 0.99
     )
     assert reads_as(sprites, codes[:4], chosen[0][:4]).all() and not reads_as(sprites, codes[:4], chosen[0][4:8]).any()
+    words = [[sprites.prompts[i] for i in some.tolist()] for some in (chosen[0][:4], chosen[0][4:8])]
+    for name, right in agreement(sprites, codes[:4], chosen[0][4:8]).items():
+        assert name == "sure" or right.tolist() == [said(name, a) == said(name, b) for a, b in zip(*words)]
     four, other = frames[:4], frames[4:8]
     for bad in (
         torch.cat([four[:, :9], other[:, 9:]], 1),  # another clip from half time on

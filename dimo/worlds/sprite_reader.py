@@ -89,19 +89,33 @@ def read(frames: torch.Tensor) -> Reading:
     )  # fmt: skip
 
 
-def reads_as(world: SpritesWorld, codes: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
-    """Whether clips, codes (B, N), are read as the prompts of index (B,), and with confidence: (B,) bool on the CPU.
+def agreement(world: SpritesWorld, codes: torch.Tensor, prompt: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What is read of clips, codes (B, N), as the prompts of index (B,) say: {factor: (B,) bool on the CPU}.
 
-    They are read on a GPU where there is one, a few at a time.
+    Factors are sprite, motion, strength, texture and time; "sure" is whether the reader is. Clips are read on a GPU
+    where there is one, a few at a time.
     """
     device, vae = "cuda" if torch.cuda.is_available() else "cpu", world.decoder()
-    right = []
+    found: dict[str, list[torch.Tensor]] = {}
     for some, asked in chunks(AT_ONCE, codes.to(device), prompt.to(device)):
         seen = read(vae.to(device).decode(some.view(-1, *world.latents_shape)))
-        kind, behind = seen.motion * len(STRENGTHS) + seen.strength, seen.texture * len(TIMES) + seen.time
-        same = [a == b for a, b in zip((seen.sprite, kind, behind), world.attributes(asked))]
-        right.append((same[0] & same[1] & same[2] & (seen.confidence >= CONFIDENT)).cpu())
-    return torch.cat(right)
+        sprite, kind, behind = world.attributes(asked)
+        same = {
+            "sprite": seen.sprite == sprite,
+            "motion": seen.motion == kind // len(STRENGTHS),
+            "strength": seen.strength == kind % len(STRENGTHS),
+            "texture": seen.texture == behind // len(TIMES),
+            "time": seen.time == behind % len(TIMES),
+            "sure": seen.confidence >= CONFIDENT,
+        }
+        for name, right in same.items():
+            found.setdefault(name, []).append(right.cpu())
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def reads_as(world: SpritesWorld, codes: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
+    """Whether clips, codes (B, N), are read as the prompts of index (B,), and with confidence: (B,) bool on the CPU."""
+    return torch.stack(list(agreement(world, codes, prompt).values())).all(0)
 
 
 def _residues(small: torch.Tensor, device: str) -> torch.Tensor:
