@@ -43,8 +43,14 @@ def test_the_examples_of_its_help_come_as_far_as_the_clock():
         (["--against", "naive,upstrem"], "--against: unknown name 'upstrem'; did you mean 'ups"),
         (["--parts", "step,loses"], "--parts: unknown name 'loses'; did you mean 'losses'"),
         (["--size", "17B"], "size must be one of 0.6B, 1.7B, tiny, got '17B'; did you mean '1.7B'"),
-        (["--against", "naive", "distill.estimator=reinforce"], "naive needs distill.estimator=dimo, got reinforce"),
-        (["--against", "naive", "distill.divergence=forward"], "naive needs distill.aux_steps=1, got 2"),
+        (
+            ["--against", "naive", "distill.estimator=reinforce"],
+            "naive needs distill.estimator=dimo distill.divergence=fo",
+        ),
+        (
+            ["--against", "naive", "distill.divergence=forward", "distill.t_draws=1"],
+            "naive needs distill.aux_steps=1, got distill.aux_steps=2\n",
+        ),
         (["model.device=cuda"], "cuda"),
     ],
 )

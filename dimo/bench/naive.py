@@ -28,9 +28,10 @@ DOES = {
 def require_naive(config: Config) -> None:
     """Raise DimoError for a step that the naive one cannot be compared with."""
     flat = to_flat(config)
-    for key, value in DOES.items():
-        if flat[key] != value:
-            raise DimoError(f"--against naive needs {key}={value}, got {flat[key]}")
+    other = {key: flat[key] for key, value in DOES.items() if flat[key] != value}
+    if other:
+        needed, got = (" ".join(f"{key}={of[key]}" for key in other) for of in (DOES, other))
+        raise DimoError(f"--against naive needs {needed}, got {got}")
 
 
 def naive_step(

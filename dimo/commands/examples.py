@@ -48,7 +48,8 @@ EXAMPLES = {
         "runs/ursa exported --step newest": "the moving average in the newest checkpoint",
     },
     "bench": {
-        "-c shapes --against naive distill.divergence=forward": "small enough for a CPU, compared with a naive step",
+        "-c shapes --parts step": "small enough for a CPU",
+        "--size 1.7B --parts step --against naive": "URSA's step on one GPU, compared with a naive one",
     },
     "config": {
         "": "all keys with their defaults and meanings",
