@@ -237,10 +237,8 @@ def judge(
         ]  # fmt: skip
         codes = torch.cat(made)
         seconds, scores, right = time.perf_counter() - begin, score(world, codes, asked), agreement(world, codes, index)
-        seen, parts = (
-            torch.stack(list(right.values())).all(0),
-            " ".join(f"{x.float().mean():.3f}" for x in right.values()),
-        )
+        seen = torch.stack(list(right.values())).all(0)
+        parts = " ".join(f"{x.float().mean():.3f}" for x in right.values())
         shares = [x.float().mean().item() for x in (scores.valid, scores.adherent, scores.accuracy)]
         detail = coverage_detail(scores, near=True)
         covered = [f"{detail[name]:.3f}" if detail[name] is not None else "none" for name in ("places", "phases")]

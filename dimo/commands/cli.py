@@ -147,7 +147,8 @@ def _evaluate(args) -> None:
         raise DimoError(f"two students were given, {args.student_ckpt} and {args.student}; give one")
     source = _student(args.student_ckpt or args.student)
     run, overrides = run_of(source), [*args.set, *args.overrides]
-    preset = args.config or (None if world_of(source) == DEFAULT_WORLD else world_of(source))  # each has its own
+    ships = world_of(source)
+    preset = args.config or (ships if ships != DEFAULT_WORLD else None)  # other worlds have presets of their own
     config = load_config(preset, overrides) if preset or not run else run_config(run, overrides)
     is_run = run is not None and source.is_dir() and source.samefile(run)
     weights = source / "checkpoints" / "final" if is_run else source

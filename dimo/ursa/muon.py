@@ -54,18 +54,17 @@ class Muon(torch.optim.Optimizer):
                     torch._foreach_add_([_wide(params[i]) for i in some], list(steps.unbind()), alpha=scale)
 
 
-def _wide(matrix: torch.Tensor) -> torch.Tensor:
-    """The matrix, or a view of its transpose if it is tall."""
-    return matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix
+def _wide(matrices: torch.Tensor) -> torch.Tensor:
+    """Matrices (..., m, n), or a view of their transposes if they are tall."""
+    return matrices.mT if matrices.shape[-2] > matrices.shape[-1] else matrices
 
 
 def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
     """Matrices (S, m, n) with the same singular vectors and all singular values close to 1."""
     a, b, c = NEWTON_SCHULZ
-    tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.mT if tall else matrices
+    x = _wide(matrices)
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         square = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
+    return x if x.shape == matrices.shape else x.mT
