@@ -196,8 +196,8 @@ def test_what_others_keep_where_the_jobs_lie_stays(tmp_path):
 @pytest.mark.parametrize(
     ("does", "sentence"),
     [
-        ("sys.exit('no memory')", "process 1 of the evaluation failed: no memory .*process-1.log.*the same command"),
-        ("os.kill(os.getpid(), 9)", "process 1 of the evaluation was killed by signal 9"),
+        ("sys.exit('no memory')", "process 1 failed: no memory .*process-1.log.*the same command"),
+        ("os.kill(os.getpid(), 9)", "process 1 was killed by signal 9"),
     ],
 )
 def test_a_process_that_fails_is_told_and_ends_the_others(tmp_path, does, sentence):
@@ -210,3 +210,15 @@ def test_a_process_that_fails_is_told_and_ends_the_others(tmp_path, does, senten
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid.read_text()), 0)
     assert json.loads((tmp_path / "about.json").read_text()) == {"a": 1}
+
+
+def test_more_processes_than_gpus_share_them(tmp_path, monkeypatch):
+    """On a CPU beside a GPU, say: model.device=cpu does not hide it."""
+    monkeypatch.setattr("dimo.evaluation.jobs.visible_gpus", lambda: ["3", "5"])
+    tells = "import os, sys; open(sys.argv[1], 'w').write(os.environ['CUDA_VISIBLE_DEVICES'])"
+
+    def words(rank, of):
+        return [sys.executable, "-c", tells, str(tmp_path / f"rank-{rank}")]
+
+    run_in_processes(words, JOBS, Parts(tmp_path, {"a": 1}), 3, progress=False)
+    assert [(tmp_path / f"rank-{rank}").read_text() for rank in range(3)] == ["3", "5", "3"]

@@ -150,7 +150,7 @@ def run_in_processes(
     progress: bool = True,
     what: tuple[str, str] = ("evaluate", "passes"),
 ) -> None:
-    """Run the missing jobs in child processes, each on its own GPU if there are GPUs.
+    """Run the missing jobs in child processes, each on its own GPU if there are as many GPUs.
 
     Args:
         words: (rank, number of processes) -> command line of the child, which calls `take_share`.
@@ -162,9 +162,9 @@ def run_in_processes(
     gpus, children = visible_gpus(), []
     logs = [parts.folder / f"process-{rank}.log" for rank in range(processes)]
     try:
-        for rank, log in enumerate(logs):
-            own = dict(os.environ) | ({"CUDA_VISIBLE_DEVICES": gpus[rank]} if gpus else {})
-            with open(log, "wb") as file:
+        for rank, said in enumerate(logs):
+            own = dict(os.environ) | ({"CUDA_VISIBLE_DEVICES": gpus[rank % len(gpus)]} if gpus else {})
+            with open(said, "wb") as file:
                 command = words(rank, processes)
                 children.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=own))
         with _bar(jobs, progress, what) as bar:
@@ -212,6 +212,6 @@ def _require_success(children: list[subprocess.Popen], logs: list[Path]) -> None
             said = logs[rank].read_text(encoding="utf-8", errors="replace").strip().splitlines()
             how = f"was killed by signal {-child.returncode}" if child.returncode < 0 else "failed"
             raise DimoError(
-                f"process {rank} of the evaluation {how}{f': {said[-1]}' if said else ''} ({logs[rank]}); "
+                f"process {rank} {how}{f': {said[-1]}' if said else ''} ({logs[rank]}); "
                 "finished jobs are kept, and the same command continues"
             )
