@@ -11,6 +11,7 @@ import torch
 
 from dimo.config import load_config
 from dimo.errors import DimoError
+from dimo.train import watch
 from dimo.train.prompts import WorldPrompts
 from dimo.train.watch import make_reference
 from dimo.ursa import predict
@@ -181,6 +182,20 @@ def test_wrong_shapes_are_refused():
         spread(torch.zeros(1, 1, 3, dtype=torch.long), MixturePath(torch.empty(5, 0)))
     with pytest.raises(DimoError, match="latents_shape must be .T, H, W. and most at least 1"):
         choose_tokens((3, 4, 4), 0)
+
+
+def test_the_teachers_samples_are_made_by_as_many_processes_as_there_are(ursa, world, monkeypatch):
+    """Also by more than there are samples; those that have none to make give an empty part."""
+    prompts, config = WorldPrompts(world.prompts[:1], ursa, 4), load_config("smoke")
+    monkeypatch.setattr(watch, "TEACHER_STEPS", 1)
+    monkeypatch.setattr(watch, "everywhere", lambda part: parts.append(part) or [])
+    parts = []
+    for rank in range(3):
+        make_reference(ursa, prompts, config, 1, 2, rank, 3)
+    monkeypatch.setattr(watch, "everywhere", lambda _: parts)
+    reference = make_reference(ursa, prompts, config, 1, 2, 0, 3)
+    assert [len(part) for part in parts] == [1, 1, 0]
+    assert torch.equal(reference.codes[0], torch.cat(parts))
 
 
 class Deaf:

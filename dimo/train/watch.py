@@ -22,7 +22,7 @@ from dimo.run.folder import TEACHER_SAMPLES, RunFolder
 from dimo.run.ranks import everywhere, raise_everywhere
 from dimo.train.prompts import StreamedPrompts, WorldPrompts
 from dimo.ursa import Ursa, sample
-from dimo.ursa.chunks import without_compiling
+from dimo.ursa.chunks import chunks, without_compiling
 from dimo.ursa.sampler import timesteps
 from dimo.views.collapse import NOISES, beside_teacher, choose_tokens, student_over_noises
 
@@ -213,7 +213,7 @@ def make_reference(
     mine = txt_ids.repeat_interleave(samples, 0)[rank::processes]
     made = [torch.empty(0, math.prod(grid), dtype=torch.int32)]
     with without_compiling():
-        for ids in mine.split(d.batch_size_per_gpu):
+        for (ids,) in chunks(d.batch_size_per_gpu, mine):  # none, where there are more processes than samples
             codes = sample(
                 ursa.transformer, ursa.path, ids, grid, TEACHER_STEPS, guidance_scale=d.guidance_scale, generator=g,
                 guidance_trunc=d.guidance_trunc, uncond_ids=uncond_ids.expand_as(ids), shift=ursa.shift,
