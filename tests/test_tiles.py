@@ -7,9 +7,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dimo.commands.cli import parse
+from dimo.config import load_config
 from dimo.distill import stages
 from dimo.distill.stages import Step
 from dimo.errors import DimoError, trusted_values
+from dimo.train.prompts import WorldPrompts
+from dimo.train.watch import make_reference
 from dimo.ursa import MetricPath, MixturePath, Sparse, load_ursa, predict, predict_guided, sample, visual_logits
 from dimo.ursa.chunks import ENTRIES
 from dimo.ursa.transformer import UrsaTransformer
@@ -18,7 +21,7 @@ from dimo.worlds.exact import FLOOR, ExactTeacher
 from dimo.worlds.fsq import LEVELS, fsq_codebook
 from dimo.worlds.oracle import score
 from dimo.worlds.shapes import ShapesWorld
-from dimo.worlds.teacher import TeacherRecipe, encode, make_teacher, train_teacher, ursa_config
+from dimo.worlds.teacher import TeacherRecipe, encode, make_teacher, train_teacher, ursa_config, write_checkpoint
 from dimo.worlds.tiles import SIZES, TilesWorld
 
 GRID, N = (2, 4, 4), 32
@@ -344,6 +347,20 @@ def test_sampled_in_many_passes_its_videos_are_valid_and_every_mode_is_met(tiny,
     scores = score(tiny, sample(teacher, path, encode(tiny, prompts), GRID, 40, generator=generator), prompts)
     assert scores.valid.float().mean() > 0.9 and scores.adherent.float().mean() > 0.9
     assert all(len(labels.unique()) >= bins * 0.7 for labels, bins in scores.free.values())
+
+
+def test_an_exact_teacher_is_what_its_students_are_watched_beside(tiny, tmp_path):
+    """The network that they start from has learnt nothing here, and makes no valid video."""
+    recipe = TeacherRecipe(layers=1, hidden=16, heads=1, c=3.0)
+    ursa = load_ursa(write_checkpoint(tmp_path, tiny, UrsaTransformer(ursa_config(tiny, recipe)), 0.9, 3.0))
+    prompts = WorldPrompts(tiny.prompts, ursa, 4)
+    valid = {}
+    for kind in ("exact", "network"):
+        words = [f"distill.teacher={kind}", f"distill.teacher_ckpt={tmp_path}", "distill.num_frames=5"]
+        reference = make_reference(ursa, prompts, load_config("tiles", words), 8, 4)
+        asked = [prompt for prompt in reference.prompts for _ in range(4)]
+        valid[kind] = score(tiny, reference.codes.flatten(0, 1).long(), asked).valid.float().mean()
+    assert valid["exact"] > 0.8 and valid["network"] == 0
 
 
 def test_a_network_may_predict_by_itself_and_a_transformer_reads_no_t(ursa, generator):

@@ -25,6 +25,7 @@ from dimo.ursa import Ursa, sample
 from dimo.ursa.chunks import chunks, without_compiling
 from dimo.ursa.sampler import timesteps
 from dimo.views.collapse import NOISES, beside_teacher, choose_tokens, student_over_noises
+from dimo.worlds.exact import exact_teacher
 
 if TYPE_CHECKING:
     from dimo.train.trainer import Trainer
@@ -210,12 +211,13 @@ def make_reference(
     txt_ids = prompts.example_ids[chosen.to(prompts.example_ids.device)]
     g = torch.Generator(txt_ids.device).manual_seed(rank)
     uncond_ids = ursa.tokenize([d.negative_prompt], d.max_prompt_length)
+    teacher = exact_teacher(ursa.folder, ursa.path) if d.teacher == "exact" else ursa.transformer
     mine = txt_ids.repeat_interleave(samples, 0)[rank::processes]
     made = [torch.empty(0, math.prod(grid), dtype=torch.int32)]
     with without_compiling():
         for (ids,) in chunks(d.batch_size_per_gpu, mine):  # none, where there are more processes than samples
             codes = sample(
-                ursa.transformer, ursa.path, ids, grid, TEACHER_STEPS, guidance_scale=d.guidance_scale, generator=g,
+                teacher, ursa.path, ids, grid, TEACHER_STEPS, guidance_scale=d.guidance_scale, generator=g,
                 guidance_trunc=d.guidance_trunc, uncond_ids=uncond_ids.expand_as(ids), shift=ursa.shift,
             )  # fmt: skip
             made.append(codes.int().cpu())
