@@ -55,6 +55,19 @@ def test_watching_takes_at_most_its_share_of_a_runs_passes(preset, more, process
     assert watching / (step * last) == pytest.approx(plan.share) and plan.share <= SHARE
 
 
+@pytest.mark.parametrize(
+    ("more", "passes"),
+    [
+        (["distill.w_kd=1"], 4 + 4 + 2 * 4 + 4 + 3 * 4),
+        (["distill.w_kd=1", "distill.kd_every=6"], 4 + 4 + 2 * 4 + 4 + 2),
+        (["distill.aux_objective=match_teacher", "distill.aux_pass=shared"], 4 + 4 + 2 * (3 * 4 + 1)),
+    ],
+)
+def test_a_step_costs_what_its_passes_of_all_draws_of_t_cost(more, passes):
+    """Of four draws, the student's pass at x_t and the auxiliary's fit to the teacher take all; see the test above."""
+    assert passes_of_step(load_config("smoke", more)) == 8 * passes
+
+
 TINY_RUN = ["model.device=cpu", "distill.batch_size_per_gpu=2", "distill.t_draws=1", "distill.aux_steps=1"]
 TINY_RUN += [
     "experiment.sample_every=2",

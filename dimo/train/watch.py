@@ -63,9 +63,10 @@ def passes_of_step(config: Config) -> float:
     passes is a smaller share of the time. Layers that auxiliary and teacher share are counted as if they were not.
     """
     d, parts = config.distill, config.training.gradient_accumulation_steps
-    student = 3 + d.student_steps + (parts > 1) + (3 / d.kd_every if d.w_kd > 0 else 0)
+    student = 3 + d.student_steps + (parts > 1) + (3 * d.t_draws / d.kd_every if d.w_kd > 0 else 0)
     teacher = d.t_draws * (2 if d.guidance_scale > 1 and d.guidance_trunc > 0 else 1)
-    aux = 4 * d.aux_steps + (d.t_draws if d.aux_pass == "own" else 0)
+    fit = 3 * (d.t_draws if d.aux_objective == "match_teacher" else 1)
+    aux = (fit + 1) * d.aux_steps + (d.t_draws if d.aux_pass == "own" else 0)
     return parts * d.batch_size_per_gpu * (student + teacher + aux)
 
 
