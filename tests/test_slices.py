@@ -88,6 +88,21 @@ def test_a_replay_says_where_it_first_differs(models, saved, name, key, where):
     assert f"first at {where}" in outcome.sentence and f"the weights of {name} are others" in outcome.sentence
 
 
+def test_what_is_said_of_a_token_is_of_that_token(models, saved):
+    """Not the largest difference, which is of a later one."""
+    file = saved.with_suffix(".safetensors")
+    data, about = load_file(file), json.loads(saved.read_text())
+    for row, by in ((2, 1.01), (5, 1.5)):
+        data["student.hidden.01"][row] *= by
+    save_file(data, file)
+    frames, rows, columns = models.grid
+    token = about["tokens"][2]
+    place = token // (rows * columns), token // columns % rows, token % columns
+    outcome = replay(saved, models)
+    assert f"student, layer 01, token {place}: 0.0099 of its norm" in outcome.first
+    assert outcome.differences["student, layer 01"] == pytest.approx(0.5 / 1.5, rel=1e-4)
+
+
 def test_a_wrong_slice_of_the_logits_is_caught(models, saved, monkeypatch):
     def late(logits, n, codes):
         return logits[:, -n:, -codes:]
@@ -124,7 +139,7 @@ def test_the_batch_of_a_skipped_step_says_where_it_is_not_finite(models, tmp_pat
     txt_ids = models.ursa.tokenize(models.prompts[:2], models.max_prompt_length)
     save_replay(file, Step(txt_ids=txt_ids, x_init=draw(2), x_hat=draw(2), x_t=draw(4), t=torch.rand(4)), 5, 17)
     fine = replay(file, models)
-    assert fine.agrees and "on the batch of step 5 all networks are finite" in fine.sentence
+    assert fine.agrees and "on the batch of step 6 all networks are finite" in fine.sentence
     for name, key, where in (
         ("student", "model.layers.1.mlp.down_proj.weight", "student, layer 01"),
         ("teacher", "lm_head.weight", "teacher, the logits"),

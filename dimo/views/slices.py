@@ -235,10 +235,11 @@ def _compared(about: dict, models: Models, want: dict, got: dict, limits: dict[s
         differences[named] = off.max().item()
         if not first and off.max() > limits[kind]:
             frames, rows, columns = about["grid"]
-            token = about["tokens"][int((off > limits[kind]).int().argmax())]
+            at = int((off > limits[kind]).int().argmax())
+            token = about["tokens"][at]
             place = token // (rows * columns), token // columns % rows, token % columns
             unit = "nats" if kind == "log_p" else "of its norm"
-            first = f"{named}, token {place}: {off.max().item():.3g} {unit}, where {limits[kind]:g} may be"
+            first = f"{named}, token {place}: {off[at].item():.3g} {unit}, where {limits[kind]:g} may be"
     worst = {kind: max([v for k, v in differences.items() if ("layer" in k) == (kind == "hidden")], default=0.0)
              for kind in limits}  # fmt: skip
     by = f"hidden states by up to {worst['hidden']:.3g} of their norm, log-probabilities by {worst['log_p']:.3g} nats"
@@ -259,7 +260,7 @@ def _replay_of_step(file: Path, batch: dict, models: Models | None, how: dict[st
             raise DimoError(f"{file} is the batch of a training step, but not in slices/ of a run folder")
         given = {key: value for key, value in how.items() if value is not None}
         models = open_models(run, None if checkpoints_of(run) else 0, **given)
-    step, found = int(batch["step"]), []
+    step, found = int(batch["step"]) + 1, []  # which is saved as an index, from 0
     for name, codes in (("student", "x_init"), ("teacher", "x_t"), ("auxiliary", "x_t")):
         if codes not in batch or name not in models.networks:
             continue
