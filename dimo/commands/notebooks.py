@@ -26,7 +26,8 @@ from dimo.config.older import as_begun
 from dimo.config.values import read_value, unquoted
 from dimo.errors import DimoError, nearest, reason
 from dimo.evaluation.summary import format_summary
-from dimo.run.folder import RunFolder, write_text
+from dimo.files import write_text
+from dimo.run.folder import RunFolder
 from dimo.run.launch import children_told_to_stop, machine_of, wait_for_children
 from dimo.run.progress import OneLine
 from dimo.run.signals import Preempted

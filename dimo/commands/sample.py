@@ -228,13 +228,12 @@ def _sample_one(sampler: Sampler, prompt: str, stem: Path) -> Path:
     return file
 
 
-def write_frames(stem: Path, frames: torch.Tensor, fps: int = FPS) -> Path:
+def write_frames(stem: Path, frames: torch.Tensor) -> Path:
     """Write frames atomically as stem.mp4, or as stem.png if there is only one.
 
     Args:
         stem: path without suffix.
         frames: (F, height, width, 3), RGB in [0, 1].
-        fps: frames per second.
 
     Returns:
         The written file.
@@ -253,7 +252,7 @@ def write_frames(stem: Path, frames: torch.Tensor, fps: int = FPS) -> Path:
         return file
     file = stem.with_name(f"{stem.name}.mp4")
     # macro_block_size: by default frames are resized to multiples of 16
-    options = {"fps": fps, "codec": "libx264", "quality": 9, "macro_block_size": 2}
+    options = {"fps": FPS, "codec": "libx264", "quality": 9, "macro_block_size": 2}
     with whole_file(file) as beside:
         try:
             iio.imwrite(beside, pixels, plugin="FFMPEG", extension=".mp4", **options)

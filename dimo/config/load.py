@@ -74,7 +74,6 @@ CAPTURABLE = {  # what training.cuda_graph needs; `dimo.train.graph` checks the 
     "model.backend": ("native",),
     "training.num_processes": (1,),
     "training.gradient_accumulation_steps": (1,),
-    "training.mixed_precision": ("no", "bf16"),
 }
 
 

@@ -159,9 +159,8 @@ def teacher_pass(
     if guidance_scale != 1 and uncond_ids is None:
         raise DimoError("uncond_ids, the ids (1, L) of the negative prompt, are required if guidance_scale is not 1")
     txt_ids = step.txt_ids_at_t
-    guided = uncond_ids is not None and guidance_scale != 1
     with keeping(shared_layers) as lower:
-        if guided and (capturing(step.t) or bool((step.t < guidance_trunc).any())):
+        if guidance_scale != 1 and (capturing(step.t) or bool((step.t < guidance_trunc).any())):
             w = torch.where(step.t < guidance_trunc, guidance_scale, 1.0).view(len(step.t), -1, 1)
             step.teacher = predict_guided(teacher, txt_ids, uncond_ids, step.x_t, grid, w, step.dense, step.t)
         else:

@@ -24,10 +24,11 @@ from dimo.config import PRESETS, Config, device_of, to_yaml
 from dimo.config.older import as_begun
 from dimo.config.values import read_yaml
 from dimo.errors import DimoError, nearest
+from dimo.files import write_text
 from dimo.output import lasting_output
 from dimo.paths import user_path
 from dimo.run.cold_start import COMMAND_BEGAN, command_began
-from dimo.run.folder import RunFolder, write_text
+from dimo.run.folder import RunFolder
 from dimo.run.lifeline import GRACE_S, adopt_orphans
 from dimo.run.progress import OneLine
 from dimo.run.signals import PREEMPTED, handling

@@ -66,14 +66,14 @@ class Ursa:
         """Token ids (B, max_prompt_length) int64, left-padded and truncated like in URSA's pipeline."""
         return self._encode(prompts, max_prompt_length).input_ids.to(device or self.path.device)
 
-    def tokenize_and_count(self, prompts: list[str], max_prompt_length: int, device=None) -> tuple[torch.Tensor, int]:
+    def tokenize_and_count(self, prompts: list[str], max_prompt_length: int) -> tuple[torch.Tensor, int]:
         """Like `tokenize`, plus the number of prompts that were truncated."""
         encoded = self._encode(prompts, max_prompt_length)
         if encoded.encodings is None:  # a pure Python tokenizer does not report overflow
             cut = sum(len(ids) > max_prompt_length for ids in self.tokenizer(prompts).input_ids)
         else:
             cut = sum(bool(one.overflowing) for one in encoded.encodings)
-        return encoded.input_ids.to(device or self.path.device), cut
+        return encoded.input_ids.to(self.path.device), cut
 
     def _encode(self, prompts: list[str], max_prompt_length: int):
         return self.tokenizer(

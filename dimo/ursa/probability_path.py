@@ -186,10 +186,6 @@ class MixturePath(_Path):
     def _velocity(self, x_1: torch.Tensor, x_t: torch.Tensor, t: float) -> torch.Tensor:
         return F.one_hot(x_1, self.codebook_size) * torch.tensor(1 / (1 - t), device=x_1.device)
 
-    def to(self, device) -> MixturePath:
-        """The same path on another device."""
-        return MixturePath(torch.empty(self.codebook_size, 0, device=device))
-
 
 class MetricPath(_Path):
     """p_t(x | x_1) = softmax_x(-c (t/(1-t))^alpha d(x, x_1)).
@@ -248,7 +244,3 @@ class MetricPath(_Path):
         here = (self.codebook[x_t] - self.codebook[x_1]).square().sum(-1, keepdim=True)
         prob = self._prob(x_1, torch.full(x_1.shape, t, dtype=torch.float32, device=x_1.device))
         return prob * slope * (here - distance).relu()
-
-    def to(self, device) -> MetricPath:
-        """The same path on another device."""
-        return MetricPath(self.codebook.to(device), self.alpha, self.c, self.eps)

@@ -197,7 +197,7 @@ def sample(
     x_t, times = x_init, timesteps(steps, shift) if isinstance(steps, int) else list(steps)
     dense = path.codebook_size <= FEW_CODES
     for i, t in enumerate(times):
-        if uncond_ids is not None and guidance_scale > 1 and t < guidance_trunc:
+        if guidance_scale > 1 and t < guidance_trunc:
             prediction = predict_guided(transformer, txt_ids, uncond_ids, x_t, latents_shape, guidance_scale, dense, t)
         else:
             prediction = predict(transformer, txt_ids, x_t, latents_shape, dense, t)

@@ -5,7 +5,6 @@ Tested with diffnext 0.3.0a0 (baaivision/URSA at 29284bb), transformers 4.57.6, 
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import importlib
 import inspect
@@ -120,9 +119,6 @@ class UpstreamVae:
         if frames.shape[2] != due:  # its temporal tiling assumes videos encoded in the same tiles
             log.warning("this VAE decodes %s instead of %s frames, as it does in URSA's pipeline", frames.shape[2], due)
         return frames_of(frames.movedim(1, -1))
-
-    def to(self, device) -> UpstreamVae:
-        return UpstreamVae(copy.deepcopy(self.module).to(device), self.codebook_size)
 
 
 def load_vae(folder: Path, config: dict, device) -> UpstreamVae:

@@ -18,7 +18,6 @@ WEIGHTS = "diffusion_pytorch_model"
 LFS_POINTER = b"version https://git-lfs"
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}  # safetensors' names
 ZIP = b"PK\x03\x04"  # how what torch.save writes begins
-BOM = b"\xef\xbb\xbf"
 UNFINISHED = (".incomplete", ".part", ".crdownload", ".aria2")  # suffixes of unfinished downloads
 _VARIANT = re.compile(rf"{WEIGHTS}(?:\.safetensors\.index|\.bin\.index)?(\.\w+)\.(?:safetensors|bin|json)")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
@@ -59,9 +58,7 @@ def _of_variant(folder: Path, variant: str) -> list[Path]:
     for end in (".safetensors", ".bin"):
         index, file = folder / f"{WEIGHTS}{end}.index{variant}.json", folder / f"{WEIGHTS}{variant}{end}"
         for one in (index, file):
-            if (
-                one.is_symlink() and not one.exists()
-            ):  # the preferred file is a broken link; do not fall back to another
+            if one.is_symlink() and not one.exists():  # the preferred file; do not fall back to another
                 raise DimoError(f"weights file {one} {absence(one)}")
         if index.exists():
             return _shards(index)
