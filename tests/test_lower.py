@@ -133,6 +133,7 @@ TWO_STEPS = """
 import sys
 import torch
 from dimo.config import load_config
+from dimo.run.ranks import everywhere
 from dimo.train.trainer import Trainer
 
 keys = ["model.device=cpu", "distill.batch_size_per_gpu=2", "distill.t_draws=1", "distill.aux_pass=shared",
@@ -143,8 +144,8 @@ for index in range(2):
     trainer.step(index)
 tensors, state = trainer.state()
 again = Trainer(load_config("smoke", keys))
-everywhere = trainer.engine.everywhere((tensors, state))[0]
-again.load_state(*everywhere, trainer.rank_state())
+first = everywhere((tensors, state))[0]
+again.load_state(*first, trainer.rank_state())
 for one in (trainer, again):
     assert one.engine.kind == sys.argv[1] and one.networks.aux.model.layers[1] is one.networks.teacher.model.layers[1]
     assert all(torch.equal(value, teacher[name]) for name, value in one.networks.teacher.state_dict().items())

@@ -170,7 +170,7 @@ def test_checkpoints_pass_between_both_kinds_of_adamw(tmp_path):
         source.step(0)
         tensors, state = source.state()
         tensors = {name: {key: w.clone() for key, w in weights.items()} for name, weights in tensors.items()}
-        target.load_state(tensors, copy.deepcopy(state), None)
+        target.load_state(tensors, copy.deepcopy(state), copy.deepcopy(source.rank_state()))
         for name, learner in (("student", target.student), ("aux", target.aux)):
             for key, p in learner.model.named_parameters():
                 assert torch.equal(p, tensors[name][key].to(p.dtype)), (name, key)

@@ -12,6 +12,7 @@ SMALL = ["--batch_size", "2", "experiment.save_every=3", "experiment.log_every=1
 EQUAL = """
 import torch
 from dimo.config import load_config
+from dimo.run.ranks import everywhere
 from dimo.train.trainer import Trainer
 
 trainer = Trainer(load_config("smoke", ["distill.batch_size_per_gpu=2", "distill.estimator=reinforce"]))
@@ -20,9 +21,9 @@ for index in range(2):
 e = trainer.engine
 nets = [getattr(trainer.networks, name) for name in ("student", "aux", "ema")]
 weights = torch.cat([p.flatten() for net in nets for p in net.parameters()])
-first, second = e.everywhere((weights, trainer.baseline.value))
-samples = e.everywhere(step.x_hat)
-own = e.everywhere(float(step.entropy.mean()))
+first, second = everywhere((weights, trainer.baseline.value))
+samples = everywhere(step.x_hat)
+own = everywhere(float(step.entropy.mean()))
 trainer.averages.take()
 trainer.step(2)
 trainer.averages.sums["entropy/student"] = torch.tensor(1.0 + e.rank)

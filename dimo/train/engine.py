@@ -140,19 +140,15 @@ class Engine:
 
     def of_sharers(self, value: Any) -> Any:
         """The value of the first of the GPUs that share this one's samples. Collective."""
-        return value if self.sharers == 1 else self.everywhere(value)[self.data_rank * self.sharers]
+        return value if self.sharers == 1 else everywhere(value)[self.data_rank * self.sharers]
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank. This and the following methods are collective."""
+        """Whether the flag is set on any rank. As the following methods, collective."""
         return count_ranks([flag], self.device)[0] > 0
 
     def mean(self, value: torch.Tensor) -> torch.Tensor:
         """All-reduce: the mean over all ranks."""
         return self.accelerator.reduce(value, "mean")
-
-    def everywhere(self, value: Any) -> list:
-        """All-gather: the value of every rank, in rank order."""
-        return everywhere(value)
 
     def full_state_dict(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         """The full state dict. A sharded one is gathered onto the CPU of rank 0 and empty on the other ranks."""

@@ -11,6 +11,7 @@ import torch
 from dimo.distill.stages import Step
 from dimo.errors import Diverged, NonFiniteError
 from dimo.files import save_file, whole_file
+from dimo.run.ranks import everywhere
 from dimo.train.engine import Engine
 
 REPLAYED = ("txt_ids", "x_init", "x_hat", "x_t", "t")
@@ -47,7 +48,7 @@ class Guard:
             self.in_a_row = 0
             return {}
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
-        return {"why": self.engine.everywhere(str(error)), "in_a_row": self.in_a_row}
+        return {"why": everywhere(str(error)), "in_a_row": self.in_a_row}
 
     def stop_if_hopeless(self, folder: str | Path, index: int, seed: int, steps: list[Step]) -> None:
         """After `max_bad_steps` skipped steps in a row, save each rank's batch for replay and stop.

@@ -286,13 +286,12 @@ class Trainer:
         """The state of this rank only: the memory of x_init and the running means of metrics."""
         return {"x_init": self.x_init.state_dict(), "averages": self.averages.state_dict()}
 
-    def load_state(self, tensors: dict, state: dict, rank_state: dict | None) -> None:
+    def load_state(self, tensors: dict, state: dict, rank_state: dict) -> None:
         """Load a checkpoint, which may come from another engine or number of processes. Collective.
 
         Args:
             tensors, state: from `state`, complete on every rank.
-            rank_state: from `rank_state`; None for a rank that the checkpoint does not have, which then starts with an
-                empty memory. This is recorded as an event.
+            rank_state: from `rank_state`, of this rank or of the one that it takes over from.
         """
         if self.graphs is not None:
             self.graphs.forget()
@@ -301,13 +300,9 @@ class Trainer:
         load_full_state(self.networks.ema, tensors["ema"])
         self.prompts.load_state_dict(state["prompts"])
         rank_state = self.engine.of_sharers(rank_state)
-        if rank_state is not None:
-            memory = {k: None if v is None else v.to(self.device) for k, v in rank_state["x_init"].items()}
-            self.x_init.load_state_dict(memory)
-            self.averages.load_state_dict(rank_state["averages"], self.device)
-        new = [rank for rank, is_new in enumerate(self.engine.everywhere(rank_state is None)) if is_new]
-        if new:
-            self.events.append({"step": state.get("step", 0), "event": "ranks_without_state", "ranks": new})
+        memory = {k: None if v is None else v.to(self.device) for k, v in rank_state["x_init"].items()}
+        self.x_init.load_state_dict(memory)
+        self.averages.load_state_dict(rank_state["averages"], self.device)
         self.entropy_bonus.load_state_dict(state["entropy_bonus"])
         if self.baseline:
             self.baseline.load_state_dict(state["baseline"])
