@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from dimo.errors import DimoError
-from dimo.evaluation import features, tokens
+from dimo.evaluation import features
 from dimo.evaluation.bootstrap import jackknife
+from dimo.evaluation.differences import flicker, motion, of_codes, sharpness
 from dimo.ursa.probability_path import MetricPath, MixturePath
 
 
@@ -122,9 +123,10 @@ def test_tokens_in_loops(generator):
             flashes = [min(d(v[1, y, x], v[0, y, x]), d(v[1, y, x], v[2, y, x])) for y, x in cells]
             edges = [d(v[t, y, x], v[t, y + 1, x]) for t in range(frames) for y, x in cells if y + 1 < height]
             edges += [d(v[t, y, x], v[t, y, x + 1]) for t in range(frames) for y, x in cells if x + 1 < width]
-            for function, expected in ((tokens.motion, moved), (tokens.flicker, flashes), (tokens.sharpness, edges)):
-                assert function(codes, path)[i].item() == pytest.approx(sum(expected) / len(expected), rel=1e-5)
-    assert tokens.motion(codes[:, :1], path) is None and tokens.flicker(codes[:, :2], path) is None
-    assert tokens.sharpness(codes[:, :, :1, :1], path) is None
-    with pytest.raises(DimoError, match=r"codes must have shape \(B, T, H, W\)"):
-        tokens.motion(codes[0], path)
+            for function, expected in ((motion, moved), (flicker, flashes), (sharpness, edges)):
+                found, mean = function(codes, of_codes(path))[i].item(), sum(expected) / len(expected)
+                assert found == pytest.approx(mean, rel=1e-5)
+    assert motion(codes[:, :1], of_codes(path)) is None and flicker(codes[:, :2], of_codes(path)) is None
+    assert sharpness(codes[:, :, :1, :1], of_codes(path)) is None
+    with pytest.raises(DimoError, match=r"video must have shape \(B, T, H, W\)"):
+        motion(codes[0], of_codes(path))

@@ -10,21 +10,16 @@ import torch
 
 from dimo.evaluation import bootstrap, features
 from dimo.evaluation.bootstrap import Estimate
-from dimo.evaluation.videos import Videos
-
-
-def _per_prompt(values: torch.Tensor) -> torch.Tensor:
-    """Means (P,) of values (P, V, ...) of each video, in float64."""
-    return values.double().flatten(1).mean(1)
+from dimo.evaluation.videos import Videos, per_prompt
 
 
 def token_entropy(videos: Videos) -> Estimate | None:
-    return bootstrap.mean(_per_prompt(videos.judged_by_prompt("entropy"))) if "entropy" in videos.judged else None
+    return bootstrap.mean(per_prompt(videos.judged_by_prompt("entropy"))) if "entropy" in videos.judged else None
 
 
 def nll(videos: Videos, name: str = "nll") -> Estimate | None:
     """Mean over times of the judge's "nll" or "nll_guided", in nats per token."""
-    return bootstrap.mean(_per_prompt(videos.judged_by_prompt(name)))
+    return bootstrap.mean(per_prompt(videos.judged_by_prompt(name)))
 
 
 def nll_by_t(videos: Videos) -> list[float]:
@@ -35,13 +30,13 @@ def nll_difference(videos: Videos, name: str = "nll") -> Estimate | None:
     """`nll` less that of the reference, paired by prompt."""
     if videos.reference is None:
         return None
-    own, other = (_per_prompt(one.judged_by_prompt(name)) for one in (videos, videos.reference))
+    own, other = (per_prompt(one.judged_by_prompt(name)) for one in (videos, videos.reference))
     return bootstrap.mean(own - other)
 
 
 def prompt_gain(videos: Videos) -> Estimate | None:
     with_prompt, without = (videos.judged_by_prompt(name) for name in ("nll", "nll_uncond"))
-    return bootstrap.mean(_per_prompt(without.double() - with_prompt.double()))
+    return bootstrap.mean(per_prompt(without.double() - with_prompt.double()))
 
 
 def retrieval(videos: Videos) -> Estimate | None:
@@ -50,7 +45,7 @@ def retrieval(videos: Videos) -> Estimate | None:
     if found.shape[-1] < 2:
         return None
     best = found == found.amin(-1, keepdim=True)
-    return bootstrap.mean(_per_prompt(best[..., 0] / best.sum(-1)))
+    return bootstrap.mean(per_prompt(best[..., 0] / best.sum(-1)))
 
 
 def retrieval_prompts(videos: Videos) -> int:
@@ -74,7 +69,7 @@ def feature_coverage(videos: Videos) -> Estimate | None:
     if videos.reference is None or len(videos.reference.judged["features"]) <= features.NEIGHBOURS:
         return None
     covered = features.is_covered(videos.judged["features"], videos.reference.judged["features"])
-    return bootstrap.mean(_per_prompt(covered.view(len(videos.by_prompt), -1)))
+    return bootstrap.mean(per_prompt(covered.view(len(videos.by_prompt), -1)))
 
 
 def mean_spread(videos: Videos) -> Estimate | None:
@@ -94,7 +89,7 @@ def pixel_ratio(videos: Videos, name: str) -> Estimate | None:
     """pixel_motion, pixel_flicker or pixel_sharpness, relative to the reference's."""
     if videos.reference is None or name not in videos.judged or name not in videos.reference.judged:
         return None
-    return _ratio(*(_per_prompt(one.judged_by_prompt(name)) for one in (videos, videos.reference)))
+    return _ratio(*(per_prompt(one.judged_by_prompt(name)) for one in (videos, videos.reference)))
 
 
 def _ratio(own: torch.Tensor | None, other: torch.Tensor | None) -> Estimate | None:

@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 
-from dimo.evaluation import pixels
+from dimo.evaluation.differences import MEASURES, of_colours
 from dimo.ursa import Ursa
 
-PIXELS = {"pixel_motion": pixels.motion, "pixel_flicker": pixels.flicker, "pixel_sharpness": pixels.sharpness}
 NUMBERS = 2**26  # of the frames that are decoded at a time
 
 
@@ -62,16 +61,16 @@ def in_pixels(ursa: Ursa, codes: torch.Tensor) -> dict[str, torch.Tensor]:
         codes: (B, T, H, W).
 
     Returns:
-        Of PIXELS those that are defined for as many frames, each (B,); "decode_seconds" (), the time to decode all,
-        measuring excluded.
+        pixel_motion, pixel_flicker and pixel_sharpness, as far as they are defined for as many frames, each (B,);
+        "decode_seconds" (), the time to decode all, measuring excluded.
     """
     seconds, parts = 0.0, dict[str, list[torch.Tensor]]()
     for some in codes.split(at_once(ursa, (codes.shape[1], codes.shape[2], codes.shape[3]))):
         begin = clock(codes.device)
         frames = ursa.decode(some)
         seconds += clock(codes.device) - begin
-        for name, function in PIXELS.items():
-            found = function(frames)
+        for name, function in MEASURES.items():
+            found = function(frames, of_colours)
             if found is not None:
-                parts.setdefault(name, []).append(found)
+                parts.setdefault(f"pixel_{name}", []).append(found)
     return {name: torch.cat(found) for name, found in parts.items()} | {"decode_seconds": torch.tensor(seconds)}

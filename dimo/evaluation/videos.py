@@ -7,7 +7,7 @@ import functools
 
 import torch
 
-from dimo.evaluation import tokens
+from dimo.evaluation.differences import MEASURES, of_codes
 from dimo.evaluation.scored import coverage_detail
 from dimo.ursa.probability_path import MetricPath, MixturePath
 from dimo.views.collapse import spread
@@ -58,7 +58,7 @@ class Videos:
         if self.path is None or self.copies < 2:
             return None
         path = self.path
-        return _mean(torch.cat([spread(one.to(path.device), path).cpu() for one in self.by_prompt.split(1)]))
+        return per_prompt(torch.cat([spread(one.to(path.device), path).cpu() for one in self.by_prompt.split(1)]))
 
     @functools.cached_property
     def in_tokens(self) -> dict[str, torch.Tensor]:
@@ -68,11 +68,11 @@ class Videos:
             return {}
         # a few videos at a time, since each code becomes a vector
         for some in self.codes.split(max(1, 2**20 // self.codes[0].numel())):
-            for name in ("motion", "flicker", "sharpness"):
-                found = getattr(tokens, name)(some.to(path.device), path)
+            for name, function in MEASURES.items():
+                found = function(some.to(path.device), of_codes(path))
                 if found is not None:
                     parts.setdefault(name, []).append(found.cpu())
-        return {name: _mean(torch.cat(found).view(len(self.by_prompt), -1)) for name, found in parts.items()}
+        return {name: per_prompt(torch.cat(found).view(len(self.by_prompt), -1)) for name, found in parts.items()}
 
     @property
     def by_prompt(self) -> torch.Tensor:
@@ -99,6 +99,6 @@ class Videos:
         return self.judged[name].unflatten(0, (len(self.codes) // self.copies, -1))
 
 
-def _mean(values: torch.Tensor) -> torch.Tensor:
+def per_prompt(values: torch.Tensor) -> torch.Tensor:
     """Means (P,) of values (P, ...), in float64."""
     return values.double().flatten(1).mean(1)
