@@ -25,6 +25,7 @@ from dimo.config import load_config
 from dimo.errors import DimoError
 from dimo.train.trainer import Trainer
 from dimo.ursa import UrsaTransformer
+from dimo.worlds import size_of
 from dimo.worlds.teacher import TeacherRecipe, initialise, ursa_config, write_checkpoint
 from dimo.worlds.tiles import TilesWorld
 
@@ -39,9 +40,8 @@ def make_tiles(folder: Path, tokens: int, codes: int) -> list[str]:
     teacher = UrsaTransformer(ursa_config(world, recipe))
     initialise(teacher, world.codebook())
     write_checkpoint(folder, world, teacher, recipe.alpha, recipe.c)
-    t, h, w = world.latents_shape
-    size = [f"distill.num_frames={4 * t - 3}", f"distill.height={8 * h}", f"distill.width={8 * w}"]
-    return [f"distill.teacher_ckpt={folder}", *size]
+    size = zip(("num_frames", "height", "width"), size_of(world.latents_shape))
+    return [f"distill.teacher_ckpt={folder}", *(f"distill.{key}={n}" for key, n in size)]
 
 
 def measure(trainers: list[Trainer]) -> tuple[float, float, float]:

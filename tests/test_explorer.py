@@ -14,7 +14,7 @@ from dimo.commands.notebooks import _write_html
 from dimo.errors import DimoError
 from dimo.views import explorer as front
 from dimo.views import explorer_view
-from dimo.views.explorer_data import token_map
+from dimo.views.explorer_data import token_maps
 from dimo.views.explorer_stored import stored
 from dimo.views.explorer_twin import end_of_bars, twin
 from dimo.views.explorer_view import ExplorerView, colours_of, named, scale_of
@@ -157,7 +157,8 @@ def test_what_a_report_stores_is_what_the_explorer_says(view):
     for name, kept in state["maps"].items():
         levels = np.frombuffer(base64.b64decode(kept["data"]), np.uint16)
         got = kept["low"] + levels.astype(float) * (kept["high"] - kept["low"]) / 65535
-        want = token_map(models, answer, setting, *name.split("|")).numpy().flatten()
+        statistic, of = name.split("|")
+        want = token_maps(models, answer, setting, statistic, of)[statistic].numpy().flatten()
         assert np.abs(got - want).max() <= (kept["high"] - kept["low"]) / 65535
     codes = np.frombuffer(base64.b64decode(state["top"][0]["codes"]), np.uint16).reshape(48, -1)
     assert codes[0].tolist() == view.view(data["first"])["panes"][0]["top"][0]["codes"]

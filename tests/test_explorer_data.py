@@ -13,7 +13,7 @@ from dimo.errors import DimoError
 from dimo.train.trainer import Trainer
 from dimo.ursa import Chunked, Dense, MetricPath, MixturePath, chunks, predict, visual_logits
 from dimo.views import models as opening
-from dimo.views.explorer_data import STATISTICS, Setting, ask, offered, token_at, token_map, top_codes
+from dimo.views.explorer_data import STATISTICS, Setting, ask, offered, token_at, token_maps, top_codes
 from dimo.views.models import checkpoints_of, open_models
 from dimo.views.noise_maps import entropies_over, noises_of
 from dimo.worlds import SHIPPED_STUDENT
@@ -22,6 +22,10 @@ from dimo.worlds.tiles import TilesWorld
 
 TINY = Path(__file__).parent / "data" / "tiny-ursa"
 SETTING = Setting("a red ball", 3, 0.4, guidance_scale=2.5, temperature=0.7)
+
+
+def token_map(models, answer, setting, statistic, of):
+    return token_maps(models, answer, setting, statistic, of)[statistic]
 
 
 def moved(network, by, seed):

@@ -9,6 +9,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+from dimo.commands.check_alignment import check_alignment
 from dimo.commands.parser import CONFIGURABLE, make_parser
 from dimo.commands.sample import Request, read_prompts, sample_to_folder
 from dimo.commands.suite_files import SuiteRequest
@@ -205,12 +206,6 @@ def _inspect(args) -> None:
     print(next_commands(after))
 
 
-def _check_alignment(args) -> int:
-    from dimo.commands.check_alignment import check_alignment
-
-    return check_alignment(args)
-
-
 def _sample(args) -> None:
     if args.student_ckpt or not (args.teacher_ckpt or args.suite):
         args.student_ckpt = str(_student(args.student_ckpt))
@@ -300,7 +295,7 @@ COMMANDS = {
     "evaluate": _evaluate,
     "ablate": _ablate,
     "inspect": _inspect,
-    "check-alignment": _check_alignment,
+    "check-alignment": check_alignment,
     "sample": _sample,
     "export": _export,
     "report": _report,

@@ -50,16 +50,19 @@ def estimate(
     Returns:
         None if the statistic is not finite on the prompts themselves.
     """
-    value = statistic(torch.full((1, prompts), 1 / prompts, dtype=torch.float64))
-    require_shape("statistic's values", value, (1,))
-    if not bool(value.isfinite()):
-        return None
-    if prompts < 2:
-        return Estimate(value.item())
+    found = _without_interval(statistic, prompts)
+    if found is None or prompts < 2:
+        return found
     again = statistic(weights(prompts, resamples)).double()
     again = again[again.isfinite()]
     low, high = torch.quantile(again, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Estimate(value.item(), (low, high))
+    return Estimate(found.value, (low, high))
+
+
+def _without_interval(statistic: Callable[[torch.Tensor], torch.Tensor], prompts: int) -> Estimate | None:
+    value = statistic(torch.full((1, prompts), 1 / prompts, dtype=torch.float64))
+    require_shape("statistic's values", value, (1,))
+    return Estimate(value.item()) if bool(value.isfinite()) else None
 
 
 def jackknife(statistic: Callable[[torch.Tensor], torch.Tensor], prompts: int) -> Estimate | None:
@@ -67,7 +70,7 @@ def jackknife(statistic: Callable[[torch.Tensor], torch.Tensor], prompts: int) -
 
     For a distance, which grows where videos come twice, as they do in every resample of the bootstrap.
     """
-    found = estimate(statistic, prompts, resamples=1)
+    found = _without_interval(statistic, prompts)
     if found is None or prompts < 2:
         return found
     without = statistic((1 - torch.eye(prompts, dtype=torch.float64)) / (prompts - 1)).double()

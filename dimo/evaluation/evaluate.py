@@ -314,12 +314,13 @@ def _write_sheet(file: Path, ursa: Ursa, codes: dict[str, torch.Tensor], prompts
         log.warning("sheet.png is not written: %s", ursa.no_vae)
         return
     shown = torch.linspace(0, len(prompts) - 1, min(SHEET_PROMPTS, len(prompts))).long()
+    own = student_row(codes)
     titles = {
         f"teacher, {most_steps} passes": f"teacher_{most_steps}",
         "teacher, 1 pass": "teacher_1",
         student_title(1): "student_1",
+        student_title(int(own.removeprefix("student_"))): own,
     }
-    titles |= {student_title(int(name.removeprefix("student_"))): name for name in (student_row(codes),)}
     columns = {title: ursa.decode(codes[name][shown].to(ursa.path.device)).cpu() for title, name in titles.items()}
     save_sheet(file, columns, [prompts[i] for i in shown.tolist()])
 

@@ -32,7 +32,7 @@ from dimo.config.schema import kind_of
 from dimo.config.values import read_value, read_yaml
 from dimo.errors import DimoError, nearest
 from dimo.paths import user_path
-from dimo.worlds import checkpoint_folder, is_world, video_size
+from dimo.worlds import checkpoint_folder, is_world, size_of, video_size
 from dimo.worlds.protocol import World
 from dimo.worlds.registry import WORLDS
 from dimo.worlds.teacher import RECIPES, TeacherRecipe
@@ -59,11 +59,8 @@ class Place:
 
     def size(self) -> list[str]:
         """The keys of the world's video size."""
-        if self.world is None:
-            numbers = video_size(checkpoint_folder(str(self.teacher)))
-        else:
-            t, h, w = self.world.latents_shape
-            numbers = 4 * t - 3, 8 * h, 8 * w
+        made = self.world and size_of(self.world.latents_shape)
+        numbers = made or video_size(checkpoint_folder(str(self.teacher)))
         return [f"distill.{key}={n}" for key, n in zip(("num_frames", "height", "width"), numbers)]
 
 

@@ -161,21 +161,17 @@ def offered(models: Models) -> dict[str, list[str]]:
     return {name: those for name, those in of.items() if those}
 
 
-def token_map(models: Models, answer: Answer, setting: Setting, statistic: str, name: str) -> torch.Tensor:
-    """A statistic of a prediction for every token: (T, H, W) float32 on the CPU.
+@torch.no_grad()
+def token_maps(models: Models, answer: Answer, setting: Setting, statistic: str, name: str) -> dict[str, torch.Tensor]:
+    """A statistic of a prediction for every token, {statistic: (T, H, W) float32 on the CPU}.
 
-    Differences to the teacher are those to the guided teacher at `setting.guidance_scale`, as in training; the gradient
-    is that of D_beta with the run's beta, with respect to the auxiliary's logits (arXiv 2503.15457, eq. 8-10).
+    Of those over noises, which need new passes, both. Differences to the teacher are those to the guided teacher at
+    `setting.guidance_scale`, as in training; the gradient is that of D_beta with the run's beta, with respect to the
+    auxiliary's logits (arXiv 2503.15457, eq. 8-10).
 
     Raises:
         DimoError: an unknown statistic, or one that this prediction does not have.
     """
-    return token_maps(models, answer, setting, statistic, name)[statistic]
-
-
-@torch.no_grad()
-def token_maps(models: Models, answer: Answer, setting: Setting, statistic: str, name: str) -> dict[str, torch.Tensor]:
-    """`token_map` with the statistics that come along with it: of those over noises, which need new passes, both."""
     known = offered(models)
     if statistic not in known:
         raise DimoError(f"statistic {statistic!r} is not one of those here{nearest(statistic, known)}")

@@ -133,7 +133,7 @@ class ExplorerView:
         return models, setting, self._answers[key]
 
     def map_of(self, pane: dict, statistic: str) -> torch.Tensor:
-        """A statistic of a pane's prediction for every token, see `token_map`; the last few are kept."""
+        """A statistic of a pane's prediction for every token, see `token_maps`; the last few are kept."""
         models, setting, answer = self.answer(pane)
         turned: tuple = (pane["model"], pane["of"], setting.prompt, setting.temperature)
         if statistic not in OVER_NOISES:

@@ -90,7 +90,7 @@ def watch(runs: Runs, every_s: float = 5.0) -> None:
     def redraw() -> bool:
         running, figure = board.is_running(), board.news()
         if figure or not any(len(history.steps) for history in board.histories):
-            shown.update(figure or _Text(board.about))
+            shown.update(figure or _text(board.about))
         return running
 
     try:
@@ -103,12 +103,10 @@ def _display(text: str):
     """A place below the cell, of a text or figure that can be replaced."""
     from IPython.display import display
 
-    return display(_Text(text), display_id=True)
+    return display(_text(text), display_id=True)
 
 
-class _Text:
-    def __init__(self, text: str):
-        self.text = text
+def _text(text: str):
+    from IPython.display import Pretty  # a string would be shown in quotes
 
-    def __repr__(self) -> str:
-        return self.text
+    return Pretty(text)

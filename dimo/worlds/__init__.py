@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dimo.errors import DimoError, nearest
 from dimo.paths import user_path
+from dimo.ursa.inputs import SPATIAL_STRIDE, TEMPORAL_STRIDE
 from dimo.ursa.layout import default_size, require_checkpoint
 from dimo.ursa.weights import read_json
 from dimo.worlds.protocol import World
@@ -100,8 +101,13 @@ def video_size(folder: str | Path) -> tuple[int, int, int]:
     """Default (num_frames, height, width) of a checkpoint: a world's only size, else URSA's (`default_size`)."""
     if not is_world(folder):
         return default_size(folder)
-    t, h, w = load_world(folder).latents_shape
-    return 4 * t - 3, 8 * h, 8 * w
+    return size_of(load_world(folder).latents_shape)
+
+
+def size_of(latents_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    """(num_frames, height, width) of a world's videos, whose decoders have URSA's strides."""
+    t, h, w = latents_shape
+    return TEMPORAL_STRIDE * (t - 1) + 1, SPATIAL_STRIDE * h, SPATIAL_STRIDE * w
 
 
 def require_world(world: World, latents_shape: tuple[int, int, int], codebook_size: int) -> None:
@@ -112,8 +118,8 @@ def require_world(world: World, latents_shape: tuple[int, int, int], codebook_si
             f"{world.codebook_size}: one of the two belongs to another folder"
         )
     if tuple(latents_shape) != world.latents_shape:
-        t, h, w = world.latents_shape
+        frames, height, width = size_of(world.latents_shape)
         raise DimoError(
             f"this world's latents_shape is {world.latents_shape}, but the configuration gives {tuple(latents_shape)}; "
-            f"use distill.num_frames={4 * t - 3} distill.height={8 * h} distill.width={8 * w}"
+            f"use distill.num_frames={frames} distill.height={height} distill.width={width}"
         )
