@@ -11,7 +11,6 @@ from torch.distributed.fsdp import FSDPModule
 from dimo.errors import capturing, require_finite
 from dimo.train.masters import MasterAdamW, learning_of, with_first_moments
 from dimo.train.sharded import full_tensors, load_full_state, placed_like, reshard, to_local
-from dimo.ursa.cuda_graph import assign
 
 BUCKET_ENTRIES = 2**26  # gradient entries per all-reduce: 256 MiB of float32
 SENT_ALONE = 2**20  # gradients with at least so many entries are all-reduced during the backward pass, once ready
@@ -47,11 +46,6 @@ class Learner:
     def _send(self, p: torch.nn.Parameter) -> None:
         if self.last:
             self.sending[p.grad] = dist.all_reduce(p.grad, reduction(), async_op=True)
-
-    def set_lr_factor(self, factor: float) -> None:
-        """Set the learning rate of every parameter group to initial_lr * factor."""
-        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
-            group["lr"] = assign(group["lr"], group["initial_lr"] * factor)
 
     def backward(self, loss: torch.Tensor, last: bool = True) -> None:
         """Accumulate the gradient of the loss; `last`: no further backward pass before the update."""

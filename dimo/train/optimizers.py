@@ -9,6 +9,7 @@ import torch
 
 from dimo.config import Optim
 from dimo.train.masters import MasterAdamW, copies_of
+from dimo.ursa.cuda_graph import assign
 from dimo.ursa.muon import Muon, is_for_muon
 
 
@@ -42,6 +43,12 @@ def make_optimizers(model: torch.nn.Module, lr: float, muon_lr: float, optim: Op
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
     return made
+
+
+def set_lr_factor(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
+    """Set the learning rate of every parameter group to initial_lr * factor."""
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["lr"] = assign(group["lr"], group["initial_lr"] * factor)
 
 
 def warm_ema_decay(decay: float, step: int) -> float:

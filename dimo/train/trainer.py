@@ -23,7 +23,7 @@ from dimo.train.graph import StepGraphs, require_capturable
 from dimo.train.guards import Guard
 from dimo.train.metrics import BY_T, MEASURED, QUARTERS, SHARE_OF_T, Averages, gaps_by_t, measured
 from dimo.train.networks import make_networks
-from dimo.train.optimizers import ema_decay_at, lr_factor, make_optimizers
+from dimo.train.optimizers import ema_decay_at, lr_factor, make_optimizers, set_lr_factor
 from dimo.train.prompts import WorldPrompts, open_prompts
 from dimo.train.sharded import load_full_state, reshard, to_local
 from dimo.train.together import train_together
@@ -160,8 +160,8 @@ class Trainer:
         o, d, last = self.config.optim, self.config.distill, self.config.training.max_train_steps
         self.generator.manual_seed(self.seed_of(index))
         factor = lr_factor(o, index, last, o.min_lr_share)
-        self.student.set_lr_factor(factor)
-        self.aux.set_lr_factor(lr_factor(o, index, last, o.aux_min_lr_share))
+        set_lr_factor(self.student.optimizers, factor)
+        set_lr_factor(self.aux.optimizers, lr_factor(o, index, last, o.aux_min_lr_share))
         power = power_at(index, d.t_power, d.t_power_start, d.t_power_fade * last)
         self.t_power = assign(self.t_power, power)
         self.x_init.fade = assign(self.x_init.fade, fade(index, 0, d.p_corrupt_fade * last))
