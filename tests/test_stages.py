@@ -210,7 +210,8 @@ def test_reinforce_is_the_exact_policy_gradient_on_average(baseline):
 def test_literal_is_a_fixed_point_and_dimo_is_none(step, ursa, generator):
     """All three networks equal: literal's terms vanish; after one fit of the auxiliary, Di[M]O's gradient does not."""
     stages.teacher_pass(step, ursa.transformer, GRID)
-    (loss,) = stages.auxiliary_losses(step, ursa.transformer, ursa.path, GRID, "match_teacher", 1)
+    loss, again = stages.auxiliary_losses(step, ursa.transformer, ursa.path, GRID, "match_teacher", 2)
+    assert torch.equal(loss, again)  # every update is at all of x_t
     stages.auxiliary_pass(step, ursa.transformer, GRID)
     stages.distil_knowledge(step, ursa.transformer, GRID)
     stages.distillation_signal(step, "reinforce", 0.5, Baseline())

@@ -10,7 +10,7 @@ chunks of tokens (`losses.student_loss`), so the logits over 64,000 codes are ne
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -211,22 +211,20 @@ def auxiliary_losses(
     """
     if objective not in ("denoise", "match_teacher"):
         raise DimoError(f"aux_objective must be 'denoise' or 'match_teacher', got {objective!r}")
-    batch, device = len(step.txt_ids), step.txt_ids.device
-    draws: Sequence[torch.Tensor] = step.x_t.split(batch) if share_x_t else ()
     if aux_target not in ("sampled", "exact"):
         raise DimoError(f"aux_target must be 'sampled' or 'exact', got {aux_target!r}")
-    kept: list[Dense | Chunked] = []
+    batch, device = len(step.txt_ids), step.txt_ids.device
+    draws = [slice(start, start + batch) for start in range(0, len(step.x_t), batch)] if share_x_t else []
     if objective == "match_teacher":
-        draws = [step.x_t] * aux_steps  # every update uses all draws
+        draws = [slice(None)] * aux_steps  # every update uses all draws
     if len(draws) > aux_steps:
         raise DimoError(f"aux_steps must be at least {len(draws)}, one per draw of t, to share x_t, got {aux_steps}")
+    kept: list[Dense | Chunked] = []
     for index in range(aux_steps):
-        at_x_t = index < len(draws)
-        if at_x_t:
-            x, txt_ids = draws[index], for_each_draw(step.txt_ids, draws[index])
-            t = step.t.split(batch)[index] if len(x) == batch else step.t
-            rows = slice(index * batch, (index + 1) * batch) if len(x) == batch else slice(None)
-            lower = step.lower and step.lower.of(rows)
+        rows = draws[index] if index < len(draws) else None
+        if rows is not None:
+            x, t, lower = step.x_t[rows], step.t[rows], step.lower and step.lower.of(rows)
+            txt_ids = for_each_draw(step.txt_ids, x)
         else:
             lower = None  # another x_t than the teacher's
             txt_ids, t = step.txt_ids, draw_t(batch, grid, 0, 0, t_per, 1.0, 1, generator, device, shift)
@@ -236,7 +234,7 @@ def auxiliary_losses(
             x = path.sample(step.x_hat, t, generator)
         with going_on(lower):
             prediction = predict(aux, txt_ids, x, grid, step.dense)
-        if share_x_t and at_x_t:
+        if share_x_t and rows is not None:
             fixed = prediction.detach(copy=True)
             kept = [fixed] if objective == "match_teacher" else [*kept, fixed]
             # the draws as one prediction, under the latest head, should heads be trained
