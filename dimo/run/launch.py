@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import BinaryIO
 
 import psutil
 import torch
@@ -68,8 +69,9 @@ def launch(config: Config, grace_s: float = GRACE_S) -> int:
     write_text(launch_file(config, "yaml"), to_yaml(opened))
     asked: list[int] = []
     stopping = handling(lambda number, _: asked.append(number))
-    with lasting_output(), open(launch_file(config, "log"), "ab") as log, stopping:
-        follow, begin = _Follower(launch_file(config, "log")), log.tell()
+    file = launch_file(config, "log")
+    with lasting_output(), open(file, "ab") as log, open(file, "rb") as said, stopping:
+        follow, begin = _Follower(said), log.tell()
         # torchrun's default number of threads, set here to avoid its banner
         variables = {"OMP_NUM_THREADS": "1", **os.environ, COMMAND_BEGAN: str(command_began())}
         child = subprocess.Popen(
@@ -174,8 +176,8 @@ def engine_kind(engine: str) -> str:
 class _Follower:
     """Copies to stderr what was appended to a file since the last call."""
 
-    def __init__(self, path: Path):
-        self.file = open(path, "rb")
+    def __init__(self, file: BinaryIO):
+        self.file = file
         self.file.seek(0, os.SEEK_END)
         self.decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
         self.shown = OneLine()
