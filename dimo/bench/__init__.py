@@ -22,24 +22,8 @@ import torch
 
 from dimo.bench.attention import attention_alone
 from dimo.bench.naive import naive_step, require_naive
-from dimo.bench.parts import (
-    Clock,
-    kernels_of,
-    losses_alone,
-    matrix_product,
-    saving,
-    stage_times,
-    steps_until_replays,
-)
-from dimo.bench.sizes import (
-    model_flops,
-    passes_of,
-    random_prompts,
-    random_ursa,
-    require_size,
-    step_flops,
-    strides_for,
-)
+from dimo.bench.parts import Clock, kernels_of, losses_alone, matrix_product, saving, stage_times, steps_until_replays
+from dimo.bench.sizes import model_flops, passes_of, random_prompts, random_ursa, require_size, step_flops, strides_for
 from dimo.config import Config, device_of, load_config
 from dimo.errors import DimoError, nearest, reason
 from dimo.files import write_text

@@ -186,9 +186,8 @@ def _without_values():
     """Patch the functions of torch that access values in ways that fake tensors do not support."""
     with (
         mock.patch.object(torch.nn.Module, "_apply", _apply),
-        mock.patch.object(
-            FakeTensor, "data_ptr", lambda _: 0
-        ),  # its actual value; the original warns when a tensor is copied
+        # 0 is its actual value; the original warns when a tensor is copied
+        mock.patch.object(FakeTensor, "data_ptr", lambda _: 0),
         mock.patch.object(dist, "all_gather_object", _gather_object),
         mock.patch.object(dist, "init_device_mesh", _real_mesh),
         mock.patch.object(DeviceMesh, "__getitem__", _part_of_mesh),

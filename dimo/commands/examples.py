@@ -12,9 +12,7 @@ EXAMPLES = {
         "-c shapes_long training.cuda_graph=true --seeds 1 2 3": "three seeds side by side on one GPU",
         "--teacher_ckpt FOLDER --prompt_file captions.csv --out_dir runs/ursa": "URSA with default settings",
     },
-    "plan": {
-        "-c distill_dimo --size 1.7B --num_processes 8": "memory per GPU and time, without training",
-    },
+    "plan": {"-c distill_dimo --size 1.7B --num_processes 8": "memory per GPU and time, without training"},
     "evaluate": {
         "runs/shapes": "compare a run's student with its teacher",
         "runs/shapes evaluation.seed=1 -o runs/again": "the same on other noise, into another folder",

@@ -25,15 +25,7 @@ from dimo.train.loop import student_dtype
 from dimo.ursa.layout import PARTS, read_config, require_upstream_layout
 from dimo.ursa.loading import plain_state
 from dimo.ursa.sampler import pipeline_steps
-from dimo.ursa.weights import (
-    WEIGHTS,
-    misfit,
-    read_json,
-    read_weights,
-    require_numbers,
-    scale_logits,
-    weight_shapes,
-)
+from dimo.ursa.weights import WEIGHTS, misfit, read_json, read_weights, require_numbers, scale_logits, weight_shapes
 from dimo.worlds import checkpoint_folder, is_world
 
 log = logging.getLogger(__name__)

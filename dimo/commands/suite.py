@@ -19,14 +19,7 @@ import torch
 
 import dimo
 from dimo.commands.sample import Request, Sampler, open_sampler, teacher_of, write_frames
-from dimo.commands.suite_files import (
-    SUITES,
-    Entry,
-    Suite,
-    SuiteRequest,
-    read_entries,
-    write_metadata,
-)
+from dimo.commands.suite_files import SUITES, Entry, Suite, SuiteRequest, read_entries, write_metadata
 from dimo.config.values import read_value
 from dimo.errors import DimoError, nearest
 from dimo.evaluation.comparison import Job

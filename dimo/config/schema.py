@@ -54,8 +54,7 @@ class Model:
         False, "torch.compile the transformer layers (GPU, backend native); compiling takes about a minute"
     )
     activation_checkpointing: str = _key(
-        "none",
-        "none, or recompute: swiglu, selective (all but attention), full; only native",
+        "none", "none, or recompute: swiglu, selective (all but attention), full; only native"
     )
     attention: str = _key("auto", "kernel of attention: auto (fa4 where it works), fa4, cudnn, flash or math")
     train_embeddings: bool = _key(
@@ -139,8 +138,7 @@ class Distill:
     )
     aux_steps: int = _key(2, "updates of the auxiliary per update of the student")
     aux_pass: str = _key(
-        "own",
-        "auxiliary logits at x_t: own (a separate pass) or shared (those of its first t_draws fitting passes)",
+        "own", "auxiliary logits at x_t: own (a separate pass) or shared (those of its first t_draws fitting passes)"
     )
     label_smoothing: float = _key(0.0, "label smoothing of the auxiliary's cross-entropy")
     w_distill: float = _key(1.0, "weight of the distillation loss (stage 8)")

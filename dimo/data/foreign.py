@@ -9,18 +9,8 @@ import warnings
 from pathlib import Path
 
 HEAD = 4096  # bytes
-OPENING = (
-    "[",
-    "(",
-    "{",
-    " ",
-    "\t",
-    "\r",
-    "\n",
-    "array(",
-    "b'",
-    'b"',
-)  # first characters of text that may spell a list or bytes
+# first characters of text that may spell a list or bytes
+OPENING = ("[", "(", "{", " ", "\t", "\r", "\n", "array(", "b'", 'b"')
 ARRAY = re.compile(r"array\((\[.*\])(, dtype=.*)?\)", re.DOTALL)  # repr of a NumPy array
 # magic numbers of file formats; no plain text begins with one of them
 MAGIC = {

@@ -29,10 +29,8 @@ def list_files(path: str | Path) -> tuple[str, list[Path]]:
     Raises:
         DimoError: no such path, no caption files, different kinds, an empty file, or any other file in the folder.
     """
-    if not str(path).strip():
-        raise DimoError(
-            "the prompt source must be a file or a folder of files, but its name is empty"
-        )  # Path("") is "."
+    if not str(path).strip():  # Path("") is "."
+        raise DimoError("the prompt source must be a file or a folder of files, but its name is empty")
     path = Path(path)
     try:
         return _list(path)

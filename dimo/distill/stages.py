@@ -263,11 +263,7 @@ def distil_knowledge(step: Step, student: UrsaTransformer, grid: Grid) -> None:
 
 
 def distillation_signal(
-    step: Step,
-    estimator: str,
-    beta: float | str,
-    baseline: Baseline | None,
-    w_reinforce: float = 0.0,
+    step: Step, estimator: str, beta: float | str, baseline: Baseline | None, w_reinforce: float = 0.0
 ) -> None:
     """Stage 8: choose the gradient that stage 9 applies to the student's logits z_S, averaged over the draws of t.
 

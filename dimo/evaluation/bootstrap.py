@@ -37,9 +37,7 @@ def weights(prompts: int, resamples: int = RESAMPLES) -> torch.Tensor:
 
 
 def estimate(
-    statistic: Callable[[torch.Tensor], torch.Tensor],
-    prompts: int,
-    resamples: int = RESAMPLES,
+    statistic: Callable[[torch.Tensor], torch.Tensor], prompts: int, resamples: int = RESAMPLES
 ) -> Estimate | None:
     """A statistic of weighted prompts, and the percentiles 2.5 and 97.5 of its resamples.
 

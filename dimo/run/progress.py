@@ -43,11 +43,7 @@ class Progress:
 
     def show(self, done: int, metrics: dict[str, float]) -> None:
         """Show loss, entropy (nats per token) and reward of step `done`; a line also has the speed and an ETA."""
-        parts = {
-            "loss": metrics["loss/total"],
-            "entropy": metrics["entropy/student"],
-            "reward": metrics["reward/mean"],
-        }
+        parts = {"loss": metrics["loss/total"], "entropy": metrics["entropy/student"], "reward": metrics["reward/mean"]}
         if self.is_terminal:
             self.bar.set_postfix({name: f"{value:.3f}" for name, value in parts.items()}, refresh=False)
             return

@@ -26,10 +26,7 @@ def make_networks(config: Config, ursa: Ursa, engine: Engine) -> tuple[Networks,
         DimoError: an exact teacher that the checkpoint has not, or an attention kernel that cannot be used.
     """
     teacher = ursa.transformer.requires_grad_(False).eval()
-    learning = (
-        (teacher.model.embed_tokens, config.model.train_embeddings),
-        (teacher.lm_head, config.model.train_head),
-    )
+    learning = ((teacher.model.embed_tokens, config.model.train_embeddings), (teacher.lm_head, config.model.train_head))
     shared = [part for part, learns in learning if not learns]
     engine.require_heads(teacher.config.num_key_value_heads)
     lower = _lower(teacher, config.model.aux_shared_layers)

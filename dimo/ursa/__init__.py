@@ -1,12 +1,6 @@
 """URSA: transformer, input construction, probability paths, sampler, checkpoint loading."""
 
-from dimo.ursa.inputs import (
-    UrsaInputs,
-    build_ursa_inputs,
-    extract_visual_logits,
-    latents_shape_for,
-    visual_logits,
-)
+from dimo.ursa.inputs import UrsaInputs, build_ursa_inputs, extract_visual_logits, latents_shape_for, visual_logits
 from dimo.ursa.loading import Ursa, load_ursa, save_student
 from dimo.ursa.prediction import Chunked, Dense, Prediction, predict
 from dimo.ursa.probability_path import MetricPath, MixturePath, categorical

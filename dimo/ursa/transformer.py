@@ -133,11 +133,8 @@ class Attention(Products):
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
         self.q_norm = RMSNorm(config.head_dim)
         self.k_norm = RMSNorm(config.head_dim)
-        self.head_dim, self.heads, self.kv_heads = (
-            config.head_dim,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-        )
+        self.head_dim, self.heads = config.head_dim, config.num_attention_heads
+        self.kv_heads = config.num_key_value_heads
         self.kernels = "auto"
 
     def maps(self) -> tuple[list[nn.Linear], nn.Linear]:

@@ -65,8 +65,7 @@ class Dashboard:
         self.about = widgets.Label()
         self.follow = widgets.ToggleButton(description="follow", icon="refresh", tooltip="go on reading the runs")
         self.explore = widgets.Button(
-            description="explore",
-            tooltip="open the explorer at the step of the samples below, else at the last",
+            description="explore", tooltip="open the explorer at the step of the samples below, else at the last"
         )
         self.explore.on_click(lambda _: self._explore_samples())
         self.image = Picture("curves of the training; a click opens the explorer at that step", self.open_explorer)

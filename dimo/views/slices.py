@@ -295,15 +295,7 @@ def _model(models: Models) -> dict[str, Any]:
     """What tells one model from another, whatever its weights."""
     teacher = models.networks["teacher"]
     own = teacher.config.to_dict() if hasattr(teacher, "config") else {"class": type(teacher).__name__}
-    kept = (
-        "class",
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "vocab_size",
-        "lm_vocab_size",
-        "rope_theta",
-    )
+    kept = "class hidden_size num_hidden_layers num_attention_heads vocab_size lm_vocab_size rope_theta".split()
     sizes = {key: own[key] for key in kept if key in own}
     return sizes | {"latents_shape": list(models.grid), "networks": sorted(models.networks)}
 
