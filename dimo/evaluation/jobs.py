@@ -135,7 +135,7 @@ def alone_in(out: Path) -> Iterator[None]:
 
 def run_here(comparison: Comparison, jobs: list[Job], parts: Parts, progress: bool = True) -> None:
     """Run the missing jobs one after the other."""
-    with _bar(jobs, progress) as bar:
+    with CostBar("evaluate", sum(job.cost for job in jobs), "passes", progress) as bar:
         for job in parts.missing(jobs):
             _show(bar, jobs, parts)
             parts.save(job, comparison.run(job))
@@ -167,7 +167,8 @@ def run_in_processes(
             with open(said, "wb") as file:
                 command = words(rank, processes)
                 children.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=own))
-        with _bar(jobs, progress, what) as bar:
+        name, unit = what
+        with CostBar(name, sum(job.cost for job in jobs), unit, progress) as bar:
             while any(child.poll() is None for child in children):
                 _require_success(children, logs)
                 _show(bar, jobs, parts)
@@ -179,11 +180,6 @@ def run_in_processes(
             if child.poll() is None:
                 child.kill()
             child.wait()
-
-
-def _bar(jobs: list[Job], shown: bool, what: tuple[str, str] = ("evaluate", "passes")) -> CostBar:
-    name, unit = what
-    return CostBar(name, sum(job.cost for job in jobs), unit, shown)
 
 
 def _show(bar: CostBar, jobs: list[Job], parts: Finished) -> None:
