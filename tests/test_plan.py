@@ -217,7 +217,7 @@ def test_a_plan_says_what_training_would_refuse(damage, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--size", "3B"], "--size must be one of 0.6B, 1.7B, tiny, got '3B'"),
+        (["--size", "3B"], "size must be one of 0.6B, 1.7B, tiny, got '3B'"),
         (["--memory", "-1"], "--memory must be positive"),
         (["-c", "smoke", "--height", "40"], "the configuration gives (3, 5, 4)"),
         (["--teacher_ckpt", "/nowhere"], "/nowhere"),
