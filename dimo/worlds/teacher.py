@@ -50,7 +50,7 @@ class TeacherRecipe:
     c: float = _field(2.0, "c of the metric path")
     steps: int = _field(25_000, "training steps")
     batch_size: int = _field(256, "videos per step, shared by all processes")
-    t_per: str = _field("sample", "one t per sample or, as URSA's, per latent frame: sample or frame")
+    t_per: str = _field("sample", "one t per sample, per latent frame as URSA's (frame), or by a coin either (mixed)")
     t_shift: float = _field(1.0, "shift of t in training, t / (t + shift (1 - t)): above 1 towards the noise")
     t_spread: float = _field(0.0, "standard deviation of logit t, which is normal, around the shift's; 0: uniform t")
     lr: float = _field(2e-3, "peak learning rate, with cosine decay to zero")
@@ -138,8 +138,8 @@ def train_teacher(
     """Train a teacher by denoising; returns the EMA of its weights.
 
     Cross-entropy of the clean tokens at t in [0, 0.999), uniform unless shifted or spread (logit-normal, as in
-    arXiv 2403.03206), one per sample or per latent frame, with 10% empty prompts for classifier-free guidance. On a GPU
-    in bfloat16, the step a CUDA graph. Processes of one process group train together.
+    arXiv 2403.03206), one per sample, per latent frame or by a coin either, with 10% empty prompts for classifier-free
+    guidance. On a GPU in bfloat16, the step a CUDA graph. Processes of one process group train together.
 
     Args:
         kept: a file that holds the state of training, written every KEEP_EVERY steps; training goes on from it.
@@ -238,8 +238,8 @@ def _require_sense(world: World, recipe: TeacherRecipe) -> None:
             raise DimoError(f"{name} must lie in [{least:g}, {most:g}], got {value}")
         if least is None and isinstance(value, float) and not 0 < value < math.inf:
             raise DimoError(f"{name} must be positive and finite, got {value}")
-    if recipe.t_per not in ("sample", "frame"):
-        raise DimoError(f"t_per must be sample or frame, got {recipe.t_per!r}")
+    if recipe.t_per not in ("sample", "frame", "mixed"):
+        raise DimoError(f"t_per must be sample, frame or mixed, got {recipe.t_per!r}")
     if recipe.device not in ("cpu", "cuda"):
         raise DimoError(f"device must be cpu or cuda, got {recipe.device!r}")
     if recipe.device == "cuda" and not torch.cuda.is_available():
