@@ -107,6 +107,36 @@ def test_who_is_stopped_while_the_teacher_is_scored_does_not_train_it_again(tmp_
     assert not (tmp_path / "world.training.pt").exists()
 
 
+def test_training_starts_from_another_teachers_weights(tmp_path):
+    small = {"layers": 1, "hidden": 32, "heads": 2, "batch_size": 4, "steps": 1}
+    first = teacher.train_teacher(WORLD, TeacherRecipe(**small, seed=1), progress=False)
+    teacher.write_checkpoint(tmp_path / "first", WORLD, first, 0.9, 3.0)
+    # at so low a rate one step leaves the weights where they are
+    second = TeacherRecipe(**small, seed=2, start_from=str(tmp_path / "first"), lr=1e-12)
+    for name, weight in teacher.train_teacher(WORLD, second, progress=False).state_dict().items():
+        torch.testing.assert_close(weight, first.state_dict()[name])
+    with pytest.raises(DimoError, match="first has another hidden_size than the teacher to train"):
+        make_teacher(WORLD, TeacherRecipe(start_from=second.start_from, **(small | {"hidden": 48})), tmp_path / "x")
+    with pytest.raises(DimoError, match="shapes is no teacher of the tiles world with the same prompts"):
+        make_teacher(WORLD, TeacherRecipe(start_from="shapes", **small), tmp_path / "x")
+
+
+def test_times_per_sample_per_frame_and_mixed():
+    seen = {}
+    for t_per in ("sample", "frame", "mixed"):
+        steps = training(False, t_per=t_per, t_shift=2.0, t_spread=0.7)
+        steps.videos = 4000
+        t = steps._times()
+        t = t[:, None, None] if t_per == "sample" else t.unflatten(1, (WORLD.latents_shape[0], -1))
+        assert (t == t[..., :1]).all() and t.min() > 0 and t.max() < 0.999  # the tokens of a frame share a time
+        t = t[..., 0]
+        seen[t_per] = (t == t[:, :1]).all(1).float().mean().item()
+        # logit-normal around the shift's, whatever is drawn together
+        assert torch.logit(t / 0.999).mean().item() == pytest.approx(-math.log(2.0), abs=0.05)
+        assert torch.logit(t / 0.999).std().item() == pytest.approx(0.7, abs=0.05)
+    assert (seen["sample"], seen["frame"]) == (1.0, 0.0) and seen["mixed"] == pytest.approx(0.5, abs=0.04)
+
+
 def test_muon_moves_the_matrices_of_layers_equally_in_all_directions():
     steps = training(False, muon_lr=8e-3)
     start = {name: p.detach().clone() for name, p in steps.model.named_parameters()}

@@ -360,7 +360,7 @@ def test_a_world_without_a_student_is_no_student(tmp_path, monkeypatch, capsys):
 
 def test_the_command_proposes_the_worlds_own_network(capsys):
     args = parse(["world", "train", "sprites", "-o", "x"])
-    assert (args.layers, args.hidden, args.sprites, args.textures, args.strays) == (6, 160, 64, 8, 30)
+    assert (args.layers, args.hidden, args.sprites, args.textures, args.strays) == (6, 160, 64, 8, 15)
     assert parse(["world", "train", "shapes", "-o", "x"]).layers == TeacherRecipe().layers
 
 

@@ -116,15 +116,17 @@ class DenoisingSteps:
         self.done += 1
 
     def _times(self) -> torch.Tensor:
-        """t (B,) or, with one per latent frame, (B, N)."""
-        (frames, *rest), batch, device = self.world.latents_shape, self.videos, self.generator.device
-        per_frame, shift, spread = self.recipe.t_per == "frame", self.recipe.t_shift, self.recipe.t_spread
-        size, g = (batch, frames) if per_frame else (batch,), self.generator
+        """t (B,) or, unless there is one per sample, (B, N)."""
+        (frames, *rest), batch, g = self.world.latents_shape, self.videos, self.generator
+        t_per, shift, spread = self.recipe.t_per, self.recipe.t_shift, self.recipe.t_spread
+        size = (batch,) if t_per == "sample" else (batch, frames)
         if spread:
-            t = torch.sigmoid(spread * torch.randn(size, generator=g, device=device) - math.log(shift)) * T_MAX
+            t = torch.sigmoid(spread * torch.randn(size, generator=g, device=g.device) - math.log(shift)) * T_MAX
         else:
-            t = shifted(torch.rand(size, generator=g, device=device) * T_MAX, shift)
-        return t.repeat_interleave(math.prod(rest), 1) if per_frame else t
+            t = shifted(torch.rand(size, generator=g, device=g.device) * T_MAX, shift)
+        if t_per == "mixed":
+            t = torch.where(torch.rand(batch, 1, generator=g, device=g.device) < 0.5, t[:, :1], t)
+        return t if t_per == "sample" else t.repeat_interleave(math.prod(rest), 1)
 
     def _find_gradient(self) -> None:
         """Fill `gradient` with this process's summand of the mean over all videos."""

@@ -66,7 +66,7 @@ class SpritesWorld:
     sprites: int = size_field(len(SPRITES), "how many of the emoji")
     textures: int = size_field(len(TEXTURES), "how many of the textures")
     strays: int = size_field(
-        30, f"percent of the clips whose prompt is that of another, at most {MOST_STRAYS}: guidance removes them"
+        15, f"percent of the clips whose prompt is that of another, at most {MOST_STRAYS}: guidance removes them"
     )
 
     def __post_init__(self):

@@ -15,7 +15,7 @@ from dimo.errors import DimoError, are_finite
 from dimo.files import whole_folder
 from dimo.ursa import UrsaConfig, UrsaTransformer, load_ursa, sample, save_student
 from dimo.ursa.cuda_graph import on_stream
-from dimo.worlds import WORLD_FILE, is_world
+from dimo.worlds import WORLD_FILE, checkpoint_folder, is_world, load_world
 from dimo.worlds.denoising import DenoisingSteps, TrainingState, rank
 from dimo.worlds.oracle import score
 from dimo.worlds.protocol import World, prompt_index, prompt_length, prompts_to_score
@@ -50,11 +50,12 @@ class TeacherRecipe:
     c: float = _field(2.0, "c of the metric path")
     steps: int = _field(25_000, "training steps")
     batch_size: int = _field(256, "videos per step, shared by all processes")
-    t_per: str = _field("sample", "one t per sample or, as URSA's, per latent frame: sample or frame")
+    t_per: str = _field("sample", "one t per sample, per latent frame as URSA's (frame), or by a coin either (mixed)")
     t_shift: float = _field(1.0, "shift of t in training, t / (t + shift (1 - t)): above 1 towards the noise")
     t_spread: float = _field(0.0, "standard deviation of logit t, which is normal, around the shift's; 0: uniform t")
     lr: float = _field(2e-3, "peak learning rate, with cosine decay to zero")
     muon_lr: float = _field(0.0, "Muon's peak rate for the layers' matrices, lr being that of all others; 0: no Muon")
+    start_from: str = _field("", "a teacher, folder or built-in world, whose weights training starts from")
     seed: int = _field(0, "seed of initialisation and data")
     device: str = _field("cpu", "cpu or cuda")
 
@@ -65,17 +66,19 @@ RECIPES = {  # of worlds for which the defaults are not meant
         layers=6, hidden=128, intermediate=256, heads=4, head_dim=32, rope_theta=0.19, c=3.0, steps=15_000
     ),
     # 2.9 million parameters: at bf16, teacher and student are 11.5 MB together; RoPE turns by up to a full circle per
-    # row and column; where a card is and which is decided at t from .2 to .7, the texture before
+    # row and column; where a card is and which is decided at t from .2 to .7, the texture before; what the words for
+    # motion mean is learnt where one frame is clean and another is not
     "sprites": TeacherRecipe(
         layers=6,
         hidden=160,
         intermediate=320,
         heads=5,
         head_dim=32,
-        rope_theta=0.1446,
+        rope_theta=0.1408,
         c=2.0,
         batch_size=78,
-        steps=30_000,
+        steps=49_000,
+        t_per="mixed",
         t_shift=1.4,
         t_spread=0.8,
         lr=3e-3,
@@ -138,20 +141,23 @@ def train_teacher(
     """Train a teacher by denoising; returns the EMA of its weights.
 
     Cross-entropy of the clean tokens at t in [0, 0.999), uniform unless shifted or spread (logit-normal, as in
-    arXiv 2403.03206), one per sample or per latent frame, with 10% empty prompts for classifier-free guidance. On a GPU
-    in bfloat16, the step a CUDA graph. Processes of one process group train together.
+    arXiv 2403.03206), one per sample, per latent frame or by a coin either, with 10% empty prompts for classifier-free
+    guidance. On a GPU in bfloat16, the step a CUDA graph. Processes of one process group train together.
 
     Args:
         kept: a file that holds the state of training, written every KEEP_EVERY steps; training goes on from it.
 
     Raises:
-        DimoError: `kept` is of another world or recipe.
+        DimoError: `kept` is of another world or recipe, `start_from` of other sizes.
     """
     gpu = recipe.device == "cuda"
     torch.manual_seed(recipe.seed)
     generator = torch.Generator(recipe.device).manual_seed((recipe.seed + SEEDS_APART * rank()) % 2**63)
     model = UrsaTransformer(ursa_config(world, recipe))
-    initialise(model, world.codebook())
+    if recipe.start_from:
+        model.load_state_dict(_started(world, recipe).state_dict())
+    else:
+        initialise(model, world.codebook())
     model = model.to(recipe.device).run_with(compile=gpu and math.prod(world.latents_shape) >= COMPILED)
     prompt_ids, pad = encode(world, world.prompts), words(world).index(PAD)
     training = DenoisingSteps(world, recipe, model, prompt_ids, pad, generator, graph=gpu)
@@ -174,6 +180,18 @@ def train_teacher(
             if (step + 1) % KEEP_EVERY == 0:
                 state.save(step + 1)
     return training.ema.run_with(compile=False)
+
+
+def _started(world: World, recipe: TeacherRecipe) -> UrsaTransformer:
+    """The transformer that training starts from."""
+    folder, config = checkpoint_folder(recipe.start_from), ursa_config(world, recipe)
+    if not is_world(folder) or words(load_world(folder)) != words(world):
+        raise DimoError(f"start_from {recipe.start_from} is no teacher of the {world.name} world with the same prompts")
+    started = load_ursa(folder).transformer
+    differ = [name for name, value in vars(config).items() if vars(started.config)[name] != value]
+    if differ:
+        raise DimoError(f"start_from {recipe.start_from} has another {', '.join(differ)} than the teacher to train")
+    return started
 
 
 def make_teacher(world: World, recipe: TeacherRecipe, folder: Path, videos_per_prompt: int = 64) -> str:
@@ -238,13 +256,15 @@ def _require_sense(world: World, recipe: TeacherRecipe) -> None:
             raise DimoError(f"{name} must lie in [{least:g}, {most:g}], got {value}")
         if least is None and isinstance(value, float) and not 0 < value < math.inf:
             raise DimoError(f"{name} must be positive and finite, got {value}")
-    if recipe.t_per not in ("sample", "frame"):
-        raise DimoError(f"t_per must be sample or frame, got {recipe.t_per!r}")
+    if recipe.t_per not in ("sample", "frame", "mixed"):
+        raise DimoError(f"t_per must be sample, frame or mixed, got {recipe.t_per!r}")
     if recipe.device not in ("cpu", "cuda"):
         raise DimoError(f"device must be cpu or cuda, got {recipe.device!r}")
     if recipe.device == "cuda" and not torch.cuda.is_available():
         raise DimoError("device is cuda, but PyTorch sees no GPU")
     ursa_config(world, recipe)
+    if recipe.start_from:
+        _started(world, recipe)
 
 
 def encode(world: World, prompts: list[str]) -> torch.Tensor:
