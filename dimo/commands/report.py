@@ -11,7 +11,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from dimo.commands.sample import write_frames
 from dimo.errors import DimoError, reason
 from dimo.evaluation.evaluate import format_cell, prompts_of
 from dimo.evaluation.metrics import columns_of, legend
@@ -20,6 +19,7 @@ from dimo.run.checkpoints import STEP, step_of
 from dimo.run.folder import RunFolder
 from dimo.run.origin import run_config
 from dimo.views.alarms import alarms
+from dimo.views.clips import write_frames
 from dimo.views.dashboard import named
 from dimo.views.dashboard_stored import stored_dashboard
 from dimo.views.explorer import HERE, PAGE, STYLE
