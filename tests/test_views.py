@@ -13,6 +13,8 @@ import torch
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.core.pylabtools import select_figure_formats
 
+from dimo.commands.report import BESIDE, write_run_report
+from dimo.config import load_config, to_yaml
 from dimo.errors import DimoError
 from dimo.run.folder import RunFolder
 from dimo.views import fonts
@@ -172,6 +174,14 @@ def test_clips_play_each_video_in_its_own_place(tmp_path):
     assert torch.allclose(page[:, 44:], large[0].unflatten(2, (256, 2)).unflatten(1, (160, 2)).mean((2, 4)), atol=1e-6)
     with pytest.raises(DimoError, match=r"columns\['teacher'\] must have shape"):
         side_by_side({"teacher": frames[:1]}, prompts)
+
+
+@pytest.mark.parametrize("there", [BESIDE, BESIDE + 1])
+def test_clips_that_a_report_has_no_room_for_are_a_link(there, tmp_path):
+    run = RunFolder.open(tmp_path / "new", to_yaml(load_config("smoke", [f"experiment.output_dir={tmp_path / 'new'}"])))
+    (run.path / "clips.mp4").write_bytes(bytes(there))
+    page = write_run_report(run, most=1).read_text()
+    assert ("data:video/mp4;base64,AAAA" in page) == (there == BESIDE) != ("<a href='clips.mp4'>" in page)
 
 
 def labels_of(prompts, tmp_path, caplog):
