@@ -161,9 +161,10 @@ def _clips(explorer: ExplorerView) -> str:
                 file = write_frames(Path(folder) / "clip", frames)
             except (DimoError, ImportError) as error:
                 return f"<h2>Clips</h2><p>There are none: {html.escape(reason(error))}.</p>"
-            alt, made = f"the student's video of: {prompt}", file.read_bytes()
-            made = _video(made, alt) if file.suffix == ".mp4" else _image(made, alt)
-            shown.append(f"<figure>{made}<figcaption>{html.escape(prompt)}</figcaption></figure>")
+            alt, show = f"the student's video of: {prompt}", _video if file.suffix == ".mp4" else _image
+            shown.append(
+                f"<figure>{show(file.read_bytes(), alt)}<figcaption>{html.escape(prompt)}</figcaption></figure>"
+            )
     return f"<h2>Clips of the student, one pass</h2>{''.join(shown)}"
 
 
