@@ -309,8 +309,8 @@ def parts_of(config: Config, weights: str | Path, out: Path, prompts: list[str],
 
 def _write_pictures(out: Path, ursa: Ursa, codes: dict[str, torch.Tensor], prompts: list[str], most_steps: int) -> None:
     """Decode codes, {row: (P, T, H, W)} with one video per prompt, and write sheet.png and clips.mp4."""
-    from dimo.views.clips import save_clips  # both import matplotlib, so only when needed
-    from dimo.views.sheets import save_sheet, student_title
+    from dimo.views.clips import save_clips
+    from dimo.views.sheets import save_sheet, student_title  # imports matplotlib, so only when needed
 
     sheet, clips = out / "sheet.png", out / "clips.mp4"
     if ursa.vae is None:

@@ -7,13 +7,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from dimo.errors import DimoError, reason, require_shape
 from dimo.files import whole_file
 from dimo.ursa.frames import eight_bits
-from dimo.views.figure import Figure
-from dimo.views.fonts import families, legible
 
 FPS = 12  # frames per second of URSA's videos
 FFMPEG = (
@@ -104,6 +101,11 @@ def _resized(frames: torch.Tensor) -> torch.Tensor:
 
 def _text(high: int, wide: int, lines: list[tuple[int, int, str, int]]) -> torch.Tensor:
     """A white page (H, W, 3) with lines of text, each (left, top, text, pixels in width)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow, so only when needed
+
+    from dimo.views.figure import Figure
+    from dimo.views.fonts import families, legible
+
     figure = Figure(figsize=((wide + 1) / DPI, (high + 1) / DPI), dpi=DPI)
     for left, top, text, width in lines:
         words, most = " ".join(legible(text).split()), width // LETTER
