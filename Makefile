@@ -42,7 +42,7 @@ test-upstream: upstream-source .venv-upstream/installed
 	rm -rf .venv-upstream/source && cp -R "$(SOURCE)" .venv-upstream/source # its setup.py writes into its folder
 	$(UPSTREAM)/pip install --disable-pip-version-check --force-reinstall --no-deps .venv-upstream/source
 	$(UPSTREAM)/python -m pytest tests/test_upstream.py tests/test_golden.py tests/test_loading.py tests/test_bench.py \
-		tests/test_sampling.py tests/test_unscored.py
+		tests/test_sampling.py tests/test_reference_free.py
 
 upstream-source:
 	@test -f "$(SOURCE)/diffnext/__init__.py" || { echo "SOURCE=folder must be one of URSA's source"; exit 2; }

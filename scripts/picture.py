@@ -3,8 +3,8 @@
 one-pass.gif shows the teacher's 25 passes beside the one pass of the student that ships, from the same noise, on the
 built-in world; explorer.png the explorer on it, as chromium draws it.
 
-`python scripts/picture.py FOLDER [--student RUN]` makes sprites.gif of a teacher of the world of pictures, guided, and
-of a student beside it.
+`python scripts/picture.py sprites [--student RUN]` makes sprites.gif of the teacher of the world of pictures, or of
+another one in a folder, guided, and of a student beside it.
 """
 
 import argparse
@@ -41,18 +41,19 @@ IMAGES = Path("docs/images")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?", type=Path)
+    parser.add_argument("folder", nargs="?")
     parser.add_argument("--student", type=Path)
     args = parser.parse_args()
     if args.folder:
         try:
-            world = load_world(args.folder)
+            folder = checkpoint_folder(args.folder)
+            world = load_world(folder)
         except DimoError as error:
             parser.error(str(error))
         if world.name != "sprites":
             parser.error(f"{args.folder} is a teacher of {world.name}, but one of sprites is needed")
         prompts = world.held_out[3::17]
-        passes(args.folder, args.student, prompts, IMAGES / "sprites.gif", Look(cell=128, columns=2), guidance=3.0)
+        passes(folder, args.student, prompts, IMAGES / "sprites.gif", Look(cell=128, columns=2), guidance=2.0)
     else:
         passes(checkpoint_folder("shapes"), SHIPPED_STUDENT, PROMPTS, IMAGES / "one-pass.gif", Look(cell=88, columns=4))
         explorer()

@@ -1,10 +1,11 @@
-"""Make what the sprites world ships with, and measure it.
+"""Make the pictures, the tokenizer and a contact sheet of the sprites world, and measure its two judges.
+
+What a teacher or a student has learnt: scripts/sprites_judge.py.
 
 python scripts/sprites.py pictures    # dimo/worlds/data/sprites/*.png; needs Debian's fonts-noto-color-emoji
 python scripts/sprites.py vae         # dimo/worlds/data/sprites/vae: the patches and their codes
 python scripts/sprites.py gate        # how often clips are read right, as drawn and after the tokenizer
 python scripts/sprites.py failures    # what oracle and reader say of clips that are not right
-python scripts/sprites.py judge FOLDER [--student RUN --passes 1 --guidance 1]    # a teacher, or a student
 python scripts/sprites.py times       # how much a noised token says of the clean one, by t
 python scripts/sprites.py sheet       # runs/sprites.png
 """
@@ -12,30 +13,24 @@ python scripts/sprites.py sheet       # runs/sprites.png
 from __future__ import annotations
 
 import argparse
-import itertools
 import math
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from dimo.evaluation.scored import coverage_detail
-from dimo.ursa import MetricPath, load_ursa, sample
-from dimo.ursa.loading import load_student
+from dimo.ursa import MetricPath
 from dimo.ursa.patch_vae import PatchVae
-from dimo.ursa.sampler import student_times
 from dimo.views.sheets import video_sheet
-from dimo.worlds import DATA, load_world
-from dimo.worlds.exact import exact_teacher
+from dimo.worlds import DATA
 from dimo.worlds.fsq import fsq_codebook
 from dimo.worlds.oracle import score
-from dimo.worlds.protocol import prompt_index, prompt_length
+from dimo.worlds.protocol import prompt_index
 from dimo.worlds.sprite_frames import BLOCK, CARD, CELL, CELLS, SIZES, SPRITES, TEXTURES, TILE, pieces, render
-from dimo.worlds.sprite_reader import agreement, read, reads_as
+from dimo.worlds.sprite_reader import read, reads_as
 from dimo.worlds.sprites import FSQ, SpritesWorld
-from dimo.worlds.teacher import PAD, RECIPES, words
+from dimo.worlds.teacher import RECIPES
 
 FOLDER = DATA / "sprites"
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")  # Debian's package fonts-noto-color-emoji
@@ -208,50 +203,6 @@ def failures(clips: int, seed: int) -> None:
         print(f"{name:32}" + "".join(f"  {what} {share:.3f}" for what, share in named))
 
 
-@torch.no_grad()
-def judge(
-    folder: Path, weights: Path | None, passes: list[int], guidance: list[float], videos: int, exact: bool
-) -> None:
-    """Print what oracle and reader say of a teacher's, or a student's, videos of held-out prompts; write a sheet."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    ursa, world = load_ursa(folder, device, torch.bfloat16 if device == "cuda" else torch.float32), load_world(folder)
-    network = load_student(ursa, weights) if weights else ursa.transformer
-    network = exact_teacher(folder, ursa.path) if exact else network
-    asked = [prompt for prompt in world.held_out for _ in range(videos)]
-    index, ids = prompt_index(world, asked), ursa.tokenize(asked, prompt_length(world)).to(device)
-    print(f"{len(asked)} videos of {len(world.held_out)} held-out prompts by {'exact' if exact else weights or folder}")
-    print(
-        "passes guidance | valid adherent tokens | read as the prompt: sprite, motion, strength, texture, time, sure | "
-        "coverage of places, phases | seconds"
-    )
-    shown = {}
-    for steps, scale in itertools.product(passes, guidance):
-        generator, begin = torch.Generator(device).manual_seed(0), time.perf_counter()
-        made = [
-            sample(
-                network, ursa.path, part, world.latents_shape, student_times(ursa.path, steps) if weights else steps,
-                generator=generator, guidance_scale=scale,
-                uncond_ids=torch.full_like(part, words(world).index(PAD)),
-            )
-            for part in ids.split(256)
-        ]  # fmt: skip
-        codes = torch.cat(made)
-        seconds, scores, right = time.perf_counter() - begin, score(world, codes, asked), agreement(world, codes, index)
-        seen = torch.stack(list(right.values())).all(0)
-        parts = " ".join(f"{x.float().mean():.3f}" for x in right.values())
-        shares = [x.float().mean().item() for x in (scores.valid, scores.adherent, scores.accuracy)]
-        detail = coverage_detail(scores, near=True)
-        covered = [f"{detail[name]:.3f}" if detail[name] is not None else "none" for name in ("places", "phases")]
-        print(
-            f"{steps:6} {scale:8g} | {shares[0]:.3f} {shares[1]:8.3f} {shares[2]:6.3f} | "
-            f"{seen.float().mean():18.3f}: {parts} | {covered[0]:>20}, {covered[1]} | {seconds:.1f}", flush=True,
-        )  # fmt: skip
-        few = codes[:: 5 * videos].cpu().view(-1, *world.latents_shape)
-        shown[f"{steps} passes, guidance {scale:g}"] = world.decoder().decode(few)
-    out = Path(weights or folder)
-    video_sheet(shown, asked[:: 5 * videos]).savefig((out if out.is_dir() else out.parent) / "judged.png", dpi=100)
-
-
 def times() -> None:
     """Print by t the mutual information of a noised token and the clean one, of which all used codes are as likely."""
     world, recipe = SpritesWorld(), RECIPES["sprites"]
@@ -278,13 +229,6 @@ def main() -> None:
     actions.add_parser("pictures").add_argument("--font", type=Path, default=FONT)
     actions.add_parser("vae")
     actions.add_parser("times")
-    one = actions.add_parser("judge")
-    one.add_argument("folder", type=Path)
-    one.add_argument("--student", type=Path)
-    one.add_argument("--exact", action="store_true")
-    one.add_argument("--passes", type=int, nargs="+", default=[25])
-    one.add_argument("--guidance", type=float, nargs="+", default=[1.0, 3.0, 5.0])
-    one.add_argument("--videos", type=int, default=16)
     for name, clips in {"gate": 256, "failures": 32, "sheet": 9}.items():
         one = actions.add_parser(name)
         one.add_argument("--clips", type=int, default=clips)
@@ -297,8 +241,6 @@ def main() -> None:
         PatchVae(table()).save(FOLDER / "vae")
     elif args.action == "times":
         times()
-    elif args.action == "judge":
-        judge(args.folder, args.student, args.passes, args.guidance, args.videos, args.exact)
     elif args.action == "sheet":
         sheet(args.out, args.clips, args.seed)
     else:

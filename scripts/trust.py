@@ -100,7 +100,7 @@ class Bench:
         """Codes (P, V, N), judged by the teacher as in an evaluation, of which the first OTHER of each prompt."""
         some = codes[:, :OTHER].flatten(0, 1).to(self.device)
         choice_ids, noise = self.choices.repeat_interleave(OTHER, 0), torch.Generator(self.device).manual_seed(9)
-        judged = judging.judge(self.ursa, some, choice_ids, self.empty, self.grid, noise)
+        judged = judging.judge(self.ursa, some, choice_ids, self.empty, self.grid, noise, **self.guidance)
         judged |= in_pixels(self.ursa, some.view(-1, *self.grid))
         if network is not None:
             x_init = torch.randint(

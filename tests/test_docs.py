@@ -91,6 +91,16 @@ def test_commands_of_a_page_are_taken_as_they_stand(page):
             load_config(args.config, [*args.overrides, *(as_override(flags().get(k, k), v) for k, _, v in words)])
 
 
+def test_files_that_documentation_and_makefile_name_are_there():
+    invented = {"extending.md", "experiments-shapes.md"}  # examples, and files of earlier commits
+    pages = [ROOT / name for name in ("Makefile", "README.md", "CONTRIBUTING.md", "mkdocs.yml")]
+    pages += [page for page in (ROOT / "docs").rglob("*.md") if page.name not in invented]
+    path = r"\b(?:dimo|scripts|tests|notebooks)/[\w/-]+\.(?:py|ipynb|yaml)\b"
+    named = {(page.name, file) for page in pages for file in re.findall(path, page.read_text())}
+    assert len(named) > 50
+    assert [(page, file) for page, file in sorted(named) if not (ROOT / file).exists()] == []
+
+
 def test_links_of_the_readme_lead_somewhere():
     text = (ROOT / "README.md").read_text()
     targets = [link.split("#")[0] for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("http")]

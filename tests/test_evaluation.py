@@ -2,6 +2,7 @@
 
 import json
 
+import imageio.v3 as iio
 import pytest
 import torch
 
@@ -43,7 +44,8 @@ def test_rows_are_what_the_samplers_and_the_oracle_give(world, ursa):
     assert not torch.equal(codes["student_1"], codes["student_1_argmax"])
     first, second = ursa.path.codebook[again.view(48, 2, 48)].unbind(1)
     assert rows["teacher_3"]["spread"] == pytest.approx((first - second).square().sum(-1).mean().item(), rel=1e-4)
-    assert rows["teacher_3"]["distinct"] == 1 - (again[::2] == again[1::2]).all(1).float().mean().item() / 2
+    same = (again[::2] == again[1::2]).all(1).float().mean().item()
+    assert rows["teacher_3"]["distinct"] == pytest.approx(1 - same / 2)
     keys = ["validity", "adherence", "token_accuracy", "coverage", "coverage_near", "coverage_detail", "videos"]
     keys += ["seconds_per_video", "spread", "distinct", "intervals"]
     assert all(list(row) == keys for row in rows.values()) and "undefined" in format_table(rows)
@@ -113,6 +115,7 @@ def test_a_report_and_a_sheet_are_written(ursa, tmp_path):
     rows = evaluate_to_folder(config, tmp_path / "student", tmp_path / "out", progress=False)
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == rows
     assert (tmp_path / "out" / "sheet.png").read_bytes()[:4] == b"\x89PNG"
+    assert iio.imread(tmp_path / "out" / "clips.mp4").shape == (9, 22 + 6 * 182, 3 * 168 - 8, 3)
     with pytest.raises(DimoError, match="latents_shape"):
         evaluate_to_folder(load_config("smoke", ["distill.width=40"]), tmp_path / "student", tmp_path, progress=False)
 

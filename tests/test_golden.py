@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dimo.commands.sample import write_frames
 from dimo.config import load_config
 from dimo.train.trainer import Trainer
 from dimo.ursa import (
@@ -29,6 +28,7 @@ from dimo.ursa.frames import eight_bits, frames_of
 from dimo.ursa.loading import load_student
 from dimo.ursa.sampler import Trajectory
 from dimo.ursa.weights import read_pickle, read_weights
+from dimo.views.clips import write_frames
 
 DATA = Path(__file__).parent / "data"
 GOLDEN, TINY, STUDENT = DATA / "golden", DATA / "tiny-ursa", DATA / "tiny-student"

@@ -117,6 +117,7 @@ def ranked(world, ursa):
         "one_look": by_prompt[:1, :1].expand_as(by_prompt),
         "ignores": by_prompt.roll(5, 0),
         "static": grid[:, :1].expand_as(grid),
+        "late": grid[:, [0, *range(grid.shape[1] - 1)]],  # by a frame
         "noisy": torch.where(
             torch.rand(good.shape, generator=g) < 0.1, torch.randint(10, good.shape, generator=g), good
         ),
@@ -156,6 +157,10 @@ def off(metric, value):
         ("ignores", "retrieval", True),
         ("static", "motion", True),
         ("static", "frechet", False),
+        ("late", "teacher_nll", True),
+        ("late", "nll_difference", True),
+        ("late", "prompt_gain", True),
+        ("late", "motion", False),
     ],
 )
 def test_what_was_made_to_fail_ranks_below_the_shipped_student(ranked, failed, metric, surely):
@@ -170,7 +175,9 @@ def test_what_fails_in_one_way_may_be_fine_in_another(ranked):
     """Why no single figure suffices."""
     assert ranked["collapsed"]["teacher_nll"] == pytest.approx(ranked["good"]["teacher_nll"], abs=0.05)
     assert ranked["ignores"]["frechet"] == pytest.approx(ranked["good"]["frechet"], rel=0.2)
-    assert ranked["ignores"]["feature_coverage"] == ranked["good"]["feature_coverage"]
+    for unseen in ("ignores", "late", "static"):
+        assert ranked[unseen]["feature_coverage"] == ranked["good"]["feature_coverage"]
+    assert ranked["late"]["spread"] == ranked["good"]["spread"]
     assert ranked["again"]["nll_difference"] == pytest.approx(0, abs=0.05)
     assert ranked["again"]["frechet"] == pytest.approx(ranked["teacher"]["frechet"], rel=0.2) and (
         ranked["again"]["frechet"] > 0

@@ -1,5 +1,6 @@
 """The five notebooks, really executed at smoke size; and what the repository promises about them."""
 
+import base64
 import json
 import re
 import shutil
@@ -59,6 +60,8 @@ def test_all_five_execute_and_leave_a_report(executed):
     )
     page = (run.path / "report.html").read_text()
     assert "student_1_argmax" in page and "sheet.png" in page and "notebooks/03_train.html" in page
+    clips = base64.b64encode((run.path / "clips.mp4").read_bytes()).decode()  # in the page itself
+    assert f'src="data:video/mp4;base64,{clips}"' in page
     assert run.status()["state"] == "finished" and (run.path / "curves.png").exists()
     last = json.loads((run.path / "notebooks" / "05_evaluation.ipynb").read_text())
     printed = "".join(t for c in last["cells"] for o in c.get("outputs", []) for t in o.get("text", []))

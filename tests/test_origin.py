@@ -12,7 +12,8 @@ from dimo.commands.cli import main
 from dimo.commands.sample import Request, sample_to_folder
 from dimo.config import load_config, to_yaml
 from dimo.errors import DimoError
-from dimo.run.origin import run_of
+from dimo.run.origin import require_comparable, run_of
+from dimo.run.sources import SOURCES, read_sources, to_json
 from dimo.ursa import load_ursa, save_student
 from dimo.worlds import DATA
 
@@ -113,3 +114,54 @@ def test_a_damaged_configuration_of_a_run_is_not_passed_over(work, capsys):
     assert main(["evaluate", str(run)]) == 2 and "optim is set twice" in capsys.readouterr().err
     with pytest.raises(DimoError, match="optim is set twice"):
         sample_to_folder(Request(student_ckpt=str(run)), ["rain"], work / "out")
+
+
+@pytest.fixture
+def another(work, tmp_path):
+    """Makes a copy of the run's teacher, whose content the run has recorded, with one of its files changed."""
+    recorded = read_sources({"distill": {"teacher_ckpt": str(work / "teachers" / "tiny")}})
+    (work / "runs" / "slow" / SOURCES).write_text(to_json(recorded))
+
+    def make(file, change):
+        folder = shutil.copytree(TINY, tmp_path / "another", dirs_exist_ok=True)
+        change(folder / file)
+        return folder
+
+    return make
+
+
+def turn_codebook(file):
+    torch.save({name: values.flip(0) for name, values in torch.load(file, weights_only=True).items()}, file)
+
+
+def exchange_two_words(file):
+    content = json.loads(file.read_text())
+    vocabulary = content["model"]["vocab"]
+    one, other = list(vocabulary)[-2:]
+    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+    file.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "what"),
+    [
+        ("scheduler/scheduler_model.pth", turn_codebook, "codebook"),
+        ("tokenizer/tokenizer.json", exchange_two_words, "vocabulary"),
+    ],
+)
+def test_a_teacher_whose_ids_mean_something_else_is_refused(file, change, what, work, another, tmp_path, capsys):
+    run, teacher, out = work / "runs" / "slow", another(file, change), tmp_path / "out"
+    for words in (["evaluate", str(run)], ["sample", "--student_ckpt", str(run), "--prompt", "rain"]):
+        assert main([*words, "--teacher_ckpt", str(teacher), "--out_dir", str(out)]) == 2
+        error = capsys.readouterr().err
+        assert f"was trained with another {what} than that of {teacher}: {file} differs" in error
+        assert not out.exists()
+
+
+def test_another_teacher_of_the_same_meaning_and_another_size_are_taken_and_the_size_is_said(work, another, caplog):
+    teacher = another("scheduler/scheduler_config.json", lambda file: file.write_text(file.read_text() + "\n"))
+    run = work / "runs" / "slow"
+    for more, said in (([], ""), (["distill.width=32"], "for videos of 5x8x16, and is evaluated at 5x8x32")):
+        caplog.clear()
+        require_comparable(run, load_config(run / "config.yaml", [f"distill.teacher_ckpt={teacher}", *more]))
+        assert bool(caplog.text) == bool(said) and said in caplog.text

@@ -140,7 +140,10 @@ def test_rows(tiny):
     arg_max = visual_logits(tiny.transformer, txt_ids, x_init, GRID).argmax(-1)
     assert torch.equal(codes["student_1_argmax"], arg_max)
     assert rows["student_1_argmax"]["codes_used"] == len(set(arg_max.flatten().tolist()))
-    assert rows["student_1_argmax"]["diversity"] == reference_free.diversity(arg_max.view(3, 2, 64))
+    assert rows["student_1_argmax"]["diversity"] == pytest.approx(reference_free.diversity(arg_max.view(3, 2, 64)))
+    of_each = [reference_free.diversity(arg_max.view(3, 2, 64)[i : i + 1]) for i in range(3)]
+    low, high = rows["student_1_argmax"]["intervals"]["diversity"]
+    assert (low, high) == (pytest.approx(min(of_each)), pytest.approx(max(of_each)))  # of three prompts, 1/27 are one
     entropy = reference_free.pass_entropy(tiny.transformer, txt_ids, x_init, GRID).mean().item()
     assert rows["student_1"]["token_entropy"] == pytest.approx(entropy, abs=1e-6)
     assert rows["student_1"]["token_entropy"] == rows["student_1_argmax"]["token_entropy"]
@@ -236,7 +239,7 @@ def test_without_a_decoder_the_codes_stay_and_a_sentence_says_what_to_install(tm
     with caplog.at_level(logging.WARNING):
         rows = evaluate_to_folder(config, tmp_path / "student", tmp_path / "out", progress=False)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["codes.safetensors", "report.json"]
-    assert "sheet.png is not written: diffnext cannot be used: pip install it" in caplog.text
+    assert "sheet.png and clips.mp4 are not written: diffnext cannot be used: pip install it" in caplog.text
     assert rows["student_1"]["diversity"] is None and math.isfinite(rows["teacher_4"]["teacher_nll"])
 
 

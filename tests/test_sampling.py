@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from dimo.commands import sample as sampling
 from dimo.commands.cli import main
 from dimo.commands.inspect_folder import inspect_folder
-from dimo.commands.sample import Request, read_prompts, sample_to_folder, write_frames
+from dimo.commands.sample import Request, read_prompts, sample_to_folder
 from dimo.errors import DimoError
 from dimo.ursa import chunks, jump, sample
+from dimo.views.clips import write_frames
 from dimo.worlds import checkpoint_folder
 
 TINY = Path(__file__).parent / "data" / "tiny-ursa"

@@ -1,6 +1,9 @@
 """Rank correlations against closed forms and scipy's recorded values, and what reports say of them."""
 
+import argparse
 import random
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +11,8 @@ import torch
 from dimo.errors import DimoError
 from dimo.evaluation import trust
 from dimo.evaluation.metrics import JUDGED, REFERENCE_FREE, legend
+from dimo.worlds.teacher import TeacherRecipe, make_teacher
+from dimo.worlds.tiles import TilesWorld
 
 
 def plain_spearman(one, other):
@@ -69,3 +74,17 @@ def test_what_ships_names_metrics_and_reports_quote_it():
     assert 0 < len(weak) < len(measured) and all(said[name].endswith(": weak.") for name in weak)
     assert trust.sentence("seconds_per_video") == "" and not trust.is_weak("seconds_per_video")
     assert trust.weak_ones(weak[:1] + ["seconds_per_video"]).startswith("Weak") and trust.weak_ones([]) == ""
+
+
+def test_a_guided_worlds_students_are_measured_under_the_guided_teacher(tmp_path):
+    recipe = TeacherRecipe(layers=1, hidden=32, heads=2, head_dim=16, batch_size=2, steps=1)
+    make_teacher(TilesWorld(frames=2, codes=16), recipe, tmp_path / "world", videos_per_prompt=1)
+    own = [f"distill.teacher_ckpt={tmp_path / 'world'}", "distill.num_frames=5", "distill.height=32"]
+    own += ["distill.width=32", "model.device=cpu"]
+    script = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "trust.py"))
+    for scale in (1, 3):
+        overrides = [*own, f"distill.guidance_scale={scale}"]
+        bench = script["Bench"](argparse.Namespace(preset="tiles", overrides=overrides, videos=4))
+        row = bench.measure(bench.teacher.by_prompt)
+        assert ("guided_nll" in row["metrics"]) == (scale > 1)
+        assert row["oracle"].keys() == {*script["ORACLE"]} and row["metrics"]["teacher_nll"] > 0

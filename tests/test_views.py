@@ -4,6 +4,7 @@ import io
 import logging
 import warnings
 
+import imageio.v3 as iio
 import matplotlib
 import matplotlib.image
 import numpy
@@ -12,10 +13,13 @@ import torch
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.core.pylabtools import select_figure_formats
 
+from dimo.commands.report import BESIDE, write_run_report
+from dimo.config import load_config, to_yaml
 from dimo.errors import DimoError
 from dimo.run.folder import RunFolder
 from dimo.views import fonts
 from dimo.views.checks import Checks
+from dimo.views.clips import save_clips, side_by_side
 from dimo.views.plots import histogram, input_map, lines, path_maps, token_maps
 from dimo.views.sheets import save_sheet, video_sheet
 from dimo.views.widgets import Sheets
@@ -110,7 +114,7 @@ def test_token_maps_share_one_scale():
 
 
 def test_a_map_of_small_values_beside_one_of_large_ones_is_not_of_one_colour():
-    after = 0.02 * torch.rand(2, 3, 3)
+    after = 0.02 * torch.linspace(0.05, 1, 9).view(1, 3, 3).expand(2, 3, 3)
     shown = [ax.images[0] for ax in token_maps({"before": 1 + torch.rand(2, 3, 3), "after": after}, "nats").axes[:4]]
     colours = shown[2].norm(shown[2].get_array())
     assert colours.max() - colours.min() > 0.2 and len({i.get_clim() for i in shown}) == 1
@@ -141,6 +145,43 @@ def test_sheet_shows_each_videos_own_pixels(tmp_path):
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["sheet.png"]
     with pytest.raises(DimoError, match=r"columns\['teacher'\] must have shape"):
         video_sheet({"teacher": frames[:1]}, ["p", "q"])
+
+
+def lettered(page):
+    """Whether there is anything but white on a page (H, W, 3)."""
+    return bool((page < 0.5).any())
+
+
+def test_clips_play_each_video_in_its_own_place(tmp_path):
+    frames = torch.rand(2, 5, 16, 32, 3)
+    prompts = ["for $ or $$, 日本", "a long caption " * 50]
+    page = side_by_side({"teacher": frames, "student": 1 - frames}, prompts)
+    assert page.shape == (5, 22 + 2 * (22 + 80), 2 * 160 + 8, 3)  # five times as large; a line above each row and all
+    for row, column, videos in ((0, 0, frames), (1, 1, 1 - frames)):
+        top, left = 44 + row * 102, column * 168
+        assert torch.equal(page[:, top : top + 80 : 5, left : left + 160 : 5], videos[row])
+    assert all(lettered(page[0, a : a + 22, left : left + 160]) for a, left in ((0, 0), (0, 168), (22, 0), (124, 168)))
+    assert (page[:, :, 160:168][:, 44:124] == 1).all()  # the gap
+    save_clips(tmp_path / "clips.mp4", {"teacher": frames}, prompts)
+    seen = torch.from_numpy(iio.imread(tmp_path / "clips.mp4")).float() / 255
+    want = side_by_side({"teacher": frames}, prompts)
+    assert seen.shape == want.shape and (seen - want).abs().mean() < 0.2  # noise at full contrast is not kept
+    save_clips(tmp_path / "clips.mp4", {"teacher": frames[:, :1]}, prompts)  # images
+    assert not (tmp_path / "clips.mp4").exists()
+    large = torch.rand(1, 2, 320, 512, 3)
+    page = side_by_side({"a": large}, ["p"])
+    assert page.shape == (2, 204, 256, 3)
+    assert torch.allclose(page[:, 44:], large[0].unflatten(2, (256, 2)).unflatten(1, (160, 2)).mean((2, 4)), atol=1e-6)
+    with pytest.raises(DimoError, match=r"columns\['teacher'\] must have shape"):
+        side_by_side({"teacher": frames[:1]}, prompts)
+
+
+@pytest.mark.parametrize("there", [BESIDE, BESIDE + 1])
+def test_clips_that_a_report_has_no_room_for_are_a_link(there, tmp_path):
+    run = RunFolder.open(tmp_path / "new", to_yaml(load_config("smoke", [f"experiment.output_dir={tmp_path / 'new'}"])))
+    (run.path / "clips.mp4").write_bytes(bytes(there))
+    page = write_run_report(run, most=1).read_text()
+    assert ("data:video/mp4;base64,AAAA" in page) == (there == BESIDE) != ("<a href='clips.mp4'>" in page)
 
 
 def labels_of(prompts, tmp_path, caplog):

@@ -159,7 +159,7 @@ def _evaluate(args) -> None:
     print(format_table(rows) if args.all else format_summary(rows), *filter(None, weak), "", sep="\n")
     after = {sampling(None if source == SHIPPED_STUDENT else source, config.distill.teacher_ckpt): "a video of it"}
     after |= {f"report {source}": "the run as one page"} if is_run else {"run -c shapes": "distil a student yourself"}
-    print(ending(out, ["report.json", "sheet.png", "codes.safetensors"], after))
+    print(ending(out, ["report.json", "sheet.png", "clips.mp4", "codes.safetensors"], after))
 
 
 def _student(given: str | None) -> Path:

@@ -16,6 +16,7 @@ MADE = {
     "report.html": "the run as one page: open it in a browser, and click a token",
     "report.json": "every metric, with 95% intervals",
     "sheet.png": "videos of teacher and student, from the same noise",
+    "clips.mp4": "the same videos, playing beside each other",
     "codes.safetensors": "the codes of all these videos",
     "notebooks": "the executed notebooks, also as pages",
     "checkpoints/final": "the student, as student.pt and as a folder",

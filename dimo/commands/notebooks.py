@@ -318,7 +318,8 @@ def print_summary(run: RunFolder, teacher_ckpt: str) -> None:
         after["train -c shapes optim.lr=5e-4 --name slow"] = "another run, with a key changed"
     elif (run.path / "checkpoints" / "final").exists():
         after[f"export {run.path} exported"] = "the student, for URSA's own pipeline"
-    print("", ending(run.path, ["report.html", "sheet.png", "notebooks", "checkpoints/final"], after), sep="\n")
+    made = ["report.html", "sheet.png", "clips.mp4", "notebooks", "checkpoints/final"]
+    print("", ending(run.path, made, after), sep="\n")
 
 
 def _require_jupyter():

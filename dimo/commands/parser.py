@@ -125,12 +125,12 @@ def _add_results(command: Callable) -> None:
     """Commands that use the results of training."""
     sub = command("evaluate", "compare a student with its teacher on the same noise",
                   "Compare a student with its teacher in 1 to 25 steps, on the same prompts and noise and "
-                  "with the same metrics; writes report.json and sheet.png.")  # fmt: skip
+                  "with the same metrics; writes report.json, sheet.png and clips.mp4.")  # fmt: skip
     sub.add_argument("student", nargs="?",
                      help="a run folder, student.pt, a .safetensors file, a folder with one of them, or a world whose "
                      "student ships (default: the built-in world's)")  # fmt: skip
     sub.add_argument("--student_ckpt", help="the same, as a flag")
-    sub.add_argument("-o", "--out", "--out_dir", help="folder for report.json and sheet.png (default: the run folder "
+    sub.add_argument("-o", "--out", "--out_dir", help="folder for report.json and pictures (default: the run folder "
                      "if one was given, else runs/evaluation)")  # fmt: skip
     sub.add_argument("--all", action="store_true", help="print every metric with its interval, in a wide table")
     sub.add_argument("--set", action="append", default=[], help=argparse.SUPPRESS)  # key=value, in its older spelling

@@ -11,7 +11,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from dimo.commands.sample import write_frames
 from dimo.errors import DimoError, reason
 from dimo.evaluation.evaluate import format_cell, prompts_of
 from dimo.evaluation.metrics import columns_of, legend
@@ -20,6 +19,7 @@ from dimo.run.checkpoints import STEP, step_of
 from dimo.run.folder import RunFolder
 from dimo.run.origin import run_config
 from dimo.views.alarms import alarms
+from dimo.views.clips import write_frames
 from dimo.views.dashboard import named
 from dimo.views.dashboard_stored import stored_dashboard
 from dimo.views.explorer import HERE, PAGE, STYLE
@@ -29,13 +29,14 @@ from dimo.views.models import checkpoints_of, open_models
 from dimo.worlds import checkpoint_folder, is_world
 
 MOST, CLIPS = 10_000_000, 4  # bytes of the page; clips shown
+BESIDE = 1_500_000  # bytes of clips.mp4 that the page has room for
 SMALL = 2**18  # pixels of a video: of such a world several checkpoints are shown
 SCRIPTS = (PAGE, HERE / "explorer_stored.js", HERE / "dashboard_stored.js")
 LOOK = """
 body { font: 15px/1.5 system-ui, "DejaVu Sans", sans-serif; color: #1b1b1b; max-width: 1300px; margin: 1.5em auto;
   padding: 0 1em; }
 img, video { max-width: 100%; } figure { display: inline-block; margin: 0 1em 1em 0; vertical-align: top; }
-figcaption { font-size: 13px; color: #444; } video { width: 256px; image-rendering: pixelated; }
+figcaption { font-size: 13px; color: #444; } figure video { width: 256px; image-rendering: pixelated; }
 table { border-collapse: collapse; } td, th { text-align: right; padding: .2em .6em; border-bottom: 1px solid #ccc; }
 .wide { overflow-x: auto; } .wide td { white-space: nowrap; line-height: 1.2; } small { color: #555; }
 td:first-child, th:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
@@ -160,13 +161,10 @@ def _clips(explorer: ExplorerView) -> str:
                 file = write_frames(Path(folder) / "clip", frames)
             except (DimoError, ImportError) as error:
                 return f"<h2>Clips</h2><p>There are none: {html.escape(reason(error))}.</p>"
-            alt, data = f"the student's video of: {html.escape(prompt)}", base64.b64encode(file.read_bytes()).decode()
-            if file.suffix == ".mp4":
-                made = f'<video autoplay loop muted playsinline controls aria-label="{alt}" '
-                made += f'src="data:video/mp4;base64,{data}"></video>'
-            else:
-                made = f'<img alt="{alt}" src="data:image/png;base64,{data}">'
-            shown.append(f"<figure>{made}<figcaption>{html.escape(prompt)}</figcaption></figure>")
+            alt, show = f"the student's video of: {prompt}", _video if file.suffix == ".mp4" else _image
+            shown.append(
+                f"<figure>{show(file.read_bytes(), alt)}<figcaption>{html.escape(prompt)}</figcaption></figure>"
+            )
     return f"<h2>Clips of the student, one pass</h2>{''.join(shown)}"
 
 
@@ -193,8 +191,21 @@ def _samples(run: RunFolder) -> str:
 
 
 def _pictures(run: RunFolder) -> str:
-    file, alt = run.path / "sheet.png", "sheet.png: videos of teacher and student for some prompts, from the same noise"
-    return f"<h2>{file.name}</h2>{_image(file.read_bytes(), alt)}" if file.exists() else ""
+    """sheet.png and clips.mp4, the latter as a link where it is too large for the page."""
+    about = "videos of teacher and student for some prompts, from the same noise"
+    sheet, clips, parts = run.path / "sheet.png", run.path / "clips.mp4", list[str]()
+    if sheet.exists():
+        parts.append(f"<h2>{sheet.name}</h2>{_image(sheet.read_bytes(), f'{sheet.name}: {about}')}")
+    if clips.exists():
+        fits = clips.stat().st_size <= BESIDE
+        shown = _video(clips.read_bytes(), f"{clips.name}: {about}") if fits else f"<a href='{clips.name}'>{about}</a>"
+        parts.append(f"<h2>{clips.name}</h2>{shown}")
+    return "".join(parts)
+
+
+def _video(data: bytes, alt: str) -> str:
+    source = f"data:video/mp4;base64,{base64.b64encode(data).decode()}"
+    return f'<video autoplay loop muted playsinline controls aria-label="{html.escape(alt)}" src="{source}"></video>'
 
 
 def _image(data: bytes, alt: str) -> str:

@@ -18,25 +18,21 @@ from dimo.config import default_prompt_length
 from dimo.config.schema import Distill
 from dimo.data.listing import list_files
 from dimo.data.readers import caption_column, caption_text, read_rows
-from dimo.errors import DimoError, reason, require_shape
+from dimo.errors import DimoError, reason
 from dimo.files import save_file, whole_file, write_text
 from dimo.run.origin import run_config, run_of
 from dimo.run.progress import CostBar
+from dimo.run.sources import require_same_meaning
 from dimo.ursa import Ursa, UrsaTransformer, load_ursa, sample
 from dimo.ursa.attention import use_for_sampling
 from dimo.ursa.device import pick_device, pick_dtype
-from dimo.ursa.frames import eight_bits
 from dimo.ursa.loading import DTYPES, load_student
 from dimo.ursa.sampler import student_times, timesteps, warn_if_guided_again
+from dimo.views.clips import FFMPEG, write_frames
 from dimo.worlds import DEFAULT_WORLD, checkpoint_folder, is_world, load_world, require_world, video_size, world_of
 from dimo.worlds.protocol import prompt_index
 
 log = logging.getLogger(__name__)
-FPS = 12  # frames per second of URSA's videos
-FFMPEG = (
-    "`pip install --force-reinstall imageio-ffmpeg` installs an ffmpeg with libx264, unless the environment variable "
-    "IMAGEIO_FFMPEG_EXE names another one"
-)
 
 
 def _flag(default, help: str):
@@ -139,6 +135,9 @@ def open_sampler(
     r.teacher_ckpt = teacher_of(r)
     folder, device = checkpoint_folder(r.teacher_ckpt), pick_device(r.device)
     r.device, r.dtype = device.type, pick_dtype(r.dtype, device)
+    run = run_of(r.student_ckpt) if r.student_ckpt else None
+    if run:
+        require_same_meaning(run, r.teacher_ckpt)
     if trained:
         size = trained.num_frames, trained.height, trained.width
     elif size is None or is_world(folder):
@@ -225,43 +224,6 @@ def _sample_one(sampler: Sampler, prompt: str, stem: Path) -> Path:
     how = {"file": file.name, "prompt": prompt, **dataclasses.asdict(r), **made}
     how |= {"dimo": dimo.__version__, "torch": torch.__version__}
     write_text(file.with_suffix(".json"), json.dumps(how, indent=2, ensure_ascii=False) + "\n")
-    return file
-
-
-def write_frames(stem: Path, frames: torch.Tensor) -> Path:
-    """Write frames atomically as stem.mp4, or as stem.png if there is only one.
-
-    Args:
-        stem: path without suffix.
-        frames: (F, height, width, 3), RGB in [0, 1].
-
-    Returns:
-        The written file.
-
-    Raises:
-        DimoError: ffmpeg failed; the message says what to install.
-    """
-    import imageio.v3 as iio  # slow, so only when needed
-
-    require_shape("frames", frames, ("F", "height", "width", 3))
-    pixels = eight_bits(frames).numpy()
-    if len(pixels) == 1:
-        file = stem.with_name(f"{stem.name}.png")
-        with whole_file(file) as beside:
-            iio.imwrite(beside, pixels[0], extension=".png")
-        return file
-    file = stem.with_name(f"{stem.name}.mp4")
-    # macro_block_size: by default frames are resized to multiples of 16
-    options = {"fps": FPS, "codec": "libx264", "quality": 9, "macro_block_size": 2}
-    with whole_file(file) as beside:
-        try:
-            iio.imwrite(beside, pixels, plugin="FFMPEG", extension=".mp4", **options)
-        except OSError as error:
-            if error.errno:
-                raise
-            raise DimoError(f"ffmpeg could not write {file} ({reason(error)}): {FFMPEG}") from error
-        if not beside.exists():  # imageio ignores ffmpeg's exit code
-            raise DimoError(f"ffmpeg did not write {file}, for the reason on stderr: {FFMPEG}")
     return file
 
 

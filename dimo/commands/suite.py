@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import dimo
-from dimo.commands.sample import Request, Sampler, open_sampler, teacher_of, write_frames
+from dimo.commands.sample import Request, Sampler, open_sampler, teacher_of
 from dimo.commands.suite_files import SUITES, Entry, Suite, SuiteRequest, read_entries, write_metadata
 from dimo.config.values import read_value
 from dimo.errors import DimoError, nearest
@@ -30,6 +30,7 @@ from dimo.run.progress import CostBar
 from dimo.run.sources import teacher_files
 from dimo.ursa.layout import student_file
 from dimo.ursa.weights import read_json, weight_files
+from dimo.views.clips import write_frames
 from dimo.worlds import checkpoint_folder, is_world
 
 log = logging.getLogger(__name__)

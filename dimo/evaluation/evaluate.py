@@ -27,7 +27,7 @@ from dimo.evaluation.reference_free import save_codes
 from dimo.evaluation.spent import format_spent, seconds_of_jobs
 from dimo.evaluation.videos import NUMBERS, Videos
 from dimo.files import write_text
-from dimo.run.origin import trained_steps
+from dimo.run.origin import require_comparable, trained_steps
 from dimo.run.sources import teacher_files
 from dimo.train.prompts import evaluation_prompts, require_prompts_fit, trained_on
 from dimo.ursa import Ursa, UrsaTransformer, load_ursa
@@ -138,11 +138,11 @@ def format_table(rows: dict, wide: int = WIDE) -> str:
 
 
 def evaluate_to_folder(config: Config, weights: str | Path, out: Path, progress: bool = True) -> dict:
-    """Evaluate a student as `config.evaluation` says; write report.json and sheet.png into `out`.
+    """Evaluate a student as `config.evaluation` says; write report.json, sheet.png and clips.mp4 into `out`.
 
-    The sheet shows, for a few prompts, videos of the teacher at its largest number of steps, the teacher in one step
-    and the student in one step and in its own number of steps, all from the same noise. It is omitted with a warning if
-    the VAE cannot be run. For other checkpoints than a world's the prompts are held-out captions
+    Sheet and clips show, for a few prompts, videos of the teacher at its largest number of steps, the teacher in one
+    step and the student in one step and in its own number of steps, all from the same noise. They are omitted with a
+    warning if the VAE cannot be run. For other checkpoints than a world's the prompts are held-out captions
     (`evaluation_prompts`), and the videos are saved in codes.safetensors.
 
     The work is divided among `training.num_processes` processes, at most one per GPU. Finished jobs are kept in
@@ -157,9 +157,11 @@ def evaluate_to_folder(config: Config, weights: str | Path, out: Path, progress:
         {row: {metric: value}}, the content of report.json.
 
     Raises:
-        DimoError: see `open_comparison`; another process evaluates into `out`; or a process failed.
+        DimoError: see `open_comparison` and `require_comparable`; another process evaluates into `out`; or a process
+            failed.
     """
     begin = time.perf_counter()
+    require_comparable(weights, config)
     comparison, world = open_comparison(config, weights, networks=processes_for(config) == 1)
     with alone_in(out):
         return _evaluate_alone(config, weights, out, progress, comparison, world, begin)
@@ -195,7 +197,7 @@ def _evaluate_alone(
         save_codes(out / "codes.safetensors", codes, comparison.prompts, comparison.grid)
     first = {name: c[:: comparison.copies].view(-1, *comparison.grid) for name, c in codes.items()}
     prompts = comparison.prompts[:: comparison.copies]
-    _write_sheet(out / "sheet.png", comparison.ursa, first, prompts, max(config.evaluation.teacher_steps))
+    _write_pictures(out, comparison.ursa, first, prompts, max(config.evaluation.teacher_steps))
     write_report(out / "report.json", rows)
     parts.remove()
     if progress:
@@ -305,13 +307,16 @@ def parts_of(config: Config, weights: str | Path, out: Path, prompts: list[str],
     return Parts(out / PARTS, {key: flat[key] for key in keys} | {"networks": seen, "prompts": prompts}, kept)
 
 
-def _write_sheet(file: Path, ursa: Ursa, codes: dict[str, torch.Tensor], prompts: list[str], most_steps: int) -> None:
-    """Decode and draw codes, {row: (P, T, H, W)} with one video per prompt."""
+def _write_pictures(out: Path, ursa: Ursa, codes: dict[str, torch.Tensor], prompts: list[str], most_steps: int) -> None:
+    """Decode codes, {row: (P, T, H, W)} with one video per prompt, and write sheet.png and clips.mp4."""
+    from dimo.views.clips import save_clips
     from dimo.views.sheets import save_sheet, student_title  # imports matplotlib, so only when needed
 
+    sheet, clips = out / "sheet.png", out / "clips.mp4"
     if ursa.vae is None:
-        file.unlink(missing_ok=True)  # it would show an earlier student
-        log.warning("sheet.png is not written: %s", ursa.no_vae)
+        for file in (sheet, clips):  # they would show an earlier student
+            file.unlink(missing_ok=True)
+        log.warning("sheet.png and clips.mp4 are not written: %s", ursa.no_vae)
         return
     shown = torch.linspace(0, len(prompts) - 1, min(SHEET_PROMPTS, len(prompts))).long()
     own = student_row(codes)
@@ -322,7 +327,12 @@ def _write_sheet(file: Path, ursa: Ursa, codes: dict[str, torch.Tensor], prompts
         student_title(int(own.removeprefix("student_"))): own,
     }
     columns = {title: ursa.decode(codes[name][shown].to(ursa.path.device)).cpu() for title, name in titles.items()}
-    save_sheet(file, columns, [prompts[i] for i in shown.tolist()])
+    some = [prompts[i] for i in shown.tolist()]
+    save_sheet(sheet, columns, some)
+    try:
+        save_clips(clips, columns, some)
+    except DimoError as error:
+        log.warning("clips.mp4 is not written: %s", error)
 
 
 def write_report(file: Path, rows: dict) -> None:

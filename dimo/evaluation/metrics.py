@@ -45,6 +45,13 @@ def _mean(videos: Videos, values: torch.Tensor) -> Estimate:
     return Estimate(values.float().mean().item(), per_prompt.interval if per_prompt else None)
 
 
+def _over_prompts(videos: Videos, figure: Callable[[torch.Tensor], float | None]) -> Estimate | None:
+    """The mean over prompts of a figure of a prompt's codes (1, V, N); None where a prompt has a single video."""
+    if videos.copies < 2:
+        return None
+    return bootstrap.mean(torch.tensor([figure(one) for one in videos.by_prompt.split(1)], dtype=torch.float64))
+
+
 SECONDS = Metric(
     "lower", "seconds to sample one video, without decoding, after a warm-up pass",
     lambda v: v.seconds / len(v.codes),
@@ -57,7 +64,7 @@ SPREAD = Metric(
 
 DISTINCT = Metric(
     "higher", "share of distinct videos among those of a prompt; undefined of a single one",
-    lambda v: distinct(v.by_prompt) if v.copies > 1 else None,
+    lambda v: _over_prompts(v, distinct),
 )  # fmt: skip
 
 SCORED: dict[str, Metric] = {
@@ -96,7 +103,7 @@ REFERENCE_FREE: dict[str, Metric] = {
     "codes_used": Metric("higher", "number of distinct codes in all videos", lambda v: v.codes.unique().numel()),
     "diversity": Metric(
         "higher", "share of tokens in which two videos of a prompt differ; undefined of a single one",
-        lambda v: diversity(v.by_prompt),
+        lambda v: _over_prompts(v, diversity),
     ),
 }  # fmt: skip
 

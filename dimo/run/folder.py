@@ -40,7 +40,8 @@ TEACHER_SAMPLES = "teacher_samples.safetensors"
 FOUND = "trained_on.json"  # {what was asked: which captions of an evaluation the run was trained on}
 OWN = (
     "config.yaml", SOURCES, "environment.json", "status.json", "metrics.jsonl", "events.jsonl", "train.log",
-    "report.json", "report.html", "sheet.png", "curves.png", "codes.safetensors", TEACHER_SAMPLES, FOUND,
+    "report.json", "report.html", "sheet.png", "clips.mp4", "curves.png", "codes.safetensors",
+    TEACHER_SAMPLES, FOUND,
 )  # fmt: skip
 OWN_INSIDE = {  # glob patterns, since users may keep other files in these folders
     "checkpoints": (STEP, MILESTONE, "final", PARTIALS),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +13,10 @@ from dimo.config.load import read_groups, values_of
 from dimo.config.older import BEFORE
 from dimo.errors import DimoError
 from dimo.run.folder import RunFolder
-from dimo.run.sources import PROMPTS, TEACHER, require_same_sources
+from dimo.run.sources import PROMPTS, TEACHER, require_same_meaning, require_same_sources
 from dimo.worlds import built_in_worlds
 
+log = logging.getLogger(__name__)
 PLACES = (TEACHER, PROMPTS)  # keys of paths that sampling and evaluation need
 NAMES = ("world", *built_in_worlds())  # values that are not paths
 
@@ -62,6 +64,24 @@ def trained_steps(student: str | Path) -> int:
     """Number of passes that a student was trained for, 1 if it is in no run folder."""
     run = run_of(student)
     return run_config(run).distill.student_steps if run else 1
+
+
+def require_comparable(student: str | Path, config: Config) -> None:
+    """Check that a student can be put beside the teacher of `config`, as far as its run says what it was trained with.
+
+    Warns where the videos have another size than those it was trained for.
+
+    Raises:
+        DimoError: see `require_same_meaning`.
+    """
+    run = run_of(student)
+    if run is None:
+        return
+    require_same_meaning(run, config.distill.teacher_ckpt)
+    trained, asked = (f"{d.num_frames}x{d.height}x{d.width}" for d in (run_config(run).distill, config.distill))
+    if trained != asked:
+        log.warning("the student was trained for videos of %s, and is evaluated at %s, which it has not learnt",
+                    trained, asked)  # fmt: skip
 
 
 def learns_from(run: Path, config: Config) -> bool:

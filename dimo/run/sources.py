@@ -17,6 +17,11 @@ from dimo.worlds import WORLD_FILE, checkpoint_folder
 
 TEACHER, PROMPTS = "distill.teacher_ckpt", "distill.prompt_source"
 SOURCES = "sources.json"  # in the run folder: {key: {file: {bytes, sha256, seen}}}
+# what codes and token ids mean, by the files of a checkpoint that say so
+MEANING = {
+    "codebook": ("scheduler/scheduler_model.pth",),
+    "vocabulary": ("tokenizer/tokenizer.json", "tokenizer/vocab.json", "tokenizer/merges.txt"),
+}
 BLOCK, BLOCKS = 2**20, 64  # larger caption files are hashed in 64 blocks of 1 MiB spread over the file
 
 
@@ -82,6 +87,25 @@ def require_same_sources(
                 f"first of {len(differ)} file(s); restore the original files, or {START_OVER}"
             )
     return known | found
+
+
+def require_same_meaning(path: Path, teacher: str) -> None:
+    """Check that codes and token ids mean to the student of the run `path` what they mean to a teacher.
+
+    Networks of the same shapes can be run side by side whatever their ids mean, so nothing else would tell.
+
+    Raises:
+        DimoError: `teacher` has another codebook or vocabulary than the teacher of the run.
+    """
+    known = _read(path / SOURCES).get(TEACHER, {}) if (path / SOURCES).exists() else {}
+    files = teacher_files(teacher)
+    for what, names in MEANING.items():
+        for name in names:
+            if name in known and name in files and _content(known[name]) != _content(_describe(files[name], None, {})):
+                raise DimoError(
+                    f"the student of {path} was trained with another {what} than that of {teacher}: {name} differs, so "
+                    "what it makes means nothing there; give the teacher that it was trained with"
+                )
 
 
 def _read(file: Path) -> dict[str, dict]:
