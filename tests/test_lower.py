@@ -13,6 +13,7 @@ from dimo.config import load_config
 from dimo.distill import stages
 from dimo.distill.stages import Step
 from dimo.errors import DimoError
+from dimo.train.passes import passes_of_step
 from dimo.train.trainer import Trainer
 from dimo.ursa import UrsaConfig, UrsaTransformer, load_ursa, predict
 from dimo.ursa.lower import going_on, keeping
@@ -203,3 +204,32 @@ def test_what_is_shared_is_not_counted(keys, left_out):
     width = network.num_attention_heads * network.head_dim
     layer = 2 * 12 * d * (2 * width + 2 * kv + 3 * inner) + 2 * 2 * 12 * 12 * width
     assert counts[0] - counts[1] == left_out * 2 * layer
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        [],
+        ["model.aux_shared_layers=1"],
+        ["model.aux_shared_layers=2", "distill.aux_pass=shared", "distill.t_draws=2", "distill.aux_steps=3"],
+        ["model.aux_shared_layers=2", "distill.aux_objective=match_teacher", "distill.t_draws=2"],
+        ["distill.w_kd=0.1", "distill.kd_every=2", "distill.t_draws=2", "distill.guidance_scale=2"],
+        ["distill.w_kd=0.1", "distill.student_steps=2", "training.gradient_accumulation_steps=2"],
+    ],
+)
+def test_the_passes_of_a_step_are_those_that_its_layers_make(tmp_path, monkeypatch, keys):
+    """A layer's pass counts a third of the network's, twice more where its weights get a gradient from it."""
+    trainer, passes, inner = trainer_for(tmp_path, *keys), [], Layer.forward
+
+    def counted(layer, x, *how):
+        learns = torch.is_grad_enabled() and next(layer.parameters()).requires_grad
+        passes.append(len(x) * (3 if learns else 1) / 3)
+        return inner(layer, x, *how)
+
+    monkeypatch.setattr(Layer, "forward", counted)
+    for index in range(2):  # of which distill.kd_every=2 leaves one without stage 7
+        trainer.step(index)
+    c = trainer.config
+    own = sum(next(layer.parameters()).requires_grad for layer in trainer.networks.aux.model.layers)
+    updates = 4 * c.training.gradient_accumulation_steps * (1 + c.distill.aux_steps * own / 3)
+    assert sum(passes) / 2 + updates == pytest.approx(passes_of_step(c, 3))

@@ -33,7 +33,6 @@ from dimo.bench.parts import (
 )
 from dimo.bench.sizes import (
     model_flops,
-    passes_of,
     random_prompts,
     random_ursa,
     require_size,
@@ -43,6 +42,7 @@ from dimo.bench.sizes import (
 from dimo.config import Config, device_of, load_config
 from dimo.errors import DimoError, nearest, reason
 from dimo.files import write_text
+from dimo.train.passes import passes_of
 from dimo.train.trainer import Trainer
 from dimo.ursa import UrsaTransformer, sample
 from dimo.ursa.loading import import_upstream
