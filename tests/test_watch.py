@@ -127,7 +127,6 @@ WATCHED = """
 import sys
 from dimo.config import load_config, to_yaml
 from dimo.train import watch
-from dimo.train.passes import passes_of_step
 from dimo.train.trainer import Trainer
 
 watch.plan_for, watch.TEACHER_STEPS = lambda *_: watch.Plan(2, 8, 3, 1, 0.03), 2
