@@ -13,8 +13,9 @@ from typing import Any
 
 from dimo.commands.sample import write_frames
 from dimo.errors import DimoError, reason
-from dimo.evaluation.evaluate import format_cell, prompts_of
+from dimo.evaluation.evaluate import format_cell
 from dimo.evaluation.metrics import columns_of, legend
+from dimo.evaluation.summary import prompts_of, teachers_of
 from dimo.files import write_text
 from dimo.run.checkpoints import STEP, step_of
 from dimo.run.folder import RunFolder
@@ -136,8 +137,8 @@ def _table(run: RunFolder) -> str:
     )
     meanings = "<br>".join(html.escape(sentence) for sentence in legend(rows))
     about = f"<details><summary>What the columns mean</summary><p>{meanings}</p></details>"
-    prompts = html.escape(prompts_of(rows))
-    return f"<div class='wide'><table><tr>{head}</tr>{body}</table></div><p>{prompts}</p>{about}"
+    said = "".join(f"<p>{html.escape(sentence)}</p>" for sentence in (teachers_of(rows), prompts_of(rows)) if sentence)
+    return f"<div class='wide'><table><tr>{head}</tr>{body}</table></div>{said}{about}"
 
 
 def _cell(row: dict, column: str) -> str:

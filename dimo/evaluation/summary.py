@@ -44,6 +44,28 @@ def format_summary(rows: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
+def prompts_of(rows: dict) -> str:
+    """A sentence on the prompts of a report; empty for a world, where all prompts are used."""
+    row = rows["student_1"]
+    if "prompts_held_out" not in row:
+        return ""
+    held_out, known = row["prompts_held_out"], row.get("prompts_trained_on")
+    if held_out is None:
+        return "Prompts: captions other than the run's; it is not known which of them it was trained on."
+    if not held_out:
+        return "Prompts: captions that were trained on."
+    of = "caption" if held_out == 1 else "captions"
+    return f"Prompts: {held_out} held-out {of}{f', and {known} that were trained on' if known else ''}."
+
+
+def teachers_of(rows: dict) -> str:
+    """A sentence if the report's teacher is not the one that the student was distilled from, else empty."""
+    row = rows["student_1"]
+    if "distilled_from" not in row:
+        return ""
+    return f"Teacher: {row['teacher']}, but the student was distilled from another one, {row['distilled_from']}."
+
+
 def title_of(row: str) -> str:
     """The name of a report's row in words: student_1 is "student, 1 pass"."""
     kind, steps = row.removesuffix(AGAIN).split("_")[:2]

@@ -12,7 +12,7 @@ from dimo.config.load import read_groups, values_of
 from dimo.config.older import BEFORE
 from dimo.errors import DimoError
 from dimo.run.folder import RunFolder
-from dimo.run.sources import PROMPTS, TEACHER, require_same_sources
+from dimo.run.sources import PROMPTS, TEACHER, is_other_teacher, require_same_sources
 from dimo.worlds import built_in_worlds
 
 PLACES = (TEACHER, PROMPTS)  # keys of paths that sampling and evaluation need
@@ -62,6 +62,14 @@ def trained_steps(student: str | Path) -> int:
     """Number of passes that a student was trained for, 1 if it is in no run folder."""
     run = run_of(student)
     return run_config(run).distill.student_steps if run else 1
+
+
+def other_teacher(student: str | Path, teacher_ckpt: str) -> str:
+    """distill.teacher_ckpt of the student's run, if it is known to have been another teacher; else empty."""
+    run = run_of(student)
+    if run is None or not is_other_teacher(run, teacher_ckpt):
+        return ""
+    return str(values_of(read_groups(run / "config.yaml"))[TEACHER])
 
 
 def learns_from(run: Path, config: Config) -> bool:
