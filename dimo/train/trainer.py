@@ -22,7 +22,7 @@ from dimo.train.engine import Engine
 from dimo.train.graph import StepGraphs, require_capturable
 from dimo.train.guards import Guard
 from dimo.train.metrics import BY_T, MEASURED, QUARTERS, SHARE_OF_T, Averages, gaps_by_t, measured
-from dimo.train.networks import make_networks
+from dimo.train.networks import lower_weights, make_networks
 from dimo.train.optimizers import ema_decay_at, lr_factor, make_optimizers
 from dimo.train.prompts import WorldPrompts, open_prompts
 from dimo.train.sharded import load_full_state, reshard, to_local
@@ -260,11 +260,15 @@ class Trainer:
 
         Returns:
             ({network: full state dict}, optimizers and everything else). If the engine shards, only rank 0 holds them.
+            What the auxiliary shares with the teacher is left out.
         """
         self.look()
         n = self.networks
         networks = {"student": n.student, "aux": n.aux, "ema": n.ema}
-        return {name: self.engine.full_state_dict(net) for name, net in networks.items()}, {
+        tensors = {name: self.engine.full_state_dict(net) for name, net in networks.items()}
+        lower = lower_weights(n.aux, self.shared_layers)
+        tensors["aux"] = {name: value for name, value in tensors["aux"].items() if name not in lower}
+        return tensors, {
             "optimizers": {"student": self.student.state(), "aux": self.aux.state()},
             "prompts": self.prompts.state_dict(),  # one position for all ranks
             "entropy_bonus": self.entropy_bonus.state_dict(),
@@ -297,7 +301,8 @@ class Trainer:
         if self.graphs is not None:
             self.graphs.forget()
         self.student.load_state(tensors["student"], state["optimizers"]["student"])
-        self.aux.load_state(tensors["aux"], state["optimizers"]["aux"])
+        aux = lower_weights(self.networks.aux, self.shared_layers) | tensors["aux"]  # an older checkpoint has all
+        self.aux.load_state(aux, state["optimizers"]["aux"])
         load_full_state(self.networks.ema, tensors["ema"])
         self.prompts.load_state_dict(state["prompts"])
         rank_state = self.engine.of_sharers(rank_state)

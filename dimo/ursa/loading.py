@@ -286,10 +286,14 @@ def load_student(ursa: Ursa, weights: str | Path) -> UrsaTransformer:
     return load_network(ursa, student_file(weights))
 
 
-def load_network(ursa: Ursa, source: Path) -> UrsaTransformer:
-    """Like `load_student`, of exactly this file or folder: a checkpoint's networks too, as they are trained."""
+def load_network(ursa: Ursa, source: Path, shares_layers: bool = False) -> UrsaTransformer:
+    """Like `load_student`, of exactly this file or folder: a checkpoint's networks too, as they are trained.
+
+    `shares_layers`: weights that are not there are the teacher's, as of an auxiliary that shares its first layers.
+    """
     network = copy.deepcopy(ursa.transformer)
-    load_weights(network, read_weights(source), where=str(source))
+    rest = network.state_dict() if shares_layers else {}
+    load_weights(network, rest | read_weights(source), where=str(source))
     _require_same_config(ursa, source)
     return network.to(ursa.path.device)
 

@@ -106,7 +106,8 @@ def open_models(
     ursa = _load(folder, where, pick_dtype(dtype, where, auto), backend or config.model.backend)
     networks: dict[str, Any] = {"teacher": ursa.transformer}
     if aux is not None or found is None:
-        networks["auxiliary"] = ursa.transformer if aux is None else _frozen(ursa, aux)
+        shares = config.model.aux_shared_layers > 0
+        networks["auxiliary"] = ursa.transformer if aux is None else _frozen(ursa, aux, shares)
     networks["student"] = ursa.transformer if found is None else _frozen(ursa, found)
     d = config.distill
     return _warmed(Models(
@@ -162,8 +163,8 @@ def _load(folder: Path, device: torch.device, dtype: str, backend: str) -> Ursa:
     return ursa
 
 
-def _frozen(ursa: Ursa, weights: Path):
-    return load_network(ursa, weights).requires_grad_(False)
+def _frozen(ursa: Ursa, weights: Path, shares_layers: bool = False):
+    return load_network(ursa, weights, shares_layers).requires_grad_(False)
 
 
 def checkpoints_of(run: Path) -> list[int | str]:
