@@ -31,18 +31,20 @@ from dimo.worlds import checkpoint_folder, is_world
 
 MOST, CLIPS = 10_000_000, 4  # bytes of the page; clips shown
 SMALL = 2**18  # pixels of a video: of such a world several checkpoints are shown
-SCRIPTS = (PAGE, HERE / "explorer_stored.js", HERE / "dashboard_stored.js")
+SCRIPTS = (PAGE, HERE / "explorer_stored.js", HERE / "dashboard_stored.js", HERE / "clips.js")
 LOOK = """
 body { font: 15px/1.5 system-ui, "DejaVu Sans", sans-serif; color: #1b1b1b; max-width: 1300px; margin: 1.5em auto;
   padding: 0 1em; }
 img, video { max-width: 100%; } figure { display: inline-block; margin: 0 1em 1em 0; vertical-align: top; }
-figcaption { font-size: 13px; color: #444; } video { width: 256px; image-rendering: pixelated; }
+figcaption { font-size: 13px; color: #444; } video { width: 256px; image-rendering: pixelated; display: block; }
+.clip { padding: 0; border: 0; cursor: pointer; } .clip[aria-pressed=true] video { opacity: .6; }
 table { border-collapse: collapse; } td, th { text-align: right; padding: .2em .6em; border-bottom: 1px solid #ccc; }
 .wide { overflow-x: auto; } .wide td { white-space: nowrap; line-height: 1.2; } small { color: #555; }
 td:first-child, th:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
 .curves { position: relative; display: inline-block; cursor: crosshair; } .curves img { display: block; }
 .curves i { position: absolute; width: 0; border-left: 1.5px solid #d55e00; pointer-events: none; }
-.curves:focus-visible { outline: 2px solid #d55e00; } .told { font-size: 13px; font-variant-numeric: tabular-nums; }
+.curves:focus-visible, .clip:focus-visible { outline: 2px solid #d55e00; }
+.told { font-size: 13px; font-variant-numeric: tabular-nums; }
 #board { display: grid; grid-template-columns: auto minmax(230px, 1fr); gap: 0 1.5em; align-items: start; }
 @media (max-width: 1000px) { #board { grid-template-columns: minmax(0, 1fr); } } .told h3, .told p { margin: .4em 0; }
 pre { font-size: 12px; background: #f6f6f6; padding: .6em; overflow-x: auto; }
@@ -163,12 +165,13 @@ def _clips(explorer: ExplorerView) -> str:
                 return f"<h2>Clips</h2><p>There are none: {html.escape(reason(error))}.</p>"
             alt, data = f"the student's video of: {html.escape(prompt)}", base64.b64encode(file.read_bytes()).decode()
             if file.suffix == ".mp4":
-                made = f'<video autoplay loop muted playsinline controls aria-label="{alt}" '
-                made += f'src="data:video/mp4;base64,{data}"></video>'
+                video = f'<video autoplay loop muted playsinline src="data:video/mp4;base64,{data}"></video>'
+                made = f'<button class="clip" aria-pressed="false" aria-label="stop {alt}">{video}</button>'
             else:
                 made = f'<img alt="{alt}" src="data:image/png;base64,{data}">'
             shown.append(f"<figure>{made}<figcaption>{html.escape(prompt)}</figcaption></figure>")
-    return f"<h2>Clips of the student, one pass</h2>{''.join(shown)}"
+    how = "<p>A click, or enter, stops one and lets it go on.</p>" if any("<video" in clip for clip in shown) else ""
+    return f"<h2>Clips of the student, one pass</h2>{how}{''.join(shown)}"
 
 
 def _curves(run: RunFolder, checkpoints: list[int | str]) -> str:
