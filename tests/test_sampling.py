@@ -210,7 +210,7 @@ def test_guidance_below_one_is_refused_by_the_sampler_too(ursa, world):
         (["--prompt", PROMPTS[0], "--dtype", "int8"], "dtype must be one of auto, float32"),
         (["--prompt", PROMPTS[0], "--backend", "upstream"], "heads of 128|diffnext"),
         (["--prompt", PROMPTS[0], "--student_ckpt", "nowhere.pt"], "weights file nowhere.pt does not exist"),
-        (["--prompt", PROMPTS[0], "--student_ckpt", str(TINY / "transformer")], "do not fit this model"),
+        (["--prompt", PROMPTS[0], "--student_ckpt", str(TINY / "transformer")], "do not fit the teacher"),
         (["--prompt_file", "nowhere.txt"], "nowhere.txt does not exist"),
         (["--teacher_ckpt", "shaps"], "did you mean 'shapes'|prompts must not"),
     ],

@@ -293,7 +293,7 @@ def load_network(ursa: Ursa, source: Path, shares_layers: bool = False) -> UrsaT
     """
     network = copy.deepcopy(ursa.transformer)
     rest = network.state_dict() if shares_layers else {}
-    load_weights(network, rest | read_weights(source), where=str(source))
+    load_weights(network, rest | read_weights(source), where=str(source), model=f"the teacher {ursa.folder}")
     _require_same_config(ursa, source)
     return network.to(ursa.path.device)
 
