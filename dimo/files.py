@@ -14,6 +14,8 @@ from typing import Any
 import safetensors.torch
 import torch
 
+from dimo.errors import DimoError
+
 try:
     import resource
 
@@ -64,6 +66,15 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
         replace_folder(beside, folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def require_place(path: str | Path) -> None:
+    """Raise DimoError unless a file or folder of this name can be written; called before what takes long."""
+    above = next(folder for folder in Path(path).absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise DimoError(f"{path} cannot be written: {above} is a file, not a folder")
+    if not os.access(above, os.W_OK):
+        raise DimoError(f"{path} cannot be written: {above} is not writable")
 
 
 def replace_folder(beside: Path, folder: Path) -> None:

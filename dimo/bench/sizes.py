@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -41,6 +42,13 @@ def require_size(size: str) -> None:
         hint = nearest(size, SIZES)
         hint = hint if "did you mean" in hint else ""
         raise DimoError(f"size must be one of {', '.join(SIZES)}, got {size!r}{hint}")
+
+
+def require_size_alone(size: str, overrides: Sequence[str]) -> None:
+    """Raise DimoError for an unknown size, or overrides that name a teacher as well."""
+    require_size(size)
+    if any(word.startswith("distill.teacher_ckpt=") for word in overrides):
+        raise DimoError(f"--size {size} stands for a teacher without weights, so --teacher_ckpt must be left out")
 
 
 def strides_for(num_frames: int) -> tuple[int, int]:

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from dimo.bench.sizes import SIZES, strides_for
+from dimo.bench.sizes import SIZES, require_size, strides_for
 from dimo.config import Config
 from dimo.config.schema import Distill
 from dimo.errors import DimoError
@@ -71,10 +71,9 @@ def empty_ursa(size: str | None, d: Distill, device: str | torch.device = "cpu")
     Raises:
         DimoError: unknown size, or no such folder.
     """
-    if size is not None and size not in SIZES:
-        raise DimoError(f"--size must be one of {', '.join(SIZES)}, got {size!r}")
     folder, strides = Path(f"URSA-{size}"), strides_for(d.num_frames)
     if size is not None:
+        require_size(size)
         config = UrsaConfig.from_dict(SIZES[size])
     else:
         folder = checkpoint_folder(d.teacher_ckpt)

@@ -15,7 +15,7 @@ from dimo.commands.sample import write_frames
 from dimo.errors import DimoError, reason
 from dimo.evaluation.evaluate import format_cell
 from dimo.evaluation.metrics import columns_of, legend
-from dimo.evaluation.summary import prompts_of, teachers_of
+from dimo.evaluation.summary import prompts_of, read_report, teachers_of
 from dimo.files import write_text
 from dimo.run.checkpoints import STEP, step_of
 from dimo.run.folder import RunFolder
@@ -130,7 +130,10 @@ def _table(run: RunFolder) -> str:
     file = run.path / "report.json"
     if not file.exists():
         return ""
-    rows = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        rows = read_report(file)
+    except DimoError as error:
+        return f"<p>There is no table: {html.escape(str(error))}.</p>"
     columns = columns_of(rows)
     head = "".join(f"<th>{c}</th>" for c in ("", *columns))
     body = "".join(

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from dimo.errors import DimoError
 from dimo.evaluation.comparison import AGAIN
 from dimo.evaluation.evaluate import student_row
+from dimo.ursa.weights import read_json
 
 # the metrics that decide, with an oracle and without; all others are in report.json and report.html
 ORACLE = {
@@ -22,6 +26,20 @@ CODES = {
     "distinct": "share of different videos among those of a prompt",
 }
 KINDS = {"student": "student", "untrained": "what it started from", "teacher": "teacher"}
+
+
+def read_report(file: Path) -> dict[str, dict]:
+    """The rows of a report.json.
+
+    Raises:
+        DimoError: it is damaged, or that of a run of a grid which diverged.
+    """
+    rows = read_json(file)
+    if "diverged" in rows:
+        raise DimoError(f"the run diverged: {rows['diverged']}")
+    if "student_1" not in rows or not all(isinstance(row, dict) for row in rows.values()):
+        raise DimoError(f"{file} is not what `dimo evaluate` writes, which makes it again")
+    return rows
 
 
 def format_summary(rows: dict[str, dict]) -> str:

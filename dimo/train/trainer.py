@@ -16,6 +16,7 @@ from dimo.distill.schedules import Baseline, EntropyController, XInit, fade, pow
 from dimo.distill.stages import Step
 from dimo.distill.step import nine_stages
 from dimo.errors import DimoError, NonFiniteError, trusted_values
+from dimo.paths import quoted
 from dimo.run.cold_start import ColdStart
 from dimo.run.folder import RunFolder
 from dimo.train.engine import Engine
@@ -259,13 +260,12 @@ class Trainer:
         """The state that all ranks share, unsharded under every engine. Collective.
 
         Returns:
-            ({network: full state dict}, optimizers and everything else). If the engine shards, only rank 0 holds them.
-            What the auxiliary shares with the teacher is left out.
+            ({network: full state dict}, optimizers and everything else), without layers that are the teacher's. If the
+            engine shards, only rank 0 holds them.
         """
         self.look()
-        n = self.networks
-        networks = {"student": n.student, "aux": n.aux, "ema": n.ema}
-        tensors = {name: self.engine.full_state_dict(net) for name, net in networks.items()}
+        n, names = self.networks, ("student", "aux", "ema")
+        tensors = {name: self.engine.full_state_dict(getattr(n, name)) for name in names}
         lower = lower_weights(n.aux, self.shared_layers)
         tensors["aux"] = {name: value for name, value in tensors["aux"].items() if name not in lower}
         return tensors, {
@@ -301,8 +301,8 @@ class Trainer:
         if self.graphs is not None:
             self.graphs.forget()
         self.student.load_state(tensors["student"], state["optimizers"]["student"])
-        aux = lower_weights(self.networks.aux, self.shared_layers) | tensors["aux"]  # an older checkpoint has all
-        self.aux.load_state(aux, state["optimizers"]["aux"])
+        lower = lower_weights(self.networks.aux, self.shared_layers)  # which an older checkpoint has
+        self.aux.load_state(lower | tensors["aux"], state["optimizers"]["aux"])
         load_full_state(self.networks.ema, tensors["ema"])
         self.prompts.load_state_dict(state["prompts"])
         rank_state = self.engine.of_sharers(rank_state)
@@ -329,8 +329,8 @@ class Trainer:
         d, runs = self.settings, Path(self.config.experiment.output_dir).parent
         clean = known_clean_tokens(self.ursa, self.grid, runs)
         if clean is None:
-            command = f"dimo check-alignment {self.ursa.folder} --num_frames {d.num_frames} --height {d.height} "
-            command += f"--width {d.width} --runs {runs}"
+            command = f"dimo check-alignment {quoted(self.ursa.folder)} --num_frames {d.num_frames} "
+            command += f"--height {d.height} --width {d.width} --runs {quoted(runs)}"
             return f"not checked: no clean tokens are kept in {runs}; `{command}` checks it", False
         with self.engine.autocast():
             alignment = check_slice(self.ursa, clean, d.max_prompt_length, self.dense)

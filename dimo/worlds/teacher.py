@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from dimo.errors import DimoError, are_finite
-from dimo.files import whole_folder
+from dimo.files import require_place, whole_folder
 from dimo.ursa import UrsaConfig, UrsaTransformer, load_ursa, sample, save_student
 from dimo.ursa.cuda_graph import on_stream
 from dimo.worlds import WORLD_FILE, is_world
@@ -193,6 +193,7 @@ def make_teacher(world: World, recipe: TeacherRecipe, folder: Path, videos_per_p
     folder = Path(folder).resolve()
     if folder.exists() and not is_world(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise DimoError(f"{folder} exists and is not a world's checkpoint folder: give another one, or remove it")
+    require_place(folder)
     kept = folder.with_name(f"{folder.name}.training.pt")
     transformer = train_teacher(world, recipe, kept=kept)
     if rank() > 0:
