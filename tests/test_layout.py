@@ -208,6 +208,12 @@ def test_inspect_of_half_a_folder_says_all_that_is_not_there(folder):
                  "scheduler/scheduler_model.pth", "tokenizer", "vae/config.json"):  # fmt: skip
         assert sum(str(folder / name) in sentence for sentence in missing) == 1, name
     assert len(missing) == 6
+    (folder / "tokenizer").touch()
+    (folder / "transformer" / "config.json").mkdir()
+    missing = inspect_folder(folder)[1]
+    assert f"{folder}/transformer/config.json is a folder, but a file is needed" in missing and len(missing) >= 4
+    (folder / "transformer" / "config.json").rmdir()
+    (folder / "tokenizer").unlink()
     (folder / "transformer").rmdir()
     assert len(inspect_folder(folder)[1]) == 5
 
