@@ -17,6 +17,13 @@ import torch
 from dimo.errors import DimoError
 
 try:
+    import fcntl
+
+    CAN_LOCK = True
+except ImportError:  # Windows
+    CAN_LOCK = False
+
+try:
     import resource
 
     CAN_LIMIT = True
@@ -66,6 +73,27 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
         replace_folder(beside, folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(place: Path, refusal: str) -> Iterator[None]:
+    """Lock a file or folder that exists; the kernel releases the lock when the process dies, even by kill -9.
+
+    Raises:
+        DimoError: another process has locked it; the message is `refusal`.
+    """
+    handle = os.open(place, os.O_RDONLY)
+    try:
+        try:
+            if CAN_LOCK:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DimoError(refusal) from None
+        except OSError:
+            pass  # a network file system without locking
+        yield
+    finally:
+        os.close(handle)
 
 
 def require_place(path: str | Path) -> None:
