@@ -287,10 +287,7 @@ def load_student(ursa: Ursa, weights: str | Path) -> UrsaTransformer:
 
 
 def load_network(ursa: Ursa, source: Path, shares_layers: bool = False) -> UrsaTransformer:
-    """Like `load_student`, of exactly this file or folder: a checkpoint's networks too, as they are trained.
-
-    `shares_layers`: weights that are not there are the teacher's, as of an auxiliary that shares its first layers.
-    """
+    """`load_student` of any network of a checkpoint; with `shares_layers`, weights that it lacks are the teacher's."""
     network = copy.deepcopy(ursa.transformer)
     rest = network.state_dict() if shares_layers else {}
     load_weights(network, rest | read_weights(source), where=str(source), model=f"the teacher {ursa.folder}")

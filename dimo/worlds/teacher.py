@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from dimo.errors import DimoError, are_finite
-from dimo.files import locked, require_place, whole_folder
+from dimo.files import locked, require_place, save_torch, whole_folder
 from dimo.ursa import UrsaConfig, UrsaTransformer, load_ursa, sample, save_student
 from dimo.ursa.cuda_graph import on_stream
 from dimo.worlds import WORLD_FILE, is_world
@@ -289,7 +289,7 @@ def write_checkpoint(folder: Path, world: World, transformer: UrsaTransformer, a
         (beside / "scheduler").mkdir()
         scheduler = {"_class_name": "KineticOptimalScheduler", "alpha": alpha, "c": c, "eps": 1e-5, "shift": 1.0}
         (beside / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=2) + "\n")
-        torch.save({"path.emb": world.codebook()}, beside / "scheduler" / "scheduler_model.pth")
+        save_torch({"path.emb": world.codebook()}, beside / "scheduler" / "scheduler_model.pth")
         _write_tokenizer(beside / "tokenizer", world)
         index = {
             "_class_name": "URSAPipeline",
