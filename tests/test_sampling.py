@@ -222,6 +222,13 @@ def test_bad_input_is_a_sentence_and_leaves_no_folder(arguments, sentence, tmp_p
     assert re.search(sentence, error) and "Traceback" not in error and list(tmp_path.iterdir()) == []
 
 
+def test_a_file_in_the_place_of_the_output_folder_is_said_before_anything_is_loaded(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("dimo.commands.sample.open_sampler", None)
+    (tmp_path / "out").touch()
+    assert main(["sample", "--prompt", PROMPTS[0], "--out_dir", str(tmp_path / "out")]) == 2
+    assert f"cannot be written: {tmp_path / 'out'} is a file, not a folder\n" in capsys.readouterr().err
+
+
 def test_a_prompt_file_gives_its_lines(tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text("\ufeffa dog\n\n  a café \n", encoding="utf-8")
