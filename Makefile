@@ -18,9 +18,9 @@ lint: .venv/installed
 demo: .venv/installed
 	$(BIN)/dimo run -c shapes -p min_share=0.4 -p min_coverage=0.6 experiment.output_dir=runs/demo
 
-# the documentation, with the demo's executed notebooks: build/site/index.html
+# the documentation, with the demo's executed notebooks: build/site/index.html. The variable silences an advertisement
 docs: .venv/installed
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # the notebooks, to open and change; JupyterLab prints its address
 lab: .venv/installed

@@ -6,6 +6,7 @@ import contextlib
 import contextvars
 import difflib
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -55,8 +56,17 @@ def enough_memory() -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        said = reason(error).split(" Including ")[0]  # the allocator's details follow
-        raise DimoError(f"{said.rstrip('.')}. `dimo plan` with the same keys says what needs less") from error
+        raise DimoError(f"{out_of_memory(error)}. `dimo plan` with the same keys says what needs less") from error
+
+
+def out_of_memory(error: BaseException) -> str:
+    """What a memory that is full says, of a GPU or of this machine; empty for any other error."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return reason(error).split(" Including ")[0].rstrip(".")  # the allocator's details follow
+    wanted = re.search(r"can't allocate memory: you tried to allocate (\d+) bytes", str(error))  # torch on a CPU
+    if wanted:
+        return f"this machine's memory is too small: {int(wanted[1]):,} bytes more were asked for"
+    return "this machine's memory is full" if isinstance(error, MemoryError) else ""
 
 
 def _reason_of_system(error: OSError) -> str:

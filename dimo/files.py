@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -13,6 +14,16 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
+
+from dimo.errors import DimoError
+
+try:
+    import fcntl
+
+    CAN_LOCK = True
+except ImportError:  # Windows
+    CAN_LOCK = False
 
 try:
     import resource
@@ -27,8 +38,14 @@ ASIDE = ".old.partial"  # suffix of a folder set aside while its replacement is 
 
 @contextlib.contextmanager
 def whole_file(file: str | Path) -> Iterator[Path]:
-    """Yield a temporary path with the same suffix; it replaces `file` on exit, or is deleted after an error."""
+    """Yield a temporary path with the same suffix; it replaces `file` on exit, or is deleted after an error.
+
+    What is no file, as /dev/null or a pipe, is yielded itself: nothing may take its place.
+    """
     file = Path(file)
+    if file.exists() and not file.is_file() and not file.is_dir():
+        yield file
+        return
     file.parent.mkdir(parents=True, exist_ok=True)
     beside = file.with_name(f".{file.stem}.{os.getpid()}.partial{file.suffix}")
     try:
@@ -64,6 +81,36 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
         replace_folder(beside, folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(place: Path, refusal: str) -> Iterator[None]:
+    """Lock a file or folder that exists; the kernel releases the lock when the process dies, even by kill -9.
+
+    Raises:
+        DimoError: another process has locked it; the message is `refusal`.
+    """
+    handle = os.open(place, os.O_RDONLY)
+    try:
+        try:
+            if CAN_LOCK:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DimoError(refusal) from None
+        except OSError:
+            pass  # a network file system without locking
+        yield
+    finally:
+        os.close(handle)
+
+
+def require_place(path: str | Path) -> None:
+    """Raise DimoError unless a file or folder of this name can be written; called before what takes long."""
+    above = next(folder for folder in Path(path).absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise DimoError(f"{path} cannot be written: {above} is a file, not a folder")
+    if not os.access(above, os.W_OK):
+        raise DimoError(f"{path} cannot be written: {above} is not writable")
 
 
 def replace_folder(beside: Path, folder: Path) -> None:
@@ -195,10 +242,20 @@ def save_torch(value: Any, file: str | Path) -> None:
 
 
 def save_file(tensors: dict[str, torch.Tensor], file: str | Path, metadata: dict[str, str] | None = None) -> None:
-    """`safetensors.torch.save_file`, but with permissions by umask instead of readable by the owner only."""
+    """`safetensors.torch.save_file`, but with permissions by umask instead of readable by the owner only.
+
+    Raises:
+        OSError: the disk is full, or writing fails for another reason.
+    """
     open(file, "wb").close()
     mode = os.stat(file).st_mode & 0o777
-    safetensors.torch.save_file(tensors, file, metadata)
+    try:
+        safetensors.torch.save_file(tensors, file, metadata)
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(file)) from error
     with contextlib.suppress(OSError):  # a file system without permissions
         os.chmod(file, mode)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 
 from dimo.errors import DimoError
@@ -19,3 +20,8 @@ def user_path(path: str | Path) -> str:
         name = Path(expanded).parts[0]
         raise DimoError(f"{path}: there is no user {name[1:]!r}; to name {name} in this folder, write ./{name}")
     return expanded
+
+
+def quoted(path: str | Path) -> str:
+    """A path as one word of a command to copy, which a space would cut in two."""
+    return shlex.quote(str(path))

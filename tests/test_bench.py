@@ -52,6 +52,12 @@ def test_the_examples_of_its_help_come_as_far_as_the_clock():
             "naive needs distill.aux_steps=1, got distill.aux_steps=2\n",
         ),
         (["model.device=cuda"], "cuda"),
+        (["--parts", ""], "--parts must name what to measure, some of step, "),
+        (["--teacher_ckpt", __file__], f"{__file__} is a file"),
+        (
+            ["--size", "tiny", "--teacher_ckpt", "shapes"],
+            "--size tiny stands for a teacher without weights, so",
+        ),
     ],
 )
 def test_what_cannot_be_measured_is_refused_first(arguments, sentence, capsys, tmp_path):

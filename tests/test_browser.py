@@ -364,6 +364,19 @@ def test_a_report_works_from_a_file_by_click_and_key(browser, report):
     page.keyboard.press("End")
     assert page.evaluate(TOP) != said  # of another checkpoint
     assert all(page.evaluate("() => [...document.images].map((i) => i.alt && i.naturalWidth > 0)"))
-    assert len(page.query_selector_all("video[aria-label]")) == 4
+    clips = page.query_selector_all(".clip")
+    assert len(clips) == 4 and all(clip.query_selector("video[loop]") for clip in clips)
+    clips[0].focus()
+    for clip in clips:  # one stop of Tab for each; a key stops it and lets it go on
+        assert clip.evaluate("(it) => it === document.activeElement") and "stop the student" in clip.get_attribute(
+            "aria-label"
+        )
+        page.wait_for_function("(it) => !it.firstChild.paused", arg=clip)
+        for key, stops in (("Space", True), ("Enter", False), ("Enter", True)):
+            page.keyboard.press(key)
+            assert (
+                clip.evaluate("(it) => it.firstChild.paused") == (clip.get_attribute("aria-pressed") == "true") == stops
+            )
+        page.keyboard.press("Tab")
     assert wrong == [] and page.evaluate(TOO_WIDE) <= 0
     page.close()

@@ -8,9 +8,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from forks import python
 
-from dimo.commands.cli import main, parse
+from dimo.commands.cli import COMMANDS, main, parse
 from dimo.commands.examples import EXAMPLES
 from dimo.config import config_keys
 from dimo.errors import reason
@@ -63,6 +64,11 @@ def test_config_lists_keys_and_resolves_presets(capsys):
         (["replay", "nowhere.json"], "nowhere.json"),
         (["ablate", "--lrs", "big"], "--lrs must be numbers"),
         (["ablate", "--grid", "p2"], "p2 is neither a grid that ships nor an existing YAML file"),
+        (["ablate", "--seeds", "0"], "--seeds must be at least 1, got 0"),
+        (["ablate", "--seeds", "-1"], "--seeds must be at least 1, got -1"),
+        (["plan", "--size", "1.7b"], "size must be one of 0.6B, 1.7B, tiny, got '1.7b'; did you mean '1.7B'"),
+        (["plan", "--size", "1.7B", "--teacher_ckpt", "shapes"], "so --teacher_ckpt must be left out"),
+        (["plan", "--teacher_ckpt", "."], "tokenizer/, vae/, but . has none of these"),
         (["ablate", "--minutes", "0"], "minutes positive, got 1, 1, 0"),
         (["train", "-c", "tiles"], "; `dimo world train tiles -o worlds/tiles` makes one"),
         (["train", "-c", "smoke", "distill.teacher=exact"], "only the worlds tiles and sprites have an exact teacher"),
@@ -71,6 +77,7 @@ def test_config_lists_keys_and_resolves_presets(capsys):
             "memory is counted for networks; to plan for the others, use distill.teacher=network",
         ),
         (["world", "train", "shapes", "-o", "x", "--frames", "1"], "at least 2 frames"),
+        (["world", "train", "shapes", "-o", f"{__file__}/x"], f"cannot be written: {__file__} is a file, not a folder"),
         (["world", "train", "shapes", "-o", "x", "--lr", "-1"], "lr must be positive and finite, got -1.0"),
         (["world", "train", "shapes", "-o", "x", "--t_shift", "1e-8"], "t_shift must lie in [0.001, 1000], got 1e-08"),
         (["world", "train", "shapes", "-o", "x", "--t_spread", "11"], "t_spread must lie in [0, 10], got 11.0"),
@@ -104,6 +111,19 @@ def test_bad_input_is_a_sentence_and_exit_code_two(arguments, sentence, capsys, 
     code, _, err = run(capsys, *arguments)
     assert code == 2 and sentence in err and err.startswith("dimo: ") and "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_memory_that_is_full_is_a_sentence(capsys, monkeypatch):
+    for asks, sentence in (
+        (
+            lambda _: torch.empty(2**60, dtype=torch.int8),
+            "memory is too small: 1,152,921,504,606,846,976 bytes",
+        ),
+        (lambda _: bytearray(2**60), "this machine's memory is full"),
+    ):
+        monkeypatch.setitem(COMMANDS, "runs", asks)
+        code, _, err = run(capsys, "runs")
+        assert code == 2 and sentence in err and err.startswith("dimo: ") and err.count("\n") == 1
 
 
 def test_a_folder_where_a_file_is_to_be_written_is_a_sentence(tmp_path):

@@ -137,6 +137,13 @@ def test_times_per_sample_per_frame_and_mixed():
     assert (seen["sample"], seen["frame"]) == (1.0, 0.0) and seen["mixed"] == pytest.approx(0.5, abs=0.04)
 
 
+def test_two_commands_do_not_make_one_teacher(tmp_path):
+    refused = pytest.raises(DimoError, match=f"another process is making {tmp_path / 'world'}; wait for it, or give")
+    with teacher._alone(tmp_path / "world"), refused:
+        make_teacher(WORLD, TeacherRecipe(layers=1, hidden=32, heads=2, batch_size=4, steps=4), tmp_path / "world")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_muon_moves_the_matrices_of_layers_equally_in_all_directions():
     steps = training(False, muon_lr=8e-3)
     start = {name: p.detach().clone() for name, p in steps.model.named_parameters()}

@@ -194,7 +194,7 @@ def test_a_run_on_a_world_is_a_sentence(tmp_path):
     config = load_config("smoke", [f"experiment.output_dir={tmp_path / 'run'}"])
     run = RunFolder.open(tmp_path / "run", to_yaml(config))
     run.write_status(state="finished", step=1, max_steps=1)
-    with pytest.raises(DimoError, match="trained on the world shapes, which URSA's pipeline cannot load"):
+    with pytest.raises(DimoError, match="shapes is the teacher of a world, which URSA's pipeline cannot load"):
         export(tmp_path / "run", tmp_path / "out")
 
 

@@ -31,6 +31,15 @@ def test_write_text_leaves_the_old_file_when_it_fails(tmp_path):
     assert file.read_text() == "old" and list(file.parent.iterdir()) == [file]
 
 
+def test_what_is_no_file_is_written_to_and_stays(tmp_path):
+    """As /dev/null, which root could otherwise replace by a file."""
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_text(tmp_path / "pipe", "told")
+    assert os.read(reader, 9) == b"told" and (tmp_path / "pipe").is_fifo() and len(list(tmp_path.iterdir())) == 1
+    os.close(reader)
+
+
 def test_whoever_reads_the_old_file_reads_it_to_its_end(tmp_path):
     write_text(tmp_path / "a", "old")
     with open(tmp_path / "a") as reader:

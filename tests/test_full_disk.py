@@ -9,7 +9,7 @@ from forks import python
 from dimo.commands.cli import main
 from dimo.config import load_config, to_yaml
 from dimo.errors import DimoError
-from dimo.files import PARTIALS, save_torch, whole_file, write_text
+from dimo.files import PARTIALS, save_file, save_torch, whole_file, write_text
 from dimo.run.checkpoints import Checkpoints
 from dimo.run.folder import RunFolder
 from dimo.train.trainer import Trainer
@@ -92,6 +92,9 @@ def test_without_a_byte_left_the_run_still_says_that_it_failed_and_why(disk):
 def test_the_reason_is_the_systems_and_names_the_file(disk):
     with pytest.raises(OSError, match=r"No space left on device: .*/a\.pt'"), whole_file(disk.path / "a.pt") as beside:
         save_torch({"w": torch.zeros(2**19)}, beside)
+    with pytest.raises(OSError, match=r"No space left on device: .*/\.a.*\.safetensors'"):
+        with whole_file(disk.path / "a.safetensors") as beside:
+            save_file({"w": torch.zeros(2**19)}, beside)
     with pytest.raises(OSError, match=r"No space left on device: .*/a\.txt'"):
         write_text(disk.path / "a.txt", "a" * 2**21)
     assert list(disk.path.iterdir()) == []

@@ -14,10 +14,10 @@ import torch
 from forks import python
 from safetensors.torch import load_file
 
-from dimo.config import load_config
+from dimo.config import load_config, to_yaml
 from dimo.config.load import shipped_grids
 from dimo.errors import DimoError
-from dimo.evaluation.ablate import _workers, ablate, teacher_folder, worth
+from dimo.evaluation.ablate import Run, _workers, ablate, teacher_folder, worth
 from dimo.evaluation.grid import read_grid
 from dimo.evaluation.intervals import cell, format_grid, interval, t_quantile
 from dimo.run.signals import Preempted, Signals, stopping_at
@@ -111,6 +111,8 @@ def test_what_the_command_changes(tmp_path):
         ({"worlds": f"{{s: {{teacher: {TINY}}}}}"}, "a grid needs worlds, whose oracles score the videos, but .*tiny"),
         ({"rates": "[0]"}, "rates must be positive"),
         ({"rates": "[fast]"}, "rates: 'fast' is not a number"),
+        ({"seeds": "[1, 1]"}, r"each seed must be listed once, got \(1, 1\)"),
+        ({"tuning_seeds": "[7, 7]"}, r"each seed must be listed once, got \(7, 7\)"),
         ({"seeds": "[100]"}, "seed 100 is reported and would also choose the rate"),
         ({"base": "{presets: smoke}"}, "base has no 'presets'; did you mean 'preset'"),
     ],
@@ -129,6 +131,22 @@ def test_a_grid_that_is_not_there():
     with pytest.raises(DimoError, match="p1.yaml has no world 'N = 49'; did you mean 'N = 48'"):
         read_grid("p1", worlds=["N = 49"])
     assert list(read_grid("p1", worlds=["N = 48"]).places) == ["N = 48"]
+
+
+def test_a_grid_that_is_no_text(tmp_path):
+    (tmp_path / "grid.yaml").write_bytes(b"arms: \xff\n")
+    with pytest.raises(DimoError, match="grid.yaml is not valid YAML: 'utf-8' codec can't decode byte 0xff"):
+        read_grid(str(tmp_path / "grid.yaml"))
+
+
+def test_a_report_that_is_cut_off_is_named(tmp_path):
+    words = ("model.device=cpu", f"experiment.output_dir={tmp_path / 'run'}")
+    run = Run(tmp_path / "run", "smoke", words, tmp_path)
+    run.folder.mkdir()
+    (run.folder / "config.yaml").write_text(to_yaml(run.settings()))
+    (run.folder / "report.json").write_text('{"student_1": {"validity": 0.')
+    with pytest.raises(DimoError, match="run/report.json is damaged: .*; delete it, and the same command"):
+        run.result()
 
 
 def test_a_grid_is_tuned_reported_and_continued(tmp_path):

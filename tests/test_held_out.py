@@ -12,7 +12,8 @@ from dimo.commands.cli import main
 from dimo.commands.report import write_run_report
 from dimo.config import load_config
 from dimo.errors import DimoError
-from dimo.evaluation.evaluate import evaluate_to_folder, prompts_of
+from dimo.evaluation.evaluate import evaluate_to_folder
+from dimo.evaluation.summary import prompts_of
 from dimo.run.folder import RunFolder
 from dimo.run.origin import held_out_by
 from dimo.train import prompts

@@ -11,10 +11,12 @@ import pytest
 import torch
 
 import dimo
+from dimo.commands.report import write_run_report
 from dimo.config import load_config, to_yaml
 from dimo.evaluation import kept
 from dimo.evaluation.comparison import Comparison
 from dimo.evaluation.evaluate import evaluate_to_folder, open_comparison
+from dimo.evaluation.summary import teachers_of
 from dimo.run.folder import RunFolder
 from dimo.ursa import load_ursa, save_student
 
@@ -50,6 +52,25 @@ def evaluated(run, words, out):
         rows = evaluate_to_folder(load_config("distill_dimo", words), run / "checkpoints" / "final", out, False)
     figures = {name: {k: v for k, v in row.items() if k != "seconds_per_video"} for name, row in rows.items()}
     return figures, set(made)
+
+
+def test_another_teacher_than_the_students_own_is_said(runs, tmp_path, caplog):
+    folder, words = runs
+    shutil.copytree(folder / "teacher", tmp_path / "same")
+    shutil.copytree(folder / "teacher", tmp_path / "other")
+    teacher = load_ursa(TINY).transformer
+    with torch.no_grad():
+        teacher.lm_head.weight[3, 1] += 1e-3
+    save_student(tmp_path / "other" / "transformer", teacher)
+    run = RunFolder(folder / "a")
+    for name in ("same", "other"):
+        more = [f"distill.teacher_ckpt={tmp_path / name}", "evaluation.teacher_steps=[1]", "evaluation.judged_videos=0"]
+        rows, _ = evaluated(run.path, [*words, *more], run.path)
+        told = f"Teacher: {tmp_path / name}, but the student was distilled from another one, {folder / 'teacher'}."
+        differs = name == "other"
+        assert (f"another teacher ({folder / 'teacher'}) than the one it is measured against" in caplog.text) == differs
+        assert (teachers_of(rows) == told) == (told in write_run_report(run, most=1).read_text()) == differs
+        assert all(row.get("distilled_from") == (str(folder / "teacher") if differs else None) for row in rows.values())
 
 
 def test_the_second_student_has_the_teachers_rows_of_the_first(runs, tmp_path):

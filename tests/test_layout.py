@@ -182,10 +182,20 @@ def test_a_students_wrong_level_names_the_right_one(folder, tmp_path):
         (run / "checkpoints" / "step-00000005" / name).touch()
     with pytest.raises(DimoError, match="step-00000005 is a checkpoint, from which training goes on; a student is"):
         load_student(tiny, run / "checkpoints" / "step-00000005")
+    aux, milestone = (run / "checkpoints" / name for name in ("step-00000005/aux.safetensors", "milestone-00000004"))
+    aux.touch()
+    told = f"^{aux} is a network of a checkpoint, without model.final_logit_gain[^;]*; a student is"
+    with pytest.raises(DimoError, match=f"{told} checkpoints/final, or a milestone"):
+        load_student(tiny, aux)
+    milestone.mkdir()
+    with pytest.raises(DimoError, match=f"{told} {milestone}$"):
+        load_student(tiny, aux)
     (run / "checkpoints" / "final").mkdir()
     torch.save(tiny.transformer.state_dict(), run / "checkpoints" / "final" / "student.pt")
     with pytest.raises(DimoError, match=f"did you mean {run / 'checkpoints' / 'final' / 'student.pt'}"):
         load_student(tiny, run / "checkpoints")
+    with pytest.raises(DimoError, match=f"{told} {run}/checkpoints/final or {milestone}$"):
+        load_student(tiny, aux)
 
 
 def test_inspect_of_half_a_folder_says_all_that_is_not_there(folder):
@@ -198,6 +208,12 @@ def test_inspect_of_half_a_folder_says_all_that_is_not_there(folder):
                  "scheduler/scheduler_model.pth", "tokenizer", "vae/config.json"):  # fmt: skip
         assert sum(str(folder / name) in sentence for sentence in missing) == 1, name
     assert len(missing) == 6
+    (folder / "tokenizer").touch()
+    (folder / "transformer" / "config.json").mkdir()
+    missing = inspect_folder(folder)[1]
+    assert f"{folder}/transformer/config.json is a folder, but a file is needed" in missing and len(missing) >= 4
+    (folder / "transformer" / "config.json").rmdir()
+    (folder / "tokenizer").unlink()
     (folder / "transformer").rmdir()
     assert len(inspect_folder(folder)[1]) == 5
 

@@ -367,6 +367,7 @@ def test_keys_out_of_range_are_refused(override, sentence):
     ("make", "sentence"),
     [
         (lambda file, state: file.write_bytes(b""), r"student.pt is empty \(0 bytes\)"),
+        (lambda file, state: file.write_text("experiment: {name: w}\n"), "tensors: it was not written by torch.save"),
         (lambda file, state: torch.save({k: v.long() for k, v in state.items()}, file), "must hold floating-point"),
         (lambda file, state: torch.save({k: v / 0 for k, v in state.items()}, file), "in the weights of .* be finite"),
         (lambda file, state: torch.save(state, file.with_name("ema.safetensors")),
@@ -381,7 +382,7 @@ def test_a_student_that_is_none_is_refused_in_a_sentence(tiny, tmp_path, make, s
 
 def test_the_student_of_another_model_is_refused(tiny, tmp_path, ursa):
     torch.save(ursa.transformer.state_dict(), tmp_path / "student.pt")
-    with pytest.raises(DimoError, match="weights of .*student.pt do not fit this model: it has unknown model.layers.2"):
+    with pytest.raises(DimoError, match="student.pt do not fit the teacher .*tiny-ursa: it has unknown model.layers.2"):
         load_student(tiny, tmp_path / "student.pt")
 
 

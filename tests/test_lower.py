@@ -1,10 +1,12 @@
 """Layers that the auxiliary shares with the teacher: what they save, and that nothing else changes."""
 
 import copy
+import json
 
 import pytest
 import torch
 from processes import WITH_ZERO2, run_script
+from safetensors.torch import load_file, save_file
 
 from dimo.bench import bench_config
 from dimo.bench.sizes import SIZES, step_flops
@@ -13,11 +15,14 @@ from dimo.config import load_config
 from dimo.distill import stages
 from dimo.distill.stages import Step
 from dimo.errors import DimoError
+from dimo.run.checkpoints import MANIFEST, describe
+from dimo.train.passes import passes_of_step
 from dimo.train.trainer import Trainer
 from dimo.ursa import UrsaConfig, UrsaTransformer, load_ursa, predict
 from dimo.ursa.lower import going_on, keeping
 from dimo.ursa.token_losses import denoising
 from dimo.ursa.transformer import Layer
+from dimo.views.models import open_models
 from dimo.worlds import checkpoint_folder
 
 GRID = (2, 2, 2)
@@ -126,6 +131,24 @@ def test_a_run_trains_the_upper_layers_alone_saves_and_goes_on(tmp_path, more):
     again.train(progress=False)
     for a, b in zip(n.aux.parameters(), again.networks.aux.parameters(), strict=True):
         assert torch.equal(a, b)
+    folder = tmp_path / "parts" / "checkpoints" / "step-00000004"
+    saved, shown = load_file(folder / "aux.safetensors"), open_models(tmp_path / "parts", 4).networks["auxiliary"]
+    assert saved.keys() == moved | {"model.norm.weight", "lm_head.weight"}
+    own = n.aux.state_dict()  # in training, a teacher of a bf16 run is rounded
+    assert all(torch.equal(value.bfloat16(), own[name].bfloat16()) for name, value in shown.state_dict().items())
+    _make_older(folder, n.aux)
+    older = trainer_for(tmp_path / "parts", *keys, "training.max_train_steps=5")
+    older.train(progress=False)
+    assert "resumed: step 4" in (tmp_path / "parts" / "train.log").read_text()
+    assert all(torch.equal(value, teacher[name]) for name, value in older.networks.teacher.state_dict().items())
+
+
+def _make_older(folder, aux):
+    """Let a checkpoint be as it was before: with the auxiliary whole."""
+    save_file({name: value.clone() for name, value in aux.state_dict().items()}, folder / "aux.safetensors")
+    entries = json.loads((folder / MANIFEST).read_text())
+    entries["aux.safetensors"] = describe(folder / "aux.safetensors")
+    (folder / MANIFEST).write_text(json.dumps(entries))
 
 
 # Two steps of a rank, whose fits are at x_t and elsewhere; then one of it and of another that takes up its state.
@@ -204,3 +227,32 @@ def test_what_is_shared_is_not_counted(keys, left_out):
     width = network.num_attention_heads * network.head_dim
     layer = 2 * 12 * d * (2 * width + 2 * kv + 3 * inner) + 2 * 2 * 12 * 12 * width
     assert counts[0] - counts[1] == left_out * 2 * layer
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        [],
+        ["model.aux_shared_layers=1"],
+        ["model.aux_shared_layers=2", "distill.aux_pass=shared", "distill.t_draws=2", "distill.aux_steps=3"],
+        ["model.aux_shared_layers=2", "distill.aux_objective=match_teacher", "distill.t_draws=2"],
+        ["distill.w_kd=0.1", "distill.kd_every=2", "distill.t_draws=2", "distill.guidance_scale=2"],
+        ["distill.w_kd=0.1", "distill.student_steps=2", "training.gradient_accumulation_steps=2"],
+    ],
+)
+def test_the_passes_of_a_step_are_those_that_its_layers_make(tmp_path, monkeypatch, keys):
+    """A layer's pass counts a third of the network's, twice more where its weights get a gradient from it."""
+    trainer, passes, inner = trainer_for(tmp_path, *keys), [], Layer.forward
+
+    def counted(layer, x, *how):
+        learns = torch.is_grad_enabled() and next(layer.parameters()).requires_grad
+        passes.append(len(x) * (3 if learns else 1) / 3)
+        return inner(layer, x, *how)
+
+    monkeypatch.setattr(Layer, "forward", counted)
+    for index in range(2):  # of which distill.kd_every=2 leaves one without stage 7
+        trainer.step(index)
+    c = trainer.config
+    own = sum(next(layer.parameters()).requires_grad for layer in trainer.networks.aux.model.layers)
+    updates = 4 * c.training.gradient_accumulation_steps * (1 + c.distill.aux_steps * own / 3)
+    assert sum(passes) / 2 + updates == pytest.approx(passes_of_step(c, 3))

@@ -2,7 +2,9 @@
 
 import io
 import json
+import re
 import shlex
+import shutil
 import sys
 
 import pytest
@@ -10,6 +12,7 @@ from conftest import TINY
 
 from dimo.commands.cli import main, parse
 from dimo.commands.ending import ending, finished, program, sampling
+from dimo.commands.report import write_run_report
 from dimo.config import load_config, to_yaml
 from dimo.evaluation.summary import format_summary
 from dimo.run.folder import RunFolder
@@ -151,3 +154,24 @@ def test_without_a_checkpoint_the_student_that_ships_is_sampled(tmp_path, capsys
     how = json.loads((tmp_path / "0000.json").read_text())
     assert how["student_ckpt"] == str(SHIPPED_STUDENT) and how["steps"] == 1
     assert "(the student, 1 pass: blue bar moving up)" in capsys.readouterr().out
+
+
+def test_a_path_with_a_space_is_one_word_of_the_next_command(tmp_path, capsys):
+    folder = shutil.copytree(TINY, tmp_path / "my teacher")
+    assert main(["inspect", str(folder)]) == 0
+    following = [line.split("  # ")[0] for line in capsys.readouterr().out.split("next:\n")[1].splitlines()]
+    assert len(following) == 2 and all(str(folder) in shlex.split(command) for command in following)
+    run = RunFolder.open(tmp_path / "my run", to_yaml(load_config("smoke")))
+    commands = finished(run, "shapes").split("next:\n")[1].splitlines()
+    assert len(commands) == 3 and all(str(run.path) in shlex.split(c.split("  # ")[0]) for c in commands)
+
+
+def test_the_page_of_a_run_whose_report_is_none_says_so(tmp_path):
+    run = RunFolder.open(tmp_path / "run", to_yaml(load_config("smoke")))
+    for text, sentence in (
+        ('{"student_1": {"valid', "There is no table: .*report.json is damaged: "),
+        ('{"diverged": "after step 3"}', "There is no table: the run diverged: after step 3"),
+        ('{"rows": []}', "There is no table: .*report.json is not what `dimo evaluate` writes"),
+    ):
+        (run.path / "report.json").write_text(text)
+        assert re.search(sentence, write_run_report(run).read_text())

@@ -211,7 +211,7 @@ def test_guidance_below_one_is_refused_by_the_sampler_too(ursa, world):
         (["--prompt", PROMPTS[0], "--dtype", "int8"], "dtype must be one of auto, float32"),
         (["--prompt", PROMPTS[0], "--backend", "upstream"], "heads of 128|diffnext"),
         (["--prompt", PROMPTS[0], "--student_ckpt", "nowhere.pt"], "weights file nowhere.pt does not exist"),
-        (["--prompt", PROMPTS[0], "--student_ckpt", str(TINY / "transformer")], "do not fit this model"),
+        (["--prompt", PROMPTS[0], "--student_ckpt", str(TINY / "transformer")], "do not fit the teacher"),
         (["--prompt_file", "nowhere.txt"], "nowhere.txt does not exist"),
         (["--teacher_ckpt", "shaps"], "did you mean 'shapes'|prompts must not"),
     ],
@@ -221,6 +221,13 @@ def test_bad_input_is_a_sentence_and_leaves_no_folder(arguments, sentence, tmp_p
     assert main(["sample", *arguments, "--out_dir", "out"]) == 2
     error = capsys.readouterr().err
     assert re.search(sentence, error) and "Traceback" not in error and list(tmp_path.iterdir()) == []
+
+
+def test_a_file_in_the_place_of_the_output_folder_is_said_before_anything_is_loaded(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("dimo.commands.sample.open_sampler", None)
+    (tmp_path / "out").touch()
+    assert main(["sample", "--prompt", PROMPTS[0], "--out_dir", str(tmp_path / "out")]) == 2
+    assert f"cannot be written: {tmp_path / 'out'} is a file, not a folder\n" in capsys.readouterr().err
 
 
 def test_a_prompt_file_gives_its_lines(tmp_path):

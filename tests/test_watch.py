@@ -16,8 +16,9 @@ from dimo.errors import DimoError
 from dimo.run.folder import TEACHER_SAMPLES, RunFolder
 from dimo.run.origin import run_of
 from dimo.train import watch
+from dimo.train.passes import passes_of_step
 from dimo.train.trainer import Trainer
-from dimo.train.watch import SHARE, Plan, passes_of_step, plan_for, read_reference
+from dimo.train.watch import SHARE, Plan, plan_for, read_reference
 from dimo.ursa.loading import load_student
 from dimo.views.alarms import alarms
 from dimo.views.collapse import beside_teacher, student_over_noises
@@ -43,13 +44,13 @@ def test_watching_takes_at_most_its_share_of_a_runs_passes(preset, more, process
     config = load_config(preset, more)
     d, last = config.distill, config.training.max_train_steps
     per_sample = 48 if d.guidance_scale > 1 else 25
-    plan = plan_for(config, 48, processes, per_sample)
+    plan = plan_for(config, 3, 48, processes, per_sample)
     if planned is None:
         assert plan is None
         return
     assert dataclasses.replace(plan, share=0) == planned
     step = {"smoke": 8 * (4 + 4 + 2 * 4 + 4), "shapes": 64 * (4 + 2 + 2 * 4), "distill_dimo": 1 * (4 + 2 + 4)}[preset]
-    assert passes_of_step(config) == step
+    assert passes_of_step(config, 3) == step
     stops = len([i for i in range(1, last + 1) if i % plan.every == 0 or i == last])
     watching = -(-plan.prompts * plan.samples // processes) * per_sample + stops * plan.prompts * plan.noises
     assert watching / (step * last) == pytest.approx(plan.share) and plan.share <= SHARE

@@ -11,7 +11,6 @@ import gc
 import importlib
 import itertools
 import json
-import os
 import time
 import types
 from collections.abc import Callable
@@ -23,13 +22,24 @@ import torch
 from dimo.bench.attention import attention_alone
 from dimo.bench.naive import naive_step, require_naive
 from dimo.bench.parts import Clock, kernels_of, losses_alone, matrix_product, saving, stage_times, steps_until_replays
-from dimo.bench.sizes import model_flops, passes_of, random_prompts, random_ursa, require_size, step_flops, strides_for
+from dimo.bench.sizes import (
+    model_flops,
+    random_prompts,
+    random_ursa,
+    require_size,
+    require_size_alone,
+    step_flops,
+    strides_for,
+)
 from dimo.config import Config, device_of, load_config
 from dimo.errors import DimoError, nearest, reason
-from dimo.files import write_text
+from dimo.files import require_place, write_text
+from dimo.train.passes import passes_of
 from dimo.train.trainer import Trainer
 from dimo.ursa import UrsaTransformer, sample
+from dimo.ursa.layout import require_checkpoint
 from dimo.ursa.loading import import_upstream
+from dimo.worlds import checkpoint_folder
 
 PARTS = ("step", "generate", "path", "losses")
 MORE_PARTS = ("attention", "kernels", "save")
@@ -115,12 +125,16 @@ def _require(config: Config, size: str | None, parts, against, repeats: int, war
         for name in given:
             if name not in known:
                 raise DimoError(f"--{option}: unknown name {name!r}{nearest(name, known)}")
+    if not parts and not against:
+        raise DimoError(f"--parts must name what to measure, some of {', '.join(PARTS + MORE_PARTS)}")
     if repeats < 1 or warmup < 0:
         raise DimoError(f"repeats must be at least 1 and warmup not negative, got {repeats} and {warmup}")
     if "generate" in parts and (not generate_steps or min(generate_steps) < 1):
         raise DimoError(f"--generate must list numbers of passes of at least 1, got {list(generate_steps)}")
     if size:
         require_size(size)
+    else:
+        require_checkpoint(checkpoint_folder(config.distill.teacher_ckpt))
     if "naive" in against:
         require_naive(config)
     if "upstream" in against:
@@ -268,20 +282,16 @@ def bench_config(preset: str | None, size: str | None, overrides: list[str]) -> 
     """The configuration to measure: a preset, or for a size by default `distill_dimo` with all nine stages."""
     if size is None:
         return load_config(preset, overrides)
+    require_size_alone(size, overrides)
     every_stage = ["distill.w_kd=0.1", "distill.max_prompt_length=320"]
     return load_config(preset or "distill_dimo", [*every_stage, *overrides])
 
 
 def require_file(file: str | Path) -> None:
     """Raise unless a report can be written to the file; called before minutes of measuring."""
-    file = Path(file)
-    above = next(folder for folder in file.absolute().parents if folder.exists())
-    if file.is_dir():
+    if Path(file).is_dir():
         raise DimoError(f"--out must be a file, but {file} is a folder")
-    if not above.is_dir():
-        raise DimoError(f"{file} cannot be written: {above} is a file, not a folder")
-    if not os.access(above, os.W_OK):
-        raise DimoError(f"{file} cannot be written: {above} is not writable")
+    require_place(file)
 
 
 def write_report(report: dict, file: str | Path) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from dimo.config import Config
 from dimo.errors import DimoError, nearest
+from dimo.train.passes import LEARNING, passes_of, passes_shared
 from dimo.train.prompts import WorldPrompts
 from dimo.ursa import MetricPath, Ursa, UrsaConfig, UrsaTransformer
 from dimo.ursa.layout import IMAGE_STRIDES, VIDEO_STRIDES
@@ -20,9 +22,6 @@ SIZES = {
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 155_765,
              "lm_head_size": 4096},
 }  # fmt: skip
-
-
-LEARNING = ("student at x_init", "auxiliary's fit", "student at x_t")  # entries of `passes_of` with a gradient
 
 
 class RandomIds:
@@ -43,6 +42,13 @@ def require_size(size: str) -> None:
         hint = nearest(size, SIZES)
         hint = hint if "did you mean" in hint else ""
         raise DimoError(f"size must be one of {', '.join(SIZES)}, got {size!r}{hint}")
+
+
+def require_size_alone(size: str, overrides: Sequence[str]) -> None:
+    """Raise DimoError for an unknown size, or overrides that name a teacher as well."""
+    require_size(size)
+    if any(word.startswith("distill.teacher_ckpt=") for word in overrides):
+        raise DimoError(f"--size {size} stands for a teacher without weights, so --teacher_ckpt must be left out")
 
 
 def strides_for(num_frames: int) -> tuple[int, int]:
@@ -107,28 +113,3 @@ def step_flops(config: Config, network: UrsaConfig, batch: int, sequence: int, t
         flops -= sum(passes[name] // 3 for name in LEARNING) * head_flops(network, tokens)
     flops -= passes_shared(config) * config.model.aux_shared_layers * layer_flops(network, sequence)
     return config.training.gradient_accumulation_steps * batch * flops
-
-
-def passes_shared(config: Config) -> int:
-    """How many of `passes_of` a layer that the auxiliary shares with the teacher has no part in."""
-    d, passes = config.distill, passes_of(config)
-    fits = passes["auxiliary's fit"] // 3
-    at_x_t = fits if d.aux_objective == "match_teacher" else d.t_draws if d.aux_pass == "shared" else 0
-    return 2 * fits + at_x_t + passes["auxiliary at x_t"]
-
-
-def passes_of(config: Config) -> dict[str, int]:
-    """Cost of a batch of a step in units of one forward pass; a backward pass counts as two.
-
-    What activation checkpointing makes again is not counted.
-    """
-    d, accumulates = config.distill, config.training.gradient_accumulation_steps > 1
-    return {
-        "student's drafts": d.student_steps - 1,
-        "student before the updates": int(accumulates),  # its pass is made again after them, with a gradient
-        "student at x_init": 3,
-        "teacher": d.t_draws * (1 if d.guidance_scale == 1 else 2),
-        "auxiliary's fit": 3 * d.aux_steps * (d.t_draws if d.aux_objective == "match_teacher" else 1),
-        "auxiliary at x_t": d.t_draws if d.aux_pass == "own" else 0,
-        "student at x_t": 3 * d.t_draws if d.w_kd > 0 and d.kd_every == 1 else 0,
-    }

@@ -16,9 +16,9 @@ from dimo.commands.suite_files import SuiteRequest
 from dimo.commands.world_train import world_train
 from dimo.config.flags import split_flags
 from dimo.config.values import read_value
-from dimo.errors import DimoError, nearest, reason
+from dimo.errors import DimoError, nearest, out_of_memory, reason
 from dimo.output import lasting_output
-from dimo.paths import user_path
+from dimo.paths import quoted, user_path
 from dimo.run.overview import existing_run
 from dimo.run.signals import PREEMPTED, Preempted
 from dimo.worlds import DEFAULT_WORLD, SHIPPED_STUDENT, checkpoint_folder, student_of, world_of
@@ -50,6 +50,11 @@ def _main(argv: list[str]) -> int:
         return COMMANDS[args.command](args) or 0
     except DimoError as error:
         print(f"dimo: {error}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        print(f"dimo: {out_of_memory(error)}", file=sys.stderr)
         return 2
     except OSError as error:  # a read-only folder, a full disk
         print(f"dimo: {reason(error)}", file=sys.stderr)
@@ -158,7 +163,8 @@ def _evaluate(args) -> None:
     weak = [weak_ones(columns_of(rows))] if args.all else []
     print(format_table(rows) if args.all else format_summary(rows), *filter(None, weak), "", sep="\n")
     after = {sampling(None if source == SHIPPED_STUDENT else source, config.distill.teacher_ckpt): "a video of it"}
-    after |= {f"report {source}": "the run as one page"} if is_run else {"run -c shapes": "distil a student yourself"}
+    report = f"report {quoted(source)}"
+    after |= {report: "the run as one page"} if is_run else {"run -c shapes": "distil a student yourself"}
     print(ending(out, ["report.json", "sheet.png", "clips.mp4", "codes.safetensors"], after))
 
 
@@ -201,8 +207,9 @@ def _inspect(args) -> None:
     print(format_rows(rows, missing))
     if missing:
         raise DimoError(f"{len(missing)} part(s) of {folder} are missing or damaged")
-    after = {f"check-alignment {args.folder}": "is the logits slice read right"}
-    after |= {f"plan --teacher_ckpt {args.folder} --num_processes 8": "memory per GPU and time"}
+    named = quoted(args.folder)
+    after = {f"check-alignment {named}": "is the logits slice read right"}
+    after |= {f"plan --teacher_ckpt {named} --num_processes 8": "memory per GPU and time"}
     print(next_commands(after))
 
 

@@ -8,6 +8,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from dimo.paths import quoted
 from dimo.run.folder import RunFolder
 from dimo.views.alarms import alarms
 from dimo.worlds import checkpoint_folder, is_world, load_world
@@ -46,9 +47,9 @@ def finished(run: RunFolder, teacher_ckpt: str) -> str:
         first, last = f"{known[0]:.3f}", f"{known[-1]:.3f}"
         lines.append(f"entropy of the student, nats per token: {first} at first, {last} now (decided: near 0)")
     after = {
-        f"evaluate {run.path}": "how good it is, beside its teacher",
+        f"evaluate {quoted(run.path)}": "how good it is, beside its teacher",
         sampling(run.path, teacher_ckpt): "a video of the student",
-        f"report {run.path}": "the run as one page",
+        f"report {quoted(run.path)}": "the run as one page",
     }
     return "\n".join([*lines, alarms_of(run), ending(run.path, ["checkpoints/final"], after)])
 
@@ -59,14 +60,14 @@ def program() -> str:
     if called.name != "dimo":
         return "python -m dimo" if called.name == "__main__.py" else "dimo"
     found = shutil.which("dimo")
-    return "dimo" if found and os.path.samefile(found, called) else str(called)
+    return "dimo" if found and os.path.samefile(found, called) else quoted(called)
 
 
 def sampling(student: Path | None, teacher_ckpt: str) -> str:
     """`sample` with a prompt that the student's teacher knows; None: the student that ships."""
     teacher = checkpoint_folder(teacher_ckpt)
     prompt = load_world(teacher).prompts[0] if is_world(teacher) else "a red ball"
-    return f'sample {f"--student_ckpt {student} " if student else ""}--prompt "{prompt}"'
+    return f'sample {f"--student_ckpt {quoted(student)} " if student else ""}--prompt "{prompt}"'
 
 
 def sampled(file: Path) -> str:

@@ -97,8 +97,8 @@ def _teacher(run: Path, config: Config) -> Path:
     teacher = checkpoint_folder(config.distill.teacher_ckpt)
     if is_world(teacher):
         raise DimoError(
-            f"{run} was trained on the world {teacher.name}, which URSA's pipeline cannot load: its attention heads "
-            "are too small, and its VAE is dimo's own; `dimo sample` and `dimo evaluate` take the run as it is"
+            f"{teacher} is the teacher of a world, which URSA's pipeline cannot load: its attention heads are too "
+            "small, and its VAE is dimo's own; `dimo sample` and `dimo evaluate` take a run on it as it is"
         )
     require_upstream_layout(teacher, "an export, which is for URSA's pipeline,")
     missing = inspect_folder(teacher)[1]

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from dimo.config import default_prompt_length
-from dimo.errors import DimoError
+from dimo.errors import DimoError, reason
 from dimo.ursa import MixturePath, UrsaConfig, UrsaTransformer, latents_shape_for
 from dimo.ursa.layout import read_config, require_checkpoint, vae_config, vae_strides
 from dimo.ursa.loading import import_upstream, load_path, load_tokenizer, require_codes_of
@@ -49,8 +49,8 @@ def inspect_folder(
     def part(function: Callable, *arguments):
         try:
             return function(*arguments)
-        except DimoError as error:
-            missing.append(str(error))
+        except (DimoError, OSError) as error:  # the latter: a file where a folder should be, or the other way round
+            missing.append(reason(error))
 
     config = part(read_config, folder / "transformer")
     strides = part(vae_strides, folder)

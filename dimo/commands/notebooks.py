@@ -25,8 +25,9 @@ from dimo.config.flags import as_override, flags
 from dimo.config.older import as_begun
 from dimo.config.values import read_value, unquoted
 from dimo.errors import DimoError, nearest, reason
-from dimo.evaluation.summary import format_summary
+from dimo.evaluation.summary import format_summary, read_report
 from dimo.files import write_text
+from dimo.paths import quoted
 from dimo.run.folder import RunFolder
 from dimo.run.launch import children_told_to_stop, machine_of, wait_for_children
 from dimo.run.progress import OneLine
@@ -304,7 +305,7 @@ def print_summary(run: RunFolder, teacher_ckpt: str) -> None:
     """Print how good the student is, beside its teacher and the student that ships; what was made; what comes next."""
     report, shipped = run.path / "report.json", SHIPPED_STUDENT / "report.json"
     if report.exists():
-        print("", format_summary(json.loads(report.read_text(encoding="utf-8"))), sep="\n")
+        print("", format_summary(read_report(report)), sep="\n")
     if report.exists() and teacher_ckpt == DEFAULT_WORLD and shipped.exists():
         best = json.loads(shipped.read_text())["student_1"]
         print(
@@ -317,7 +318,7 @@ def print_summary(run: RunFolder, teacher_ckpt: str) -> None:
     if is_world(checkpoint_folder(teacher_ckpt)):
         after["train -c shapes optim.lr=5e-4 --name slow"] = "another run, with a key changed"
     elif (run.path / "checkpoints" / "final").exists():
-        after[f"export {run.path} exported"] = "the student, for URSA's own pipeline"
+        after[f"export {quoted(run.path)} exported"] = "the student, for URSA's own pipeline"
     made = ["report.html", "sheet.png", "clips.mp4", "notebooks", "checkpoints/final"]
     print("", ending(run.path, made, after), sep="\n")
 

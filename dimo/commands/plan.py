@@ -13,12 +13,14 @@ from pathlib import Path
 
 import torch
 
+from dimo.bench.sizes import require_size_alone
 from dimo.commands.dry_run import DryRun, dry_run, empty_ursa
 from dimo.commands.inspect_folder import inspect_folder
 from dimo.config import Config, load_config, to_flat
 from dimo.errors import DimoError
 from dimo.run.launch import engine_kind
 from dimo.run.progress import CostBar
+from dimo.ursa.layout import require_checkpoint
 from dimo.worlds import checkpoint_folder, is_world
 
 GIB = 2**30
@@ -286,8 +288,9 @@ def plan_report(
     """
     if memory_gib is not None and not memory_gib > 0:
         raise DimoError(f"--memory must be positive, in GiB, got {memory_gib}")
-    if preset is None and size is not None:
-        preset = "distill_dimo"
+    if size is not None:
+        require_size_alone(size, overrides)
+        preset = preset or "distill_dimo"
     config = load_config(preset, overrides)
     if only_dry_run:
         plan = _go_through(config, size)
@@ -296,6 +299,8 @@ def plan_report(
         return "\n".join([went, f"peak: {plan.total / GIB:.2f} GiB", *_collectives(plan), UNSEEN])
     name = f"URSA-{size}" if size else str(config.distill.teacher_ckpt)
     if size or (Path(name).is_dir() and not is_world(Path(name))):
+        if not size:
+            require_checkpoint(name)
         print(f"plan: a step of {name} on tensors without values; half a minute for 1.7B", file=sys.stderr, flush=True)
     plan, memory = make_plan(config, size, memory_gib), gpu_memory(memory_gib)
     text = format_plan(plan, name, memory)

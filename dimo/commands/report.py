@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from dimo.errors import DimoError, reason
-from dimo.evaluation.evaluate import format_cell, prompts_of
+from dimo.evaluation.evaluate import format_cell
 from dimo.evaluation.metrics import columns_of, legend
+from dimo.evaluation.summary import prompts_of, read_report, teachers_of
 from dimo.files import write_text
 from dimo.run.checkpoints import STEP, step_of
 from dimo.run.folder import RunFolder
@@ -31,18 +32,21 @@ from dimo.worlds import checkpoint_folder, is_world
 MOST, CLIPS = 10_000_000, 4  # bytes of the page; clips shown
 BESIDE = 1_500_000  # bytes of clips.mp4 that the page has room for
 SMALL = 2**18  # pixels of a video: of such a world several checkpoints are shown
-SCRIPTS = (PAGE, HERE / "explorer_stored.js", HERE / "dashboard_stored.js")
+SCRIPTS = (PAGE, HERE / "explorer_stored.js", HERE / "dashboard_stored.js", HERE / "clips.js")
 LOOK = """
 body { font: 15px/1.5 system-ui, "DejaVu Sans", sans-serif; color: #1b1b1b; max-width: 1300px; margin: 1.5em auto;
   padding: 0 1em; }
 img, video { max-width: 100%; } figure { display: inline-block; margin: 0 1em 1em 0; vertical-align: top; }
-figcaption { font-size: 13px; color: #444; } figure video { width: 256px; image-rendering: pixelated; }
+figcaption { font-size: 13px; color: #444; } video { display: block; }
+figure video { width: 256px; image-rendering: pixelated; }
+.clip { padding: 0; border: 0; cursor: pointer; } .clip[aria-pressed=true] video { opacity: .6; }
 table { border-collapse: collapse; } td, th { text-align: right; padding: .2em .6em; border-bottom: 1px solid #ccc; }
 .wide { overflow-x: auto; } .wide td { white-space: nowrap; line-height: 1.2; } small { color: #555; }
 td:first-child, th:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
 .curves { position: relative; display: inline-block; cursor: crosshair; } .curves img { display: block; }
 .curves i { position: absolute; width: 0; border-left: 1.5px solid #d55e00; pointer-events: none; }
-.curves:focus-visible { outline: 2px solid #d55e00; } .told { font-size: 13px; font-variant-numeric: tabular-nums; }
+.curves:focus-visible, .clip:focus-visible { outline: 2px solid #d55e00; }
+.told { font-size: 13px; font-variant-numeric: tabular-nums; }
 #board { display: grid; grid-template-columns: auto minmax(230px, 1fr); gap: 0 1.5em; align-items: start; }
 @media (max-width: 1000px) { #board { grid-template-columns: minmax(0, 1fr); } } .told h3, .told p { margin: .4em 0; }
 pre { font-size: 12px; background: #f6f6f6; padding: .6em; overflow-x: auto; }
@@ -128,7 +132,10 @@ def _table(run: RunFolder) -> str:
     file = run.path / "report.json"
     if not file.exists():
         return ""
-    rows = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        rows = read_report(file)
+    except DimoError as error:
+        return f"<p>There is no table: {html.escape(str(error))}.</p>"
     columns = columns_of(rows)
     head = "".join(f"<th>{c}</th>" for c in ("", *columns))
     body = "".join(
@@ -137,8 +144,8 @@ def _table(run: RunFolder) -> str:
     )
     meanings = "<br>".join(html.escape(sentence) for sentence in legend(rows))
     about = f"<details><summary>What the columns mean</summary><p>{meanings}</p></details>"
-    prompts = html.escape(prompts_of(rows))
-    return f"<div class='wide'><table><tr>{head}</tr>{body}</table></div><p>{prompts}</p>{about}"
+    said = "".join(f"<p>{html.escape(sentence)}</p>" for sentence in (teachers_of(rows), prompts_of(rows)) if sentence)
+    return f"<div class='wide'><table><tr>{head}</tr>{body}</table></div>{said}{about}"
 
 
 def _cell(row: dict, column: str) -> str:
@@ -165,7 +172,8 @@ def _clips(explorer: ExplorerView) -> str:
             shown.append(
                 f"<figure>{show(file.read_bytes(), alt)}<figcaption>{html.escape(prompt)}</figcaption></figure>"
             )
-    return f"<h2>Clips of the student, one pass</h2>{''.join(shown)}"
+    how = "<p>A click, or enter, stops one and lets it go on.</p>" if any("<video" in clip for clip in shown) else ""
+    return f"<h2>Clips of the student, one pass</h2>{how}{''.join(shown)}"
 
 
 def _curves(run: RunFolder, checkpoints: list[int | str]) -> str:
@@ -205,7 +213,8 @@ def _pictures(run: RunFolder) -> str:
 
 def _video(data: bytes, alt: str) -> str:
     source = f"data:video/mp4;base64,{base64.b64encode(data).decode()}"
-    return f'<video autoplay loop muted playsinline controls aria-label="{html.escape(alt)}" src="{source}"></video>'
+    video = f'<video autoplay loop muted playsinline src="{source}"></video>'
+    return f'<button class="clip" aria-pressed="false" aria-label="stop {html.escape(alt)}">{video}</button>'
 
 
 def _image(data: bytes, alt: str) -> str:

@@ -19,7 +19,7 @@ from dimo.config.schema import Distill
 from dimo.data.listing import list_files
 from dimo.data.readers import caption_column, caption_text, read_rows
 from dimo.errors import DimoError, reason
-from dimo.files import save_file, whole_file, write_text
+from dimo.files import require_place, save_file, whole_file, write_text
 from dimo.run.origin import run_config, run_of
 from dimo.run.progress import CostBar
 from dimo.run.sources import require_same_meaning
@@ -194,10 +194,11 @@ def sample_to_folder(request: Request, prompts: list[str], out: str | Path) -> l
         The video files (or files of codes), in the order of the prompts.
 
     Raises:
-        DimoError: before anything is written: no prompts, or see `open_sampler`.
+        DimoError: before anything is made: no prompts, no folder to write to, or see `open_sampler`.
     """
     if not prompts:
         raise DimoError("prompts must not be empty; give --prompt or --prompt_file")
+    require_place(Path(out) / "0000")
     sampler = open_sampler(request, prompts)
     if sampler.ursa.vae is None:
         log.warning("codes will be written instead of frames: %s", sampler.ursa.no_vae)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from dimo.commands.ending import next_commands
 from dimo.commands.examples import examples
 from dimo.errors import DimoError
+from dimo.paths import quoted
 from dimo.run.ranks import launched_or_alone, read_launch
 from dimo.worlds.registry import WORLDS
 from dimo.worlds.teacher import RECIPES, TeacherRecipe, make_teacher
@@ -56,7 +57,7 @@ def world_train(args: argparse.Namespace) -> None:
     if table:  # else another process has it
         print(table)
         print(f"written: {args.out}, a checkpoint folder in URSA's layout")
-        print(next_commands({f"inspect {args.out}": "its sizes, which a training on it needs"}))
+        print(next_commands({f"inspect {quoted(args.out)}": "its sizes, which a training on it needs"}))
 
 
 @contextlib.contextmanager

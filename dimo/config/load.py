@@ -18,8 +18,8 @@ import torch
 from dimo.config.consistent import require_consistent
 from dimo.config.schema import Config, config_keys, default_of, kind_of, to_flat
 from dimo.config.served import require_captioned_video, with_protocol
-from dimo.config.values import read_value, read_yaml, unquoted, write_yaml
-from dimo.errors import DimoError, nearest, reason
+from dimo.config.values import read_value, read_yaml, unquoted, write_yaml, yaml_text
+from dimo.errors import DimoError, nearest
 from dimo.paths import user_path
 from dimo.ursa.attention import KERNELS
 from dimo.ursa.inputs import latents_shape_for
@@ -271,11 +271,7 @@ def read_groups(file: Path) -> dict[str, dict[str, Any]]:
     Raises:
         DimoError: not UTF-8, not YAML, not groups of keys, or a duplicate key.
     """
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DimoError(f"{file} is not valid YAML: {reason(error)}") from error
-    return groups_in(text, file)
+    return groups_in(yaml_text(file), file)
 
 
 def groups_in(text: str, file: Path) -> dict[str, dict[str, Any]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -100,6 +101,14 @@ def read_yaml(text: str, where: str, typed: bool = False) -> Any:
         colon = getattr(error, "problem", None) == "mapping values are not allowed here"
         hint = "; quote text that contains ': '" if colon else ""
         raise DimoError(f"{where} is not valid YAML: {reason(error)}{hint}") from error
+
+
+def yaml_text(file: Path) -> str:
+    """The text of a YAML file, which must be UTF-8."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DimoError(f"{file} is not valid YAML: {reason(error)}") from error
 
 
 def write_yaml(value: Any) -> str:

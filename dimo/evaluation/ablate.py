@@ -39,6 +39,7 @@ from dimo.run.lifeline import end_with_parent
 from dimo.run.signals import PREEMPTED, Preempted, handling, stopping_at
 from dimo.train.together import train_and_compare
 from dimo.train.trainer import Trainer
+from dimo.ursa.weights import read_json
 from dimo.worlds.teacher import make_teacher
 
 TEACHERS = {  # keys that decide what a teacher makes, beside those of the evaluation and its folder
@@ -70,7 +71,7 @@ class Run:
         report, config = self.folder / "report.json", self.folder / "config.yaml"
         if not (report.exists() and config.exists() and _same(load_config(config), self.settings())):
             return None
-        rows = json.loads(report.read_text(encoding="utf-8"))
+        rows = _read(report)
         if "diverged" in rows:
             return rows
         teacher = teacher_scores(self.settings(), self.out).get("coverage_near")
@@ -97,6 +98,14 @@ class Run:
         for old in [*(self.folder / "checkpoints").glob("step-*"), self.folder / "samples", self.folder / "slices"]:
             shutil.rmtree(old, ignore_errors=True)
         (self.folder / "checkpoints" / "final" / "student.pt").unlink(missing_ok=True)  # student/ has the same weights
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """What a file of the grid holds that an earlier command wrote."""
+    try:
+        return read_json(file)
+    except DimoError as error:
+        raise DimoError(f"{error}; delete it, and the same command makes it again") from error
 
 
 def _same(was: Config, now: Config) -> bool:
@@ -220,7 +229,7 @@ def _make_world(place: Place, out: Path, device: str, videos_per_prompt: int, de
     about, sizes = folder.with_name(f"{folder.name}.json"), dataclasses.asdict(place.world)
     wanted = {"world": place.world.name} | sizes | dataclasses.asdict(place.recipe)
     if about.exists():
-        if json.loads(about.read_text(encoding="utf-8"))["by"] != wanted:
+        if _read(about).get("by") != wanted:
             raise DimoError(f"{folder} was made by another recipe than the grid's {place.name}; give another --out")
         return
     if _is_late(deadline):
@@ -244,7 +253,7 @@ def teacher_folder(config: Config, out: Path) -> Path:
 def teacher_scores(config: Config, out: Path) -> dict:
     """The metrics of the teacher's TEACHER_STEPS passes; empty if it has not been scored."""
     report = teacher_folder(config, out) / "report.json"
-    rows = json.loads(report.read_text(encoding="utf-8")) if report.exists() else {}
+    rows = _read(report) if report.exists() else {}
     return rows.get(f"teacher_{TEACHER_STEPS}", {})
 
 

@@ -27,7 +27,7 @@ from dimo.evaluation.reference_free import save_codes
 from dimo.evaluation.spent import format_spent, seconds_of_jobs
 from dimo.evaluation.videos import NUMBERS, Videos
 from dimo.files import write_text
-from dimo.run.origin import require_comparable, trained_steps
+from dimo.run.origin import other_teacher, require_comparable, trained_steps
 from dimo.run.sources import teacher_files
 from dimo.train.prompts import evaluation_prompts, require_prompts_fit, trained_on
 from dimo.ursa import Ursa, UrsaTransformer, load_ursa
@@ -104,20 +104,6 @@ def format_cell(row: dict, column: str) -> str:
     return "undefined" if value is None else str(value) if isinstance(value, int) else f"{value:.4g}"
 
 
-def prompts_of(rows: dict) -> str:
-    """A sentence on the prompts of a report; empty for a world, where all prompts are used."""
-    row = rows["student_1"]
-    if "prompts_held_out" not in row:
-        return ""
-    held_out, known = row["prompts_held_out"], row.get("prompts_trained_on")
-    if held_out is None:
-        return "Prompts: captions other than the run's; it is not known which of them it was trained on."
-    if not held_out:
-        return "Prompts: captions that were trained on."
-    of = "caption" if held_out == 1 else "captions"
-    return f"Prompts: {held_out} held-out {of}{f', and {known} that were trained on' if known else ''}."
-
-
 def student_row(rows: Iterable[str]) -> str:
     """Name of a report's row with the student in its own number of passes, student_<S>, the largest there is."""
     made = [int(name.split("_")[1]) for name in rows if name.startswith("student_")]
@@ -171,7 +157,7 @@ def _evaluate_alone(
     config: Config, weights: str | Path, out: Path, progress: bool, comparison: Comparison, world: World | None,
     begin: float,
 ) -> dict:  # fmt: skip
-    kept = kept_beside(weights, comparison, config)
+    teachers, kept = _teachers(config, weights), kept_beside(weights, comparison, config)
     parts, jobs = parts_of(config, weights, out, comparison.prompts, kept), comparison.jobs()
     parts.forget_damaged(jobs)
     missing = parts.missing(jobs)
@@ -192,6 +178,8 @@ def _evaluate_alone(
     rows, codes = rows_of(comparison, made, world), {name: row["codes"] for name, row in made.items()}
     if world is None:
         _count_overlap(rows, config, weights, comparison)
+    for row in rows.values():
+        row |= teachers
     scored = time.perf_counter()
     if world is None:
         save_codes(out / "codes.safetensors", codes, comparison.prompts, comparison.grid)
@@ -220,6 +208,17 @@ def evaluate_teacher(config: Config, place: Path) -> dict[str, dict]:
     parts.forget_damaged(jobs)
     run_here(comparison, jobs, parts, progress=False)
     return rows_of(comparison, comparison.gather(parts.load(jobs)), world)
+
+
+def _teachers(config: Config, weights: str | Path) -> dict[str, str]:
+    """The teacher and the one that the student was distilled from, for every row, where they are known to differ."""
+    teacher = config.distill.teacher_ckpt
+    own = other_teacher(weights, teacher)
+    if not own:
+        return {}
+    log.warning("the student was distilled from another teacher (%s) than the one it is measured against (%s)", own,
+                teacher)  # fmt: skip
+    return {"teacher": teacher, "distilled_from": own}
 
 
 def _count_overlap(rows: dict, config: Config, weights: str | Path, comparison: Comparison) -> None:

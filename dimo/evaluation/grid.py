@@ -29,7 +29,7 @@ from typing import Any
 from dimo.config import PRESETS, Config, config_keys, load_config
 from dimo.config.load import read_groups, shipped_grids
 from dimo.config.schema import kind_of
-from dimo.config.values import read_value, read_yaml
+from dimo.config.values import read_value, read_yaml, yaml_text
 from dimo.errors import DimoError, nearest
 from dimo.paths import user_path
 from dimo.worlds import checkpoint_folder, is_world, size_of, video_size
@@ -158,7 +158,9 @@ def read_grid(
     file = known.get(name, Path(user_path(name)))
     if not file.is_file():
         raise DimoError(f"{name} is neither a grid that ships nor an existing YAML file{nearest(name, known)}")
-    content = _group(file, "the file", read_yaml(file.read_text(encoding="utf-8"), str(file)), PARTS)
+    if seeds is not None and seeds < 1:
+        raise DimoError(f"--seeds must be at least 1, got {seeds}")
+    content = _group(file, "the file", read_yaml(yaml_text(file), str(file)), PARTS)
     base = _group(file, "base", content.get("base", {}), {"preset", "keys"})
     places = {n: _place(file, n, given) for n, given in _group(file, "worlds", content.get("worlds")).items()}
     found = {n: _words(file, f"arm {n}", given) for n, given in _group(file, "arms", content.get("arms")).items()}
@@ -181,6 +183,9 @@ def read_grid(
     )  # fmt: skip
     if any(not rate > 0 for rate in grid.rates) or min(grid.seeds + grid.tuning_seeds) < 0:
         raise DimoError(f"rates must be positive and seeds not negative, got {grid.rates} and {grid.seeds}")
+    for listed_seeds in (grid.seeds, grid.tuning_seeds):
+        if len(set(listed_seeds)) < len(listed_seeds):
+            raise DimoError(f"{file}: each seed must be listed once, got {listed_seeds}")
     both = set(grid.seeds) & set(grid.tuning_seeds)
     if both:
         raise DimoError(f"{file}: seed {min(both)} is reported and would also choose the rate")

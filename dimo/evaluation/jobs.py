@@ -21,12 +21,9 @@ from safetensors.torch import load_file
 
 from dimo.errors import DimoError
 from dimo.evaluation.comparison import Comparison, Job
-from dimo.files import save_file, whole_file, write_text
-from dimo.run.folder import CAN_LOCK, OWN_INSIDE
+from dimo.files import locked, save_file, whole_file, write_text
+from dimo.run.folder import OWN_INSIDE
 from dimo.run.progress import CostBar
-
-if CAN_LOCK:
-    import fcntl
 
 log = logging.getLogger(__name__)
 ABOUT = "about.json"
@@ -109,7 +106,7 @@ class Parts:
 
 @contextlib.contextmanager
 def alone_in(out: Path) -> Iterator[None]:
-    """Lock the output folder of an evaluation; the kernel releases the lock when the process dies, even by kill -9.
+    """Lock the output folder of an evaluation.
 
     The lock is on the folder itself, so it leaves no file and does not interfere with a training run there.
 
@@ -117,20 +114,9 @@ def alone_in(out: Path) -> Iterator[None]:
         DimoError: another process evaluates into the folder.
     """
     out.mkdir(parents=True, exist_ok=True)
-    handle = os.open(out, os.O_RDONLY)
-    try:
-        try:
-            if CAN_LOCK:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DimoError(
-                f"another process is writing an evaluation to {out}; wait for it, or give another --out_dir"
-            ) from None
-        except OSError:
-            pass  # a network file system without locking
+    refusal = f"another process is writing an evaluation to {out}; wait for it, or give another --out_dir"
+    with locked(out, refusal):
         yield
-    finally:
-        os.close(handle)
 
 
 def run_here(comparison: Comparison, jobs: list[Job], parts: Parts, progress: bool = True) -> None:

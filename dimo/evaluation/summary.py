@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from dimo.errors import DimoError
 from dimo.evaluation.comparison import AGAIN
 from dimo.evaluation.evaluate import student_row
+from dimo.ursa.weights import read_json
 
 # the metrics that decide, with an oracle and without; all others are in report.json and report.html
 ORACLE = {
@@ -24,6 +28,20 @@ CODES = {
 KINDS = {"student": "student", "untrained": "what it started from", "teacher": "teacher"}
 
 
+def read_report(file: Path) -> dict[str, dict]:
+    """The rows of a report.json.
+
+    Raises:
+        DimoError: it is damaged, or that of a run of a grid which diverged.
+    """
+    rows = read_json(file)
+    if "diverged" in rows:
+        raise DimoError(f"the run diverged: {rows['diverged']}")
+    if "student_1" not in rows or not all(isinstance(row, dict) for row in rows.values()):
+        raise DimoError(f"{file} is not what `dimo evaluate` writes, which makes it again")
+    return rows
+
+
 def format_summary(rows: dict[str, dict]) -> str:
     """The metrics that decide as a table, a row for each sampler, and what they mean.
 
@@ -42,6 +60,28 @@ def format_summary(rows: dict[str, dict]) -> str:
         lines.append(f"{title:{first}}{''.join(cells)}")
     lines += ["", *(f"{name}: {meaning}" for name, meaning in columns.items())]
     return "\n".join(lines)
+
+
+def prompts_of(rows: dict) -> str:
+    """A sentence on the prompts of a report; empty for a world, where all prompts are used."""
+    row = rows["student_1"]
+    if "prompts_held_out" not in row:
+        return ""
+    held_out, known = row["prompts_held_out"], row.get("prompts_trained_on")
+    if held_out is None:
+        return "Prompts: captions other than the run's; it is not known which of them it was trained on."
+    if not held_out:
+        return "Prompts: captions that were trained on."
+    of = "caption" if held_out == 1 else "captions"
+    return f"Prompts: {held_out} held-out {of}{f', and {known} that were trained on' if known else ''}."
+
+
+def teachers_of(rows: dict) -> str:
+    """A sentence if the report's teacher is not the one that the student was distilled from, else empty."""
+    row = rows["student_1"]
+    if "distilled_from" not in row:
+        return ""
+    return f"Teacher: {row['teacher']}, but the student was distilled from another one, {row['distilled_from']}."
 
 
 def title_of(row: str) -> str:

@@ -13,7 +13,7 @@ from dimo.config.load import read_groups, values_of
 from dimo.config.older import BEFORE
 from dimo.errors import DimoError
 from dimo.run.folder import RunFolder
-from dimo.run.sources import PROMPTS, TEACHER, require_same_meaning, require_same_sources
+from dimo.run.sources import PROMPTS, TEACHER, is_other_teacher, require_same_meaning, require_same_sources
 from dimo.worlds import built_in_worlds
 
 log = logging.getLogger(__name__)
@@ -82,6 +82,14 @@ def require_comparable(student: str | Path, config: Config) -> None:
     if trained != asked:
         log.warning("the student was trained for videos of %s, and is evaluated at %s, which it has not learnt",
                     trained, asked)  # fmt: skip
+
+
+def other_teacher(student: str | Path, teacher_ckpt: str) -> str:
+    """distill.teacher_ckpt of the student's run, if it is known to have been another teacher; else empty."""
+    run = run_of(student)
+    if run is None or not is_other_teacher(run, teacher_ckpt):
+        return ""
+    return str(values_of(read_groups(run / "config.yaml"))[TEACHER])
 
 
 def learns_from(run: Path, config: Config) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from dimo.errors import DimoError
 from dimo.run.checkpoints import STEP
 from dimo.run.folder import RunFolder
+from dimo.ursa.layout import student_file
 
 DEPTH = ("", "*/", "*/*/")  # a run itself, runs/<name>, runs/<ablation>/<name>
 UNITS = ((86_400, "d"), (3_600, "h"), (60, "m"), (1, "s"))
@@ -119,7 +120,7 @@ def progress_of(run: RunFolder) -> str:
 
 
 def newest_student(run: RunFolder) -> tuple[Path, str]:
-    """The newest weights of a run's student for `load_student`, and a sentence that says which.
+    """The newest weights of a run's student for `load_network`, and a sentence that says which.
 
     Those of checkpoints/final once training has ended, else the moving average in the newest checkpoint.
 
@@ -129,7 +130,7 @@ def newest_student(run: RunFolder) -> tuple[Path, str]:
     final, progress = run.path / "checkpoints" / "final", progress_of(run)
     steps = sorted(run.path.glob(f"checkpoints/{STEP}/ema.safetensors"))
     if final.is_dir() and (run.status().get("state") == "finished" or not steps):
-        return final, f"the student is checkpoints/final ({progress})"
+        return student_file(final), f"the student is checkpoints/final ({progress})"
     if not steps:
         raise DimoError(f"{run.path.resolve()}: {progress}, and no checkpoint yet (experiment.save_every says when)")
     about = f"the student is the moving average in {steps[-1].parent.name}, without model.final_logit_gain"

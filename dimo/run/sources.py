@@ -108,6 +108,16 @@ def require_same_meaning(path: Path, teacher: str) -> None:
                 )
 
 
+def is_other_teacher(path: Path, teacher: str) -> bool:
+    """Whether the files of a teacher are known to differ from those that the run in `path` was begun with."""
+    try:
+        known = _read(path / SOURCES).get(TEACHER, {})
+        now = {name: _describe(file, None, known.get(name, {})) for name, file in teacher_files(teacher).items()}
+    except (DimoError, OSError):  # not known, or the teacher is not there, which loading it says
+        return False
+    return bool(known) and {name: _content(a) for name, a in known.items()} != {n: _content(a) for n, a in now.items()}
+
+
 def _read(file: Path) -> dict[str, dict]:
     try:
         known = read_json(file)

@@ -49,6 +49,12 @@ def make_networks(config: Config, ursa: Ursa, engine: Engine) -> tuple[Networks,
     return networks, attention
 
 
+def lower_weights(aux: UrsaTransformer, layers: int) -> dict[str, torch.Tensor]:
+    """The weights of an auxiliary that are the teacher's too, which checkpoints leave out, {name: parameter}."""
+    lower = {p for part in _lower(aux, layers) for p in part.parameters()}
+    return {name: p for name, p in aux.named_parameters() if p in lower}
+
+
 def _lower(teacher: UrsaTransformer, layers: int) -> list[torch.nn.Module]:
     """The teacher's embeddings and first layers, as far as they are the auxiliary's too (model.aux_shared_layers)."""
     most = teacher.config.num_hidden_layers - 1

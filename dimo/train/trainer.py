@@ -16,13 +16,14 @@ from dimo.distill.schedules import Baseline, EntropyController, XInit, fade, pow
 from dimo.distill.stages import Step
 from dimo.distill.step import nine_stages
 from dimo.errors import DimoError, NonFiniteError, trusted_values
+from dimo.paths import quoted
 from dimo.run.cold_start import ColdStart
 from dimo.run.folder import RunFolder
 from dimo.train.engine import Engine
 from dimo.train.graph import StepGraphs, require_capturable
 from dimo.train.guards import Guard
 from dimo.train.metrics import BY_T, MEASURED, QUARTERS, SHARE_OF_T, Averages, gaps_by_t, measured
-from dimo.train.networks import make_networks
+from dimo.train.networks import lower_weights, make_networks
 from dimo.train.optimizers import ema_decay_at, lr_factor, make_optimizers, set_lr_factor
 from dimo.train.prompts import WorldPrompts, open_prompts
 from dimo.train.sharded import load_full_state, reshard, to_local
@@ -259,12 +260,15 @@ class Trainer:
         """The state that all ranks share, unsharded under every engine. Collective.
 
         Returns:
-            ({network: full state dict}, optimizers and everything else). If the engine shards, only rank 0 holds them.
+            ({network: full state dict}, optimizers and everything else), without layers that are the teacher's. If the
+            engine shards, only rank 0 holds them.
         """
         self.look()
-        n = self.networks
-        networks = {"student": n.student, "aux": n.aux, "ema": n.ema}
-        return {name: self.engine.full_state_dict(net) for name, net in networks.items()}, {
+        n, names = self.networks, ("student", "aux", "ema")
+        tensors = {name: self.engine.full_state_dict(getattr(n, name)) for name in names}
+        lower = lower_weights(n.aux, self.shared_layers)
+        tensors["aux"] = {name: value for name, value in tensors["aux"].items() if name not in lower}
+        return tensors, {
             "optimizers": {"student": self.student.state(), "aux": self.aux.state()},
             "prompts": self.prompts.state_dict(),  # one position for all ranks
             "entropy_bonus": self.entropy_bonus.state_dict(),
@@ -296,7 +300,8 @@ class Trainer:
         if self.graphs is not None:
             self.graphs.forget()
         self.student.load_state(tensors["student"], state["optimizers"]["student"])
-        self.aux.load_state(tensors["aux"], state["optimizers"]["aux"])
+        lower = lower_weights(self.networks.aux, self.shared_layers)  # which an older checkpoint has
+        self.aux.load_state(lower | tensors["aux"], state["optimizers"]["aux"])
         load_full_state(self.networks.ema, tensors["ema"])
         self.prompts.load_state_dict(state["prompts"])
         rank_state = self.engine.of_sharers(rank_state)
@@ -319,8 +324,8 @@ class Trainer:
         d, runs = self.settings, Path(self.config.experiment.output_dir).parent
         clean = known_clean_tokens(self.ursa, self.grid, runs)
         if clean is None:
-            command = f"dimo check-alignment {self.ursa.folder} --num_frames {d.num_frames} --height {d.height} "
-            command += f"--width {d.width} --runs {runs}"
+            command = f"dimo check-alignment {quoted(self.ursa.folder)} --num_frames {d.num_frames} "
+            command += f"--height {d.height} --width {d.width} --runs {quoted(runs)}"
             return f"not checked: no clean tokens are kept in {runs}; `{command}` checks it", False
         with self.engine.autocast():
             alignment = check_slice(self.ursa, clean, d.max_prompt_length, self.dense)

@@ -20,6 +20,7 @@ from dimo.errors import DimoError, reason, require_shape
 from dimo.files import save_file, whole_file
 from dimo.run.folder import TEACHER_SAMPLES, RunFolder
 from dimo.run.ranks import everywhere, raise_everywhere
+from dimo.train.passes import passes_of_step
 from dimo.train.prompts import StreamedPrompts, WorldPrompts
 from dimo.ursa import Ursa, sample
 from dimo.ursa.chunks import chunks, without_compiling
@@ -56,21 +57,7 @@ class Plan:
         )
 
 
-def passes_of_step(config: Config) -> float:
-    """Cost of a training step per process, in forward passes of one video.
-
-    A backward pass counts as two and an update as one. Losses and moving average are left out, so that a share of these
-    passes is a smaller share of the time. Layers that auxiliary and teacher share are counted as if they were not.
-    """
-    d, parts = config.distill, config.training.gradient_accumulation_steps
-    student = 3 + d.student_steps + (parts > 1) + (3 * d.t_draws / d.kd_every if d.w_kd > 0 else 0)
-    teacher = d.t_draws * (2 if d.guidance_scale > 1 and d.guidance_trunc > 0 else 1)
-    fit = 3 * (d.t_draws if d.aux_objective == "match_teacher" else 1)
-    aux = (fit + 1) * d.aux_steps + (d.t_draws if d.aux_pass == "own" else 0)
-    return parts * d.batch_size_per_gpu * (student + teacher + aux)
-
-
-def plan_for(config: Config, prompts: int, processes: int, passes_per_sample: int) -> Plan | None:
+def plan_for(config: Config, layers: int, prompts: int, processes: int, passes_per_sample: int) -> Plan | None:
     """The largest measurement that takes at most SHARE of the run's passes; None if the run is too short for any.
 
     The teacher's samples are divided over the processes, while every process measures the student, whose weights may be
@@ -78,11 +65,12 @@ def plan_for(config: Config, prompts: int, processes: int, passes_per_sample: in
     measured at every second or third of them, and so on.
 
     Args:
+        layers: of the networks.
         prompts: number of prompts there are.
         passes_per_sample: of the teacher, guidance included.
     """
     last, stop = config.training.max_train_steps, config.experiment.sample_every
-    whole, stops = passes_of_step(config) * last, math.ceil(last / stop)
+    whole, stops = passes_of_step(config, layers) * last, math.ceil(last / stop)
     budget, each = SHARE * whole, config.distill.student_steps
     for p, n, m in SIZES:
         p = min(p, prompts)
@@ -150,7 +138,8 @@ class Watch:
         self.reference: Reference | None = None
         processes = trainer.accelerator.num_processes
         passes = TEACHER_STEPS + (sum(t < d.guidance_trunc for t in times) if guided else 0)
-        self.plan = plan_for(trainer.config, len(trainer.prompts.examples), processes, passes)
+        layers = ursa.transformer.config.num_hidden_layers
+        self.plan = plan_for(trainer.config, layers, len(trainer.prompts.examples), processes, passes)
         if self.plan is None:
             run.say(f"not watched for collapse: it would take more than {SHARE:.0%} of so short a run")
             return

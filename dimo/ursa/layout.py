@@ -125,7 +125,8 @@ def student_file(weights: str | Path) -> Path:
     """Resolve the `weights` argument of `load_student` to a file or folder of weights.
 
     Raises:
-        DimoError: it is the folder of an unfinished run, or a checkpoint, whose networks lack the last gain.
+        DimoError: it is the folder of an unfinished run, or a checkpoint or a file in one, whose networks lack the last
+            gain.
     """
     source = Path(weights)
     run = source.parent.parent if source.match("checkpoints/final") else source
@@ -133,9 +134,19 @@ def student_file(weights: str | Path) -> Path:
         source = run / "checkpoints" / "final"
     elif (run / "status.json").exists():
         raise DimoError(f"{run} is a run without checkpoints/final: it has not finished")
-    elif (source / "ema.safetensors").exists() and (source / "manifest.json").exists():
-        raise DimoError(
-            f"{source} is a checkpoint, from which training goes on; a student is checkpoints/final, or a milestone, "
-            "which a run keeps every experiment.keep_every steps"
-        )
+    else:
+        _refuse_checkpoint(source)
     return next((source / name for name in ("student.pt", "student") if os.path.lexists(source / name)), source)
+
+
+def _refuse_checkpoint(source: Path) -> None:
+    """Raise DimoError for a checkpoint, from which training goes on, or a file in it, naming the run's students."""
+    is_file = source.is_file()
+    folder = source.absolute().parent if is_file else source.absolute()
+    if not ((folder / "ema.safetensors").exists() and (folder / "manifest.json").exists()):
+        return
+    what = "a network of a checkpoint, without model.final_logit_gain" if is_file else "a checkpoint"
+    there = [folder.parent / "final", *sorted(folder.parent.glob("milestone-*"))[-1:]]
+    students = " or ".join(str(place) for place in there if place.is_dir())
+    students = students or "checkpoints/final, or a milestone, which a run keeps every experiment.keep_every steps"
+    raise DimoError(f"{source} is {what}, from which training goes on; a student is {students}")

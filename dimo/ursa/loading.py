@@ -281,13 +281,18 @@ def load_student(ursa: Ursa, weights: str | Path) -> UrsaTransformer:
         weights: student.pt, a .safetensors file, a folder with either, or a run folder.
 
     Raises:
-        DimoError: no weights found, or they belong to a different model.
+        DimoError: no weights found, they are those of a checkpoint, or they belong to a different model.
     """
-    source = student_file(weights)
-    student = copy.deepcopy(ursa.transformer)
-    load_weights(student, read_weights(source), where=str(source))
+    return load_network(ursa, student_file(weights))
+
+
+def load_network(ursa: Ursa, source: Path, shares_layers: bool = False) -> UrsaTransformer:
+    """`load_student` of any network of a checkpoint; with `shares_layers`, weights that it lacks are the teacher's."""
+    network = copy.deepcopy(ursa.transformer)
+    rest = network.state_dict() if shares_layers else {}
+    load_weights(network, rest | read_weights(source), where=str(source), model=f"the teacher {ursa.folder}")
     _require_same_config(ursa, source)
-    return student.to(ursa.path.device)
+    return network.to(ursa.path.device)
 
 
 def _require_same_config(ursa: Ursa, source: Path) -> None:

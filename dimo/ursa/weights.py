@@ -164,6 +164,8 @@ def read_pickle(file: Path) -> dict[str, torch.Tensor]:
             why = "it was not written by torch.save, or contains more than tensors (code in it is not executed)"
         elif _is_cut_off(file):  # torch says only "Invalid argument"
             why = "it is cut off (an incomplete copy?)"
+        elif not isinstance(error, RuntimeError | OSError):  # the unpickler stumbles over a text in many ways
+            why = "it was not written by torch.save"
         raise DimoError(f"{file} could not be read as plain tensors: {why}") from error
     if not isinstance(content, dict):
         raise DimoError(f"{file} must hold a plain state dict, got {type(content).__name__}")
@@ -214,12 +216,14 @@ def refuse_what_is_none(file: Path) -> None:
             raise DimoError(f"{file} is a Git LFS pointer, not the file itself; run `git lfs pull` there")
 
 
-def load_weights(transformer: torch.nn.Module, state: dict, where: str, assign: bool = False) -> None:
+def load_weights(
+    transformer: torch.nn.Module, state: dict, where: str, assign: bool = False, model: str = "this model"
+) -> None:
     """`load_state_dict(strict=True)` with readable errors.
 
     Args:
         state: full state dict.
-        where: origin of the weights, for error messages.
+        where, model: what the weights and the transformer are, for error messages.
         assign: as in `load_state_dict`: use the tensors of `state` instead of copying them.
 
     Raises:
@@ -228,7 +232,7 @@ def load_weights(transformer: torch.nn.Module, state: dict, where: str, assign: 
     own = transformer.state_dict()
     problem = misfit(*({key: tuple(value.shape) for key, value in each.items()} for each in (own, state)))
     if problem:
-        raise DimoError(f"the weights of {where} do not fit this model: {problem}")
+        raise DimoError(f"the weights of {where} do not fit {model}: {problem}")
     for key, value in state.items():
         if own[key].is_floating_point():  # an autoencoder has integer buffers, too
             require_numbers(value, f"{key} in the weights of {where}")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dimo.errors import DimoError, nearest
+from dimo.paths import quoted
 from dimo.run.folder import RunFolder
 from dimo.views.explorer_twin import twin
 from dimo.views.explorer_view import ExplorerView
@@ -109,7 +110,7 @@ class _Front:
                 self.check()
             elif message.get("kind") in ("save", "test"):
                 file, test = self.save(), message["kind"] == "test"
-                text = write_test(file) if test else f"saved: {file}\nagain:  dimo replay {file}"
+                text = write_test(file) if test else f"saved: {file}\nagain:  dimo replay {quoted(file)}"
                 self.send({"kind": "text", "text": text, "copy": test})
         except (DimoError, OSError) as error:
             self.send({"kind": "text", "text": str(error), "copy": False})

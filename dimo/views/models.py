@@ -18,11 +18,13 @@ from dimo.run.origin import run_config, run_of
 from dimo.ursa import Ursa, load_ursa, predict
 from dimo.ursa.chunks import without_compiling
 from dimo.ursa.device import pick_device, pick_dtype
-from dimo.ursa.loading import DTYPES, load_student
+from dimo.ursa.layout import student_file
+from dimo.ursa.loading import DTYPES, load_network
 from dimo.worlds import checkpoint_folder, is_world, load_world, require_world, video_size
 
 SHOWN = 8  # captions of a run's file that are offered as prompts
 CAPTION = "a red ball rolls over green grass"  # offered for a checkpoint that no run has given captions
+STUDENT = "student.safetensors"  # of a checkpoint
 Grid = tuple[int, int, int]
 
 
@@ -104,7 +106,8 @@ def open_models(
     ursa = _load(folder, where, pick_dtype(dtype, where, auto), backend or config.model.backend)
     networks: dict[str, Any] = {"teacher": ursa.transformer}
     if aux is not None or found is None:
-        networks["auxiliary"] = ursa.transformer if aux is None else _frozen(ursa, aux)
+        shares = config.model.aux_shared_layers > 0
+        networks["auxiliary"] = ursa.transformer if aux is None else _frozen(ursa, aux, shares)
     networks["student"] = ursa.transformer if found is None else _frozen(ursa, found)
     d = config.distill
     return _warmed(Models(
@@ -142,7 +145,7 @@ def _of_checkpoint(place: Path, step, student, size, device: torch.device, dtype
     networks = dict.fromkeys(("teacher", "auxiliary", "student"), ursa.transformer)
     origin: dict[str, Any] = {"source": str(place)} | ({"size": list(size)} if size else {})
     if student is not None:
-        networks = {"teacher": ursa.transformer, "student": _frozen(ursa, Path(student))}
+        networks = {"teacher": ursa.transformer, "student": _frozen(ursa, student_file(student))}
         origin["student"] = str(student)
     prompts = [CAPTION]
     if is_world(folder):
@@ -160,8 +163,8 @@ def _load(folder: Path, device: torch.device, dtype: str, backend: str) -> Ursa:
     return ursa
 
 
-def _frozen(ursa: Ursa, weights: Path):
-    return load_student(ursa, weights).requires_grad_(False)
+def _frozen(ursa: Ursa, weights: Path, shares_layers: bool = False):
+    return load_network(ursa, weights, shares_layers).requires_grad_(False)
 
 
 def checkpoints_of(run: Path) -> list[int | str]:
@@ -186,12 +189,12 @@ def _chosen(run: Path, step: int | str | None) -> tuple[Path | None, Path | None
     numbered = run / "checkpoints" / f"step-{step if step != 'final' else max([0, *there[:-1]]):08d}"
     aux = numbered / "aux.safetensors"
     if step == "final":
-        return run / "checkpoints" / "final", aux if aux.exists() else None, "final"
-    return numbered / "student.safetensors", aux, f"step {step}"
+        return student_file(run / "checkpoints" / "final"), aux if aux.exists() else None, "final"
+    return numbered / STUDENT, aux, f"step {step}"
 
 
 def _number(weights: Path) -> int | str:
-    return "final" if weights.name == "final" else step_of(weights.parent)
+    return step_of(weights.parent) if weights.name == STUDENT else "final"
 
 
 def _prompts(config: Config, folder: Path) -> list[str]:

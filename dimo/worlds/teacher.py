@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -12,7 +14,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from dimo.errors import DimoError, are_finite
-from dimo.files import whole_folder
+from dimo.files import locked, require_place, save_torch, whole_folder
 from dimo.ursa import UrsaConfig, UrsaTransformer, load_ursa, sample, save_student
 from dimo.ursa.cuda_graph import on_stream
 from dimo.worlds import WORLD_FILE, checkpoint_folder, is_world, load_world
@@ -211,6 +213,28 @@ def make_teacher(world: World, recipe: TeacherRecipe, folder: Path, videos_per_p
     folder = Path(folder).resolve()
     if folder.exists() and not is_world(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise DimoError(f"{folder} exists and is not a world's checkpoint folder: give another one, or remove it")
+    require_place(folder)
+    with _alone(folder):
+        return _make_alone(world, recipe, folder, videos_per_prompt)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """In this context no other command makes a teacher in this folder; processes that train together are one."""
+    if rank() > 0:
+        yield
+        return
+    beside = folder.with_name(f".{folder.name}.lock")
+    beside.parent.mkdir(parents=True, exist_ok=True)
+    beside.touch()
+    with locked(beside, f"another process is making {folder}; wait for it, or give another --out"):
+        try:
+            yield
+        finally:
+            beside.unlink(missing_ok=True)
+
+
+def _make_alone(world: World, recipe: TeacherRecipe, folder: Path, videos_per_prompt: int) -> str:
     kept = folder.with_name(f"{folder.name}.training.pt")
     transformer = train_teacher(world, recipe, kept=kept)
     if rank() > 0:
@@ -285,7 +309,7 @@ def write_checkpoint(folder: Path, world: World, transformer: UrsaTransformer, a
         (beside / "scheduler").mkdir()
         scheduler = {"_class_name": "KineticOptimalScheduler", "alpha": alpha, "c": c, "eps": 1e-5, "shift": 1.0}
         (beside / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=2) + "\n")
-        torch.save({"path.emb": world.codebook()}, beside / "scheduler" / "scheduler_model.pth")
+        save_torch({"path.emb": world.codebook()}, beside / "scheduler" / "scheduler_model.pth")
         _write_tokenizer(beside / "tokenizer", world)
         index = {
             "_class_name": "URSAPipeline",
