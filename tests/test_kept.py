@@ -22,6 +22,7 @@ TINY = Path(__file__).parent / "data" / "tiny-ursa"
 SMALL = [
     "model.device=cpu", "distill.num_frames=5", "distill.height=8", "distill.width=16", "distill.max_prompt_length=9",
     "evaluation.teacher_steps=[1,3]", "evaluation.judged_videos=3", "evaluation.videos_per_prompt=1",
+    "evaluation.batch_size=3",
 ]  # fmt: skip
 
 
