@@ -26,11 +26,13 @@ import weakref
 import numpy
 import torch
 from ipykernel import kernelapp
+from traitlets.config import Application
 
 IMPORTED = (  # a second or two each
     "dimo.__main__", "dimo.commands.cli", "dimo.commands.notebooks", "dimo.train.trainer", "dimo.evaluation.evaluate",
     "dimo.evaluation.worker", "dimo.views.sheets", "torch._dynamo", "torch.distributed.run",
-    "accelerate.commands.launch", "transformers.models.auto", "papermill", "nbconvert",
+    "accelerate.commands.launch", "transformers.models.auto.tokenization_auto", "papermill", "nbconvert",
+    "transformers.tokenization_utils_tokenizers", "matplotlib.backends.backend_agg",
 )  # fmt: skip
 started = _posixsubprocess.fork_exec
 parents = []  # streams that would write what they hold when they are collected
@@ -131,6 +133,8 @@ def forget_parent():
     weakref.finalize._registered_with_atexit = False
     concurrent.futures.process._threads_wakeups.clear()
     concurrent.futures.thread._threads_queues.clear()
+    if Application.initialized():  # JupyterLab, whose kernels are applications themselves
+        type(Application.instance()).clear_instance()
     asyncio.events._set_running_loop(None)  # a kernel's
     asyncio.set_event_loop_policy(None)
     sys.excepthook, sys.displayhook = sys.__excepthook__, sys.__displayhook__
@@ -221,6 +225,7 @@ def leave(code):
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is the tests' to answer
     requests = socket.socket(fileno=int(sys.argv[1]))
+    sys.modules["rfc3987_syntax"] = None  # as in conftest.py
     for name in IMPORTED:
         importlib.import_module(name)
     assert threading.active_count() == 1, "a fork would lose the other threads"

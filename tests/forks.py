@@ -12,13 +12,12 @@ import os
 import select
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
 from json import dumps
 from pathlib import Path
-from subprocess import DEVNULL, PIPE, STDOUT, CompletedProcess, TimeoutExpired
+from subprocess import DEVNULL, PIPE, STDOUT, CompletedProcess, Popen, TimeoutExpired
 
 SERVER = Path(__file__).with_name("fork_server.py")
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -123,7 +122,7 @@ class Python:
             self.requests, theirs = socket.socketpair()
             command, env = [sys.executable, str(SERVER), str(theirs.fileno())], os.environ | ENVIRONMENT
             # of the tests' descriptors it has this one, so that it holds none of their pipes open
-            self.server = subprocess.Popen(command, stdin=DEVNULL, env=env, pass_fds=[theirs.fileno()])
+            self.server = Popen(command, stdin=DEVNULL, env=env, pass_fds=[theirs.fileno()])
             theirs.close()
 
     def start(self, words, **more):
@@ -149,6 +148,11 @@ class Python:
 
 
 python = Python()
+
+
+def in_place_of_popen(words, **more):
+    """In place of `subprocess.Popen` where what a module starts is this Python."""
+    return python.start(words[1:], **more)
 
 
 def start_kernel(words, env=None, cwd=None, stdin=None, stdout=None, stderr=None, **_):

@@ -7,6 +7,7 @@ import time
 
 import psutil
 import pytest
+from forks import in_place_of_popen
 
 from dimo.commands import apart
 from dimo.commands.apart import Training, start
@@ -25,13 +26,19 @@ def live(monkeypatch):
     monkeypatch.setenv("JPY_SESSION_NAME", "03_train.ipynb")
 
 
+@pytest.fixture
+def starts_quickly(monkeypatch):
+    """The process that trains is forked: it imports nothing."""
+    monkeypatch.setattr("subprocess.Popen", in_place_of_popen)
+
+
 def config(folder, *keys):
     words = ["model.device=cpu", "distill.batch_size_per_gpu=2", "experiment.log_every=1", "experiment.save_every=999"]
     words += ["experiment.sample_every=999", f"training.max_train_steps={STEPS}", f"experiment.output_dir={folder}"]
     return load_config("smoke", [*words, *keys])
 
 
-def test_it_is_followed_found_again_stopped_and_continued(tmp_path, monkeypatch, capsys, request):
+def test_it_is_followed_found_again_stopped_and_continued(tmp_path, monkeypatch, capsys, request, starts_quickly):
     folder = tmp_path / "run"
     training = start(config(folder))
     request.addfinalizer(training.stop)  # whatever fails below
@@ -76,7 +83,7 @@ def test_what_it_cannot_train_is_told_and_not_what_was_there_before(tmp_path):
         start(config(tmp_path, "training.engine=./none"))
 
 
-def test_of_a_killed_process_it_is_told_what_killed_it_and_not_its_line_of_progress(tmp_path, request):
+def test_of_a_killed_process_it_is_told_what_killed_it_and_not_its_line_of_progress(tmp_path, request, starts_quickly):
     training = start(config(tmp_path / "run", "training.max_train_steps=9999"))
     request.addfinalizer(training.stop)
     until = time.monotonic() + 60

@@ -5,14 +5,13 @@ import json
 import os
 import shutil
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forks import python
 from safetensors.torch import save_file
 
 from dimo.commands.report import write_run_report
@@ -118,7 +117,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory, trained):
-    """JupyterLab in a process of its own, for the tour with few videos, 01 and 04; yields its address."""
+    """JupyterLab, whose kernels have imported what it has; yields its address. The tour has few videos."""
     tmp_path = tmp_path_factory.mktemp("lab")
     (tmp_path / "root").mkdir()
     given = {
@@ -138,13 +137,13 @@ def lab(tmp_path_factory, trained):
     places = {f"JUPYTER_{n}_DIR": str(tmp_path / n.lower()) for n in ("CONFIG", "DATA", "RUNTIME")}
     (tmp_path / "config").mkdir()
     words = [
-        sys.executable, "-m", "jupyterlab", "--allow-root", "--no-browser", "--ip=127.0.0.1", f"--port={port}",
+        "-m", "jupyterlab", "--allow-root", "--no-browser", "--ip=127.0.0.1", f"--port={port}",
         "--IdentityProvider.token=", "--ServerApp.disable_check_xsrf=True", f"--ServerApp.root_dir={tmp_path / 'root'}",
         "--expose-app-in-browser", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
     ]  # fmt: skip
     env = os.environ | places | {"PYTHONPATH": str(Path(__file__).parents[1]), "CUDA_VISIBLE_DEVICES": ""}
     with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen(words, env=env, stdout=log, stderr=log, cwd=tmp_path)
+        process = python.start(words, env=env, stdout=log, stderr=log, cwd=tmp_path)
     try:
         for _ in range(300):
             with socket.socket() as probe:

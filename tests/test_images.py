@@ -77,8 +77,8 @@ def test_sample_makes_and_plan_counts_one_image_of_the_same_size(tmp_path, monke
 
 def test_a_sheet_shows_an_image_once():
     columns = {name: torch.rand(2, 1, 4, 4, 3) for name in ("teacher", "student")}
-    assert len(video_sheet(columns, ["a dog", "a cat"]).axes) == 4
-    assert len(video_sheet({"teacher": torch.rand(2, 9, 4, 4, 3)}, ["a dog", "a cat"]).axes) == 6
+    assert len(video_sheet(columns, ["a dog", "a cat"]).axes[0].images) == 4
+    assert len(video_sheet({"teacher": torch.rand(2, 9, 4, 4, 3)}, ["a dog", "a cat"]).axes[0].images) == 6
 
 
 def test_text_to_image_through_train_sample_and_evaluate(tmp_path, monkeypatch, capsys):

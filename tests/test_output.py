@@ -110,7 +110,7 @@ def test_training_outlives_its_terminal(tmp_path, kind):
     if kind == "pty":
         termios.tcsetwinsize(writer, (24, 120))  # else the bar has no room
     words = ["train", "-c", "smoke", "model.device=cpu", "distill.batch_size_per_gpu=2", "experiment.log_every=1"]
-    words += [f"experiment.output_dir={tmp_path}", "training.max_train_steps=40", "experiment.sample_every=99"]
+    words += [f"experiment.output_dir={tmp_path}", "training.max_train_steps=12", "experiment.sample_every=99"]
     process = python.start(
         ["-m", "dimo", *words], stdin=subprocess.DEVNULL, stdout=writer, stderr=writer,
         # as for `nohup` or `disown`: else a terminal's end is a SIGHUP
@@ -118,9 +118,9 @@ def test_training_outlives_its_terminal(tmp_path, kind):
     )  # fmt: skip
     os.close(writer)
     seen = b""
-    while not re.search(rb"[1-9]\d*/40", seen):
+    while not re.search(rb"[1-9]\d*/12", seen):
         seen += os.read(reader, 4096)
     os.close(reader)
     assert process.wait() == 0
     assert RunFolder(tmp_path).status()["state"] == "finished"
-    assert [row["step"] for row in RunFolder(tmp_path).metrics()] == list(range(1, 41))
+    assert [row["step"] for row in RunFolder(tmp_path).metrics()] == list(range(1, 13))

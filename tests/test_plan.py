@@ -85,7 +85,7 @@ def test_the_sizes_are_ursas():
 
 
 def test_a_size_without_a_folder_is_an_image_model_where_one_frame_is_asked_for():
-    words = ["model.activation_checkpointing=full", "training.mixed_precision=no"]
+    words = ["model.activation_checkpointing=none", "training.mixed_precision=no"]
     for preset, tokens in (("distill_dimo_image", 64 * 64), ("distill_dimo", 5 * 32 * 32)):
         assert dry_run(load_config(preset, words), "tiny").num_visual_tokens == tokens
         d = load_config(preset).distill
@@ -103,8 +103,8 @@ def test_all_ranks_send_their_gradients(one_layer):
     assert Trainer(load_config("smoke", ["model.device=cpu"])).accelerator.num_processes == 1  # nothing is left behind
 
 
-def test_what_engines_cut():
-    words = ["optim.optimizer=adamw", "training.num_processes=2", ONE_UPDATE]
+def test_what_engines_cut(one_layer):
+    words = [*one_layer, "optim.optimizer=adamw", "training.num_processes=2"]
     whole, cut = (dry_run(load_config("smoke", [*words, f"training.engine={e}"]), None, 2) for e in ("ddp", "fsdp2"))
     ddp, zero, fsdp = parts_of(whole, "ddp", 2), parts_of(whole, "deepspeed_zero2", 2), parts_of(cut, "fsdp2", 2)
     assert ddp["weights of the student"] == whole.weights["student"] and ddp["optimizers"] == whole.kept
@@ -129,8 +129,8 @@ def test_what_fsdp2_sends(one_layer):
     assert frozen.weights["student"] == pytest.approx(frozen.trained["student"], rel=0.01)
 
 
-def test_more_video_is_more_memory_and_the_rest_stays():
-    small, large = (dry_run(load_config("smoke", [f"distill.batch_size_per_gpu={b}", ONE_UPDATE])) for b in (8, 32))
+def test_more_video_is_more_memory_and_the_rest_stays(one_layer):
+    small, large = (dry_run(load_config("smoke", [f"distill.batch_size_per_gpu={b}", *one_layer])) for b in (8, 32))
     assert small.weights == large.weights and small.gradients == large.gradients
     assert large.peak == pytest.approx(4 * small.peak, rel=0.1)
 
@@ -187,7 +187,7 @@ def test_the_command(capsys, one_layer):
     if not torch.cuda.is_available():
         assert "not measured (no GPU here)" in text
     # what is saved already is not tried again, and what is left takes fewer dry runs
-    saved = [*SAVING[1:], "model.activation_checkpointing=full", "distill.t_draws=1"]
+    saved = [*SAVING[1:], "model.activation_checkpointing=full", "distill.t_draws=1", "--batch_size", "1"]
     assert main([*words, *saved, "--memory", "0.0001"]) == 0
     assert "does NOT fit" in (text := capsys.readouterr().out) and "training.engine=deepspeed_zero2" in text
     assert main([*words, "--dry-run"]) == 0

@@ -236,7 +236,8 @@ def test_checkpointing_keeps_less(monkeypatch, generator):
         small(0).run_with(checkpointing="some")
 
 
-def test_bench_measures_what_runs(tmp_path):
+def test_bench_measures_what_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr("dimo.bench.attention.CHECKED", 50)  # of the default 1000 a CPU takes its time
     config = bench_config(None, "tiny", [
         "model.device=cpu", "distill.num_frames=5", "distill.height=16", "distill.width=16",
         "distill.max_prompt_length=4", "distill.divergence=forward",

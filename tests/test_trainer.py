@@ -213,7 +213,8 @@ def test_every_metric_can_move(uninterrupted):
 
 
 def test_the_bonus_rises_when_the_entropy_falls(tmp_path):
-    trainer = Trainer(config_for(tmp_path, "optim.warmup_steps=1", "distill.entropy_floor=0.98"))
+    quick = ["distill.w_kd=0", "distill.w_reinforce=0", "distill.aux_steps=1", "distill.t_draws=1"]
+    trainer = Trainer(config_for(tmp_path, "optim.warmup_steps=1", "distill.entropy_floor=0.98", *quick))
     seen = [(m["entropy/student"], m["lambda_ent"]) for _, _, m in step_through(trainer, 30)]
     # the scale is the mean of the first 20; from then on the lowest entropy must be answered, the highest must not
     low, high = min(seen[20:]), max(seen[20:])

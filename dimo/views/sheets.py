@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from dimo.views.figure import Figure
 from dimo.views.fonts import families, legible
 
 LABEL = 24  # characters per line of a row's label: four escapes
+ACROSS, APART, GAP = 1.06, 0.15, 0.08  # from frame to frame, between sets of videos, under a row; in widths of a frame
 
 
 def video_sheet(columns: dict[str, torch.Tensor], prompts: list[str], shown: int = 3) -> Figure:
@@ -30,27 +32,37 @@ def video_sheet(columns: dict[str, torch.Tensor], prompts: list[str], shown: int
         require_shape(f"columns[{name!r}]", frames, (count, "F", "height", "width", 3))
     shown = min(shown, *(frames.shape[1] for frames in columns.values()))  # an image is one frame
     about = f"Frames of videos of {count} prompts: {'; '.join(columns)}"
-    size = 2.2 + len(columns) * shown * 0.85, 0.5 + count * 0.9
+    high = max(frames.shape[2] / frames.shape[3] for frames in columns.values())  # of a frame, whose width is 1
+    wide = len(columns) * (shown * ACROSS + APART)
+    size = 2.0 + 0.8 * wide, 0.5 + 0.8 * count * (high + GAP)
     figure = Figure(figsize=size, layout="constrained", about=about)
-    axes = figure.subplots(count, len(columns) * shown, squeeze=False)
+    axis, titles, edges = figure.subplots(), {}, []  # one for all frames: two dozen take a second to draw
     for c, (name, frames) in enumerate(columns.items()):
         picks = torch.linspace(0, frames.shape[1] - 1, shown).round().long().tolist()
         for r in range(count):
             for f, pick in enumerate(picks):
-                axis = axes[r][c * shown + f]
-                axis.imshow(frames[r, pick].numpy(), interpolation="nearest")
-                axis.set_xticks([])
-                axis.set_yticks([])
-                if r == 0:
-                    axis.set_title(f"{name}\nframe {pick}" if f == 0 else f"\nframe {pick}", fontsize=8, loc="left")
-            if c == 0:
-                label = legible(prompts[r])
-                if len(label) > LABEL:
-                    label = "\n".join(textwrap.wrap(label, LABEL, max_lines=6, placeholder=" ..."))
-                # parse_math: a caption may contain dollar signs
-                axes[r][0].set_ylabel(label, fontsize=8, fontfamily=families(), rotation=0, ha="right", va="center",
-                                      parse_math=False)  # fmt: skip
+                left, top = c * (shown * ACROSS + APART) + f * ACROSS, r * (high + GAP)
+                bottom = top + frames.shape[2] / frames.shape[3]
+                axis.imshow(frames[r, pick].numpy(), interpolation="nearest", extent=(left, left + 1, bottom, top))
+                right = left + 1
+                edges += [(left, top), (left, bottom), (right, bottom), (right, top), (left, top), (math.nan, math.nan)]
+                titles[left] = f"{name}\nframe {pick}" if f == 0 else f"frame {pick}"
+    axis.plot(*zip(*edges), "k-", linewidth=0.8)
+    axis.set(xlim=(-0.02, wide - APART), ylim=(count * (high + GAP), -0.02), frame_on=False)
+    axis.xaxis.tick_top()
+    axis.set_xticks([*titles], [*titles.values()], fontsize=8, ha="left")
+    # parse_math: a caption may contain dollar signs
+    axis.set_yticks([r * (high + GAP) + high / 2 for r in range(count)], [_label(prompt) for prompt in prompts],
+                    fontsize=8, fontfamily=families(), parse_math=False)  # fmt: skip
+    axis.tick_params(length=0)
     return figure
+
+
+def _label(prompt: str) -> str:
+    label = legible(prompt)
+    if len(label) <= LABEL:
+        return label
+    return "\n".join(textwrap.wrap(label, LABEL, max_lines=6, placeholder=" ..."))
 
 
 def student_title(passes: int) -> str:
