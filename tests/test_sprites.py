@@ -352,10 +352,12 @@ def test_a_student_that_ships_is_called_by_its_world(name, tmp_path, monkeypatch
     assert Path(how["student_ckpt"]) == checkpoint_folder(name) / "student"
 
 
-def test_a_world_without_a_student_is_no_student(tmp_path, monkeypatch, capsys):
+def test_a_world_without_a_student_says_how_to_make_one(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main(["sample", "--student_ckpt", "tiles", "--prompt", "x"]) == 2
-    assert "there is no run" in capsys.readouterr().err
+    for words in (["sample", "--student_ckpt", "tiles", "--prompt", "x"], ["evaluate", "tiles"]):
+        assert main(words) == 2
+        said = "the world tiles ships without a student: `dimo train -c tiles` distils one"
+        assert said in capsys.readouterr().err
 
 
 def test_the_command_proposes_the_worlds_own_network(capsys):

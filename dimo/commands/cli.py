@@ -22,6 +22,7 @@ from dimo.paths import quoted, user_path
 from dimo.run.overview import existing_run
 from dimo.run.signals import PREEMPTED, Preempted
 from dimo.worlds import DEFAULT_WORLD, SHIPPED_STUDENT, checkpoint_folder, student_of, world_of
+from dimo.worlds.registry import WORLDS
 
 NAMES = (
     "captions", "config", "file", "folder", "grid", "out", "out_dir", "prompt_file", "prompts", "run", "student",
@@ -172,11 +173,14 @@ def _student(given: str | None) -> Path:
     """Path of a student: of a run, of the one that ships with a world, by default the built-in one.
 
     Raises:
-        DimoError: a run that is not there; the message names others.
+        DimoError: a run that is not there, of which the message names others; a world without a student.
     """
     source = Path(given or SHIPPED_STUDENT)
-    if not source.exists():
-        source = student_of(str(source)) or source
+    if not source.exists() and str(source) in WORLDS:
+        shipped = student_of(str(source))
+        if shipped is None:
+            raise DimoError(f"the world {source} ships without a student: `dimo train -c {source}` distils one")
+        source = shipped
     if not source.exists() and not source.suffix:
         existing_run(source)
     return source
