@@ -352,6 +352,12 @@ def test_a_student_that_ships_is_called_by_its_world(name, tmp_path, monkeypatch
     assert Path(how["student_ckpt"]) == checkpoint_folder(name) / "student"
 
 
+def test_the_codebook_that_ships_is_the_worlds_bit_for_bit():
+    """A run knows it by a digest; in float32 it would differ from machine to machine."""
+    file = checkpoint_folder("sprites") / "scheduler" / "scheduler_model.pth"
+    assert torch.equal(torch.load(file, weights_only=True)["path.emb"], SpritesWorld().codebook())
+
+
 def test_a_world_without_a_student_says_how_to_make_one(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for words in (["sample", "--student_ckpt", "tiles", "--prompt", "x"], ["evaluate", "tiles"]):

@@ -255,10 +255,11 @@ class SpritesWorld:
         """(K, D + 1) unit vectors: the FSQ vectors, halved, and what they lack to length 1.
 
         On the sphere itself, multiples of an FSQ vector would be one point, and the path could not tell them apart.
+        Found in float64, so that it is the same on every machine: a student's run knows its codebook by a digest.
         """
-        vectors = fsq_codebook(FSQ)
+        vectors = fsq_codebook(FSQ).double()
         vectors = vectors / math.sqrt(vectors.shape[1])
-        return torch.cat([vectors, (1 - vectors.square().sum(1, keepdim=True)).clamp(min=0).sqrt()], 1)
+        return torch.cat([vectors, (1 - vectors.square().sum(1, keepdim=True)).clamp(min=0).sqrt()], 1).float()
 
     def decoder(self) -> PatchVae:
         return _vae()
