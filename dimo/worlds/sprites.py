@@ -254,11 +254,10 @@ class SpritesWorld:
     def codebook(self) -> torch.Tensor:
         """(K, D + 1) unit vectors: the FSQ vectors, halved, and what they lack to length 1.
 
-        On the sphere itself, multiples of an FSQ vector would be one point, and the path could not tell them apart.
-        Found in float64, so that it is the same on every machine: a student's run knows its codebook by a digest.
+        On the sphere itself, multiples of an FSQ vector would be one point. In float32 the last bit would depend on the
+        machine, and a run knows its codebook by a digest.
         """
-        vectors = fsq_codebook(FSQ).double()
-        vectors = vectors / math.sqrt(vectors.shape[1])
+        vectors = fsq_codebook(FSQ).double() / math.sqrt(len(FSQ))
         return torch.cat([vectors, (1 - vectors.square().sum(1, keepdim=True)).clamp(min=0).sqrt()], 1).float()
 
     def decoder(self) -> PatchVae:
