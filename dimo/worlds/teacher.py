@@ -17,6 +17,7 @@ from dimo.errors import DimoError, are_finite
 from dimo.files import locked, require_place, save_torch, whole_folder
 from dimo.ursa import UrsaConfig, UrsaTransformer, load_ursa, sample, save_student
 from dimo.ursa.cuda_graph import on_stream
+from dimo.ursa.loading import load_transformer
 from dimo.worlds import WORLD_FILE, checkpoint_folder, is_world, load_world
 from dimo.worlds.denoising import DenoisingSteps, TrainingState, rank
 from dimo.worlds.oracle import score
@@ -189,7 +190,7 @@ def _started(world: World, recipe: TeacherRecipe) -> UrsaTransformer:
     folder, config = checkpoint_folder(recipe.start_from), ursa_config(world, recipe)
     if not is_world(folder) or words(load_world(folder)) != words(world):
         raise DimoError(f"start_from {recipe.start_from} is no teacher of the {world.name} world with the same prompts")
-    started = load_ursa(folder).transformer
+    started = load_transformer(folder / "transformer")
     differ = [name for name, value in vars(config).items() if vars(started.config)[name] != value]
     if differ:
         raise DimoError(f"start_from {recipe.start_from} has another {', '.join(differ)} than the teacher to train")
@@ -287,8 +288,6 @@ def _require_sense(world: World, recipe: TeacherRecipe) -> None:
     if recipe.device == "cuda" and not torch.cuda.is_available():
         raise DimoError("device is cuda, but PyTorch sees no GPU")
     ursa_config(world, recipe)
-    if recipe.start_from:
-        _started(world, recipe)
 
 
 def encode(world: World, prompts: list[str]) -> torch.Tensor:
