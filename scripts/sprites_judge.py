@@ -24,8 +24,9 @@ from dimo.worlds import checkpoint_folder, load_world
 from dimo.worlds.exact import exact_teacher
 from dimo.worlds.oracle import score
 from dimo.worlds.protocol import prompt_index, prompt_length
-from dimo.worlds.sprite_frames import MOTIONS, STRENGTHS, TIMES
+from dimo.worlds.sprite_frames import TIMES
 from dimo.worlds.sprite_reader import agreement
+from dimo.worlds.sprites import KINDS
 from dimo.worlds.teacher import PAD, words
 
 BACKWARDS = (1, 0, 3, 2, 4, 6, 5, 8, 7)  # the motion that each of MOTIONS is when its clips are played backwards
@@ -94,7 +95,7 @@ def judge_words(folder: str, clips: int, at: list[float], exact: bool) -> None:
     backwards = torch.tensor(BACKWARDS, device=device)[kind // 2] * 2 + kind % 2
 
     def changed(emoji=emoji, kind=kind, behind=behind):
-        return (emoji * len(MOTIONS) * len(STRENGTHS) + kind) * world.backgrounds + behind
+        return (emoji * KINDS + kind) * world.backgrounds + behind
 
     times = behind // len(TIMES) * len(TIMES) + (behind + 1) % len(TIMES)
     asked = {
