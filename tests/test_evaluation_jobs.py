@@ -114,7 +114,10 @@ def test_of_a_world_too_half_of_the_jobs_by_another_process_change_nothing(tmp_p
     parts, jobs = parts_of(config, SHIPPED_STUDENT, tmp_path / "shared", comparison.prompts), comparison.jobs()
     take_share(comparison, parts, 1, 2)  # and then it was killed
     assert parts.missing(jobs) == jobs[::2] and len(jobs) == 2 * 6
-    rows = evaluate_to_folder(config, SHIPPED_STUDENT, tmp_path / "shared", progress=False)
+    monkeypatch.setattr("dimo.views.sheets.save_sheet", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):  # of the pictures, but the figures are kept
+        evaluate_to_folder(config, SHIPPED_STUDENT, tmp_path / "shared", progress=False)
+    rows = json.loads((tmp_path / "shared/report.json").read_text())
     assert figures(rows) == figures(whole) and rows["student_1"]["validity"] > 0.9
 
 

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -83,6 +84,16 @@ def test_a_video_keeps_its_size_and_its_order(tmp_path, size):
 def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
+        write_frames(tmp_path / "video", torch.zeros(5, 8, 8, 3))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_ffmpeg_that_is_not_installed_is_named(tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "imageio_ffmpeg" else find(name))
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)  # as where it is not installed
+    monkeypatch.delitem(sys.modules, "imageio.plugins.ffmpeg", raising=False)
+    with pytest.raises(DimoError, match="could not write .*install --force-reinstall imageio-ffmpeg"):
         write_frames(tmp_path / "video", torch.zeros(5, 8, 8, 3))
     assert list(tmp_path.iterdir()) == []
 

@@ -18,7 +18,8 @@ from dimo.config import load_config
 from dimo.errors import DimoError
 from dimo.evaluation.evaluate import open_comparison
 from dimo.train.prompts import open_prompts
-from dimo.ursa import MetricPath, UrsaTransformer, load_ursa, predict
+from dimo.ursa import MetricPath, UrsaTransformer, load_ursa, predict, sample
+from dimo.ursa.loading import load_student
 from dimo.ursa.patch_vae import PatchVae
 from dimo.worlds import built_in_worlds, checkpoint_folder, load_world, student_of
 from dimo.worlds.exact import FLOOR, ExactTeacher
@@ -350,6 +351,17 @@ def test_a_student_that_ships_is_called_by_its_world(name, tmp_path, monkeypatch
     how = json.loads((tmp_path / "out/0000.json").read_text())
     assert (how["teacher_ckpt"], how["steps"], how["prompt"]) == (name, 1, prompt)
     assert Path(how["student_ckpt"]) == checkpoint_folder(name) / "student"
+
+
+def test_most_clips_of_the_student_that_ships_read_as_their_prompts(sprites, generator):
+    ursa = load_ursa(checkpoint_folder("sprites"))
+    student, prompts = load_student(ursa, student_of("sprites")), sprites.held_out[::6]
+    x_init = torch.randint(sprites.codebook_size, (len(prompts), 1280), generator=generator)
+    txt_ids = ursa.tokenize(prompts, prompt_length(sprites))
+    codes = sample(student, ursa.path, txt_ids, sprites.latents_shape, 1, x_init=x_init, generator=generator)
+    index = prompt_index(sprites, prompts)
+    right = reads_as(sprites, codes, index).float().mean()
+    assert right > 0.5 and not reads_as(sprites, codes, index.roll(1)).any()
 
 
 def test_the_codebook_that_ships_is_the_worlds_bit_for_bit():

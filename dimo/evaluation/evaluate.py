@@ -185,8 +185,8 @@ def _evaluate_alone(
         save_codes(out / "codes.safetensors", codes, comparison.prompts, comparison.grid)
     first = {name: c[:: comparison.copies].view(-1, *comparison.grid) for name, c in codes.items()}
     prompts = comparison.prompts[:: comparison.copies]
+    write_report(out / "report.json", rows)  # first, as pictures may fail
     _write_pictures(out, comparison.ursa, first, prompts, max(config.evaluation.teacher_steps))
-    write_report(out / "report.json", rows)
     parts.remove()
     if progress:
         around = {"loading the networks": opened - begin, "scoring": scored - finished,

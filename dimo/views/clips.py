@@ -50,8 +50,8 @@ def write_frames(stem: Path, frames: torch.Tensor) -> Path:
     with whole_file(file) as beside:
         try:
             iio.imwrite(beside, pixels, plugin="FFMPEG", extension=".mp4", **options)
-        except OSError as error:
-            if error.errno:
+        except (OSError, ImportError) as error:  # imageio's for ffmpeg that is not installed
+            if isinstance(error, OSError) and error.errno:
                 raise
             raise DimoError(f"ffmpeg could not write {file} ({reason(error)}): {FFMPEG}") from error
         if not beside.exists():  # imageio ignores ffmpeg's exit code
