@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
 from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
@@ -34,6 +35,7 @@ PROMPTS = ["blue bar moving up", "green square moving right", "pink corner movin
 PROMPTS += ["pink bar moving left", "blue corner moving up", "orange bar moving right", "green corner moving down"]
 STEPS, HELD = 25, 18  # passes of the teacher, pictures after its last pass
 GAP, TOP = 8, 40  # pixels
+COLOURS = 128  # of a GIF
 BACKGROUND, TEXT, DONE = "#ffffff", "#222222", "#0072B2"
 WINDOW = 1300, 776  # pixels
 IMAGES = Path("docs/images")
@@ -107,6 +109,10 @@ def passes(
     made = frames(sample(student, ursa.path, txt_ids, grid, 1, **how)) if student else None
     shown = [frames(x) for x in [*way.x_t, last]]
     pictures = [picture(shown[min(i, STEPS)], made, i, look) for i in range(STEPS + HELD + 1)]
+    # one palette for all, of the first and the last: of its own, a picture of much sand has no red
+    both = Image.fromarray(np.concatenate([pictures[0], pictures[-1]]))
+    palette = both.quantize(COLOURS, Image.Quantize.MAXCOVERAGE)
+    pictures = [one.quantize(palette=palette, dither=Image.Dither.NONE) for one in pictures]
     pictures[0].save(out, save_all=True, append_images=pictures[1:], duration=160, loop=0, optimize=True)
     print(f"{out}: {out.stat().st_size / 1e3:.0f} kB")
 
@@ -127,7 +133,7 @@ def picture(teacher: torch.Tensor, student: torch.Tensor | None, index: int, loo
         for k, video in enumerate(videos):
             one = Image.fromarray(video[index % len(video)].numpy()).resize((cell, cell), Image.Resampling.NEAREST)
             image.paste(one, (left + k % columns * (cell + GAP), TOP + k // columns * (cell + GAP)))
-    return image.quantize(64)
+    return image
 
 
 if __name__ == "__main__":
