@@ -3,8 +3,8 @@
 one-pass.gif shows the teacher's 25 passes beside the one pass of the student that ships, from the same noise, on the
 built-in world; explorer.png the explorer on it, as chromium draws it.
 
-`python scripts/picture.py sprites [--student RUN]` makes sprites.gif of the teacher of the world of pictures, or of
-another one in a folder, guided, and of a student beside it.
+`python scripts/picture.py sprites` makes sprites.gif of teacher, guided, and student of the world of pictures; a folder
+in place of sprites, and `--student RUN`, show others.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from dimo.views.explorer import HERE, PAGE, STYLE
 from dimo.views.explorer_stored import stored
 from dimo.views.explorer_view import ExplorerView
 from dimo.views.models import open_models
-from dimo.worlds import SHIPPED_STUDENT, checkpoint_folder, load_world, video_size
+from dimo.worlds import SHIPPED_STUDENT, checkpoint_folder, load_world, student_of, video_size
 from dimo.worlds.protocol import prompt_length
 
 PROMPTS = ["blue bar moving up", "green square moving right", "pink corner moving left", "orange square moving down"]
@@ -55,7 +55,8 @@ def main() -> None:
         if world.name != "sprites":
             parser.error(f"{args.folder} is a teacher of {world.name}, but one of sprites is needed")
         prompts = world.held_out[3::17]
-        passes(folder, args.student, prompts, IMAGES / "sprites.gif", Look(cell=128, columns=2), guidance=2.0)
+        student = args.student or student_of(args.folder)
+        passes(folder, student, prompts, IMAGES / "sprites.gif", Look(cell=128, columns=2), guidance=2.0)
     else:
         passes(checkpoint_folder("shapes"), SHIPPED_STUDENT, PROMPTS, IMAGES / "one-pass.gif", Look(cell=88, columns=4))
         explorer()

@@ -1,8 +1,9 @@
 """What a teacher of the sprites world, or a student, has learnt.
 
-python scripts/sprites_judge.py videos sprites                                          # the teacher that ships
-python scripts/sprites_judge.py videos FOLDER --student RUN --passes 1 --guidance 1     # a student of another one
-python scripts/sprites_judge.py words sprites                                           # what a word is worth to it
+python scripts/sprites_judge.py videos sprites                                              # the teacher that ships
+python scripts/sprites_judge.py videos sprites --student sprites --passes 1 --guidance 1    # the student that ships
+python scripts/sprites_judge.py videos FOLDER --student RUN --passes 1 --guidance 1         # those of your own
+python scripts/sprites_judge.py words sprites                                               # what a word is worth
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from dimo.ursa import load_ursa, predict, sample
 from dimo.ursa.loading import load_student
 from dimo.ursa.sampler import student_times
 from dimo.views.sheets import video_sheet
-from dimo.worlds import checkpoint_folder, load_world
+from dimo.worlds import checkpoint_folder, load_world, student_of
 from dimo.worlds.exact import exact_teacher
 from dimo.worlds.oracle import score
 from dimo.worlds.protocol import prompt_index, prompt_length
@@ -128,7 +129,7 @@ def main() -> None:
     for one in (videos, words_):
         one.add_argument("folder", help="a teacher: a folder, or sprites for the one that ships")
         one.add_argument("--exact", action="store_true", help="the exact posterior in place of its transformer")
-    videos.add_argument("--student", type=Path)
+    videos.add_argument("--student", help="a run, a student's folder, or sprites for the one that ships")
     videos.add_argument("--passes", type=int, nargs="+", default=[25])
     videos.add_argument("--guidance", type=float, nargs="+", default=[1.0, 2.0, 3.0])
     videos.add_argument("--videos", type=int, default=16, help="of every held-out prompt")
@@ -138,7 +139,8 @@ def main() -> None:
     if args.action == "words":
         judge_words(args.folder, args.clips, args.at, args.exact)
     else:
-        judge_videos(args.folder, args.student, args.passes, args.guidance, args.videos, args.exact)
+        student = student_of(args.student) or Path(args.student) if args.student else None
+        judge_videos(args.folder, student, args.passes, args.guidance, args.videos, args.exact)
 
 
 if __name__ == "__main__":
