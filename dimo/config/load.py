@@ -26,6 +26,7 @@ from dimo.ursa.inputs import latents_shape_for
 from dimo.ursa.layout import makes_images, vae_strides
 from dimo.ursa.loading import BACKENDS, DTYPES
 from dimo.ursa.recompute import CHECKPOINTING
+from dimo.ursa.sampler import require_passes
 from dimo.worlds import DATA, built_in_worlds, is_world, load_world
 from dimo.worlds.protocol import prompt_length
 
@@ -59,7 +60,7 @@ RANGES = {  # {phrase: (test, keys)}; null values are not tested
     ),
     "be at least 1": (
         lambda value: value >= 1,
-        "distill.guidance_scale distill.student_steps distill.aux_steps distill.t_draws distill.batch_size_per_gpu "
+        "distill.guidance_scale distill.aux_steps distill.t_draws distill.batch_size_per_gpu "
         "distill.shuffle_buffer distill.kd_every optim.ema_every "
         "experiment.log_every experiment.save_every experiment.sample_every experiment.keep_last "
         "training.gradient_accumulation_steps training.max_bad_steps training.max_train_steps training.num_processes "
@@ -208,8 +209,11 @@ def validate(config: Config) -> None:
         for key in keys.split():
             if flat[key] is not None and not inside(flat[key]):
                 raise DimoError(f"{key} must {phrase}, got {flat[key]}")
-    if not flat["evaluation.teacher_steps"] or min(flat["evaluation.teacher_steps"]) < 1:
-        raise DimoError(f"evaluation.teacher_steps must list positive integers, got {flat['evaluation.teacher_steps']}")
+    if not flat["evaluation.teacher_steps"]:
+        raise DimoError("evaluation.teacher_steps must list numbers of sampling steps, got none")
+    for passes in flat["evaluation.teacher_steps"]:
+        require_passes("evaluation.teacher_steps", passes)
+    require_passes("distill.student_steps", flat["distill.student_steps"])
     d = config.distill
     require_captioned_video(d, of_world=_is_world(d.teacher_ckpt))
     asks_for_captions = d.motion_value() is not None or bool(d.score_minimums())
