@@ -232,7 +232,7 @@ class MetricPath(_Path):
     def _log_likelihood(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         if self._normaliser is None:
             most = self.c * (T_MAX / (1 - T_MAX)) ** self.alpha
-            self._normaliser = LogNormaliser(self._distance, self.codebook_size, most, self.device)
+            self._normaliser = LogNormaliser(self._distance, self.codebook_size, self.codebook_size, most, self.device)
         beta, z = self.c * (t / (1 - t)) ** self.alpha, self._normaliser
         one = on_device(_log_likelihood_near, t)
         return one(self.codebook[x_t], self.codebook, self._square, beta, *z.weights(beta), z.values, z.slopes)
