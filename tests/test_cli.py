@@ -80,6 +80,7 @@ def test_config_lists_keys_and_resolves_presets(capsys):
         (["world", "train", "shapes", "-o", f"{__file__}/x"], f"cannot be written: {__file__} is a file, not a folder"),
         (["world", "train", "shapes", "-o", "x", "--lr", "-1"], "lr must be positive and finite, got -1.0"),
         (["world", "train", "shapes", "-o", "x", "--t_shift", "1e-8"], "t_shift must lie in [0.001, 1000], got 1e-08"),
+        (["world", "train", "shapes", "-o", "x", "--t_per", "token"], "t_per must be one of sample, frame, mixed, got"),
         (["world", "train", "shapes", "-o", "x", "--t_spread", "11"], "t_spread must lie in [0, 10], got 11.0"),
         (["world", "train", "shapes", "-o", "x", "--muon_lr=-1"], "muon_lr must lie in [0, 1], got -1.0"),
         (["world", "train", "shapes", "-o", "x", "--codes", "16"], "dimo world train shapes does not take --codes 16"),

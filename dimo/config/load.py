@@ -25,6 +25,7 @@ from dimo.ursa.attention import KERNELS
 from dimo.ursa.inputs import latents_shape_for
 from dimo.ursa.layout import makes_images, vae_strides
 from dimo.ursa.loading import BACKENDS, DTYPES
+from dimo.ursa.probability_path import T_PER
 from dimo.ursa.recompute import CHECKPOINTING
 from dimo.ursa.sampler import require_passes
 from dimo.worlds import DATA, built_in_worlds, is_world, load_world
@@ -186,7 +187,7 @@ def validate(config: Config) -> None:
         "distill.aux_pass": ("own", "shared"),
         "distill.baseline": ("ema", "leave_one_out"),
         "distill.aux_target": ("sampled", "exact"),
-        "distill.t_per": ("sample", "frame", "mixed"),
+        "distill.t_per": T_PER,
         "optim.decay": ("linear", "cosine", "wsd", "constant"),
         "optim.optimizer": ("muon", "adamw"),
         "training.mixed_precision": ("no", "bf16"),

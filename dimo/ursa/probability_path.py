@@ -18,6 +18,7 @@ from dimo.ursa.chunks import BLOCK, FEW_CODES, chunks, inverse_cdf, on_device, p
 from dimo.ursa.normaliser import LogNormaliser, interpolate
 
 FEW_DIMENSIONS = 8  # of code vectors, whose distances cost less than reading them from memory
+T_PER = ("sample", "frame", "mixed")  # what has a t of its own: a video, each of its latent frames, or by a coin either
 T_MAX = 0.999  # of all draws of t, and of `log_likelihood`: beta_t is infinite at 1
 
 
