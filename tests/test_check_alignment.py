@@ -123,7 +123,8 @@ def test_a_slice_that_is_not_there_is_told(name, sentence):
     ("flag", "sentence"),
     [
         ("--clips=7", "--clips must be at least 8"), ("--t=1", "--t must lie in [0, 1)"),
-        ("--max_prompt_length=-1", "must not be negative"), ("--passes=0", "passes must be at least 1"),
+        ("--max_prompt_length=-1", "must not be negative"), ("--passes=0", "--passes must lie in [1, 1000]"),
+        ("--passes=100000000", "--passes must lie in [1, 1000]"),
         ("--height=5", "height must be a multiple of"), ("--backend=other", "backend must be one of"),
     ],
 )  # fmt: skip

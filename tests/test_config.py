@@ -88,6 +88,8 @@ def test_a_protocol_replaces_what_a_preset_says_of_guidance_and_nothing_that_is_
         (None, "distill.divergence=reversed", "divergence must be one of"),
         (None, "distill.height=30", "height must be a multiple of 8, got 30; the nearest are 24 or 32"),
         (None, "evaluation.teacher_steps=[]", "evaluation.teacher_steps must list"),
+        (None, "evaluation.teacher_steps=[0,4]", r"evaluation.teacher_steps must lie in \[1, 1000\], got 0"),
+        (None, "evaluation.teacher_steps=[25,1001]", r"evaluation.teacher_steps must lie in \[1, 1000\], got 1001"),
         (None, "experiment.log_every=0", "experiment.log_every must be at least 1"),
         (None, "distill.protocol=vbensh", "protocol must be none or vbench, got 'vbensh'; did you mean 'vbench'"),
         (None, "distill.protocol=vbench", "needs a URSA checkpoint and a file of captions, but"),

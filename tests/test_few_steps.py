@@ -178,5 +178,6 @@ def test_an_exported_student_says_how_the_pipeline_gives_it_its_passes(tmp_path)
         readme = readme_of(tmp_path / "out", config, student)
         assert f"num_inference_steps={steps}, guidance_scale=1" in readme and f"`num_inference_steps={steps}`" in readme
         assert f"--num_inference_steps {steps} " in readme and ("moves no token" in readme) == (passes > 1)
-    with pytest.raises(DimoError, match="student_steps must be at least 1, got 0"):
-        load_config("smoke", ["distill.student_steps=0"])
+    for passes in (0, 1001):
+        with pytest.raises(DimoError, match=rf"student_steps must lie in \[1, 1000\], got {passes}"):
+            load_config("smoke", [f"distill.student_steps={passes}"])

@@ -3,6 +3,7 @@
 `scripts/graphs.py` checks real graphs, on a GPU.
 """
 
+import copy
 import functools
 import os
 import signal
@@ -118,6 +119,25 @@ def test_replays_make_the_trainers_steps(tmp_path, recorded, case):
     events = [[(e["step"], e["event"], pytest.approx(e["is"])) for e in t.events] for t in (plain, replayed)]
     assert events[0] == events[1] and bool(events[0]) == (case == "stabilisers")
     assert want["lambda_ent"] == pytest.approx(replayed.lambda_ent)
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_a_resumed_run_knows_the_weight_of_the_entropy_bonus(tmp_path, graphs):
+    whole, resumed = (trainer_for(tmp_path, *CASES["stabilisers"][0], graphs=graphs) for _ in range(2))
+    whole.step(0)
+    whole.entropy_bonus.seen.fill_(whole.entropy_bonus.WARMUP)
+    whole.entropy_bonus.start.fill_(100.0)  # of which the entropy is a small share: the bonus is raised
+    whole.step(1)
+    whole.entropy_bonus.start.fill_(0.0)  # and lowered by the next step
+    resumed.load_state(*copy.deepcopy((*whole.state(), whole.rank_state())))
+    raised = 0.2 * (1 - 1 / 30)  # lambda_ent_high, annealed
+    assert float(resumed.lambda_ent) == float(whole.lambda_ent) == pytest.approx(raised)
+    whole.events.clear()
+    for trainer in (whole, resumed):
+        trainer.step(2)
+        trainer.look()
+    assert resumed.events == whole.events != []
+    assert whole.events[0]["event"] == "entropy_bonus_lowered" and whole.events[0]["was"] == pytest.approx(raised)
 
 
 def test_captions_are_drawn_before_a_replay(tmp_path, recorded):

@@ -1,5 +1,6 @@
 """`dimo ablate`: grid files, the runs they stand for, and the table."""
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -76,6 +77,23 @@ def test_the_stabilisers_are_a_factorial_of_equal_samples(tmp_path):
     assert len(seen) == 9 == len(grid.arms) and (True, 0.2, 0.01, 8) in seen
 
 
+def test_four_draws_and_four_times_the_batch_cost_the_same(tmp_path):
+    """Counted by hand, a backward pass as two: student, teacher with and without prompt, fits, auxiliary at x_t."""
+    grid, costs, pairs = read_grid("draws"), set(), set()
+    for place, name in itertools.product(grid.places.values(), grid.arms):
+        config = load_config(grid.preset, grid.run(place, name, 1e-3, 0, tmp_path)[1])
+        d = config.distill
+        video = 3 + d.t_draws * (1 + (d.guidance_scale > 1)) + 3 * d.aux_steps + d.t_draws
+        costs.add(round(config.training.max_train_steps * d.batch_size_per_gpu * video / 6_048_000, 3))
+        pairs.add((d.num_frames, d.t_draws, d.batch_size_per_gpu, d.guidance_scale, d.t_shift))
+        assert d.t_draws * d.batch_size_per_gpu == 256 and (d.aux_pass, d.aux_objective, d.w_kd) == (
+            "own",
+            "denoise",
+            0,
+        )
+    assert costs == {1.0} and len(pairs) == 16 == 2 * len(grid.arms)
+
+
 def test_what_the_command_changes(tmp_path):
     file = written(tmp_path, SMALL + "  \n")
     grid = read_grid(file, "smoke", ["optim.aux_lr=2e-3", "distill.t_shift=2"], ["by law", "plain"], [1e-2], 5)
@@ -101,7 +119,9 @@ def test_what_the_command_changes(tmp_path):
         ({"arms": "{a: {distill.t_draws: many}}"}, "distill.t_draws: 'many' is not a whole number"),
         ({"arms": "{a: {distill.t_shift: 0.5}}"}, "arm 'a' on s: distill.t_shift as a number must be at least 1"),
         ({"arms": "{a: {optim.lr: 1e-3}}", "rates": "[1e-3]"}, "arm 'a' sets optim.lr, which is what the grid's rates"),
-        ({"arms": "{a: {}, b: {distill.batch_size_per_gpu: 8}}"}, "on s 'a' sees 128,000 and 'b' 16,000; give"),
+        ({"arms": "{a: {}, b: {distill.batch_size_per_gpu: 8}}"}, "samples, but on s 'a' has 128,000 and 'b' 16,000; "),
+        ({"equal": "passes"}, r"many passes, but on s 'a' has 2,176,000 and 'b' 1,408,000; give"),
+        ({"equal": "[time]"}, r"equal must be one of samples, passes, got \['time'\]"),
         ({"worlds": "{s: {}}"}, "world s must have either a teacher or what to train one with"),
         ({"worlds": "{s: {train: {world: tils}}}"}, "there is no world 'tils'; did you mean 'tiles'"),
         ({"worlds": "{s: {train: {world: tiles, hight: 8}}}"}, "train of s has no 'hight'; did you mean 'height'"),

@@ -210,7 +210,8 @@ def test_guidance_below_one_is_refused_by_the_sampler_too(ursa, world):
         (["--prompt", "x"], "the shapes world does not know the prompt 'x'"),
         (["--prompt", PROMPTS[0], "--guidance_scale", "0.5"], "guidance_scale must be at least 1"),
         (["--prompt", PROMPTS[0], "--guidance_trunc", "1.5"], r"guidance_trunc must lie in \[0, 1\]"),
-        (["--prompt", PROMPTS[0], "--steps", "0"], "steps must be at least 1"),
+        (["--prompt", PROMPTS[0], "--steps", "0"], r"steps must lie in \[1, 1000\], got 0"),
+        (["--prompt", PROMPTS[0], "--steps", "100000000"], r"steps must lie in \[1, 1000\], got 100000000"),
         (
             ["--prompt", PROMPTS[0], "--height", "250"],
             "height must be a multiple of 8, got 250; the nearest are 248",

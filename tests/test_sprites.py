@@ -240,6 +240,21 @@ def test_the_exact_teacher_is_bayes_rule_over_all_clips(small, exact, generator,
     assert want.max(1).values.min() < 0.9
 
 
+def test_codes_that_symmetries_of_the_codebook_map_to_each_other_share_a_normaliser(small, monkeypatch):
+    """A code's four levels in another order leave its distances as they are: so is log Z."""
+    monkeypatch.setattr("dimo.worlds.exact.KNOTS", 4)
+    beta = torch.tensor([0.0, 0.4, 3.0, 40.0, 1000.0], dtype=torch.float64)
+    path = MetricPath(small[0].codebook(), 0.9, 3.0)
+    shared, alone = (ExactTeacher(small[0], path) for _ in range(2))
+    got = shared._log_normaliser(beta)
+    levels = torch.stack([shared.codes // 8**i % 8 for i in range(4)], 1).sort(1).values
+    assert shared._normaliser.values.shape[1] == len(levels.unique(dim=0)) < len(levels)
+    monkeypatch.setattr("dimo.worlds.exact._groups", lambda distance: (torch.arange(len(distance)),) * 2)
+    want = alone._log_normaliser(beta)
+    assert alone._normaliser.values.shape[1] == len(levels)
+    assert got.std(1).max() > 0.1 and torch.allclose(got, want, rtol=1e-13, atol=1e-13)
+
+
 def test_strays_show_what_another_prompt_asks_for(generator):
     world = dataclasses.replace(SpritesWorld(sprites=4, textures=2), strays=50)
     drawn, codes = world.draw(160, generator)

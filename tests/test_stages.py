@@ -58,7 +58,7 @@ def test_one_t_per_sample_or_per_latent_frame(generator):
     several = stages.draw_t(6, GRID, 0, 0, "frame", 1.0, 4, generator).view(4, 6, 3, 16)
     parts = (several[..., 0] / T_MAX * 4).long().sort(0).values
     assert (several == several[..., :1]).all() and (parts == torch.arange(4).view(4, 1, 1)).all()
-    with pytest.raises(DimoError, match="t_per must be"):
+    with pytest.raises(DimoError, match="t_per must be one of sample, frame, mixed, got 'token'"):
         stages.draw_t(5, GRID, 0, 0, "token", 1.0, 1, generator)
 
 

@@ -20,7 +20,7 @@ from dimo.config import load_config
 from dimo.distill.step import nine_stages
 from dimo.errors import DimoError
 from dimo.run.folder import RunFolder
-from dimo.train.loop import write_samples
+from dimo.train.results import write_samples
 from dimo.train.trainer import Trainer, step_through
 from dimo.ursa import MixturePath, load_ursa, visual_logits
 from dimo.ursa.loading import load_transformer

@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from dimo.errors import DimoError
-from dimo.evaluation.scored import coverage_detail, least_coverage
+from dimo.evaluation.metrics import measure
+from dimo.evaluation.scored import coverage_detail, estimate_coverage, least_coverage
+from dimo.evaluation.videos import Videos
 from dimo.worlds import checkpoint_folder, is_world, load_world, video_size
 from dimo.worlds.oracle import TOKENS, coverage, entropy, score
-from dimo.worlds.protocol import prompt_index, prompt_length, prompts_to_train
+from dimo.worlds.protocol import Scores, prompt_index, prompt_length, prompts_to_train
 from dimo.worlds.registry import WORLDS
 from dimo.worlds.shapes import COLOURS, DIRECTIONS, SHAPES, ShapesWorld
 
@@ -147,10 +149,51 @@ def test_collapse_within_prompts_shows_per_prompt_and_not_pooled():
     assert detail["positions_per_prompt"] < 0.02 and least_coverage(detail) == min(detail.values())
 
 
+def made_up_scores(prompts, generator):
+    """Of 24 videos of each prompt, some of them not good; places are lost by single prompts, shades by all of them."""
+    index = torch.arange(prompts).repeat_interleave(24)
+    places = torch.randint(8, index.shape, generator=generator) // (1 + index % 3)
+    shades = torch.randint(4, index.shape, generator=generator).clamp(max=2)
+    valid, adherent = (torch.rand(index.shape, generator=generator) < 0.8 for _ in range(2))
+    accuracy = torch.rand(index.shape, generator=generator) / 5 + 0.8
+    return Scores(accuracy, valid, adherent, index, {"places": (places, 8), "shades": (shades, 4)})
+
+
+def without(scores, prompt):
+    kept = scores.prompt != prompt
+    free = {name: (labels[kept], bins) for name, (labels, bins) in scores.free.items()}
+    return Scores(*(x[kept] for x in (scores.accuracy, scores.valid, scores.adherent, scores.prompt)), free)
+
+
+@pytest.mark.parametrize("near", [False, True])
+def test_the_interval_of_coverage_leaves_out_one_prompt_after_the_other(near, generator):
+    scores = made_up_scores(6, generator)
+    again = [least_coverage(coverage_detail(without(scores, prompt), near)) for prompt in range(6)]
+    mean = sum(again) / 6
+    half = 2.571 * math.sqrt(5 / 6 * sum((x - mean) ** 2 for x in again))  # Student's t with 5 degrees of freedom
+    found = estimate_coverage(scores, near)
+    assert found.value == least_coverage(coverage_detail(scores, near)) < 0.8 and half > 0.01
+    assert found.interval == pytest.approx((max(0, found.value - half), min(1, found.value + half)))
+    name, codes = "coverage_near" if near else "coverage", torch.zeros(6 * 24, 1, 2, 2, dtype=torch.long)
+    row = measure(Videos(codes, [""] * len(codes), copies=24, seconds=1.0, scores=scores))
+    assert (row[name], row["intervals"][name]) == (found.value, list(found.interval))
+
+
+def test_an_interval_of_coverage_ends_at_1_and_needs_every_prompt_left_out_to_be_defined(generator):
+    scores = made_up_scores(4, generator)
+    scores.valid[:], scores.adherent[:] = True, True
+    places = torch.arange(96) % 8
+    places[:24] = 0  # one prompt of four has lost all but one
+    scores.free = {"places": (places, 8)}
+    assert estimate_coverage(scores).interval[1] == 1.0
+    scores.valid[48:] = False  # of four prompts two are defined, of the three without the first one only one is
+    assert estimate_coverage(scores).value > 0 and estimate_coverage(scores).interval is None
+
+
 def test_coverage_is_undefined_rather_than_zero_without_valid_videos(world, generator):
     codes = torch.randint(world.codebook_size, (48, world.num_visual_tokens), generator=generator)
     scores = score(world, codes, world.prompts)
-    assert not scores.valid.any() and least_coverage(coverage_detail(scores)) is None
+    assert not scores.valid.any() and least_coverage(coverage_detail(scores)) is estimate_coverage(scores) is None
     scores.free = {}
     assert least_coverage(coverage_detail(scores)) is None  # of a world whose prompts leave nothing free
 

@@ -39,6 +39,7 @@ from dimo.train.trainer import Trainer
 from dimo.ursa import UrsaTransformer, sample
 from dimo.ursa.layout import require_checkpoint
 from dimo.ursa.loading import import_upstream
+from dimo.ursa.sampler import require_passes
 from dimo.worlds import checkpoint_folder
 
 PARTS = ("step", "generate", "path", "losses")
@@ -129,8 +130,10 @@ def _require(config: Config, size: str | None, parts, against, repeats: int, war
         raise DimoError(f"--parts must name what to measure, some of {', '.join(PARTS + MORE_PARTS)}")
     if repeats < 1 or warmup < 0:
         raise DimoError(f"repeats must be at least 1 and warmup not negative, got {repeats} and {warmup}")
-    if "generate" in parts and (not generate_steps or min(generate_steps) < 1):
-        raise DimoError(f"--generate must list numbers of passes of at least 1, got {list(generate_steps)}")
+    if "generate" in parts and not generate_steps:
+        raise DimoError("--generate must list numbers of passes, got none")
+    for steps in generate_steps:
+        require_passes("--generate", steps)
     if size:
         require_size(size)
     else:

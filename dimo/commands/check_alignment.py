@@ -14,6 +14,7 @@ from dimo.errors import DimoError, nearest, reason, require_time
 from dimo.ursa import load_ursa
 from dimo.ursa.device import pick_device, pick_dtype
 from dimo.ursa.loading import DTYPES
+from dimo.ursa.sampler import require_passes
 from dimo.views.alignment import FEWEST, Alignment
 from dimo.views.clean_tokens import CLIPS, PASSES, known_clean_tokens, sampled_clean_tokens
 from dimo.views.reading import NEAR_DATA, Slice, check_slice, logits_fit
@@ -101,6 +102,7 @@ def ask(q: Question) -> tuple[Alignment, str]:
     if q.max_prompt_length is not None and q.max_prompt_length < 0:
         raise DimoError(f"--max_prompt_length must not be negative, got {q.max_prompt_length}")
     require_time("--t", q.t)
+    require_passes("--passes", q.passes)
     slice_ = load_slice(q.slice) if q.slice else None
     folder, device = checkpoint_folder(q.folder), pick_device(q.device)
     ursa = load_ursa(folder, device, DTYPES[pick_dtype(q.dtype, device)], q.backend)

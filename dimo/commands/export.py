@@ -21,7 +21,7 @@ from dimo.run.checkpoints import MILESTONE, Checkpoints, step_of, what_is_wrong
 from dimo.run.folder import RunFolder
 from dimo.run.origin import run_config, run_of
 from dimo.run.sources import TEACHER, require_same_sources
-from dimo.train.loop import student_dtype
+from dimo.train.results import student_dtype
 from dimo.ursa.layout import PARTS, read_config, require_upstream_layout
 from dimo.ursa.loading import plain_state
 from dimo.ursa.sampler import pipeline_steps

@@ -27,7 +27,7 @@ from dimo.ursa import Ursa, UrsaTransformer, load_ursa, sample
 from dimo.ursa.attention import use_for_sampling
 from dimo.ursa.device import pick_device, pick_dtype
 from dimo.ursa.loading import DTYPES, load_student
-from dimo.ursa.sampler import student_times, timesteps, warn_if_guided_again
+from dimo.ursa.sampler import require_passes, student_times, timesteps, warn_if_guided_again
 from dimo.views.clips import FFMPEG, write_frames
 from dimo.worlds import DEFAULT_WORLD, checkpoint_folder, is_world, load_world, require_world, video_size, world_of
 from dimo.worlds.protocol import prompt_index
@@ -53,7 +53,9 @@ class Request:
     height: int | None = _flag(None, "in pixels; default: the run's or world's, 64 tokens for image models, else 256")
     width: int | None = _flag(None, "in pixels; default: the run's or world's, 64 tokens for image models, else 256")
     steps: int | None = _flag(
-        None, "number of sampling steps; default: the student's own, else 1, or as a suite is published for a teacher"
+        None,
+        "number of sampling steps, at most 1000; default: the student's own, else 1, or as a suite is published for a "
+        "teacher",
     )
     guidance_scale: float | None = _flag(
         None,
@@ -126,8 +128,7 @@ def open_sampler(
     r.negative_prompt = r.negative_prompt or ""
     if not r.guidance_scale >= 1:
         raise DimoError(f"guidance_scale must be at least 1 (1 is none), got {r.guidance_scale}")
-    if r.steps < 1:
-        raise DimoError(f"steps must be at least 1, got {r.steps}")
+    require_passes("steps", r.steps)
     if not 0 <= r.seed < 2**63:
         raise DimoError(f"seed must lie in [0, 2**63), got {r.seed}")
     if r.max_prompt_length is not None and r.max_prompt_length < 0:

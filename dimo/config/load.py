@@ -25,7 +25,9 @@ from dimo.ursa.attention import KERNELS
 from dimo.ursa.inputs import latents_shape_for
 from dimo.ursa.layout import makes_images, vae_strides
 from dimo.ursa.loading import BACKENDS, DTYPES
+from dimo.ursa.probability_path import T_PER
 from dimo.ursa.recompute import CHECKPOINTING
+from dimo.ursa.sampler import require_passes
 from dimo.worlds import DATA, built_in_worlds, is_world, load_world
 from dimo.worlds.protocol import prompt_length
 
@@ -59,7 +61,7 @@ RANGES = {  # {phrase: (test, keys)}; null values are not tested
     ),
     "be at least 1": (
         lambda value: value >= 1,
-        "distill.guidance_scale distill.student_steps distill.aux_steps distill.t_draws distill.batch_size_per_gpu "
+        "distill.guidance_scale distill.aux_steps distill.t_draws distill.batch_size_per_gpu "
         "distill.shuffle_buffer distill.kd_every optim.ema_every "
         "experiment.log_every experiment.save_every experiment.sample_every experiment.keep_last "
         "training.gradient_accumulation_steps training.max_bad_steps training.max_train_steps training.num_processes "
@@ -185,7 +187,7 @@ def validate(config: Config) -> None:
         "distill.aux_pass": ("own", "shared"),
         "distill.baseline": ("ema", "leave_one_out"),
         "distill.aux_target": ("sampled", "exact"),
-        "distill.t_per": ("sample", "frame", "mixed"),
+        "distill.t_per": T_PER,
         "optim.decay": ("linear", "cosine", "wsd", "constant"),
         "optim.optimizer": ("muon", "adamw"),
         "training.mixed_precision": ("no", "bf16"),
@@ -208,8 +210,11 @@ def validate(config: Config) -> None:
         for key in keys.split():
             if flat[key] is not None and not inside(flat[key]):
                 raise DimoError(f"{key} must {phrase}, got {flat[key]}")
-    if not flat["evaluation.teacher_steps"] or min(flat["evaluation.teacher_steps"]) < 1:
-        raise DimoError(f"evaluation.teacher_steps must list positive integers, got {flat['evaluation.teacher_steps']}")
+    if not flat["evaluation.teacher_steps"]:
+        raise DimoError("evaluation.teacher_steps must list numbers of sampling steps, got none")
+    for passes in flat["evaluation.teacher_steps"]:
+        require_passes("evaluation.teacher_steps", passes)
+    require_passes("distill.student_steps", flat["distill.student_steps"])
     d = config.distill
     require_captioned_video(d, of_world=_is_world(d.teacher_ckpt))
     asks_for_captions = d.motion_value() is not None or bool(d.score_minimums())

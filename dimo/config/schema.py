@@ -116,7 +116,9 @@ class Distill:
     )
     negative_prompt: str = _key("", "negative prompt of the teacher's guidance; empty: the empty prompt")
     student_steps: int = _key(
-        1, "passes of the student per video; each but the first learns from its own draft, re-noised as by the sampler"
+        1,
+        "passes of the student per video, at most 1000; each but the first learns from its own draft, re-noised as by "
+        "the sampler",
     )
     empty_prompt_share: float = _key(
         0.1, "fraction of empty prompts when the auxiliary is fitted; with guidance_scale > 1, for the student too"
@@ -293,7 +295,7 @@ class Training:
 class Evaluation:
     videos_per_prompt: int | None = _key(None, "videos per prompt; null: 64 in a world with an oracle, else 2")
     teacher_steps: list[int] = _key(
-        [1, 2, 4, 8, 25], "numbers of sampling steps at which the teacher is evaluated for comparison"
+        [1, 2, 4, 8, 25], "numbers of sampling steps, at most 1000, at which the teacher is evaluated for comparison"
     )
     seed: int = _key(1234, "seed of initial noise and sampling, the same for every row of the table")
     batch_size: int = _key(512, "videos sampled per batch")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from dimo.errors import DimoError, require_ids, require_shape
-from dimo.ursa.probability_path import T_MAX, shifted
+from dimo.ursa.probability_path import T_MAX, T_PER, shifted
 
 LAW_TOKENS = 48  # at which `t_shift=law` is 1: the built-in world, on which t_power was tuned
 
@@ -121,8 +121,8 @@ def draw_t(
         raise DimoError(f"t_power must be positive, got {t_power}")
     if not shift >= 1:
         raise DimoError(f"shift must be at least 1 (1: off), got {shift}")
-    if t_per not in ("sample", "frame", "mixed"):
-        raise DimoError(f"t_per must be 'sample', 'frame' or 'mixed', got {t_per!r}")
+    if t_per not in T_PER:
+        raise DimoError(f"t_per must be one of {', '.join(T_PER)}, got {t_per!r}")
 
     def draw(size: int | tuple[int, int]) -> torch.Tensor:
         t = sample_t_curriculum(size, step_index, curriculum_steps, generator, device, draws) ** t_power

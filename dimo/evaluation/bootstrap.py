@@ -6,6 +6,7 @@ The videos of a prompt are alike, so a prompt with all of its videos is what is 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import torch
@@ -63,18 +64,23 @@ def _without_interval(statistic: Callable[[torch.Tensor], torch.Tensor], prompts
     return Estimate(value.item()) if bool(value.isfinite()) else None
 
 
-def jackknife(statistic: Callable[[torch.Tensor], torch.Tensor], prompts: int) -> Estimate | None:
-    """As `estimate`, with the interval of the delete-one-prompt jackknife and Student's t, cut off at 0.
+def jackknife(
+    statistic: Callable[[torch.Tensor], torch.Tensor], prompts: int, most: float = math.inf
+) -> Estimate | None:
+    """As `estimate`, with the interval of the delete-one-prompt jackknife and Student's t, cut off at 0 and `most`.
 
-    For a distance, which grows where videos come twice, as they do in every resample of the bootstrap.
+    For a statistic that changes where videos come twice, as they do in every resample of the bootstrap. No interval
+    where it is undefined without one of the prompts.
     """
     found = _without_interval(statistic, prompts)
     if found is None or prompts < 2:
         return found
     without = statistic((1 - torch.eye(prompts, dtype=torch.float64)) / (prompts - 1)).double()
+    if not bool(without.isfinite().all()):
+        return found
     error = ((prompts - 1) / prompts * (without - without.mean()).square().sum()).sqrt().item()
     half = t_quantile(prompts - 1) * error
-    return Estimate(found.value, (max(0.0, found.value - half), found.value + half))
+    return Estimate(found.value, (max(0.0, found.value - half), min(most, found.value + half)))
 
 
 def mean(per_prompt: torch.Tensor, resamples: int = RESAMPLES) -> Estimate | None:

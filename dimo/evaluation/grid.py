@@ -15,7 +15,8 @@
 A world is a `teacher`, as in distill.teacher_ckpt, or is made by `train`, fields of the world and of `TeacherRecipe`.
 `rates` are values of optim.lr, times the world's `rate_scale`; aux_lr and muon_lr keep their ratio to it. `N%` of a key
 that counts steps is that share of the arm's training.max_train_steps, and of that key itself the share of the base's,
-for an arm with other batches: all arms of a world must see as many samples. `preset` in an arm stands for its keys.
+for an arm with other batches: all arms of a world must see as many samples or, with `equal: passes`, make as many
+passes of the networks (`dimo.train.passes.passes_of`). `preset` in an arm stands for its keys.
 """
 
 from __future__ import annotations
@@ -32,12 +33,14 @@ from dimo.config.schema import kind_of
 from dimo.config.values import read_value, read_yaml, yaml_text
 from dimo.errors import DimoError, nearest
 from dimo.paths import user_path
+from dimo.train.passes import passes_of
 from dimo.worlds import checkpoint_folder, is_world, size_of, video_size
 from dimo.worlds.protocol import World
 from dimo.worlds.registry import WORLDS
 from dimo.worlds.teacher import RECIPES, TeacherRecipe
 
-PARTS = {"about", "base", "worlds", "arms", "rates", "tuning_seeds", "seeds"}
+PARTS = {"about", "base", "worlds", "equal", "arms", "rates", "tuning_seeds", "seeds"}
+EQUAL = ("samples", "passes")  # what all arms of a world have alike
 STEPS = "training.max_train_steps"
 TEACHER_STEPS = 25  # at which teachers are scored, once for each world and guidance
 
@@ -77,6 +80,7 @@ class Grid:
     tuning_seeds: tuple[int, ...]
     seeds: tuple[int, ...]
     overrides: tuple[str, ...] = ()  # the command's, which come after those of worlds
+    equal: str = "samples"  # or passes
 
     def words_of(self, place: Place, arm: str, out: Path) -> list[str]:
         """The overrides of all runs of an arm on a world, with shares of steps as numbers."""
@@ -114,7 +118,7 @@ class Grid:
         for place in self.places.values():
             if place.teacher and not is_world(checkpoint_folder(place.teacher)):
                 raise DimoError(f"a grid needs worlds, whose oracles score the videos, but {place.teacher} is none")
-            samples: dict[int, str] = {}
+            spent: dict[str, int] = {}
             for arm in self.arms:
                 try:
                     config = self._load(self.words_of(place, arm, out))
@@ -122,15 +126,20 @@ class Grid:
                     raise DimoError(f"arm {arm!r} on {place.name}: {error}") from error
                 if self.rates and any(word.startswith("optim.lr=") for word in self.arms[arm]):
                     raise DimoError(f"arm {arm!r} sets optim.lr, which is what the grid's rates set")
-                t = config.training
-                seen = t.max_train_steps * t.gradient_accumulation_steps * config.distill.batch_size_per_gpu
-                samples.setdefault(seen, arm)
-            if len(samples) > 1:
-                (a, one), (b, other) = list(samples.items())[:2]
-                raise DimoError(
-                    f"arms of a grid must see equally many samples, but on {place.name} {one!r} sees {a:,} and "
-                    f"{other!r} {b:,}; give {STEPS} of the one with other batches as a share, such as 200%"
-                )
+                spent[arm] = self._spent(config)
+                one, first = next(iter(spent.items()))
+                step = spent[arm] / config.training.max_train_steps
+                if abs(spent[arm] - first) > (step if self.equal == "passes" else 0):  # steps are whole
+                    raise DimoError(
+                        f"arms of this grid must have equally many {self.equal}, but on {place.name} {one!r} has "
+                        f"{first:,} and {arm!r} {spent[arm]:,}; give {STEPS} of one of them as a share, such as 200%"
+                    )
+
+    def _spent(self, config: Config) -> int:
+        """How many samples a run sees, or what it costs in forward passes of a video."""
+        t = config.training
+        samples = t.max_train_steps * t.gradient_accumulation_steps * config.distill.batch_size_per_gpu
+        return samples if self.equal == "samples" else samples * sum(passes_of(config).values())
 
 
 def read_grid(
@@ -180,7 +189,10 @@ def read_grid(
         tuple(read_value("tuning_seeds", "list[int]", content.get("tuning_seeds") or ["100"])),
         tuple(range(seeds) if seeds else read_value("seeds", "list[int]", content.get("seeds") or ["0", "1", "2"])),
         tuple(overrides),
+        content.get("equal", "samples"),
     )  # fmt: skip
+    if grid.equal not in EQUAL:
+        raise DimoError(f"{file}: equal must be one of {', '.join(EQUAL)}, got {grid.equal!r}")
     if any(not rate > 0 for rate in grid.rates) or min(grid.seeds + grid.tuning_seeds) < 0:
         raise DimoError(f"rates must be positive and seeds not negative, got {grid.rates} and {grid.seeds}")
     for listed_seeds in (grid.seeds, grid.tuning_seeds):

@@ -16,7 +16,7 @@ from dimo.evaluation import beside_teacher, bootstrap, features, trust
 from dimo.evaluation.bootstrap import Estimate
 from dimo.evaluation.comparison import AGAIN
 from dimo.evaluation.reference_free import diversity
-from dimo.evaluation.scored import coverage_detail, least_coverage
+from dimo.evaluation.scored import coverage_detail, estimate_coverage
 from dimo.evaluation.videos import Videos
 from dimo.views.collapse import distinct
 
@@ -81,14 +81,14 @@ SCORED: dict[str, Metric] = {
     ),
     "coverage": Metric(
         "higher", "entropy of each factor that prompts leave open, over valid videos of the right prompt, relative to "
-        "its maximum; the minimum over factors, pooled and per prompt", lambda v: least_coverage(v.coverage_detail),
+        "its maximum; the minimum over factors, pooled and per prompt", lambda v: estimate_coverage(v.scored),
     ),
     "coverage_near": Metric(
         "higher", "the same, over videos of the right prompt that share 90% of their tokens with a valid one",
-        lambda v: least_coverage(coverage_detail(v.scored, near=True)),
+        lambda v: estimate_coverage(v.scored, near=True),
     ),
     "coverage_detail": Metric(
-        None, "the values of which coverage is the minimum", lambda v: v.coverage_detail
+        None, "the values of which coverage is the minimum", lambda v: coverage_detail(v.scored)
     ),
     "videos": Metric(None, "number of videos", lambda v: len(v.codes)),
     "seconds_per_video": SECONDS,

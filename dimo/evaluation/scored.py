@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
+
+from dimo.evaluation.bootstrap import Estimate, jackknife
 from dimo.worlds.oracle import coverage
 from dimo.worlds.protocol import Scores
 
@@ -19,15 +24,7 @@ def coverage_detail(scores: Scores, near: bool = False) -> dict[str, float | Non
         For each factor its coverage pooled over prompts, and `<factor>_per_prompt`, the mean over prompts with enough
         such videos; None if there are too few.
     """
-    good, detail = (scores.accuracy >= NEAR if near else scores.valid) & scores.adherent, {}
-    for name, (labels, bins) in scores.free.items():
-        detail[name] = coverage(labels[good], bins)
-        per_prompt = [coverage(labels[good & (scores.prompt == p)], bins) for p in scores.prompt.unique()]
-        defined = [c for c in per_prompt if c is not None]
-        # at least half of the prompts must be defined, or the mean would describe the easy ones only
-        enough = len(defined) * 2 >= len(per_prompt)
-        detail[f"{name}_per_prompt"] = sum(defined) / len(defined) if defined and enough else None
-    return detail
+    return _Coverage(scores, near).detail()
 
 
 def least_coverage(detail: dict[str, float | None]) -> float | None:
@@ -35,3 +32,40 @@ def least_coverage(detail: dict[str, float | None]) -> float | None:
     figures = detail.values()
     defined = [figure for figure in figures if figure is not None]
     return min(defined, default=None) if len(defined) == len(figures) else None
+
+
+def estimate_coverage(scores: Scores, near: bool = False) -> Estimate | None:
+    """The `least_coverage` of the scores and its 95% interval over prompts; None if it is undefined.
+
+    By the jackknife: in a resample of the bootstrap a prompt's videos come twice, and seem less varied than they are.
+    """
+    found = _Coverage(scores, near)
+
+    def least(weights: torch.Tensor) -> torch.Tensor:
+        drawn = [least_coverage(found.detail(row.nonzero().flatten().tolist())) for row in weights]
+        return torch.tensor([math.nan if one is None else one for one in drawn], dtype=torch.float64)
+
+    return jackknife(least, len(found.prompts), most=1.0)
+
+
+class _Coverage:
+    """The labels of the videos that count, prompt by prompt, so that prompts can be left out."""
+
+    def __init__(self, scores: Scores, near: bool):
+        good = (scores.accuracy >= NEAR if near else scores.valid) & scores.adherent
+        self.prompts = scores.prompt.unique()
+        of_prompt = [good & (scores.prompt == p) for p in self.prompts]
+        self.labels = {name: [labels[rows] for rows in of_prompt] for name, (labels, _) in scores.free.items()}
+        self.bins = {name: bins for name, (_, bins) in scores.free.items()}
+        self.own = {name: [coverage(x, self.bins[name]) for x in labels] for name, labels in self.labels.items()}
+
+    def detail(self, kept: list[int] | None = None) -> dict[str, float | None]:
+        """`coverage_detail` of the prompts at these indices, or of all."""
+        detail, kept = {}, list(range(len(self.prompts))) if kept is None else kept
+        for name, labels in self.labels.items():
+            detail[name] = coverage(torch.cat([labels[i] for i in kept]), self.bins[name])
+            defined = [own for own in (self.own[name][i] for i in kept) if own is not None]
+            # at least half of the prompts must be defined, or the mean would describe the easy ones only
+            enough = len(defined) * 2 >= len(kept)
+            detail[f"{name}_per_prompt"] = sum(defined) / len(defined) if defined and enough else None
+        return detail

@@ -8,7 +8,6 @@ import functools
 import torch
 
 from dimo.evaluation.differences import MEASURES, of_codes
-from dimo.evaluation.scored import coverage_detail
 from dimo.ursa.probability_path import MetricPath, MixturePath
 from dimo.views.collapse import spread
 from dimo.worlds.protocol import Scores
@@ -46,11 +45,6 @@ class Videos:
     reference: Videos | None = None
     decode_seconds: float | None = None
     peak_bytes: int = 0
-
-    @functools.cached_property
-    def coverage_detail(self) -> dict[str, float | None]:
-        """`coverage_detail` of the scores, which two metrics report."""
-        return coverage_detail(self.scored)
 
     @functools.cached_property
     def spread(self) -> torch.Tensor | None:

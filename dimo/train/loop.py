@@ -12,22 +12,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
 
 from dimo.config import to_flat, to_yaml
 from dimo.errors import DimoError, Diverged, are_finite, enough_memory
-from dimo.files import save_torch, whole_file, write_text
+from dimo.files import write_text
 from dimo.run.checkpoints import Checkpoints
 from dimo.run.folder import RunFolder
 from dimo.run.progress import Progress
 from dimo.run.ranks import count_ranks, everywhere, raise_everywhere
 from dimo.run.signals import Preempted, Signals
 from dimo.run.trackers import close_trackers, open_trackers
+from dimo.train.clock import StepClock
+from dimo.train.results import write_final, write_samples, write_student
 from dimo.train.watch import Watch
-from dimo.ursa import sample, save_student
-from dimo.ursa.loading import DTYPES, plain_state
-from dimo.ursa.sampler import inputs_of_passes
-from dimo.worlds import is_world
 
 if TYPE_CHECKING:
     from dimo.train.trainer import Trainer
@@ -119,7 +116,7 @@ def _train(
     yield
     watch = Watch(trainer, run)
     bar = Progress(first, last, shown=progress and run.writes)
-    clock, since = time.perf_counter(), first
+    clock = StepClock(first, trainer.device)
     trainer.cold_start.mark("networks and checks")
     for index in bar:
         try:
@@ -132,14 +129,13 @@ def _train(
         # one small all-reduce: has any rank received a signal, and have all ranks written their files of a checkpoint
         told, written = count_ranks([signals.received is not None, checkpoints.written()], trainer.device)
         if written == trainer.accelerator.num_processes:
-            _say_saved(run, checkpoints.finish())
+            with clock.pause("checkpoint"):
+                _say_saved(run, checkpoints.finish())
         if done % c.log_every == 0 or done == last or watch.is_due(done):
             values = trainer.metrics(step) | {k: float(v) for k, v in extra.items()}
             _drain_events(trainer, run)
-            seconds = (time.perf_counter() - clock) / (done - since)
-            values["time/step_s"] = seconds
-            values |= trainer.cold_start.once()
-            values["tokens_per_s"] = trainer.tokens_per_step / seconds
+            values |= clock.figures(done) | trainer.cold_start.once()
+            values["tokens_per_s"] = trainer.tokens_per_step / values["time/step_s"]
             if watch.is_due(done):
                 values |= watch.measure()
             if trainer.device.type == "cuda":
@@ -148,17 +144,16 @@ def _train(
             run.write_status(state="running", step=done, max_steps=last)
             trainer.accelerator.log(values, step=done)
             bar.show(done, values)
-            clock, since = time.perf_counter(), done
+            clock.restart(done)
         if done % c.save_every == 0 or done == last or told:
-            _say_saved(run, checkpoints.finish())
-            tensors, state = trainer.state()
-            _require_finite_weights(tensors, done)
-            about = {"step": done, "num_processes": trainer.accelerator.num_processes}
-            checkpoints.save(done, tensors, state | about, trainer.rank_state())
+            with clock.pause("checkpoint"):
+                _save(trainer, run, checkpoints, done)
         if c.keep_every and done % c.keep_every == 0:
-            write_student(trainer, run, run.path / "checkpoints" / f"milestone-{done:08d}")
+            with clock.pause("checkpoint"):
+                write_student(trainer, run, run.path / "checkpoints" / f"milestone-{done:08d}")
         if done % c.sample_every == 0 or done == last:
-            write_samples(trainer, run, done)
+            with clock.pause("samples"):
+                write_samples(trainer, run, done)
         if told and done < last:
             _say_saved(run, checkpoints.finish())
             name = next(name for name in everywhere(signals.received) if name)
@@ -232,6 +227,15 @@ def _drain_events(trainer: Trainer, run: RunFolder) -> None:
     trainer.events.clear()
 
 
+def _save(trainer: Trainer, run: RunFolder, checkpoints: Checkpoints, done: int) -> None:
+    """Begin to write a checkpoint, after ending the one before."""
+    _say_saved(run, checkpoints.finish())
+    tensors, state = trainer.state()
+    _require_finite_weights(tensors, done)
+    about = {"step": done, "num_processes": trainer.accelerator.num_processes}
+    checkpoints.save(done, tensors, state | about, trainer.rank_state())
+
+
 def _require_finite_weights(tensors: dict[str, dict[str, torch.Tensor]], done: int) -> None:
     """Raise on all ranks before NaNs are saved as the newest valid checkpoint; one rank may hold all the weights."""
     bad = [f"{name} of the {network}" for network, weights in tensors.items()
@@ -272,77 +276,3 @@ def _record_end(folder: str, error: BaseException, rank: int) -> None:
             run.write_status(state="failed", error=text, last_lines=run.last_lines())
     except (DimoError, OSError) as also:  # the folder was removed, or the disk is full
         print(f"dimo: {also}", file=sys.stderr)
-
-
-def write_samples(trainer: Trainer, run: RunFolder, done: int) -> None:
-    """Save a sheet of the EMA student's videos for up to 8 example prompts, with the same noise every time.
-
-    Sampling uses the batch size and precision of training, so it needs no more memory than training does.
-    """
-    if trainer.ursa.vae is None or not trainer.sheets:
-        return
-    trainer.look()
-    g = torch.Generator(trainer.device).manual_seed(trainer.config.experiment.seed)
-    examples, ids = trainer.prompts.examples, trainer.prompts.example_ids
-    rows = torch.linspace(0, len(ids) - 1, min(8, len(ids))).long().to(trainer.device)
-    x_init = torch.randint(
-        trainer.path.codebook_size, (len(rows), trainer.num_visual_tokens), generator=g, device=trainer.device
-    )
-    size = trainer.config.distill.batch_size_per_gpu
-    with trainer.engine.autocast():
-        parts = []
-        for part, x in zip(rows.split(size), x_init.split(size)):  # on every rank: the network may be sharded
-            asked = trainer.networks.ema, trainer.path, ids[part]
-            *_, x = inputs_of_passes(
-                *asked, x, trainer.grid, trainer.student_times, trainer.draft_gain, trainer.dense, g
-            )
-            parts.append(sample(*asked, trainer.grid, 1, x_init=x, generator=g))
-        codes = torch.cat(parts)
-    if not run.writes:
-        return
-    from dimo.views.sheets import save_sheet, student_title  # imports matplotlib, so only when needed
-
-    frames = trainer.ursa.vae.decode(codes.view(-1, *trainer.grid)).cpu()
-    shown = [examples[i] for i in rows.tolist()]
-    save_sheet(
-        run.path / "samples" / f"step-{done:08d}.png", {student_title(len(trainer.student_times)): frames}, shown
-    )
-
-
-def write_final(trainer: Trainer, run: RunFolder) -> None:
-    """Write the final weights to checkpoints/final: student/ (`write_student`) and student.pt, a plain state dict."""
-    final = run.path / "checkpoints" / "final"
-    weights = write_student(trainer, run, final / "student")
-    if not run.writes:
-        return
-    try:
-        with whole_file(final / "student.pt") as beside:
-            save_torch(weights, beside)
-    except (OSError, RuntimeError) as error:
-        raise _not_written(final, error) from error
-
-
-def write_student(trainer: Trainer, run: RunFolder, folder: Path) -> dict[str, torch.Tensor]:
-    """Write the final weights to a folder with config.json and safetensors, in experiment.student_dtype. Collective.
-
-    Returns:
-        What was written; empty on ranks that do not write.
-    """
-    weights = trainer.final_weights()
-    if not run.writes:
-        return {}
-    weights = plain_state(weights, student_dtype(trainer.config.experiment.student_dtype, trainer.ursa.folder))
-    try:
-        save_student(folder, trainer.networks.ema, state=weights)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise _not_written(folder, error) from error
-    return weights
-
-
-def _not_written(folder: Path, error: Exception) -> DimoError:
-    return DimoError(f"{folder} could not be written: {error}; the last checkpoint is kept")
-
-
-def student_dtype(name: str, teacher: Path) -> torch.dtype:
-    """The dtype of a student's file for `experiment.student_dtype`; auto is bfloat16, or float32 in a world."""
-    return DTYPES[("float32" if is_world(teacher) else "bfloat16") if name == "auto" else name]

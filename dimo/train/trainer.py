@@ -272,6 +272,7 @@ class Trainer:
             "optimizers": {"student": self.student.state(), "aux": self.aux.state()},
             "prompts": self.prompts.state_dict(),  # one position for all ranks
             "entropy_bonus": self.entropy_bonus.state_dict(),
+            "lambda_ent": float(self.lambda_ent),  # as the next step's event or row may name it
             "baseline": self.baseline.state_dict() if self.baseline else None,
             "guard": self.guard.state_dict(),
         }
@@ -309,6 +310,7 @@ class Trainer:
         self.x_init.load_state_dict(memory)
         self.averages.load_state_dict(rank_state["averages"], self.device)
         self.entropy_bonus.load_state_dict(state["entropy_bonus"])
+        self.lambda_ent = assign(self.lambda_ent, state.get("lambda_ent", self.lambda_ent))  # older states have none
         if self.baseline:
             self.baseline.load_state_dict(state["baseline"])
         self.guard.load_state_dict(state["guard"])

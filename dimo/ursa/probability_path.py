@@ -18,6 +18,7 @@ from dimo.ursa.chunks import BLOCK, FEW_CODES, chunks, inverse_cdf, on_device, p
 from dimo.ursa.normaliser import LogNormaliser, interpolate
 
 FEW_DIMENSIONS = 8  # of code vectors, whose distances cost less than reading them from memory
+T_PER = ("sample", "frame", "mixed")  # what has a t of its own: a video, each of its latent frames, or by a coin either
 T_MAX = 0.999  # of all draws of t, and of `log_likelihood`: beta_t is infinite at 1
 
 
@@ -232,7 +233,7 @@ class MetricPath(_Path):
     def _log_likelihood(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         if self._normaliser is None:
             most = self.c * (T_MAX / (1 - T_MAX)) ** self.alpha
-            self._normaliser = LogNormaliser(self._distance, self.codebook_size, most, self.device)
+            self._normaliser = LogNormaliser(self._distance, self.codebook_size, self.codebook_size, most, self.device)
         beta, z = self.c * (t / (1 - t)) ** self.alpha, self._normaliser
         one = on_device(_log_likelihood_near, t)
         return one(self.codebook[x_t], self.codebook, self._square, beta, *z.weights(beta), z.values, z.slopes)

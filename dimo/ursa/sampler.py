@@ -13,10 +13,11 @@ import torch
 from dimo.errors import DimoError, require_finite, require_shape
 from dimo.ursa.chunks import FEW_CODES
 from dimo.ursa.prediction import Chunked, Dense, Prediction, predict
-from dimo.ursa.probability_path import MetricPath, MixturePath
+from dimo.ursa.probability_path import T_MAX, MetricPath, MixturePath
 from dimo.ursa.transformer import UrsaTransformer
 
 log = logging.getLogger(__name__)
+MOST_PASSES = round(1 / (1 - T_MAX))  # the last of so many is at t = .999, and no network is trained beyond it
 
 
 @dataclasses.dataclass
@@ -26,6 +27,12 @@ class Trajectory:
     t: list[float] = dataclasses.field(default_factory=list)
     x_t: list[torch.Tensor] = dataclasses.field(default_factory=list)
     x_1: list[torch.Tensor] = dataclasses.field(default_factory=list)
+
+
+def require_passes(name: str, passes: int) -> None:
+    """Refuse a number of passes that no video should be asked for; `name` is the flag or key that holds it."""
+    if not 1 <= passes <= MOST_PASSES:
+        raise DimoError(f"{name} must lie in [1, {MOST_PASSES}], got {passes}")
 
 
 def timesteps(steps: int, shift: float = 1.0) -> list[float]:

@@ -68,7 +68,8 @@ class ExactTeacher:
         self.codes = world.used_codes.to(path.device)
         points = path.codebook.double()
         self._distance = torch.stack([(points - points[code]).square().sum(-1) for code in self.codes], 1)  # (K, C)
-        self._normaliser: LogNormaliser | None = None  # made when it is first needed
+        self._normaliser: LogNormaliser | None = None  # made when it is first needed, of one code of each group
+        self._group = torch.empty(0, dtype=torch.int64)  # (C,) of every used code
         self._pad = words(world).index(PAD)
         empty = torch.full((1, prompt_length(world)), self._pad)
         self._txt_ids = torch.cat([encode(world, world.prompts), empty]).to(path.device)
@@ -133,8 +134,11 @@ class ExactTeacher:
             return torch.cat([(-b[:, None, None] * self._distance).logsumexp(1) for (b,) in chunks(size, beta)])
         if self._normaliser is None:
             most, by_code = self.path.c * (T_MAX / (1 - T_MAX)) ** self.path.alpha, self._distance.T.contiguous()
-            self._normaliser = LogNormaliser(lambda i: by_code[i], len(by_code), most, beta.device, KNOTS)
-        return self._normaliser(beta.clamp(max=self._normaliser.most))
+            one, self._group = _groups(by_code)
+            self._normaliser = LogNormaliser(
+                lambda i: by_code[one[i]], len(one), self.path.codebook_size, most, beta.device, KNOTS
+            )
+        return self._normaliser(beta.clamp(max=self._normaliser.most))[:, self._group]
 
     def _marginals(self, prompts: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """Log-probabilities (B, N, C).
@@ -160,3 +164,21 @@ class ExactTeacher:
             row = int((~same.any(-1)).nonzero()[0])
             raise DimoError(f"txt_ids must be prompts of the {self.world.name} world, or empty; row {row} is neither")
         return same[:, :-1] | same[:, -1:]
+
+
+def _groups(distance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Group codes that have the same distances to all codes, in whatever order, and so the same log Z.
+
+    Codes that a symmetry of the codebook maps to each other are such: 4,036 of the world sprites are 329 groups.
+
+    Args:
+        distance: (C, K), of C codes.
+
+    Returns:
+        (the first code of each of G groups (G,), the group of each code (C,)).
+    """
+    seen: dict[bytes, int] = {}
+    ascending = distance.cpu().sort(1).values.numpy()
+    group = [seen.setdefault(row.tobytes(), len(seen)) for row in ascending]
+    first = [group.index(g) for g in range(len(seen))]
+    return torch.tensor(first, device=distance.device), torch.tensor(group, device=distance.device)

@@ -18,6 +18,7 @@ from dimo.files import locked, require_place, save_torch, whole_folder
 from dimo.ursa import UrsaConfig, UrsaTransformer, load_ursa, sample, save_student
 from dimo.ursa.cuda_graph import on_stream
 from dimo.ursa.loading import load_transformer
+from dimo.ursa.probability_path import T_PER
 from dimo.worlds import WORLD_FILE, checkpoint_folder, is_world, load_world
 from dimo.worlds.denoising import DenoisingSteps, TrainingState, rank
 from dimo.worlds.oracle import score
@@ -281,8 +282,8 @@ def _require_sense(world: World, recipe: TeacherRecipe) -> None:
             raise DimoError(f"{name} must lie in [{least:g}, {most:g}], got {value}")
         if least is None and isinstance(value, float) and not 0 < value < math.inf:
             raise DimoError(f"{name} must be positive and finite, got {value}")
-    if recipe.t_per not in ("sample", "frame", "mixed"):
-        raise DimoError(f"t_per must be sample, frame or mixed, got {recipe.t_per!r}")
+    if recipe.t_per not in T_PER:
+        raise DimoError(f"t_per must be one of {', '.join(T_PER)}, got {recipe.t_per!r}")
     if recipe.device not in ("cpu", "cuda"):
         raise DimoError(f"device must be cpu or cuda, got {recipe.device!r}")
     if recipe.device == "cuda" and not torch.cuda.is_available():
