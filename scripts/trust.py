@@ -4,7 +4,7 @@
 student that ships, measures all of them by the metrics and by the oracle, and writes OUT/trust.json and OUT/trust.md.
 The same command goes on where it was stopped. What ships is copied: `cp OUT/trust.json dimo/evaluation/trust.json`.
 It keeps the other worlds of that file: `python scripts/trust.py OUT --preset tiles distill.teacher_ckpt=FOLDER`.
-Of a world without a student that ships, the videos of its teacher are damaged; its videos of few passes are measured too.
+Of a world without a student that ships, the videos of its teacher are damaged; its few-pass videos are students, too.
 """
 
 import argparse
