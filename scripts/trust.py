@@ -29,7 +29,7 @@ from dimo.train.together import train_and_compare
 from dimo.train.trainer import Trainer
 from dimo.ursa import load_ursa, sample
 from dimo.ursa.loading import load_student
-from dimo.worlds import DEFAULT_WORLD, SHIPPED_STUDENT, checkpoint_folder, load_world
+from dimo.worlds import SHIPPED_STUDENT, checkpoint_folder, load_world
 from dimo.worlds.exact import exact_teacher
 from dimo.worlds.oracle import coverage, score
 from dimo.worlds.protocol import Scores, prompt_index, prompt_length, prompts_to_score, title_of
@@ -46,7 +46,6 @@ HEALTHY = 0.5  # the oracle's coverage of a student that has not collapsed
 KNOWN = REFERENCE_FREE | JUDGED
 STEPS, OTHER = 25, 4  # of the teacher; videos of a prompt that it makes again
 FEWER = (2, 4, 8)  # passes of the teacher where no student ships
-BATCH = 512
 
 
 def runs_of(args) -> dict[str, Config]:
@@ -79,8 +78,10 @@ class Bench:
         self.prompts, self.grid, self.device = prompts_to_score(self.world), self.world.latents_shape, device
         d, exact = config.distill, config.distill.teacher == "exact"
         self.network = exact_teacher(folder, self.ursa.path) if exact else self.ursa.transformer
+        self.batch = config.evaluation.batch_size
         self.guidance = {"guidance_scale": d.guidance_scale, "guidance_trunc": d.guidance_trunc}
-        self.ships = SHIPPED_STUDENT if folder == checkpoint_folder(DEFAULT_WORLD) else None
+        ships = folder / SHIPPED_STUDENT.name
+        self.ships = ships if ships.is_dir() else None
         length = prompt_length(self.world)
         self.ids, self.empty = self.ursa.tokenize(self.prompts, length), self.ursa.tokenize([""], length)
         self.choices = self.ids[judging.choices(len(self.prompts))]
@@ -92,7 +93,7 @@ class Bench:
         """Codes (P, V, N) of a student, or of the teacher, None."""
         guide = self.guidance if network is None else {}
         g, made = torch.Generator(self.device).manual_seed(seed), []
-        for ids in self.ids.repeat_interleave(copies, 0).split(BATCH):
+        for ids in self.ids.repeat_interleave(copies, 0).split(self.batch):
             how = {"generator": g, "uncond_ids": self.empty.expand_as(ids), **guide}
             made.append(sample(network or self.network, self.ursa.path, ids, self.grid, steps, **how).cpu())
         return torch.cat(made).view(len(self.prompts), copies, -1)
