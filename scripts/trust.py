@@ -44,7 +44,7 @@ ARMS = {  # good ones, and what is known to be slow, blurred or to collapse
 ORACLE = ("token_accuracy", "right_prompt", "coverage", trust.ALL)
 HEALTHY = 0.5  # the oracle's coverage of a student that has not collapsed
 KNOWN = REFERENCE_FREE | JUDGED
-STEPS, OTHER = 25, 4  # of the teacher; videos of a prompt that it makes again
+STEPS = 25  # of the teacher
 FEWER = (2, 4, 8)  # passes of the teacher where no student ships
 
 
@@ -74,7 +74,7 @@ class Bench:
     def __init__(self, args):
         config = load_config(args.preset, args.overrides)
         folder, device = checkpoint_folder(config.distill.teacher_ckpt), device_of(config)
-        self.world, self.ursa, self.copies = load_world(folder), load_ursa(folder, device), args.videos
+        self.world, self.ursa, self.judged = load_world(folder), load_ursa(folder, device), args.judged
         self.prompts, self.grid, self.device = prompts_to_score(self.world), self.world.latents_shape, device
         d, exact = config.distill, config.distill.teacher == "exact"
         self.network = exact_teacher(folder, self.ursa.path) if exact else self.ursa.transformer
@@ -85,9 +85,7 @@ class Bench:
         length = prompt_length(self.world)
         self.ids, self.empty = self.ursa.tokenize(self.prompts, length), self.ursa.tokenize([""], length)
         self.choices = self.ids[judging.choices(len(self.prompts))]
-        teacher = [self.draw(None, STEPS, seed, OTHER) for seed in (1, 2)]
-        self.teacher, self.again = (self.videos(codes, OTHER, None) for codes in teacher)
-        self.teacher.reference, self.again.reference = self.again, self.teacher
+        self.teacher = self.videos(self.draw(None, STEPS, 1, self.judged), self.judged, None)
 
     def draw(self, network, steps: int, seed: int, copies: int) -> torch.Tensor:
         """Codes (P, V, N) of a student, or of the teacher, None."""
@@ -99,9 +97,9 @@ class Bench:
         return torch.cat(made).view(len(self.prompts), copies, -1)
 
     def videos(self, codes: torch.Tensor, copies: int, network) -> Videos:
-        """Codes (P, V, N), judged by the teacher as in an evaluation, of which the first OTHER of each prompt."""
-        some = codes[:, :OTHER].flatten(0, 1).to(self.device)
-        choice_ids, noise = self.choices.repeat_interleave(OTHER, 0), torch.Generator(self.device).manual_seed(9)
+        """Codes (P, V, N), judged by the teacher as in an evaluation, of which the first few of each prompt."""
+        some = codes[:, : self.judged].flatten(0, 1).to(self.device)
+        choice_ids, noise = self.choices.repeat_interleave(self.judged, 0), torch.Generator(self.device).manual_seed(9)
         judged = judging.judge(self.ursa, some, choice_ids, self.empty, self.grid, noise, **self.guidance)
         judged |= in_pixels(self.ursa, some.view(-1, *self.grid))
         if network is not None:
@@ -264,6 +262,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16, help="samples of a step")
     parser.add_argument("--seeds", type=int, default=1, help="trainings of each arm")
     parser.add_argument("--videos", type=int, default=32, help="videos of each prompt")
+    parser.add_argument("--judged", type=int, default=4, help="of them, and as many of the teacher's beside them")
     parser.add_argument("--together", type=int, default=1, help="trainings side by side")
     parser.add_argument("overrides", nargs="*", help="key=value of all trainings, such as training.cuda_graph=true")
     args = parser.parse_intermixed_args()

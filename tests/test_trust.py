@@ -193,7 +193,7 @@ def test_a_guided_worlds_students_are_measured_under_the_guided_teacher(tmp_path
     script = runpy.run_path(str(SCRIPT))
     for scale in (1, 3):
         overrides = [*own, f"distill.guidance_scale={scale}"]
-        bench = script["Bench"](argparse.Namespace(preset="tiles", overrides=overrides, videos=16))
+        bench = script["Bench"](argparse.Namespace(preset="tiles", overrides=overrides, videos=16, judged=4))
         row = bench.measure(bench.draw(None, 1, 1, 16))
         assert ("guided_nll" in row["metrics"]) == (scale > 1)
         assert row["oracle"].keys() == {*script["ORACLE"]} and row["metrics"]["teacher_nll"] > 0
