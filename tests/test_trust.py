@@ -100,6 +100,24 @@ def test_what_ships_names_metrics_and_was_measured_on_enough_students():
             assert -1 <= row["interval"][0] <= row["rho"] <= row["interval"][1] <= 1
 
 
+def test_the_guides_table_is_what_ships():
+    def cell(row, mark=""):
+        return f"{mark}{row['rho']:.2f} [{row['interval'][0]:.2f}, {row['interval'][1]:.2f}]" if row else "-"
+
+    lines = (Path(__file__).parents[1] / "docs" / "guides" / "evaluation.md").read_text(encoding="utf-8").splitlines()
+    rows = lines[lines.index("| metric | stands for | shapes | shapes, healthy | tiles | tiles, healthy |") + 2 :]
+    rows = [line.strip("| ").split(" | ") for line in rows[: rows.index("")]]
+    known = [trust.worlds()[world]["metrics"] for world in ("shapes", "tiles (codes=1000, palettes=4, strays=25)")]
+    assert {row[0].strip("`") for row in rows} == known[0].keys() | known[1].keys()
+    for quoted, oracle, *cells in rows:
+        metric, expected = quoted.strip("`"), []
+        for world, metrics in zip(("shapes", "tiles (codes=1000, palettes=4, strays=25)"), known):
+            row = metrics.get(metric)
+            weak = "**weak** " if trust.is_weak(metric, world) else ""
+            expected += [cell(row, weak), cell(row and row["healthy"])]
+        assert oracle == trust.STANDS_FOR[metric] and cells == expected, metric
+
+
 @pytest.fixture
 def two_worlds(monkeypatch):
     """Where `motion` is weak in one world, and `flicker` was not measured there."""
