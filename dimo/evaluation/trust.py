@@ -135,7 +135,7 @@ def sentence(metric: str, world: str | None) -> str:
 
 
 def rests_on(world: str | None) -> str:
-    """A sentence on whose students `sentence` speaks of."""
+    """A sentence on the students of which `sentence` speaks."""
     if world in worlds():
         return f"Rank correlations: measured on students of this world, {world}."
     return f"Rank correlations: measured on students of {' and '.join(worlds())}, not of the teacher of this report."
