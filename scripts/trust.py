@@ -4,7 +4,7 @@
 student that ships, measures all of them by the metrics and by the oracle, and writes OUT/trust.json and OUT/trust.md.
 The same command goes on where it was stopped. What ships is copied: `cp OUT/trust.json dimo/evaluation/trust.json`.
 It keeps the other worlds of that file: `python scripts/trust.py OUT --preset tiles distill.teacher_ckpt=FOLDER`.
-Of a world without a student that ships, the videos of its teacher are damaged.
+Of a world without a student that ships, the videos of its teacher are damaged; its few-pass videos are students, too.
 """
 
 import argparse
@@ -29,14 +29,14 @@ from dimo.train.together import train_and_compare
 from dimo.train.trainer import Trainer
 from dimo.ursa import load_ursa, sample
 from dimo.ursa.loading import load_student
-from dimo.worlds import DEFAULT_WORLD, SHIPPED_STUDENT, checkpoint_folder, load_world
+from dimo.worlds import SHIPPED_STUDENT, checkpoint_folder, load_world
 from dimo.worlds.exact import exact_teacher
 from dimo.worlds.oracle import coverage, score
-from dimo.worlds.protocol import Scores, prompt_length, prompts_to_score
+from dimo.worlds.protocol import Scores, prompt_index, prompt_length, prompts_to_score, title_of
 
 ARMS = {  # good ones, and what is known to be slow, blurred or to collapse
     "recipe": [],
-    "low rate": ["optim.lr=2e-4"],
+    "fast auxiliary": ["optim.lr=2e-4"],  # whose rate in Muon is muon_lr * aux_lr / lr
     "high rate": ["optim.lr=1e-2", "optim.muon_lr=5e-2"],
     "gain 1": ["model.logit_gain=1", "model.final_logit_gain=1"],
     "reinforce": ["distill.estimator=reinforce"],
@@ -44,8 +44,8 @@ ARMS = {  # good ones, and what is known to be slow, blurred or to collapse
 ORACLE = ("token_accuracy", "right_prompt", "coverage", trust.ALL)
 HEALTHY = 0.5  # the oracle's coverage of a student that has not collapsed
 KNOWN = REFERENCE_FREE | JUDGED
-STEPS, OTHER = 25, 4  # of the teacher; videos of a prompt that it makes again
-BATCH = 512
+STEPS = 25  # of the teacher
+FEWER = (2, 4, 8)  # passes of the teacher where no student ships
 
 
 def runs_of(args) -> dict[str, Config]:
@@ -74,32 +74,32 @@ class Bench:
     def __init__(self, args):
         config = load_config(args.preset, args.overrides)
         folder, device = checkpoint_folder(config.distill.teacher_ckpt), device_of(config)
-        self.world, self.ursa, self.copies = load_world(folder), load_ursa(folder, device), args.videos
+        self.world, self.ursa, self.judged = load_world(folder), load_ursa(folder, device), args.judged
         self.prompts, self.grid, self.device = prompts_to_score(self.world), self.world.latents_shape, device
         d, exact = config.distill, config.distill.teacher == "exact"
         self.network = exact_teacher(folder, self.ursa.path) if exact else self.ursa.transformer
+        self.batch = config.evaluation.batch_size
         self.guidance = {"guidance_scale": d.guidance_scale, "guidance_trunc": d.guidance_trunc}
-        self.ships = SHIPPED_STUDENT if folder == checkpoint_folder(DEFAULT_WORLD) else None
+        ships = folder / SHIPPED_STUDENT.name
+        self.ships = ships if ships.is_dir() else None
         length = prompt_length(self.world)
         self.ids, self.empty = self.ursa.tokenize(self.prompts, length), self.ursa.tokenize([""], length)
         self.choices = self.ids[judging.choices(len(self.prompts))]
-        teacher = [self.draw(None, STEPS, seed, OTHER) for seed in (1, 2)]
-        self.teacher, self.again = (self.videos(codes, OTHER, None) for codes in teacher)
-        self.teacher.reference, self.again.reference = self.again, self.teacher
+        self.teacher = self.videos(self.draw(None, STEPS, 1, self.judged), self.judged, None)
 
     def draw(self, network, steps: int, seed: int, copies: int) -> torch.Tensor:
         """Codes (P, V, N) of a student, or of the teacher, None."""
         guide = self.guidance if network is None else {}
         g, made = torch.Generator(self.device).manual_seed(seed), []
-        for ids in self.ids.repeat_interleave(copies, 0).split(BATCH):
+        for ids in self.ids.repeat_interleave(copies, 0).split(self.batch):
             how = {"generator": g, "uncond_ids": self.empty.expand_as(ids), **guide}
             made.append(sample(network or self.network, self.ursa.path, ids, self.grid, steps, **how).cpu())
         return torch.cat(made).view(len(self.prompts), copies, -1)
 
     def videos(self, codes: torch.Tensor, copies: int, network) -> Videos:
-        """Codes (P, V, N), judged by the teacher as in an evaluation, of which the first OTHER of each prompt."""
-        some = codes[:, :OTHER].flatten(0, 1).to(self.device)
-        choice_ids, noise = self.choices.repeat_interleave(OTHER, 0), torch.Generator(self.device).manual_seed(9)
+        """Codes (P, V, N), judged by the teacher as in an evaluation, of which the first few of each prompt."""
+        some = codes[:, : self.judged].flatten(0, 1).to(self.device)
+        choice_ids, noise = self.choices.repeat_interleave(self.judged, 0), torch.Generator(self.device).manual_seed(9)
         judged = judging.judge(self.ursa, some, choice_ids, self.empty, self.grid, noise, **self.guidance)
         judged |= in_pixels(self.ursa, some.view(-1, *self.grid))
         if network is not None:
@@ -127,12 +127,15 @@ class Bench:
         adherence, which a plain video has for many prompts, ties count for one of them. coverage: that of its free
         factors within a prompt, whatever the video's quality.
         """
-        right = scores.prompt.view(len(self.prompts), copies) == torch.arange(len(self.prompts))[:, None]
+        right = scores.prompt.view(len(self.prompts), copies) == prompt_index(self.world, self.prompts)[:, None]
         found = {"token_accuracy": scores.accuracy.mean().item(), "right_prompt": right.float().mean().item()}
+        free = {name: some for name, some in scores.free.items() if some[1] > 1}
+        most = max(bins for _, bins in free.values())
+        if copies < most:
+            raise DimoError(f"--videos must be at least {most}, as many as a free factor has values, got {copies}")
         covered = [
             sum(coverage(one, bins) or 0.0 for one in labels.view(-1, copies)) / len(self.prompts)
-            for labels, bins in scores.free.values()
-            if 1 < bins <= copies
+            for labels, bins in free.values()
         ]
         found["coverage"] = max(0.0, min(covered))  # the estimate of an entropy of 0 may be below it
         return found | {trust.ALL: math.prod(found.values())}
@@ -181,7 +184,7 @@ def measure_all(args, runs: dict[str, Config]) -> list[dict]:
 
     def add(name: str, family: str, codes: Callable[[], torch.Tensor], network=None) -> None:
         if name not in rows:
-            about = {"family": family, "damaged": network is None}
+            about = {"family": family, "one_pass": network is not None}
             rows[name] = about | bench.measure(codes(), network)
             write_text(file, json.dumps(rows))
             print(name, {k: round(v, 3) for k, v in rows[name]["oracle"].items()}, file=sys.stderr, flush=True)
@@ -193,8 +196,13 @@ def measure_all(args, runs: dict[str, Config]) -> list[dict]:
             add(name, family, lambda: bench.draw(network, 1, 1, args.videos), network)  # noqa: B023
         except DimoError as error:  # a rate that is too high may end in logits that are not finite
             print(f"{name} is left out: {error}", file=sys.stderr)
-    ships = load_student(bench.ursa, bench.ships) if bench.ships else None
-    good = bench.draw(ships, 1 if ships else STEPS, 3 if ships is None else 1, args.videos)
+    if bench.ships:
+        good = bench.draw(load_student(bench.ursa, bench.ships), 1, 1, args.videos)
+    else:
+        good = bench.draw(None, STEPS, 3, args.videos)
+        add(f"teacher, {STEPS} passes", "teacher", lambda: good)
+        for passes in FEWER:
+            add(f"teacher, {passes} passes", "teacher", lambda: bench.draw(None, passes, 3, args.videos))  # noqa: B023
     for family, made in failures(good, bench.grid, bench.world.codebook_size).items():
         for name, codes in made.items():
             add(name, family, lambda: codes)  # noqa: B023
@@ -212,7 +220,7 @@ def correlations(rows: list[dict]) -> dict[str, dict]:
         by = {figure: _correlation(some, name, figure) for figure in ORACLE}
         own = by[oracle]
         if own:
-            healthy = [row for row in some if not row["damaged"] and row["oracle"]["coverage"] >= HEALTHY]
+            healthy = [row for row in some if row["one_pass"] and row["oracle"]["coverage"] >= HEALTHY]
             found[name] = {"oracle": oracle} | own | {
                 "healthy": _correlation(healthy, name, oracle), "with": {f: c and c["rho"] for f, c in by.items()},
             }  # fmt: skip
@@ -239,6 +247,12 @@ def _cell(row: dict | None) -> str:
     return f"{row['rho']:.2f} [{row['interval'][0]:.2f}, {row['interval'][1]:.2f}]" if row else "-"
 
 
+def command(args) -> str:
+    """What was typed, with names in place of this machine's paths."""
+    words, teacher = ["OUT" if Path(word) == args.out else word for word in sys.argv[1:]], "distill.teacher_ckpt="
+    return " ".join(["python scripts/trust.py"] + [f"{teacher}FOLDER" if teacher in word else word for word in words])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
@@ -248,6 +262,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16, help="samples of a step")
     parser.add_argument("--seeds", type=int, default=1, help="trainings of each arm")
     parser.add_argument("--videos", type=int, default=32, help="videos of each prompt")
+    parser.add_argument("--judged", type=int, default=4, help="of them, and as many of the teacher's beside them")
     parser.add_argument("--together", type=int, default=1, help="trainings side by side")
     parser.add_argument("overrides", nargs="*", help="key=value of all trainings, such as training.cuda_graph=true")
     args = parser.parse_intermixed_args()
@@ -258,10 +273,8 @@ def main() -> None:
     rows = measure_all(args, runs)
     found = correlations(rows)
     world = load_world(checkpoint_folder(load_config(args.preset, args.overrides).distill.teacher_ckpt))
-    name = world.name if world.name == DEFAULT_WORLD else f"{world.name} of {math.prod(world.latents_shape)} tokens"
-    about = {"command": " ".join(["python scripts/trust.py OUT", *sys.argv[2:]]), "students": len(rows)}
-    about |= {"families": len({row["family"] for row in rows}), "metrics": found}
-    worlds = json.loads(trust.FILE.read_text(encoding="utf-8"))["worlds"] | {name: about}
+    about = {"command": command(args), "students": len(rows), "families": len({row["family"] for row in rows})}
+    worlds = trust.worlds() | {title_of(world): about | {"metrics": found}}
     write_text(args.out / "trust.json", json.dumps({"worlds": worlds}, indent=1) + "\n")
     write_text(args.out / "trust.md", table(found))
     print(

@@ -9,7 +9,7 @@ import torch
 from dimo.config import load_config
 from dimo.errors import DimoError
 from dimo.evaluation.evaluate import evaluate, evaluate_to_folder, format_table, load_student
-from dimo.evaluation.metrics import columns_of
+from dimo.evaluation.metrics import columns_of, legend
 from dimo.ursa import sample, save_student
 from dimo.ursa.sampler import Trajectory
 from dimo.views.alarms import alarms
@@ -114,6 +114,7 @@ def test_a_report_and_a_sheet_are_written(ursa, tmp_path):
     )
     rows = evaluate_to_folder(config, tmp_path / "student", tmp_path / "out", progress=False)
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == rows
+    assert "Rank correlations: measured on students of this world, shapes." in legend(rows)
     assert (tmp_path / "out" / "sheet.png").read_bytes()[:4] == b"\x89PNG"
     assert iio.imread(tmp_path / "out" / "clips.mp4").shape == (9, 22 + 6 * 182, 3 * 168 - 8, 3)
     with pytest.raises(DimoError, match="latents_shape"):

@@ -121,7 +121,9 @@ def test_rows(tiny):
     assert all(set(row) == {*COLUMNS, *DETAILS} for row in rows.values())
     assert all(row["seconds_per_video"] > 0 for row in rows.values())
     assert rows["teacher_3"]["token_entropy"] is None and rows["teacher_1"]["token_entropy"] is not None
-    assert columns_of(rows) == COLUMNS and [line.split(" (")[0] for line in legend(rows)[:-2]] == COLUMNS
+    assert columns_of(rows) == COLUMNS and [line.split(" (")[0] for line in legend(rows)[:-3]] == COLUMNS
+    assert legend(rows)[-3].startswith("Rank correlations: measured on students of shapes")
+    assert legend(rows)[-3].endswith("not of the teacher of this report.")
     assert legend(rows)[-2] == "In brackets: the 95% interval over prompts."
     assert legend(rows)[-1].startswith("teacher_3_again: the teacher from other noise, which differs from teacher_3 by")
     said = {line.split(" (")[0]: line for line in legend(rows)}

@@ -143,7 +143,7 @@ def _evaluate(args) -> None:
     from dimo.commands.ending import ending, sampling
     from dimo.config import load_config
     from dimo.evaluation.evaluate import evaluate_to_folder, format_table
-    from dimo.evaluation.metrics import columns_of
+    from dimo.evaluation.metrics import columns_of, world_title
     from dimo.evaluation.summary import format_summary
     from dimo.evaluation.trust import weak_ones
     from dimo.run.origin import run_config, run_of
@@ -161,7 +161,7 @@ def _evaluate(args) -> None:
     weights = source / "checkpoints" / "final" if is_run else source
     out = Path(args.out) if args.out else (source if is_run else Path("runs/evaluation"))
     rows = evaluate_to_folder(config, weights, out)
-    weak = [weak_ones(columns_of(rows))] if args.all else []
+    weak = [weak_ones(columns_of(rows), world_title(rows))] if args.all else []
     print(format_table(rows) if args.all else format_summary(rows), *filter(None, weak), "", sep="\n")
     after = {sampling(None if source == SHIPPED_STUDENT else source, config.distill.teacher_ckpt): "a video of it"}
     report = f"report {quoted(source)}"

@@ -37,7 +37,7 @@ from dimo.ursa.loading import load_student
 from dimo.worlds import checkpoint_folder, is_world, load_world, require_world
 from dimo.worlds.exact import exact_teacher
 from dimo.worlds.oracle import score
-from dimo.worlds.protocol import World, prompt_length, prompts_to_score
+from dimo.worlds.protocol import World, prompt_length, prompts_to_score, title_of
 
 log = logging.getLogger(__name__)
 SHEET_PROMPTS = 6
@@ -179,7 +179,7 @@ def _evaluate_alone(
     if world is None:
         _count_overlap(rows, config, weights, comparison)
     for row in rows.values():
-        row |= teachers
+        row |= teachers | ({"world": title_of(world)} if world else {})
     scored = time.perf_counter()
     if world is None:
         save_codes(out / "codes.safetensors", codes, comparison.prompts, comparison.grid)

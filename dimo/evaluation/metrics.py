@@ -212,6 +212,11 @@ def columns_of(rows: dict[str, dict]) -> list[str]:
     return [name for name, m in known.items() if m.better and any(name in row for row in rows.values())]
 
 
+def world_title(rows: dict[str, dict]) -> str | None:
+    """The `title_of` the world to which a report belongs; None where there is no oracle, or in reports before it."""
+    return next((row["world"] for row in rows.values() if "world" in row), None)
+
+
 def _by_chance(name: str, rows: dict[str, dict]) -> str:
     """The chance of retrieval, which is that of the report's own number of prompts; empty for all other metrics."""
     most = max((row.get("retrieval_prompts", 0) for row in rows.values()), default=0)
@@ -220,12 +225,14 @@ def _by_chance(name: str, rows: dict[str, dict]) -> str:
 
 def legend(rows: dict[str, dict]) -> list[str]:
     """Sentences for each column of such a table, with how far it can be trusted, and what the brackets are."""
-    known, columns = SCORED | REFERENCE_FREE | JUDGED, columns_of(rows)
+    known, columns, world = SCORED | REFERENCE_FREE | JUDGED, columns_of(rows), world_title(rows)
     said = [
         f"{name} ({known[name].better} is better): {known[name].definition}{_by_chance(name, rows)}. "
-        f"{trust.sentence(name)}".rstrip()
+        f"{trust.sentence(name, world)}".rstrip()
         for name in columns
     ]
+    if any(trust.measured(name, world) for name in columns):
+        said.append(trust.rests_on(world))
     if any(row.get("intervals") for row in rows.values()):
         said.append("In brackets: the 95% interval over prompts.")
     again = next((name for name in rows if name.endswith(AGAIN)), None)

@@ -74,49 +74,75 @@ def correlation(one: Sequence[float], other: Sequence[float], families: Sequence
     if rho is None:
         return None
     names = sorted(set(families))
-    members = [torch.tensor([i for i, family in enumerate(families) if family == name]) for name in names]
+    of_family = torch.tensor([names.index(family) for family in families])
     drawn = torch.randint(len(names), (RESAMPLES, len(names)), generator=torch.Generator().manual_seed(0))
-    again = []
-    for some in drawn.tolist():
-        index = torch.cat([members[i] for i in some])
-        found = spearman(a[index], b[index])
-        if found is not None:
-            again.append(found)
-    if not again:
+    times = (drawn[:, :, None] == torch.arange(len(names))).sum(1)  # that each family is drawn
+    again = _spearman_of_resamples(a, b, times[:, of_family].double())
+    if not len(again):
         return None
-    low, high = torch.tensor(again).quantile(torch.tensor([0.025, 0.975])).tolist()
+    low, high = again.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return {"rho": rho, "interval": [low, high], "students": len(one)}
 
 
+def _spearman_of_resamples(one: torch.Tensor, other: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
+    """`spearman` of values (n,) in every resample that has them `times` (R, n); without those where one is constant."""
+    count = times.sum(1, keepdim=True)
+
+    def centred(values: torch.Tensor) -> torch.Tensor:
+        below, same = ((values[:, None] > values).double(), (values[:, None] == values).double())
+        return times @ (below + same / 2).T - count / 2  # ranks, but for what is the same for all
+
+    a, b = centred(one), centred(other)
+    scale = ((times * a.square()).sum(1) * (times * b.square()).sum(1)).sqrt()
+    return ((times * a * b).sum(1) / scale)[scale > 0]
+
+
 @functools.cache
-def measured() -> dict[str, dict[str, dict]]:
-    """What was measured, {metric: {world: {"oracle", "rho", "interval", "students", "healthy"}}}."""
-    worlds = json.loads(FILE.read_text(encoding="utf-8"))["worlds"]
-    found: dict[str, dict[str, dict]] = {}
-    for world, about in worlds.items():
-        for name, row in about["metrics"].items():
-            found.setdefault(name, {})[world] = row
-    return found
+def worlds() -> dict[str, dict]:
+    """What was measured of each world, {title: {"command", "students", "families", "metrics"}}."""
+    return json.loads(FILE.read_text(encoding="utf-8"))["worlds"]
 
 
-def is_weak(metric: str) -> bool:
-    """Whether a metric's correlation was measured, and is below WEAK in some world."""
-    return any(round(row["rho"], 2) < WEAK for row in measured().get(metric, {}).values())
+def measured(metric: str, world: str | None) -> dict[str, dict]:
+    """What was measured of a metric in `world`, or in all worlds if that is not among them.
+
+    Args:
+        world: its `title_of`; None: there is no oracle.
+
+    Returns:
+        {title of the world: {"oracle", "rho", "interval", "students", "healthy"}}.
+    """
+    known = worlds()
+    some = {world: known[world]} if world in known else known
+    return {title: about["metrics"][metric] for title, about in some.items() if metric in about["metrics"]}
 
 
-def sentence(metric: str) -> str:
+def is_weak(metric: str, world: str | None) -> bool:
+    """Whether a metric's correlation is below WEAK in `world`, or in any where it was not measured there."""
+    return any(round(row["rho"], 2) < WEAK for row in measured(metric, world).values())
+
+
+def sentence(metric: str, world: str | None) -> str:
     """How far a metric can be trusted, in a sentence; empty where that was not measured."""
     said = []
-    for world, row in measured().get(metric, {}).items():
+    for title, row in measured(metric, world).items():
         low, high = row["interval"]
-        with_what = f"with {row['oracle']} over {row['students']} students of {world}"
+        with_what = f"with {row['oracle']} over {row['students']} students of {title}"
         healthy = f", {row['healthy']['rho']:.2f} among those not collapsed" if row["healthy"] else ""
         said.append(f"{row['rho']:.2f} [{low:.2f}, {high:.2f}] {with_what}{healthy}")
-    weak = ": weak" if is_weak(metric) else ""
+    weak = ": weak" if is_weak(metric, world) else ""
     return f"Its rank correlation with the oracle was {'; '.join(said)}{weak}." if said else ""
 
 
-def weak_ones(metrics: Iterable[str]) -> str:
+def rests_on(world: str | None) -> str:
+    """A sentence on the students of which `sentence` speaks."""
+    if world in worlds():
+        return f"Rank correlations: measured on students of this world, {world}."
+    return f"Rank correlations: measured on students of {' and '.join(worlds())}, not of the teacher of this report."
+
+
+def weak_ones(metrics: Iterable[str], world: str | None) -> str:
     """A sentence that names those of some metrics that are weak; empty if none is."""
-    weak = [name for name in metrics if is_weak(name)]
-    return f"Weak, by a rank correlation below {WEAK} with an oracle: {', '.join(weak)}." if weak else ""
+    weak = [name for name in metrics if is_weak(name, world)]
+    on = world if world in worlds() else " or ".join(worlds())
+    return f"Weak, by a rank correlation below {WEAK} with the oracle of {on}: {', '.join(weak)}." if weak else ""

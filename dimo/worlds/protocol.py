@@ -95,6 +95,13 @@ def size_field(default: int, help: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help})
 
 
+def title_of(world: World) -> str:
+    """A world's name and those of its sizes that are not the defaults, as in "tiles (codes=1000, palettes=4)"."""
+    own = [f for f in dataclasses.fields(world) if getattr(world, f.name) != f.default]
+    sizes = ", ".join(f"{f.name}={getattr(world, f.name)}" for f in own)
+    return f"{world.name} ({sizes})" if sizes else world.name
+
+
 def require_whole_sizes(world: World) -> None:
     """Raise unless every size is an int; a world.json may hold anything."""
     for name, value in dataclasses.asdict(world).items():
