@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from forks import python
+from forks import in_place_of_popen, python
 from safetensors.torch import load_file
 
 from dimo.commands.notebooks import notebook_folder
@@ -77,6 +77,7 @@ def test_two_processes_give_the_figures_of_one_and_a_third_loads_nothing(student
         raise AssertionError("the networks belong to the two processes")
 
     monkeypatch.setattr("dimo.ursa.loading.read_weights", loaded)
+    monkeypatch.setattr("subprocess.Popen", in_place_of_popen)
     config = load_config("distill_dimo", [*overrides(student), "training.num_processes=2"])
     rows = evaluate_to_folder(config, student / "student", tmp_path)
     said = capfd.readouterr().err

@@ -10,7 +10,7 @@ from pathlib import Path
 import imageio.v3 as iio
 import pytest
 import torch
-from forks import python
+from forks import in_place_of_popen, python
 
 from dimo.commands import suite as suites
 from dimo.commands.cli import main
@@ -145,6 +145,7 @@ def test_geneval_finds_four_images_beside_the_prompts_line_and_two_processes_mak
     request = student(place, num_frames=1)
     with pytest.MonkeyPatch.context() as patch:  # the networks belong to the two
         patch.setattr("dimo.ursa.loading.read_weights", None)
+        patch.setattr("subprocess.Popen", in_place_of_popen)
         sample_suite(request, geneval(place, num_processes=2), tmp_path / "two")
     sample_suite(request, geneval(place), tmp_path / "one")
     assert content(tmp_path / "two" / "images") == content(tmp_path / "one" / "images")
