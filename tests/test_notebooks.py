@@ -301,7 +301,8 @@ def test_a_killed_kernel_is_a_failure_that_status_tells(tmp_path, only, state):
 
 
 def test_importing_the_engine_does_not_import_jupyter_or_pictures():
-    code = "import sys, dimo, dimo.train.trainer, dimo.commands.cli; print([m for m in sys.modules if m in " \
+    engine = "dimo, dimo.train.trainer, dimo.commands.cli, dimo.commands.suite_worker, dimo.evaluation.worker"
+    code = f"import sys, {engine}; print([m for m in sys.modules if m in " \
            "('IPython', 'papermill', 'matplotlib', 'nbconvert', 'datasets', 'diffnext')])"  # fmt: skip
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
