@@ -20,10 +20,10 @@ os.environ["OMP_NUM_THREADS"] = "1"  # also in the kernels and processes that te
 sys.modules["rfc3987_syntax"] = None
 
 LONG = (
-    "launch", "notebooks", "plan", "browser", "release", "resume", "savings", "evaluation_jobs", "trainer",
+    "launch", "notebooks", "plan", "browser", "release", "resume", "watch", "savings", "evaluation_jobs", "trainer",
     "check_alignment", "graph", "reference_free", "apart", "signals", "grid", "lower", "keys", "engine", "guards",
     "cli", "trajectories", "sequence", "docs", "kept", "prompts", "processes", "sprites", "output", "alignment",
-    "full_disk", "environment",
+    "full_disk", "environment", "suites", "views", "ursa_folder", "tables", "trust", "terminal", "together",
 )  # fmt: skip
 
 
