@@ -1,5 +1,6 @@
 """Small fixtures; torch on one thread, so that results do not depend on the machine's load."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -12,16 +13,17 @@ from dimo.ursa import load_ursa
 from dimo.worlds import checkpoint_folder, load_world
 
 TINY = Path(__file__).parent / "data" / "tiny-ursa"
+gc.disable()  # until all is imported: see pytest_collection_finish
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # also in the kernels and processes that tests start
 # without it jsonschema does not check addresses (IRIs), which no notebook has: its import takes three seconds
 sys.modules["rfc3987_syntax"] = None
 
 LONG = (
-    "launch", "notebooks", "plan", "browser", "release", "resume", "savings", "evaluation_jobs", "trainer",
+    "launch", "notebooks", "plan", "browser", "release", "resume", "watch", "savings", "evaluation_jobs", "trainer",
     "check_alignment", "graph", "reference_free", "apart", "signals", "grid", "lower", "keys", "engine", "guards",
     "cli", "trajectories", "sequence", "docs", "kept", "prompts", "processes", "sprites", "output", "alignment",
-    "full_disk", "environment",
+    "full_disk", "environment", "suites", "views", "ursa_folder", "tables", "trust", "terminal", "together",
 )  # fmt: skip
 
 
@@ -29,6 +31,13 @@ def pytest_collection_modifyitems(items):
     """Files that take long come first: side by side, none of them is left alone at the end."""
     first = {f"test_{name}": i for i, name in enumerate(LONG)}
     items.sort(key=lambda item: first.get(item.path.stem, len(LONG)))
+
+
+def pytest_collection_finish():
+    """What has been imported stays: a collection need not go through its millions of objects again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture

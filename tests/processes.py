@@ -26,6 +26,19 @@ WITH_ZERO2 = [
     ),
 ]
 
+# `dimo` of several processes: networks are read by its children alone
+BY_CHILDREN = """
+import os, sys
+from dimo.__main__ import main
+from dimo.ursa import loading
+read, parent = loading.read_weights, os.getpid()
+def read_weights(*given, **named):
+    assert os.getpid() != parent, "the networks belong to the children"
+    return read(*given, **named)
+loading.read_weights = read_weights
+sys.exit(main())
+"""
+
 
 def launch(folder, *command, engine="ddp", processes=2):
     """Run a script or `-m module` in `folder` by `accelerate launch` with the engine's YAML; the CompletedProcess."""

@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 from forks import python
+from processes import BY_CHILDREN
 from safetensors.torch import load_file
 
 from dimo.commands.notebooks import notebook_folder
@@ -67,26 +68,22 @@ def assert_as_alone(out, rows, alone):
 
 
 def command(student, out, *more):
-    """What follows `python` to evaluate the student in processes of their own."""
-    words = ["-m", "dimo", "evaluate", str(student / "student"), "-c", "distill_dimo", "-o", str(out)]
+    """What follows `python -m dimo` to evaluate the student in processes of their own."""
+    words = ["evaluate", str(student / "student"), "-c", "distill_dimo", "-o", str(out)]
     return [*words, *overrides(student), *more]
 
 
-def test_two_processes_give_the_figures_of_one_and_a_third_loads_nothing(student, alone, tmp_path, monkeypatch, capfd):
-    def loaded(*_, **__):
-        raise AssertionError("the networks belong to the two processes")
-
-    monkeypatch.setattr("dimo.ursa.loading.read_weights", loaded)
-    config = load_config("distill_dimo", [*overrides(student), "training.num_processes=2"])
-    rows = evaluate_to_folder(config, student / "student", tmp_path)
-    said = capfd.readouterr().err
-    assert_as_alone(tmp_path, rows, alone)
-    assert "evaluate: 39 videos in 7 rows, 378 passes in 2 processes" in said
-    assert said.count("378/378 passes  done") == 1
+def test_two_processes_give_the_figures_of_one_and_a_third_loads_nothing(student, alone, tmp_path):
+    words = ["-c", BY_CHILDREN, *command(student, tmp_path, "training.num_processes=2")]
+    done = python.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert_as_alone(tmp_path, json.loads((tmp_path / "report.json").read_text()), alone)
+    assert "evaluate: 39 videos in 7 rows, 378 passes in 2 processes" in done.stderr
+    assert done.stderr.count("378/378 passes  done") == 1
 
 
 def test_a_killed_evaluation_goes_on(student, alone, tmp_path):
-    process = python.start(command(student, tmp_path), stderr=subprocess.PIPE, text=True)
+    process = python.start(["-m", "dimo", *command(student, tmp_path)], stderr=subprocess.PIPE, text=True)
     folder = tmp_path / PARTS
     while len(list(folder.glob("[!.]*.safetensors"))) < 5:
         assert process.poll() is None

@@ -297,6 +297,7 @@ def steps(out):
 
 
 ENDLESS = "training.max_train_steps=1000000"  # however late a signal comes, the run has not ended
+ONE_KEPT = "experiment.keep_last=1"  # checkpoint, and so one in the explorer of the report
 
 
 def few_steps_more(out):
@@ -335,7 +336,7 @@ def test_two_processes_survive_signals_and_kills_at_every_level(tmp_path, comman
     out = tmp_path / "run"
     words = ["-m", "dimo.commands.cli", *command, "-c", "smoke", f"experiment.output_dir={out}", "--log_every", "1"]
     words += ["model.device=cpu", "experiment.save_every=4", "experiment.sample_every=99", "--num_processes", "2"]
-    words += ["distill.batch_size_per_gpu=1"]
+    words += ["distill.batch_size_per_gpu=1", ONE_KEPT]
     env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     for name, level in stopped_by:
         before = max(steps(out), default=0)
@@ -427,7 +428,7 @@ def test_two_machines_train_one_student_and_a_signal_to_one_stops_both(tmp_path,
 
 def test_a_run_in_one_process_stops_and_continues_too(tmp_path):
     out = tmp_path / "run"
-    words = ["-m", "dimo.commands.cli", "run", "-c", "smoke", "-p", "batch_size=1"]
+    words = ["-m", "dimo.commands.cli", "run", "-c", "smoke", "-p", "batch_size=1", ONE_KEPT]
     words += [f"experiment.output_dir={out}", "experiment.log_every=1", "model.device=cpu", "--only", "03_train"]
     process = python.start([*words, ENDLESS], stderr=subprocess.PIPE, text=True)
     wait_until(lambda: steps(out) or process.poll() is not None)

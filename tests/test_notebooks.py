@@ -1,6 +1,7 @@
 """The five notebooks, really executed at smoke size; and what the repository promises about them."""
 
 import base64
+import functools
 import json
 import re
 import shutil
@@ -16,12 +17,16 @@ from jupyter_client.launcher import launch_kernel
 
 import docs
 from dimo.commands.notebooks import is_done, notebook_folder, print_summary, run_notebooks
+from dimo.commands.report import write_run_report
 from dimo.errors import DimoError
 from dimo.run.folder import RunFolder
+from dimo.run.origin import run_config
 
-pytestmark = pytest.mark.usefixtures("forked_kernels")
+pytestmark = pytest.mark.usefixtures("forked_kernels", "short_reports")
 TINY = str(Path(__file__).parent / "data" / "tiny-ursa")
 NAMES = ["01_inputs", "02_losses", "03_train", "04_diagnostics", "05_evaluation"]
+# parameters of the run that most tests look at: a notebook's own, and keys by their short names and by their whole one
+GIVEN = ["min_share=0.0", "max_train_steps=25", "batch_size=2", "videos_per_prompt=1", "evaluation.seed=3"]
 PICTURE = re.compile(r"!\[[^\]]*\]\(([^)]+\.png)\)")
 TOUR = "00_tour"  # of what ships: `dimo run` does not need it; test_browser.py executes it
 
@@ -45,12 +50,18 @@ def test_notebooks_are_thin_and_carry_no_output(name):
 
 
 @pytest.fixture(scope="module")
-def executed(tmp_path_factory, forked_kernels):
+def short_reports():
+    """Reports whose explorer has one setting: test_browser looks at whole ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dimo.commands.notebooks.write_run_report", functools.partial(write_run_report, most=1))
+        yield
+
+
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory, forked_kernels, short_reports):
     folder = tmp_path_factory.mktemp("run") / "smoke"
-    settings = [f"experiment.output_dir={folder}", "model.device=cpu", "distill.batch_size_per_gpu=2"]
-    settings += ["training.max_train_steps=25", "evaluation.videos_per_prompt=1"]
-    run = run_notebooks("smoke", settings, ["min_share=0.0", "evaluation.seed=3"])
-    return run, settings
+    settings = [f"experiment.output_dir={folder}", "model.device=cpu"]
+    return run_notebooks("smoke", settings, GIVEN), settings
 
 
 def test_all_five_execute_and_leave_a_report(executed):
@@ -102,7 +113,7 @@ def test_the_documentation_shows_them_with_their_pictures(executed):
 def test_a_second_time_nothing_is_executed_again(executed, capsys):
     run, settings = executed
     before = {p: p.stat().st_mtime_ns for p in (run.path / "notebooks").glob("*.ipynb")}
-    run_notebooks("smoke", settings, ["min_share=0.0", "evaluation.seed=3"])
+    run_notebooks("smoke", settings, GIVEN)
     assert capsys.readouterr().out.count("already done") == 5
     assert before == {p: p.stat().st_mtime_ns for p in (run.path / "notebooks").glob("*.ipynb")}
 
@@ -112,7 +123,7 @@ def test_a_failed_check_is_a_sentence_and_leaves_the_executed_copy(executed):
     with pytest.raises(
         DimoError, match="notebook 05_evaluation failed: DimoError: 1 of .* checks failed: the student reaches 500%"
     ):
-        run_notebooks("smoke", settings, ["min_share=5", "evaluation.seed=3"], only=["05_evaluation"])
+        run_notebooks("smoke", settings, ["min_share=5", *GIVEN[1:]], only=["05_evaluation"])
     failed = json.loads((run.path / "notebooks" / "05_evaluation.failed.ipynb").read_text())
     (error,) = [o for c in failed["cells"] for o in c.get("outputs", []) if o["output_type"] == "error"]
     assert len(error["traceback"]) == 1 and error["traceback"][0].startswith("DimoError: 1 of ")
@@ -121,23 +132,11 @@ def test_a_failed_check_is_a_sentence_and_leaves_the_executed_copy(executed):
 def test_a_folder_of_another_configuration_is_refused_before_anything_starts(executed):
     run, settings = executed
     with pytest.raises(DimoError, match="belongs to a run with another configuration"):
-        run_notebooks("smoke", [*settings, "optim.lr=1e-5"])
-
-
-def test_notebook_01_takes_a_folder_that_is_no_world(tmp_path):
-    tiny = notebook_folder().parent / "tests" / "data" / "tiny-ursa"
-    settings = [f"experiment.output_dir={tmp_path / 'run'}", "model.device=cpu", f"distill.teacher_ckpt={tiny}"]
-    sizes = ["distill.num_frames=5", "distill.height=8", "distill.width=16", "distill.max_prompt_length=9"]
-    run = run_notebooks("smoke", settings + sizes, ["clips=8", "passes=2"], only=["01_inputs"])
-    page = (run.path / "notebooks" / "01_inputs.ipynb").read_text()
-    assert "latents_shape (5, 4, 8), K = 240" in page and "FAIL" not in page
-    assert "8 clips: the teacher's own samples in" in page and len(list((tmp_path / "clean_tokens").iterdir())) == 1
-    assert page.count("ok   training's slice, of ") == 2 and "undecided between" in page  # random weights
-    assert "ok   BOV sits at (L, L, L)" in page
+        run_notebooks("smoke", [*settings, "optim.lr=1e-5"], GIVEN)
 
 
 def test_all_five_take_it_as_training_does_in_bf16_from_hidden_states(tmp_path):
-    """Preset distill_dimo, guidance included, on a checkpoint of URSA's layout."""
+    """Preset distill_dimo, guidance included, on a checkpoint of URSA's layout, which is no world."""
     tiny = notebook_folder().parent / "tests" / "data" / "tiny-ursa"
     (tmp_path / "captions.txt").write_text("a red ball\na dog that jumps over the wall\n", encoding="utf-8")
     settings = [
@@ -149,6 +148,10 @@ def test_all_five_take_it_as_training_does_in_bf16_from_hidden_states(tmp_path):
     run = run_notebooks("distill_dimo", settings, ["clips=8", "passes=2"])
     pages = {name: (run.path / "notebooks" / f"{name}.ipynb").read_text() for name in NAMES}
     assert all("FAIL" not in page for page in pages.values())
+    first = pages["01_inputs"]
+    assert "latents_shape (2, 4, 8), K = 240" in first and "ok   BOV sits at (L, L, L)" in first
+    assert "8 clips: the teacher's own samples in" in first and len(list((tmp_path / "clean_tokens").iterdir())) == 1
+    assert first.count("ok   training's slice, of ") == 2 and "undecided between" in first  # random weights
     assert "keeps hidden states" in pages["02_losses"] and "ok   dimo: the gap opens at once" in pages["02_losses"]
     assert "ok   all metrics are finite" in pages["03_train"]
     assert "skipped: " in pages["04_diagnostics"] or "samples/" in (run.path / "report.html").read_text()
@@ -254,26 +257,25 @@ def test_parameters_are_read_by_their_last_part_and_refused_before_anything_star
 
 def test_from_only_and_force(executed, capsys):
     run, settings = executed
-    same = ["min_share=0.0", "evaluation.seed=3"]
-    run_notebooks("smoke", settings, same, start="04_diagnostics")
+    run_notebooks("smoke", settings, GIVEN, start="04_diagnostics")
     assert capsys.readouterr().out.count("already done") == 2
     with pytest.raises(DimoError, match="select no notebook"):
-        run_notebooks("smoke", settings, same, only=["01_inputs"], start="03_train")
+        run_notebooks("smoke", settings, GIVEN, only=["01_inputs"], start="03_train")
     with pytest.raises(DimoError, match="there is no notebook '6'"):
-        run_notebooks("smoke", settings, same, start="6")
-    before = (run.path / "notebooks" / "02_losses.ipynb").stat().st_mtime_ns  # which takes least
-    run_notebooks("smoke", settings, same, only=["02_losses"], force=True)
-    assert (run.path / "notebooks" / "02_losses.ipynb").stat().st_mtime_ns > before
+        run_notebooks("smoke", settings, GIVEN, start="6")
+    before = (run.path / "notebooks" / "05_evaluation.ipynb").stat().st_mtime_ns  # which takes least: figures are kept
+    run_notebooks("smoke", settings, GIVEN, only=["05_evaluation"], force=True)
+    assert (run.path / "notebooks" / "05_evaluation.ipynb").stat().st_mtime_ns > before
     assert run.status()["state"] == "finished"
     report = (run.path / "report.html").read_text()  # not of this notebook alone
     assert all(f'href="notebooks/{name}.html"' in report for name in NAMES)
 
 
-def test_a_short_name_is_the_key(tmp_path):
-    settings = [f"experiment.output_dir={tmp_path}/run", "model.device=cpu"]
-    parameters = ["max_train_steps=2", "batch_size=1", "videos_per_prompt=1"]
-    run = run_notebooks("smoke", settings, parameters, only=["03_train"])
-    assert [row["step"] for row in run.metrics()] == [2]
+def test_a_short_name_is_the_key(executed):
+    run, _ = executed
+    config = run_config(run.path)
+    assert config.training.max_train_steps == 25 and config.distill.batch_size_per_gpu == 2
+    assert config.evaluation.videos_per_prompt == 1 and run.metrics()[-1]["step"] == 25
 
 
 @pytest.mark.parametrize(("only", "state"), [("01_inputs", "failed"), ("03_train", "failed")])
@@ -299,7 +301,8 @@ def test_a_killed_kernel_is_a_failure_that_status_tells(tmp_path, only, state):
 
 
 def test_importing_the_engine_does_not_import_jupyter_or_pictures():
-    code = "import sys, dimo, dimo.train.trainer, dimo.commands.cli; print([m for m in sys.modules if m in " \
+    engine = "dimo, dimo.train.trainer, dimo.commands.cli, dimo.commands.suite_worker, dimo.evaluation.worker"
+    code = f"import sys, {engine}; print([m for m in sys.modules if m in " \
            "('IPython', 'papermill', 'matplotlib', 'nbconvert', 'datasets', 'diffnext')])"  # fmt: skip
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 

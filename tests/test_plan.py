@@ -36,22 +36,29 @@ def optimizer_bytes(trainer):
 ONE_UPDATE = "distill.aux_steps=1"  # of the auxiliary, which is gone through sooner than two
 
 
+def checkpoint_of(layers, tmp_path):
+    """The built-in world's checkpoint with so many of its layers."""
+    folder = shutil.copytree(checkpoint_folder("shapes"), tmp_path / "few-layers")
+    file, weights = folder / "transformer" / "config.json", load_file(folder / WEIGHTS)
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_hidden_layers": layers}))
+    left_out = tuple(f"model.layers.{i}." for i in range(layers, 3))
+    save_file({name: weight for name, weight in weights.items() if not name.startswith(left_out)}, folder / WEIGHTS)
+    return folder
+
+
 @pytest.fixture
 def one_layer(tmp_path):
-    """Overrides: the built-in world with one layer and one update of the auxiliary."""
-    folder = shutil.copytree(checkpoint_folder("shapes"), tmp_path / "one-layer")
-    file = folder / "transformer" / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_hidden_layers": 1}))
-    return [f"distill.teacher_ckpt={folder}", ONE_UPDATE]
+    """Overrides: a teacher of one layer and one update of the auxiliary."""
+    return [f"distill.teacher_ckpt={checkpoint_of(1, tmp_path)}", ONE_UPDATE]
 
 
 SAVING = ["model.activation_checkpointing=selective", "model.train_embeddings=false", "training.mixed_precision=bf16"]
 
 
 @pytest.mark.parametrize(("optimizer", "settings"), [("adamw", []), ("muon", []), ("adamw", SAVING)])
-def test_a_dry_run_counts_what_a_real_step_holds(optimizer, settings):
+def test_a_dry_run_counts_what_a_real_step_holds(optimizer, settings, tmp_path):
     words = ["model.device=cpu", f"optim.optimizer={optimizer}", "distill.w_kd=0.1", ONE_UPDATE, *settings]
-    config = load_config("smoke", words)
+    config = load_config("smoke", [f"distill.teacher_ckpt={checkpoint_of(2, tmp_path)}", *words])
     trainer = Trainer(config)
     trainer.step(0)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
@@ -206,7 +213,7 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_plan_says_what_training_would_refuse(damage, capsys, tmp_path):
     """All but values, which it does not read."""
-    folder = shutil.copytree(checkpoint_folder("shapes"), tmp_path / "teacher")
+    folder = checkpoint_of(1, tmp_path)
     do, sentence = DAMAGE[damage]
     do(folder)
     assert main(["plan", "-c", "smoke", f"--teacher_ckpt={folder}", ONE_UPDATE, "--memory", "80"]) == 0

@@ -48,10 +48,11 @@ def test_the_wheel_holds_worlds_presets_and_notebooks_and_nothing_else(installed
 
 
 def test_it_runs_from_an_empty_folder(installed, tmp_path):
-    code = "import dimo; from dimo.commands.notebooks import notebook_folder; print(dimo.__file__, notebook_folder())"
-    module, notebooks = run(installed, tmp_path, "-c", code).stdout.split()
-    assert Path(module).is_relative_to(installed[1]) and Path(notebooks).is_relative_to(installed[1].parents[2])
-    keys = ["training.max_train_steps=2", "distill.batch_size_per_gpu=4", "experiment.output_dir=out"]
-    done = run(installed, tmp_path, "-m", "dimo", "run", "-c", "smoke", "--only", "03_train", *keys)
+    code = "import sys, dimo; from dimo.commands.notebooks import notebook_folder; from dimo.__main__ import main\n" \
+           "print(dimo.__file__, notebook_folder(), flush=True); sys.exit(main())"  # fmt: skip
+    keys = ["training.max_train_steps=2", "distill.batch_size_per_gpu=1", "experiment.output_dir=out"]
+    done = run(installed, tmp_path, "-c", code, "run", "-c", "smoke", "--only", "03_train", *keys)
     assert done.returncode == 0, done.stdout + done.stderr
+    module, notebooks = done.stdout.splitlines()[0].split()
+    assert Path(module).is_relative_to(installed[1]) and Path(notebooks).is_relative_to(installed[1].parents[2])
     assert (tmp_path / "out/checkpoints/final/student.pt").exists()

@@ -11,6 +11,7 @@ import imageio.v3 as iio
 import pytest
 import torch
 from forks import python
+from processes import BY_CHILDREN
 
 from dimo.commands import suite as suites
 from dimo.commands.cli import main
@@ -55,6 +56,12 @@ def vbench(place, **more):
 
 def geneval(place, **more):
     return SuiteRequest(**{"suite": "geneval", "prompts": str(place / "metadata.jsonl"), **more})
+
+
+def sampling(request, suite):
+    """The words of `dimo sample` that stand for both."""
+    flags = [f"--{key}={value}" for key, value in vars(request).items() if value is not None]
+    return ["sample", *flags, "--suite", suite.suite, "--prompts", suite.prompts]
 
 
 def content(folder):
@@ -126,9 +133,8 @@ def test_what_is_missing_or_damaged_is_made_again_and_nothing_else(place, videos
 
 
 def test_a_killed_suite_goes_on(place, videos, tmp_path):
-    flags = [f"--{key}={value}" for key, value in vars(student(place, seed=3)).items() if value is not None]
-    words = ["-m", "dimo", "sample", *flags, "--suite", "vbench", "--prompts", str(place / "prompts.txt")]
-    process = python.start([*words, "--out_dir", str(tmp_path)])
+    words = ["-m", "dimo", *sampling(student(place, seed=3), vbench(place)), "--out_dir", tmp_path]
+    process = python.start(words)
     while len(list(tmp_path.glob("records/*.json"))) < 2:
         assert process.poll() is None
         time.sleep(0.01)
@@ -143,9 +149,9 @@ def test_a_killed_suite_goes_on(place, videos, tmp_path):
 def test_geneval_finds_four_images_beside_the_prompts_line_and_two_processes_make_what_one_makes(place, tmp_path):
     """As evaluate_images.py looks for them."""
     request = student(place, num_frames=1)
-    with pytest.MonkeyPatch.context() as patch:  # the networks belong to the two
-        patch.setattr("dimo.ursa.loading.read_weights", None)
-        sample_suite(request, geneval(place, num_processes=2), tmp_path / "two")
+    words = ["-c", BY_CHILDREN, *sampling(request, geneval(place)), "--num_processes=2", "--out_dir", tmp_path / "two"]
+    done = python.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     sample_suite(request, geneval(place), tmp_path / "one")
     assert content(tmp_path / "two" / "images") == content(tmp_path / "one" / "images")
     found = {}

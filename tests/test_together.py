@@ -13,6 +13,8 @@ from dimo.worlds.tiles import TilesWorld
 
 WORLD = TilesWorld(frames=2, codes=16)
 RECIPE = TeacherRecipe(layers=1, hidden=32, heads=2, batch_size=6, steps=40, muon_lr=8e-3)
+# `dimo`, but for the scores: they are taken of one video for each prompt
+DIMO = "import dimo.worlds.teacher as t; t.SCORED = 1; from dimo.__main__ import main; raise SystemExit(main())"
 STEPS = f"""
 import sys, torch, torch.distributed as dist
 from dimo.errors import DimoError
@@ -60,7 +62,7 @@ def test_the_gradient_is_that_of_all_videos_and_the_weights_stay_the_same(tmp_pa
 def command(folder, out, **changes):
     given = {"frames": 2, "codes": 16, "layers": 1, "hidden": 32, "heads": 2, "batch_size": 6, "steps": 4} | changes
     flags = [f"--{name}={value}" for name, value in given.items()]
-    return launch_forked(folder, "-m", "dimo", "world", "train", "tiles", "-o", out, *flags)
+    return launch_forked(folder, "-c", DIMO, "world", "train", "tiles", "-o", out, *flags)
 
 
 def test_the_command_started_by_torchrun_writes_one_teacher(tmp_path):

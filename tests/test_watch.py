@@ -168,11 +168,12 @@ def collapsed(tmp_path_factory):
     settings = [
         "distill.estimator=reinforce", "optim.muon_lr=6e-2", "optim.lr=1.2e-2", "optim.aux_lr=1.6e-2",
         "optim.warmup_steps=1", "optim.decay=constant", "distill.t_draws=1", "distill.aux_steps=1", "model.device=cpu",
-        "distill.batch_size_per_gpu=24", "training.max_train_steps=40", "experiment.sample_every=10",
-        "evaluation.teacher_steps=[25]", f"experiment.output_dir={tmp_path_factory.mktemp('run') / 'collapsed'}",
+        "distill.batch_size_per_gpu=24", "training.max_train_steps=20", "experiment.sample_every=10",
+        "evaluation.teacher_steps=[4]", f"experiment.output_dir={tmp_path_factory.mktemp('run') / 'collapsed'}",
     ]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dimo.views.sheets.save_sheet", lambda *_: None)
+        patch.setattr(watch, "plan_for", lambda *_: Plan(2, 16, 8, 10, 0.03))  # as a longer run is watched
         return settings, Trainer(load_config("smoke", settings)).train(progress=False)
 
 

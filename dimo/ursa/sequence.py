@@ -16,7 +16,6 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
 
 from dimo.errors import DimoError
 
@@ -110,6 +109,8 @@ class Split:
         return self._redistribute(x, HEADS, TOKENS, (x.shape[0], x.shape[1] * self.mesh.size(), *x.shape[2:]))
 
     def _redistribute(self, x: torch.Tensor, cut: int, to: int, shape: tuple[int, ...]) -> torch.Tensor:
+        from torch.distributed.tensor import DTensor, Shard  # its import takes a third as long as PyTorch's
+
         stride = (shape[1] * shape[2] * shape[3], shape[2] * shape[3], shape[3], 1)
         whole = DTensor.from_local(x.contiguous(), self.mesh, [Shard(cut)], shape=torch.Size(shape), stride=stride)
         return whole.redistribute(placements=[Shard(to)]).to_local()

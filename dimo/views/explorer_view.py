@@ -122,10 +122,10 @@ class ExplorerView:
             raise DimoError(f"model must lie in [0, {len(self.models)}), got {pane['model']}")
         models = self.models[pane["model"]]
         setting = Setting(*(pane[field.name] for field in dataclasses.fields(Setting)))
-        if is_world(models.ursa.folder):
-            prompt_index(load_world(models.ursa.folder), [setting.prompt])  # raises for one that it does not know
         key = (pane["model"], setting.prompt, setting.seed, setting.t)
         if key not in self._answers:
+            if is_world(models.ursa.folder):
+                prompt_index(load_world(models.ursa.folder), [setting.prompt])  # raises for one that it does not know
             self._answers[key] = ask(models, setting.prompt, setting.seed, setting.t)
             if len(self._answers) > KEPT:
                 self._answers.popitem(last=False)
