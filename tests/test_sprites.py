@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,9 @@ from dimo.commands.cli import main, parse
 from dimo.commands.sample import Request, sample_to_folder
 from dimo.config import load_config
 from dimo.errors import DimoError
-from dimo.evaluation.evaluate import open_comparison
+from dimo.evaluation.evaluate import open_comparison, videos_of
+from dimo.evaluation.metrics import measure
+from dimo.evaluation.summary import format_summary
 from dimo.train.prompts import open_prompts
 from dimo.ursa import MetricPath, UrsaTransformer, load_ursa, predict, sample
 from dimo.ursa.loading import load_student
@@ -366,6 +369,22 @@ def test_a_student_that_ships_is_called_by_its_world(name, tmp_path, monkeypatch
     how = json.loads((tmp_path / "out/0000.json").read_text())
     assert (how["teacher_ckpt"], how["steps"], how["prompt"]) == (name, 1, prompt)
     assert Path(how["student_ckpt"]) == checkpoint_folder(name) / "student"
+
+
+def test_an_evaluation_reports_what_the_reader_sees_in_the_judged_videos(sprites):
+    prompts = [prompt for prompt in sprites.held_out[:4] for _ in range(3)]
+    index = prompt_index(sprites, prompts)
+    codes = sprites.render(*sprites.choose(12, torch.Generator().manual_seed(5), index)).view(4, 3, -1)
+    codes[0, 0], codes[1, 2] = codes[2, 0], codes[2, 0]  # another prompt's, of which the second is not judged
+    path = MetricPath(sprites.codebook(), 0.9, 2.0)
+    about = {"prompts": prompts, "copies": 3, "grid": sprites.latents_shape, "ursa": SimpleNamespace(path=path)}
+    row = {"codes": codes.flatten(0, 1), "seconds": torch.ones(1), "pixel_motion": torch.ones(8)}  # two of each judged
+    measured = measure(videos_of(SimpleNamespace(**about), row, sprites))
+    assert measured["read"] == 7 / 8 and measured["adherence"] == pytest.approx(10 / 12)
+    low, high = measured["intervals"]["read"]
+    assert low < 7 / 8 <= high <= 1
+    shown = format_summary({"student_1": measured})
+    assert "read" in shown.splitlines()[0] and "0.875" in shown
 
 
 def test_most_clips_of_the_student_that_ships_read_as_their_prompts(sprites, generator):

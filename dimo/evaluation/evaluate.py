@@ -37,7 +37,8 @@ from dimo.ursa.loading import load_student
 from dimo.worlds import checkpoint_folder, is_world, load_world, require_world
 from dimo.worlds.exact import exact_teacher
 from dimo.worlds.oracle import score
-from dimo.worlds.protocol import World, prompt_length, prompts_to_score, title_of
+from dimo.worlds.protocol import World, prompt_index, prompt_length, prompts_to_score, title_of
+from dimo.worlds.registry import READERS
 
 log = logging.getLogger(__name__)
 SHEET_PROMPTS = 6
@@ -87,10 +88,15 @@ def videos_of(comparison: Comparison, row: dict[str, torch.Tensor], world: World
     different = comparison.prompts[:: comparison.copies]
     copies = len(row["codes"]) // len(different)  # fewer of the teacher's other videos
     prompts = [prompt for prompt in different for _ in range(copies)]
+    judged = {name: value for name, value in row.items() if name not in ("codes", *NUMBERS)}
+    if world and judged and world.name in READERS:
+        some = len(next(iter(judged.values()))) // len(different)  # of each prompt
+        codes = row["codes"].unflatten(0, (-1, copies))[:, :some].flatten(0, 1)
+        judged["read"] = READERS[world.name](world, codes, prompt_index(world, different).repeat_interleave(some))
     return Videos(
         row["codes"].view(-1, *comparison.grid), prompts, copies, row["seconds"].sum().item(),
         score(world, row["codes"].to(comparison.ursa.path.device), prompts) if world else None, comparison.ursa.path,
-        {name: value for name, value in row.items() if name not in ("codes", *NUMBERS)},
+        judged,
         decode_seconds=row["decode_seconds"].sum().item() if "decode_seconds" in row else None,
         peak_bytes=int(row["peak_bytes"].max()) if "peak_bytes" in row else 0,
     )  # fmt: skip

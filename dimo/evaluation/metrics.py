@@ -17,7 +17,7 @@ from dimo.evaluation.bootstrap import Estimate
 from dimo.evaluation.comparison import AGAIN
 from dimo.evaluation.reference_free import diversity
 from dimo.evaluation.scored import coverage_detail, estimate_coverage
-from dimo.evaluation.videos import Videos
+from dimo.evaluation.videos import Videos, per_prompt
 from dimo.views.collapse import distinct
 
 
@@ -150,6 +150,10 @@ JUDGED: dict[str, Metric] = {
     "feature_coverage": Metric(
         "higher", "share of the teacher's videos that have one of these within reach of their own 5th neighbour, in "
         f"its hidden features; undefined of {features.NEIGHBOURS} videos or fewer", beside_teacher.feature_coverage,
+    ),
+    "read": Metric(
+        "higher", "share of videos in whose frames a reader that knows the world, but nothing of its tokens, sees "
+        "their prompt", lambda v: bootstrap.mean(per_prompt(v.judged_by_prompt("read"))), "read",
     ),
     "spread_ratio": Metric("nearer to 1", "spread relative to the teacher's", beside_teacher.spread_ratio),
     "motion": Metric(

@@ -15,6 +15,7 @@ ORACLE = {
     "adherence": "share of videos that are nearest to one of their own prompt",
     "coverage": "how evenly valid videos use what their prompt leaves open; best 1",
 }
+READ = {"read": "share of videos in whose frames a reader sees their prompt"}  # in worlds that have one
 JUDGE = {
     "nll_difference": "how much less likely the teacher finds them than its own videos, nats per token; best 0",
     "retrieval": "share of videos that fit their own prompt better than others; best 1",
@@ -52,6 +53,7 @@ def format_summary(rows: dict[str, dict]) -> str:
     columns = next(some for some in (ORACLE, JUDGE, CODES) if some is CODES or some.keys() <= student.keys())
     shown = {title_of(name): row for name, row in rows.items() if not name.endswith("argmax")}
     if columns is ORACLE:
+        columns = ORACLE | (READ if READ.keys() <= student.keys() else {})
         shown.pop(next((title_of(name) for name in rows if name.endswith(AGAIN)), ""), None)
     first = max(map(len, shown))
     lines = [" " * first + "".join(f"  {name:>9}" for name in columns)]
