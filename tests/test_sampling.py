@@ -304,7 +304,8 @@ def test_inspect_of_a_world_uses_its_only_size(capsys):
 
 
 @pytest.mark.parametrize(
-    "words, size", [(["sprites"], "17x128x128"), ([str(TINY), *"--num_frames 5 --height 8 --width 16".split()], "5x8x16")]
+    "words, size",
+    [(["sprites"], "17x128x128"), ([str(TINY), *"--num_frames 5 --height 8 --width 16".split()], "5x8x16")],
 )
 def test_the_plan_that_inspect_names_is_of_the_same_videos(words, size, capsys):
     assert main(["inspect", *words]) == 0
