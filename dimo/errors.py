@@ -35,7 +35,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """A hint for an unknown name: `; did you mean 'beta'?`, or the list of known names if none is similar."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else f"; choose from {', '.join(known)}"
+    listed = map(repr, known) if any("," in other for other in known) else known
+    return f"; did you mean {close[0]!r}?" if close else f"; choose from {', '.join(listed)}"
 
 
 def reason(error: BaseException) -> str:

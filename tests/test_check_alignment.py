@@ -18,6 +18,7 @@ from dimo.ursa import MetricPath, UrsaConfig, UrsaTransformer, chunks, inputs, l
 from dimo.views import clean_tokens
 from dimo.views.clean_tokens import clips_for, known_clean_tokens, sampled_clean_tokens
 from dimo.views.reading import check_slice, slice_as_written
+from dimo.worlds import checkpoint_folder
 from dimo.worlds.fsq import LEVELS, fsq_codebook
 from dimo.worlds.teacher import TeacherRecipe, train_teacher, write_checkpoint
 from dimo.worlds.tiles import TilesWorld
@@ -81,6 +82,13 @@ def run_cells(name, overrides, planted="", only=None):
 def test_long_videos_are_sampled_as_few_as_have_enough_tokens():
     sizes = {96: 64, 1_280: 64, 5_120: 64, 33_280: 9, 10**6: 8}
     assert {n: clips_for(n) for n in sizes} == sizes
+
+
+def test_of_the_videos_of_a_world_as_many_are_read_as_have_32768_tokens(tmp_path):
+    few = known_clean_tokens(load_ursa(checkpoint_folder("sprites")), (5, 16, 16), tmp_path)
+    assert few.codes.shape == (25, 1_280) and len(few.prompts) == 25
+    many = known_clean_tokens(load_ursa(checkpoint_folder("shapes")), (3, 4, 4), tmp_path)
+    assert many.codes.shape == (64, 48)
 
 
 def test_the_command_says_what_the_slice_reads(wide, tmp_path, capsys):

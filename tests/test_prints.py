@@ -13,7 +13,9 @@ from conftest import TINY
 from dimo.commands.cli import main, parse
 from dimo.commands.ending import ending, finished, program, sampling
 from dimo.commands.report import write_run_report
+from dimo.commands.sample import Request, sample_to_folder
 from dimo.config import load_config, to_yaml
+from dimo.errors import nearest
 from dimo.evaluation.summary import format_summary
 from dimo.run.folder import RunFolder
 from dimo.run.progress import OneLine
@@ -175,3 +177,36 @@ def test_the_page_of_a_run_whose_report_is_none_says_so(tmp_path):
     ):
         (run.path / "report.json").write_text(text)
         assert re.search(sentence, write_run_report(run).read_text())
+
+
+def test_a_student_that_is_asked_for_other_passes_than_its_own_is_warned_of(tmp_path, caplog):
+    def said(**request) -> list[str]:
+        caplog.clear()
+        sample_to_folder(Request(**request), ["blue bar moving up"], tmp_path)
+        return caplog.messages
+
+    sentence = "this student was trained for {}, and is asked for {}: its videos are likely worse"
+    ships = {"student_ckpt": str(SHIPPED_STUDENT)}
+    assert said(**ships, steps=2) == [sentence.format("1 pass", 2)] and said(**ships) == said(steps=2) == []
+    run = RunFolder.open(tmp_path / "run", to_yaml(load_config("smoke", ["distill.student_steps=2"])))
+    shutil.copytree(SHIPPED_STUDENT, run.path / "checkpoints" / "final")
+    assert said(student_ckpt=str(run.path), steps=1) == [sentence.format("2 passes", 1)]
+    assert said(student_ckpt=str(run.path)) == []
+
+
+def test_a_folder_may_be_named_by_o_as_of_other_commands(tmp_path):
+    for flag in ("-o", "--out", "--out_dir"):
+        assert main(["sample", "--prompt", "blue bar moving up", flag, str(tmp_path / flag)]) == 0
+        assert (tmp_path / flag / "0000.mp4").exists()
+
+
+def test_names_with_commas_are_told_apart():
+    assert nearest("nix", ["batch, shifted", "batch"]) == "; choose from 'batch', 'batch, shifted'"
+    assert nearest("nix", ["draws", "batch"]) == "; choose from batch, draws"
+
+
+def test_no_help_has_an_empty_default(capsys):
+    with pytest.raises(SystemExit):
+        main(["world", "train", "sprites", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "(default: none)" in text and "(default: )" not in text

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -300,6 +301,17 @@ def test_inspect_says_all_that_is_missing_and_exits_with_two(tmp_path, capsys):
 def test_inspect_of_a_world_uses_its_only_size(capsys):
     assert main(["inspect", "shapes"]) == 0
     assert "9x32x32 -> latents 3x4x4 = 48 visual tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words, size",
+    [(["sprites"], "17x128x128"), ([str(TINY), *"--num_frames 5 --height 8 --width 16".split()], "5x8x16")],
+)
+def test_the_plan_that_inspect_names_is_of_the_same_videos(words, size, capsys):
+    assert main(["inspect", *words]) == 0
+    plan = capsys.readouterr().out.splitlines()[-1].split("  # ")[0].split(" dimo ")[1]
+    assert main([*shlex.split(plan), "--memory", "80"]) == 0
+    assert f"at {size}: " in capsys.readouterr().out.splitlines()[0]
 
 
 def test_inspect_counts_the_text_as_training_does(capsys):

@@ -424,3 +424,10 @@ def test_sizes_out_of_range_are_refused(sizes):
         DimoError, match="1 to 64 sprites and 1 to 8 textures|must be a whole number|strays must lie in"
     ):
         SpritesWorld(**sizes)
+
+
+def test_the_page_lists_the_words_of_prompts():
+    page = (Path(__file__).parents[1] / "docs" / "sprites.md").read_text()
+    listed = re.search(r"^The emoji: (.*?)\.$", page, re.DOTALL | re.MULTILINE)[1]
+    assert " ".join(listed.split()).split(", ") == list(SPRITES)
+    assert f"one of eight textures ({', '.join(TEXTURES)})" in page

@@ -16,7 +16,7 @@ from dimo.ursa.device import pick_device, pick_dtype
 from dimo.ursa.loading import DTYPES
 from dimo.ursa.sampler import require_passes
 from dimo.views.alignment import FEWEST, Alignment
-from dimo.views.clean_tokens import CLIPS, PASSES, known_clean_tokens, sampled_clean_tokens
+from dimo.views.clean_tokens import PASSES, known_clean_tokens, sampled_clean_tokens
 from dimo.views.reading import NEAR_DATA, Slice, check_slice, logits_fit
 from dimo.worlds import checkpoint_folder, is_world, video_size
 
@@ -111,7 +111,7 @@ def ask(q: Question) -> tuple[Alignment, str]:
     grid = ursa.latents_shape(*(default if size is None else size for size, default in given))
     length = q.max_prompt_length or default_prompt_length(folder)
     if is_world(folder):
-        clean = known_clean_tokens(ursa, grid, q.runs, q.clips or CLIPS)
+        clean = known_clean_tokens(ursa, grid, q.runs, q.clips)
         if clean is None or clean.latents_shape != grid:
             raise DimoError(f"the videos of {folder.name} have no other size than theirs; leave out the sizes")
     else:
@@ -120,7 +120,7 @@ def ask(q: Question) -> tuple[Alignment, str]:
     alignment = check_slice(ursa, clean, length, dense, slice_, q.t)
     read = "logits" if dense else "hidden states, since logits are never made whole at this size: ids are not checked"
     about = (
-        f"{len(clean.codes)} clips of {clean.codes.shape[1]} tokens at t = {q.t:g}, {clean.source}; read from {read}"
+        f"{len(clean.codes)} clips of {clean.codes.shape[1]:,} tokens at t = {q.t:g}, {clean.source}; read from {read}"
     )
     return alignment, about
 

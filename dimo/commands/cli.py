@@ -21,7 +21,7 @@ from dimo.output import lasting_output
 from dimo.paths import quoted, user_path
 from dimo.run.overview import existing_run
 from dimo.run.signals import PREEMPTED, Preempted
-from dimo.worlds import DEFAULT_WORLD, SHIPPED_STUDENT, checkpoint_folder, student_of, world_of
+from dimo.worlds import DEFAULT_WORLD, SHIPPED_STUDENT, checkpoint_folder, is_world, student_of, video_size, world_of
 from dimo.worlds.registry import WORLDS
 
 NAMES = (
@@ -212,8 +212,11 @@ def _inspect(args) -> None:
     if missing:
         raise DimoError(f"{len(missing)} part(s) of {folder} are missing or damaged")
     named = quoted(args.folder)
+    asked = zip(("num_frames", "height", "width"), video_size(folder))
+    size = " ".join(f"--{name} {getattr(args, name) or default}" for name, default in asked)
+    plan = f"plan --teacher_ckpt {named}" if is_world(folder) else f"plan -c distill_dimo --teacher_ckpt {named}"
     after = {f"check-alignment {named}": "is the logits slice read right"}
-    after |= {f"plan --teacher_ckpt {named} --num_processes 8": "memory per GPU and time"}
+    after |= {f"{plan} {size} --num_processes 8": "memory per GPU and time"}
     print(next_commands(after))
 
 

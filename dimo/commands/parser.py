@@ -143,7 +143,7 @@ def _add_results(command: Callable) -> None:
                   configurable=False)  # fmt: skip
     sub.add_argument("--prompt", action="append", default=[], help="a prompt; may be repeated")
     sub.add_argument("--prompt_file", help="a txt, jsonl, csv or parquet file of captions, or a folder of them")
-    sub.add_argument("--out_dir", default="runs/samples", help="default: %(default)s")
+    sub.add_argument("-o", "--out_dir", "--out", default="runs/samples", help="default: %(default)s")
     for field in (*dataclasses.fields(Request), *dataclasses.fields(SuiteRequest)):
         kind = {"int": _integer, "float": _number}.get(field.type.split(" ")[0], str)
         sub.add_argument(f"--{field.name}", type=kind, default=field.default, help=field.metadata["help"])

@@ -27,7 +27,7 @@ from dimo.ursa import Ursa, UrsaTransformer, load_ursa, sample
 from dimo.ursa.attention import use_for_sampling
 from dimo.ursa.device import pick_device, pick_dtype
 from dimo.ursa.loading import DTYPES, load_student
-from dimo.ursa.sampler import require_passes, student_times, timesteps, warn_if_guided_again
+from dimo.ursa.sampler import require_passes, student_times, timesteps, warn_if_guided_again, warn_if_other_passes
 from dimo.views.clips import FFMPEG, write_frames
 from dimo.worlds import DEFAULT_WORLD, checkpoint_folder, is_world, load_world, require_world, video_size, world_of
 from dimo.worlds.protocol import prompt_index
@@ -159,6 +159,8 @@ def open_sampler(
     network = load_student(ursa, r.student_ckpt) if weights and r.student_ckpt else ursa.transformer
     network.requires_grad_(False)
     uncond_ids = ursa.tokenize([r.negative_prompt], length)
+    if trained or (r.student_ckpt and world_of(r.student_ckpt)):  # of a lone student.pt it is not known
+        warn_if_other_passes(r.steps, trained.student_steps if trained else 1)
     if r.student_ckpt:
         warn_if_guided_again(r.guidance_scale, r.guidance_trunc)
     if r.guidance_scale > 1:

@@ -42,7 +42,7 @@ def add_world(commands, kinds: dict[type, Callable]) -> None:
         recipe = dataclasses.asdict(RECIPES.get(name, TeacherRecipe()))
         for field in (*dataclasses.fields(kind), *dataclasses.fields(TeacherRecipe)):
             default = recipe.get(field.name, field.default)
-            text = f"{field.metadata['help']} (default: {default})"
+            text = f"{field.metadata['help']} (default: {'none' if default == '' else default})"
             sub.add_argument(f"--{field.name}", type=kinds.get(type(default), str), default=default, help=text)
 
 

@@ -67,6 +67,15 @@ def warn_if_guided_again(guidance_scale: float, guidance_trunc: float) -> None:
         )  # fmt: skip
 
 
+def warn_if_other_passes(steps: int, trained_for: int) -> None:
+    """Log a warning if a student is sampled in another number of passes than it was trained for."""
+    if steps != trained_for:
+        log.warning(
+            "this student was trained for %d pass%s, and is asked for %d: its videos are likely worse", trained_for,
+            "es" if trained_for > 1 else "", steps,
+        )  # fmt: skip
+
+
 def jump(
     path: MetricPath | MixturePath,
     prediction: Prediction | torch.Tensor,

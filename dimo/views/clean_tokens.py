@@ -19,7 +19,8 @@ from dimo.views.reading import Reader, clips_at_once, slice_as_written
 from dimo.worlds import is_world, load_world
 
 CLIPS, PASSES = 64, 25
-ENOUGH = CLIPS * 5_120  # tokens, of 64 clips at 17x256x256
+ENOUGH = CLIPS * 5_120  # tokens of samples, of 64 clips at 17x256x256
+ENOUGH_KNOWN = 2**15  # tokens of a world's videos: a misreading shows in every token, and a CPU takes seconds
 PLACE = "clean_tokens"  # in the folder of runs
 CAPTIONS = (
     "a red ball rolls over green grass", "a dog runs along the beach at sunset", "waves break on black rocks",
@@ -29,9 +30,9 @@ CAPTIONS = (
 Grid = tuple[int, int, int]
 
 
-def clips_for(num_visual_tokens: int) -> int:
-    """Clips to sample by default: 64, but of long videos only as many as have the tokens of 64 at 17x256x256, and 8."""
-    return max(8, min(CLIPS, ENOUGH // num_visual_tokens))
+def clips_for(num_visual_tokens: int, enough: int = ENOUGH) -> int:
+    """Clips by default: 64, but of long videos only as many as have `enough` tokens, and at least 8."""
+    return max(8, min(CLIPS, enough // num_visual_tokens))
 
 
 @dataclasses.dataclass
@@ -44,19 +45,22 @@ class CleanTokens:
     source: str
 
 
-def known_clean_tokens(ursa: Ursa, latents_shape: Grid, runs: str | Path, clips: int = CLIPS) -> CleanTokens | None:
+def known_clean_tokens(
+    ursa: Ursa, latents_shape: Grid, runs: str | Path, clips: int | None = None
+) -> CleanTokens | None:
     """Clean tokens that need no sampling: a world's videos, else what `sampled_clean_tokens` kept; None if nothing is.
 
     Args:
         latents_shape: (T, H, W).
         runs: the folder of runs, in which samples are kept.
-        clips: number of a world's videos. Of samples, as many as there are.
+        clips: number of a world's videos; None: `clips_for` `ENOUGH_KNOWN` tokens. Of samples, as many as there are.
 
     Raises:
         DimoError: the file of samples is damaged.
     """
     if is_world(ursa.folder):
         world = load_world(ursa.folder)
+        clips = clips_for(math.prod(world.latents_shape), ENOUGH_KNOWN) if clips is None else clips
         prompt, codes = world.draw(clips, torch.Generator(ursa.path.device).manual_seed(0))
         return CleanTokens(codes, [world.prompts[i] for i in prompt], world.latents_shape, "the world's own videos")
     files = Path(runs, PLACE).glob(f"{_name(ursa, latents_shape)}-*.safetensors")

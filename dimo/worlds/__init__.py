@@ -121,5 +121,5 @@ def require_world(world: World, latents_shape: tuple[int, int, int], codebook_si
         frames, height, width = size_of(world.latents_shape)
         raise DimoError(
             f"this world's latents_shape is {world.latents_shape}, but the configuration gives {tuple(latents_shape)}; "
-            f"use distill.num_frames={frames} distill.height={height} distill.width={width}"
+            f"use num_frames={frames}, height={height}, width={width}"
         )
