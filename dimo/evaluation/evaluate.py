@@ -88,18 +88,18 @@ def videos_of(comparison: Comparison, row: dict[str, torch.Tensor], world: World
     different = comparison.prompts[:: comparison.copies]
     copies = len(row["codes"]) // len(different)  # fewer of the teacher's other videos
     prompts = [prompt for prompt in different for _ in range(copies)]
-    judged = {name: value for name, value in row.items() if name not in ("codes", *NUMBERS)}
-    if world and judged and world.name in READERS:
-        some = len(next(iter(judged.values()))) // len(different)  # of each prompt
-        codes = row["codes"].unflatten(0, (-1, copies))[:, :some].flatten(0, 1)
-        judged["read"] = READERS[world.name](world, codes, prompt_index(world, different).repeat_interleave(some))
-    return Videos(
+    videos = Videos(
         row["codes"].view(-1, *comparison.grid), prompts, copies, row["seconds"].sum().item(),
         score(world, row["codes"].to(comparison.ursa.path.device), prompts) if world else None, comparison.ursa.path,
-        judged,
+        {name: value for name, value in row.items() if name not in ("codes", *NUMBERS)},
         decode_seconds=row["decode_seconds"].sum().item() if "decode_seconds" in row else None,
         peak_bytes=int(row["peak_bytes"].max()) if "peak_bytes" in row else 0,
     )  # fmt: skip
+    if world and videos.judged and world.name in READERS:
+        some = videos.by_prompt[:, : videos.judged_videos // len(different)]
+        index = prompt_index(world, different).repeat_interleave(some.shape[1])
+        videos.judged["read"] = READERS[world.name](world, some.flatten(0, 1), index)
+    return videos
 
 
 def format_cell(row: dict, column: str) -> str:
