@@ -180,7 +180,8 @@ class Distill:
         4, "stratified draws of (t, x_t) per x_hat; each extra draw costs two forward passes without gradient"
     )
     t_per: str = _key(
-        "sample", "draw one t per sample or per latent frame: sample, frame, or mixed (a coin for every sample)"
+        "sample",
+        "draw one t per sample, which keeps modes, or per latent frame: sample, frame, or mixed (a coin for every sample)",
     )
     t_shift: str = _key(
         "1",
