@@ -19,9 +19,10 @@ sys.modules["rfc3987_syntax"] = None
 
 LONG = (
     "launch", "notebooks", "plan", "browser", "release", "resume", "watch", "savings", "evaluation_jobs", "trainer",
-    "check_alignment", "graph", "reference_free", "apart", "signals", "grid", "lower", "keys", "engine", "guards",
-    "cli", "trajectories", "sequence", "docs", "kept", "prompts", "processes", "sprites", "output", "alignment",
-    "full_disk", "environment", "suites", "views", "ursa_folder", "tables", "trust", "terminal", "together",
+    "check_alignment", "graph", "reference_free", "sampling", "apart", "signals", "grid", "lower", "keys", "engine",
+    "guards", "cli", "trajectories", "sequence", "docs", "kept", "judging", "prompts", "processes", "sprites", "output",
+    "alignment", "full_disk", "environment", "suites", "views", "ursa_folder", "tables", "trust", "terminal",
+    "together",
 )  # fmt: skip
 
 
