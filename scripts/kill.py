@@ -33,7 +33,7 @@ SAVE_EVERY = 3
 SMALL = [
     "model.device=cpu", "distill.batch_size_per_gpu=2", "distill.p_corrupt=0.5", "distill.lambda_ent=0.01",
     "distill.entropy_floor=1.0", "distill.t_curriculum_steps=10", "distill.w_kd=0.1", "distill.w_reinforce=0.1",
-    "distill.shuffle_buffer=16", f"experiment.save_every={SAVE_EVERY}", "experiment.log_every=2",
+    "distill.shuffle_buffer=16", "distill.aux_steps=1", f"experiment.save_every={SAVE_EVERY}", "experiment.log_every=2",
     "experiment.sample_every=1000",
 ]  # fmt: skip
 

@@ -1,4 +1,7 @@
-"""Small fixtures; torch on one thread, so that results do not depend on the machine's load."""
+"""Small fixtures; torch on one thread, so that results do not depend on the machine's load.
+
+Fixtures import for themselves: the process that hands out the tests loads this file too, and needs none of it.
+"""
 
 import gc
 import os
@@ -6,24 +9,20 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from forks import python, start_kernel
-
-from dimo.ursa import load_ursa
-from dimo.worlds import checkpoint_folder, load_world
 
 TINY = Path(__file__).parent / "data" / "tiny-ursa"
 gc.disable()  # until all is imported: see pytest_collection_finish
-torch.set_num_threads(1)
-os.environ["OMP_NUM_THREADS"] = "1"  # also in the kernels and processes that tests start
+os.environ["OMP_NUM_THREADS"] = "1"  # read by torch, which is imported later, here and in processes that tests start
 # without it jsonschema does not check addresses (IRIs), which no notebook has: its import takes three seconds
 sys.modules["rfc3987_syntax"] = None
 
 LONG = (
     "launch", "notebooks", "plan", "browser", "release", "resume", "watch", "savings", "evaluation_jobs", "trainer",
-    "check_alignment", "graph", "reference_free", "apart", "signals", "grid", "lower", "keys", "engine", "guards",
-    "cli", "trajectories", "sequence", "docs", "kept", "prompts", "processes", "sprites", "output", "alignment",
-    "full_disk", "environment", "suites", "views", "ursa_folder", "tables", "trust", "terminal", "together",
+    "check_alignment", "graph", "reference_free", "sampling", "apart", "signals", "grid", "lower", "keys", "engine",
+    "guards", "cli", "trajectories", "sequence", "docs", "kept", "judging", "prompts", "processes", "sprites", "output",
+    "alignment", "full_disk", "environment", "suites", "views", "ursa_folder", "tables", "trust", "terminal",
+    "together",
 )  # fmt: skip
 
 
@@ -43,6 +42,8 @@ def pytest_collection_finish():
 @pytest.fixture
 def graphs_made():
     """(graphs, compiling): `compiling(function)` compiles it as on a GPU, and `graphs` has what was made of all."""
+    import torch
+
     graphs = []
 
     def backend(graph, inputs):
@@ -55,11 +56,16 @@ def graphs_made():
 
 @pytest.fixture(scope="session")
 def world():
+    from dimo.worlds import checkpoint_folder, load_world
+
     return load_world(checkpoint_folder("shapes"))
 
 
 @pytest.fixture(scope="session")
 def ursa():
+    from dimo.ursa import load_ursa
+    from dimo.worlds import checkpoint_folder
+
     loaded = load_ursa(checkpoint_folder("shapes"))
     loaded.transformer.requires_grad_(False)
     return loaded
@@ -68,6 +74,8 @@ def ursa():
 @pytest.fixture(scope="module")
 def tiny():
     """A URSA checkpoint of the smallest sizes."""
+    from dimo.ursa import load_ursa
+
     loaded = load_ursa(TINY)
     loaded.transformer.requires_grad_(False)
     return loaded
@@ -91,4 +99,6 @@ def forked_kernels():
 
 @pytest.fixture
 def generator():
+    import torch
+
     return torch.Generator().manual_seed(0)

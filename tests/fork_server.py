@@ -35,43 +35,34 @@ IMPORTED = (  # a second or two each
     "transformers.tokenization_utils_tokenizers", "matplotlib.backends.backend_agg",
 )  # fmt: skip
 started = _posixsubprocess.fork_exec
+reports = {}  # per process, where its exit code is written
 parents = []  # streams that would write what they hold when they are collected
 
 
 def serve(requests):
-    """Per request two forks: the process itself, and one that waits for it and reports its exit code."""
     signal.signal(signal.SIGCHLD, reap)
     while True:
         size, descriptors, *_ = socket.recv_fds(requests, 8, 4)
         if not size:  # the tests are over
             os._exit(0)
         request = json.loads(requests.recv(int(size), socket.MSG_WAITALL))
-        if os.fork() == 0:
-            watch(request, descriptors, requests)
-        for number in descriptors:
+        *streams, report = descriptors
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])  # until it is known whose end it tells
+        process = os.fork()
+        if process == 0:
+            become(request, streams, report)
+        reports[process] = report
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
+        for number in streams:  # a pipe ends with the process
             os.close(number)
 
 
 def reap(*_):
-    """At once: `dimo run` waits until all that began with a notebook is gone, and a zombie is not."""
+    """Report exit codes at once: `dimo run` waits until all that began with a notebook is gone, and a zombie is not."""
     with contextlib.suppress(ChildProcessError):
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
-
-
-def watch(request, descriptors, requests):
-    *streams, report = descriptors
-    try:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        process = os.fork()
-        if process == 0:
-            become(request, streams, report)
-        requests.close()
-        for number in (0, 1, 2, *streams):  # a pipe ends with the process
-            os.close(number)
-        os.write(report, b"%8d" % os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
-    finally:
-        os._exit(0)
+        while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+            with contextlib.suppress(BrokenPipeError), open(reports.pop(ended[0]), "wb") as report:
+                report.write(b"%8d" % os.waitstatus_to_exitcode(ended[1]))
 
 
 def become(request, streams, report=None, kept=()):

@@ -151,13 +151,14 @@ def lab(tmp_path_factory, trained):
                     break
             assert process.poll() is None, (tmp_path / "log").read_text()
             time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}/lab/tree"
+        yield f"http://127.0.0.1:{port}/lab"
     finally:
         process.terminate()
         process.wait(20)
 
 
-READY = """async () => { const app = jupyterapp; await app.restored; const w = app.shell.currentWidget;
+OPEN = """async (name) => { const app = jupyterapp; await app.restored; app.shell.currentWidget?.dispose();
+  const w = await app.commands.execute("docmanager:open", { path: name });
   await w.context.ready; await w.sessionContext.ready; await w.sessionContext.session.kernel.info; }"""
 RUN = "() => jupyterapp.commands.execute('notebook:run-all-cells')"
 ASK = """async (code) => { let said = ""; const kernel = jupyterapp.shell.currentWidget.sessionContext.session.kernel;
@@ -166,11 +167,19 @@ ASK = """async (code) => { let said = ""; const kernel = jupyterapp.shell.curren
   await asked.done; return said; }"""
 
 
-def run_all(page, address):
-    """Open a notebook and run all of its cells; returns what its checks say, by name."""
-    page.goto(f"{address}?reset")
-    page.wait_for_function("() => window.jupyterapp?.shell.currentWidget?.context", timeout=60_000)
-    page.evaluate(READY)
+@pytest.fixture(scope="module")
+def lab_page(browser, lab):
+    """JupyterLab's page, which takes as long to load as a notebook to run, and what must stay empty."""
+    page, wrong = page_of(browser)
+    page.goto(lab)
+    page.wait_for_function("() => window.jupyterapp", timeout=60_000)
+    yield page, wrong
+    page.close()
+
+
+def run_all(page, name):
+    """Open a notebook in place of the one before and run all of its cells; returns what its checks say, by name."""
+    page.evaluate(OPEN, f"{name}.ipynb")
     page.evaluate(RUN)
     return json.loads(page.evaluate(ASK, "import json; print(json.dumps(checks.rows))"))
 
@@ -187,18 +196,17 @@ def until(page, condition):
     raise AssertionError("it did not come")
 
 
-def test_in_jupyterlab_the_checks_of_notebook_01_are_all_there(browser, lab):
-    page, wrong = page_of(browser)
-    rows = run_all(page, f"{lab}/01_inputs.ipynb")
+def test_in_jupyterlab_the_checks_of_notebook_01_are_all_there(lab_page):
+    page, wrong = lab_page
+    rows = run_all(page, "01_inputs")
     assert all(passed for passed, _ in rows.values()) and "training's slice, of logits is not misread" in rows
     assert wrong == []
-    page.close()
 
 
-def test_in_jupyterlab_notebook_04_leads_from_a_curve_to_a_token(browser, lab, trained):
+def test_in_jupyterlab_notebook_04_leads_from_a_curve_to_a_token(lab_page, trained):
     """Clicks on a token and on the dashboard, keys, and t."""
-    page, wrong = page_of(browser)
-    rows = run_all(page, f"{lab}/04_diagnostics.ipynb")
+    page, wrong = lab_page
+    rows = run_all(page, "04_diagnostics")
     unsure = {name for name, (passed, _) in rows.items() if passed is None}  # a run of four steps is not watched
     assert unsure == {"no alarm of collapse rings at the end"} and False not in [passed for passed, _ in rows.values()]
     assert "the student has not collapsed" in rows
@@ -234,12 +242,11 @@ def test_in_jupyterlab_notebook_04_leads_from_a_curve_to_a_token(browser, lab, t
     page.wait_for_function("() => document.querySelectorAll('.dimo').length === 2")
     assert said_by(page, "board.explorer.children[0].about['models']") == ["few, step 2"]
     assert wrong == []
-    page.close()
 
 
-def test_in_jupyterlab_a_click_and_a_key_reach_python(browser, lab):
-    page, wrong = page_of(browser)
-    rows = run_all(page, f"{lab}/00_tour.ipynb")
+def test_in_jupyterlab_a_click_and_a_key_reach_python(lab_page):
+    page, wrong = lab_page
+    rows = run_all(page, "00_tour")
     assert all(passed for passed, _ in rows.values()) and len(rows) == 3
     page.wait_for_selector(".dimo .panel .row", timeout=60_000)
     canvas = page.query_selector_all(".dimo canvas.map")[1]
@@ -274,7 +281,6 @@ def test_in_jupyterlab_a_click_and_a_key_reach_python(browser, lab):
         "() => document.querySelector('.dimo').innerText.includes('KL(teacher || network), student, t 0.9')"
     )
     assert wrong == []
-    page.close()
 
 
 @pytest.fixture(scope="module")

@@ -44,6 +44,7 @@ def overrides(student):
         f"distill.teacher_ckpt={TINY}", f"distill.prompt_source={student / 'captions.txt'}", "model.device=cpu",
         "distill.num_frames=5", "distill.height=8", "distill.width=16", "distill.max_prompt_length=9",
         "evaluation.teacher_steps=[4]", "evaluation.judged_videos=3",  # one of the two of each prompt
+        "training.mixed_precision=no",  # many CPUs have no fast bf16
     ]  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from dimo.train.trainer import Trainer
 from dimo.worlds import checkpoint_folder
 
 SETTINGS = ["model.device=cpu", "distill.batch_size_per_gpu=2", "experiment.log_every=1", "experiment.save_every=4"]
-SETTINGS += ["training.max_train_steps=12", "experiment.sample_every=12"]
+SETTINGS += ["training.max_train_steps=12", "experiment.sample_every=12", "distill.t_draws=1", "distill.aux_steps=1"]
 
 
 class Disk:

@@ -17,7 +17,7 @@ from dimo.train.trainer import Trainer, step_through
 
 SETTINGS = [
     "model.device=cpu", "distill.batch_size_per_gpu=2", "optim.optimizer=adamw", "distill.w_kd=0.1",
-    "distill.lambda_ent=0.01", "distill.p_corrupt=0.5",
+    "distill.lambda_ent=0.01", "distill.p_corrupt=0.5", "distill.aux_steps=1",
 ]  # fmt: skip
 
 

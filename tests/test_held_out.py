@@ -25,6 +25,7 @@ from dimo.worlds import DATA
 TINY = Path(__file__).parent / "data" / "tiny-ursa"
 SIZE = ["distill.num_frames=1", "distill.height=8", "distill.width=8", "distill.max_prompt_length=9"]
 SMALL = ["model.device=cpu", "distill.batch_size_per_gpu=2", "evaluation.videos_per_prompt=1", "experiment.log_every=1"]
+SMALL += ["distill.t_draws=1", "distill.aux_steps=1"]
 WORDS = "red green blue black white grey pink dark light bright large small round flat".split()
 CAPTIONS = [f"{WORDS[i % 14]} {WORDS[i // 14]}" for i in range(60)]
 

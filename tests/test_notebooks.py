@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("forked_kernels", "short_reports")
 TINY = str(Path(__file__).parent / "data" / "tiny-ursa")
 NAMES = ["01_inputs", "02_losses", "03_train", "04_diagnostics", "05_evaluation"]
 # parameters of the run that most tests look at: a notebook's own, and keys by their short names and by their whole one
-GIVEN = ["min_share=0.0", "max_train_steps=25", "batch_size=2", "videos_per_prompt=1", "evaluation.seed=3"]
+GIVEN = ["min_share=0.0", "max_train_steps=10", "batch_size=2", "videos_per_prompt=1", "evaluation.seed=3"]
 PICTURE = re.compile(r"!\[[^\]]*\]\(([^)]+\.png)\)")
 TOUR = "00_tour"  # of what ships: `dimo run` does not need it; test_browser.py executes it
 
@@ -274,8 +274,8 @@ def test_from_only_and_force(executed, capsys):
 def test_a_short_name_is_the_key(executed):
     run, _ = executed
     config = run_config(run.path)
-    assert config.training.max_train_steps == 25 and config.distill.batch_size_per_gpu == 2
-    assert config.evaluation.videos_per_prompt == 1 and run.metrics()[-1]["step"] == 25
+    assert config.training.max_train_steps == 10 and config.distill.batch_size_per_gpu == 2
+    assert config.evaluation.videos_per_prompt == 1 and run.metrics()[-1]["step"] == 10
 
 
 @pytest.mark.parametrize(("only", "state"), [("01_inputs", "failed"), ("03_train", "failed")])

@@ -46,10 +46,10 @@ def checkpoint_of(layers, tmp_path):
     return folder
 
 
-@pytest.fixture
-def one_layer(tmp_path):
+@pytest.fixture(scope="module")
+def one_layer(tmp_path_factory):
     """Overrides: a teacher of one layer and one update of the auxiliary."""
-    return [f"distill.teacher_ckpt={checkpoint_of(1, tmp_path)}", ONE_UPDATE]
+    return [f"distill.teacher_ckpt={checkpoint_of(1, tmp_path_factory.mktemp('plan'))}", ONE_UPDATE]
 
 
 SAVING = ["model.activation_checkpointing=selective", "model.train_embeddings=false", "training.mixed_precision=bf16"]
@@ -170,19 +170,30 @@ def test_compiled_layers_are_expected_to_need_what_an_h100_measured():
         assert heads.expected == heads.total
 
 
+ZERO, HALVED = "training.engine=deepspeed_zero2", "distill.batch_size_per_gpu=8 training.gradient_accumulation_steps=2"
+LARGE = ["training.num_processes=2", "distill.batch_size_per_gpu=16"]
+
+
+def test_all_that_saves_memory_is_tried(one_layer, monkeypatch):
+    monkeypatch.setattr(plan, "_go_through", lambda config, _: plan.Plan(config, None, {}))
+    overrides = [*one_layer, *LARGE, "optim.optimizer=adamw"]
+    found = alternatives(plan.Plan(load_config("smoke", overrides), None, {}), None, "smoke", overrides)
+    single = ["training.mixed_precision=bf16", "model.activation_checkpointing=full", "model.train_embeddings=false"]
+    single += ["distill.t_draws=1", HALVED]
+    engines = [" ".join([*some, engine]) for some in ([], single) for engine in (ZERO, "training.engine=fsdp2")]
+    assert found.keys() == {*single, " ".join(single), *engines}
+
+
 def test_what_to_change_is_gone_through_too(one_layer):
-    overrides = [*one_layer, "training.num_processes=2", "distill.batch_size_per_gpu=16"]
+    saved = ["model.activation_checkpointing=full", "model.train_embeddings=false", "distill.t_draws=1"]
+    overrides, single = [*one_layer, *LARGE, *saved], ["training.mixed_precision=bf16", HALVED]
     plan = make_plan(load_config("smoke", overrides), memory_gib=1e-4, probe=False)
     found = alternatives(plan, None, "smoke", overrides)
     assert plan.seconds is None and plan.total > 1e-4 * GIB
-    halved = "distill.batch_size_per_gpu=8 training.gradient_accumulation_steps=2"
-    single = ["training.mixed_precision=bf16", "model.activation_checkpointing=full", "model.train_embeddings=false"]
-    single += ["distill.t_draws=1", halved]
-    zero = "training.engine=deepspeed_zero2"
-    assert found.keys() == {*single, " ".join(single), zero, " ".join([*single, zero])}  # Muon is not for fsdp2
+    assert found.keys() == {*single, " ".join(single), ZERO, " ".join([*single, ZERO])}  # Muon is not for fsdp2
     assert all(size < plan.total for size in found.values())
-    assert found[halved] < 0.6 * plan.total + sum(plan.run.weights.values())
-    assert found[" ".join([*single, zero])] == min(found.values())
+    assert found[HALVED] < 0.6 * plan.total + sum(plan.run.weights.values())
+    assert found[" ".join([*single, ZERO])] == min(found.values())
 
 
 def test_the_command(capsys, one_layer):
@@ -211,8 +222,9 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_plan_says_what_training_would_refuse(damage, capsys, tmp_path):
+def test_a_plan_says_what_training_would_refuse(damage, capsys, tmp_path, monkeypatch):
     """All but values, which it does not read."""
+    monkeypatch.setattr(plan, "largest_batch", lambda *_: "")  # two more dry runs
     folder = checkpoint_of(1, tmp_path)
     do, sentence = DAMAGE[damage]
     do(folder)

@@ -8,6 +8,7 @@ from processes import WITH_ZERO2, launch, launch_forked, run_script
 from safetensors.torch import load_file
 
 SMALL = ["--batch_size", "2", "experiment.save_every=3", "experiment.log_every=1", "optim.optimizer=adamw"]
+SMALL += ["distill.t_draws=1", "distill.aux_steps=1"]
 
 EQUAL = """
 import torch

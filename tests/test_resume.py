@@ -22,7 +22,7 @@ SCRIPTS = Path(__file__).parents[1] / "scripts"
 @pytest.mark.parametrize(("processes", "points"), [("1", 1), ("2", 2)])  # the first while a checkpoint is written
 def test_killed_runs_end_in_the_same_bits(processes, points):
     """test_trainer kills one process after a checkpoint."""
-    words = [SCRIPTS / "kill.py", "--points", str(points), "--steps", "9", "--processes", processes]
+    words = [SCRIPTS / "kill.py", "--points", str(points), "--steps", "7", "--processes", processes]
     done = python.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("bit-equal") == points and done.stdout.count("-9") >= points

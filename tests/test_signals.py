@@ -19,7 +19,7 @@ from dimo.run.folder import RunFolder
 from dimo.run.signals import SAME_KEYPRESS_S, STOPPING, Preempted, Signals
 from dimo.train.trainer import Trainer
 
-SETTINGS = ["model.device=cpu", "distill.batch_size_per_gpu=2", "experiment.log_every=1"]
+SETTINGS = ["model.device=cpu", "distill.batch_size_per_gpu=2", "distill.aux_steps=1", "experiment.log_every=1"]
 
 LIMIT_S = 900  # for what never comes; a busy machine is no failure
 
