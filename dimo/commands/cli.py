@@ -165,7 +165,8 @@ def _evaluate(args) -> None:
     print(format_table(rows) if args.all else format_summary(rows), *filter(None, weak), "", sep="\n")
     after = {sampling(None if source == SHIPPED_STUDENT else source, config.distill.teacher_ckpt): "a video of it"}
     report = f"report {quoted(source)}"
-    after |= {report: "the run as one page"} if is_run else {"run -c shapes": "distil a student yourself"}
+    again = {f"run -c {ships or DEFAULT_WORLD}": "distil a student yourself"}
+    after |= {report: "the run as one page"} if is_run else again
     print(ending(out, ["report.json", "sheet.png", "clips.mp4", "codes.safetensors"], after))
 
 
@@ -182,6 +183,9 @@ def _student(given: str | None) -> Path:
             raise DimoError(f"the world {source} ships without a student: `dimo train -c {source}` distils one")
         source = shipped
     if not source.exists() and not source.suffix:
+        meant = nearest(str(source), filter(student_of, WORLDS))
+        if "did you mean" in meant:
+            raise DimoError(f"{source} is neither a run nor a world whose student ships{meant}")
         existing_run(source)
     return source
 

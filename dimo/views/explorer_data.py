@@ -132,7 +132,8 @@ def ask(models: Models, prompt: str, seed: int = 0, t: float = 0.5) -> Answer:
     with without_compiling():
         x_t = models.ursa.path.sample(first.x_hat, t, first.generator)
         passes = answers_at(models, first.txt_ids, uncond_ids, x_t, t)
-    return Answer(first.txt_ids, uncond_ids, first.x_init, first.x_hat, x_t, t, {**passes, "one_pass": first.prediction})
+    passes["one_pass"] = first.prediction
+    return Answer(first.txt_ids, uncond_ids, first.x_init, first.x_hat, x_t, t, passes)
 
 
 @dataclasses.dataclass
@@ -213,7 +214,7 @@ def token_maps(models: Models, answer: Answer, setting: Setting, statistic: str,
 def in_chunks(
     function: Callable, predictions: Sequence[Pass], x: torch.Tensor, temperature: float = 1.0
 ) -> torch.Tensor:
-    """function(logits (n, K) of each prediction, x (n,)) -> (n, ...), for all tokens, in chunks: (B, N, ...) float32."""
+    """function(logits (n, K) of each prediction, x (n,)) -> (n, ...) for all tokens, in chunks: (B, N, ...) float32."""
     require_shape("x", x, predictions[0].shape)
     require_ids("x", x, predictions[0].codebook_size)
     fixed, flat = [p.detach() for p in predictions], x.flatten()
