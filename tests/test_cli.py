@@ -60,6 +60,8 @@ def test_config_lists_keys_and_resolves_presets(capsys):
         (["sample", "--prompt", "x", "--sed", "1"], "dimo sample does not take --sed 1; see dimo sample --help"),
         (["report", "nowhere"], "nowhere; "),
         (["evaluate", "runs/nowhere"], "there is no run in "),
+        (["evaluate", "sprite"], "sprite is neither a run nor a world whose student ships; did you mean 'sprites'?"),
+        (["sample", "--student_ckpt", "shape", "--prompt", "x"], "student ships; did you mean 'shapes'?"),
         (["sample", "--student_ckpt", "runs/nowhere", "--prompt", "x"], "runs has no runs. Train it with"),
         (["replay", "nowhere.json"], "nowhere.json"),
         (["ablate", "--lrs", "big"], "--lrs must be numbers"),
@@ -179,6 +181,10 @@ def test_evaluate_takes_key_value_with_and_without_a_student(tmp_path, monkeypat
         evaluation, weights, out = asked.pop()
         assert evaluation.seed == 1 and out == ("x" if "x" in words else "runs/evaluation")
         assert weights == student if student else weights.endswith("shapes/student")
+    for words, preset in (([], "shapes"), (["sprites"], "sprites")):
+        capsys.readouterr()
+        assert main(["evaluate", *words]) == 0 and f" run -c {preset} " in capsys.readouterr().out
+    asked.clear()
     (tmp_path / "lr=1").mkdir()
     assert main(["evaluate", "lr=1"]) == 0 and asked.pop()[1] == "lr=1"  # a folder may be called so
 

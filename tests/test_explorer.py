@@ -147,7 +147,7 @@ def test_pictures_are_of_the_codes_and_are_made_smaller_if_large(view, monkeypat
     assert small["size"] == [3, 16, 16]
 
 
-def test_what_a_report_stores_is_what_the_explorer_says(view):
+def test_what_a_report_stores_is_what_the_explorer_says(view, capsys):
     data = json.loads(json.dumps(stored(view, most=200_000)))
     choices, arrays = data["about"]["choices"], gzip.decompress(base64.b64decode(data["arrays"]))
     assert len(data["states"]) == np.prod([len(c) for c in choices.values()]) <= 200_000 / 420 / 48
@@ -177,8 +177,10 @@ def test_what_a_report_stores_is_what_the_explorer_says(view):
     for name, kept in state["pictures"].items():
         picture = tiles[array(kept["tiles"], np.uint32)].reshape(3, 4, 4, 8, 8, 3).swapaxes(2, 3).reshape(3, 32, 32, 3)
         assert np.array_equal(picture, view.picture_of(models, pane, answer, name)) and kept["size"] == [3, 32, 32]
-    at_size = stored(ExplorerView(view.models), most=1)
+    at_size = stored(ExplorerView(view.models), most=1, progress=True)
     assert len(at_size["states"]) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].startswith("report 0/2 settings of the explorer  t ") and said[-1].startswith("report 2/2 ")
     both = stored(ExplorerView([*view.models, open_models("shapes")]), most=420 * 48 * 5)
     assert len(both["states"]) == 4 and {key[0] for key in both["states"]} == {"0", "1"}
 
