@@ -96,8 +96,8 @@ def videos_of(comparison: Comparison, row: dict[str, torch.Tensor], world: World
         decode_seconds=row["decode_seconds"].sum().item() if "decode_seconds" in row else None,
         peak_bytes=int(row["peak_bytes"].max()) if "peak_bytes" in row else 0,
     )  # fmt: skip
-    if world and videos.judged and world.name in READERS:
-        some = videos.by_prompt[:, : videos.judged_videos // len(different)]
+    if world and world.name in READERS:  # of videos that no teacher judges it reads one of each prompt
+        some = videos.by_prompt[:, : videos.judged_videos // len(different) if videos.judged else 1]
         index = prompt_index(world, different).repeat_interleave(some.shape[1])
         videos.judged["read"] = READERS[world.name](world, some.flatten(0, 1), index)
     return videos
