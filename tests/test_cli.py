@@ -64,6 +64,7 @@ def test_config_lists_keys_and_resolves_presets(capsys):
         (["sample", "--student_ckpt", "shape", "--prompt", "x"], "student ships; did you mean 'shapes'?"),
         (["sample", "--student_ckpt", "runs/nowhere", "--prompt", "x"], "runs has no runs. Train it with"),
         (["replay", "nowhere.json"], "nowhere.json"),
+        (["replay", "."], ". is a folder; give the .json of a slice"),
         (["ablate", "--lrs", "big"], "--lrs must be numbers"),
         (["ablate", "--grid", "p2"], "p2 is neither a grid that ships nor an existing YAML file"),
         (["ablate", "--seeds", "0"], "--seeds must be at least 1, got 0"),

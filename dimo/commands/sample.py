@@ -213,10 +213,12 @@ def sample_to_folder(request: Request, prompts: list[str], out: str | Path) -> l
     if sampler.ursa.vae is None:
         log.warning("codes will be written instead of frames: %s", sampler.ursa.no_vae)
     written = []
-    with CostBar("sample", len(prompts), "videos", shown=len(prompts) > 1) as bar:
+    passes = len(prompts) * (sampler.request.steps or 1)
+    with CostBar("sample", len(prompts), "videos", shown=passes > 1) as bar:
         for i, prompt in enumerate(prompts):
+            bar.show(i, prompt)
             written.append(_sample_one(sampler, prompt, Path(out) / f"{i:04d}"))
-            bar.show(i + 1, prompt)
+        bar.show(len(prompts), "done")
     return written
 
 

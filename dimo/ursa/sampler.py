@@ -19,8 +19,8 @@ from dimo.ursa.transformer import UrsaTransformer
 log = logging.getLogger(__name__)
 MOST_PASSES = round(1 / (1 - T_MAX))  # the last of so many is at t = .999, and no network is trained beyond it
 
-# videos sampled at a time: at most so many; on a GPU so many tokens; on a CPU so many squares of a video's tokens: there
-# long videos are not faster together, and who waits sees one after the other finished
+# of videos sampled at a time: the most; of tokens on a GPU; of squares of a video's tokens on a CPU, where long videos
+# are not faster together, and who waits sees one after the other finished
 MOST_VIDEOS, TOKENS, SQUARES = 512, 64 * 1280, 2**21
 
 
