@@ -204,7 +204,7 @@ def test_flags_have_one_spelling_and_the_other_is_read():
     [
         (["train", "-c", "smoke"], "dimo.commands.train.train", True),
         (["run", "-c", "smoke"], "dimo.commands.notebooks.run_notebooks", True),
-        (["evaluate"], "dimo.evaluation.evaluate.evaluate_to_folder", False),
+        (["evaluate"], "dimo.evaluation.evaluate.evaluate_to_folder", True),
         (["sample", "--prompt", "x"], "dimo.commands.cli.sample_to_folder", False),
         (["runs"], "dimo.run.overview.list_runs", False),
     ],

@@ -29,6 +29,8 @@ NAMES = (
     "student_ckpt", "teacher_ckpt",
 )  # fmt: skip
 RESUMING = ("train", "run", "ablate")
+GOES_ON = dict.fromkeys(RESUMING, "; the same command resumes from the last checkpoint")
+GOES_ON |= {"evaluate": "; the same command resumes: what is finished is kept"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -64,8 +66,7 @@ def _main(argv: list[str]) -> int:
         print(f"dimo: {stopped}", file=sys.stderr)
         return PREEMPTED
     except KeyboardInterrupt:
-        again = "; the same command resumes from the last checkpoint" if argv and argv[0] in RESUMING else ""
-        print(f"dimo: interrupted{again}", file=sys.stderr)
+        print(f"dimo: interrupted{GOES_ON.get(argv[0], '') if argv else ''}", file=sys.stderr)
         return 130
 
 
