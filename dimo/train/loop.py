@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from dimo.train.trainer import Trainer
 
 SLOW = (
-    "this is meant for a GPU, and most CPUs are slow at bf16; for a look at a few steps: training.mixed_precision=no "
-    "distill.batch_size_per_gpu=1 experiment.name=look"
+    "these settings are meant for a GPU: most CPUs are slow at bf16; for a look at a few steps: "
+    "training.mixed_precision=no distill.batch_size_per_gpu=1 experiment.name=look"
 )
 FAILED = ".failed-rank-{}"  # the error of a rank other than 0
 SEEN_WITHIN_S = 60.0  # a network file system may show new files with a delay
