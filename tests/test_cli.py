@@ -184,7 +184,9 @@ def test_evaluate_takes_key_value_with_and_without_a_student(tmp_path, monkeypat
         assert weights == student if student else weights.endswith("shapes/student")
     for words, preset in (([], "shapes"), (["sprites"], "sprites")):
         capsys.readouterr()
-        assert main(["evaluate", *words]) == 0 and f" run -c {preset} " in capsys.readouterr().out
+        assert main(["evaluate", *words]) == 0
+        out = capsys.readouterr().out
+        assert f" run -c {preset} " in out and ("sample --student_ckpt sprites --prompt" in out) == bool(words)
     asked.clear()
     (tmp_path / "lr=1").mkdir()
     assert main(["evaluate", "lr=1"]) == 0 and asked.pop()[1] == "lr=1"  # a folder may be called so

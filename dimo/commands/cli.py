@@ -164,7 +164,8 @@ def _evaluate(args) -> None:
     rows = evaluate_to_folder(config, weights, out)
     weak = [weak_ones(columns_of(rows), world_title(rows))] if args.all else []
     print(format_table(rows) if args.all else format_summary(rows), *filter(None, weak), "", sep="\n")
-    after = {sampling(None if source == SHIPPED_STUDENT else source, config.distill.teacher_ckpt): "a video of it"}
+    named = None if source == SHIPPED_STUDENT else Path(ships) if ships else source
+    after = {sampling(named, config.distill.teacher_ckpt): "a video of it"}
     report = f"report {quoted(source)}"
     again = {f"run -c {ships or DEFAULT_WORLD}": "distil a student yourself"}
     after |= {report: "the run as one page"} if is_run else again
