@@ -29,19 +29,18 @@ FIRST_NAME = re.compile(r"(?<=<tr>\n<td><code>)[^<]+")
 
 
 def on_files(files, config):
-    """Add the pages that are made."""
-    made = {"reference/configuration.md": configuration(), "reference/commands.md": commands()}
-    made |= notebooks(*executed())
-    for name, content in made.items():
+    """Add the pages of the executed notebooks."""
+    for name, content in notebooks(*executed()).items():
         files.append(File.generated(config, name, content=content))
     return files
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Equations become MathML, which browsers draw without a script; code is left alone."""
+    """Lists go to the ends of their pages. Equations become MathML, which browsers draw without a script."""
     parts = CODE.split(markdown)
-    parts[::2] = [EQUATION.sub(_mathml, part) for part in parts[::2]]
-    return "".join(parts)
+    parts[::2] = [EQUATION.sub(_mathml, part) for part in parts[::2]]  # code is left alone
+    listed = {"reference/configuration.md": configuration, "reference/commands.md": commands}.get(page.file.src_uri)
+    return "".join(parts) + (f"\n{listed()}" if listed else "")
 
 
 def on_page_content(html, page, config, files):
@@ -56,14 +55,7 @@ def _mathml(found: re.Match) -> str:
 
 def configuration() -> str:
     """Every key with its type, default and meaning, and what the presets set."""
-    lines = [
-        "# Configuration\n",
-        "Every key, as `dimo config` lists them. On the command line: `key=value`, or the last part of the key as a",
-        "flag (`--lr 5e-4` is `optim.lr=5e-4`). Texts are kept as they are written (quotes around the whole text are",
-        "taken off), numbers are decimal (`0x10`, `1_000` and `1,5` are refused), a path may begin with `~`, and",
-        "`${group.key}` stands for another key's value.\n",
-    ]
-    group = None
+    lines, group = list[str](), None
     for key, field in config_keys().items():
         if key.split(".")[0] != group:
             group = key.split(".")[0]
@@ -84,7 +76,7 @@ def commands() -> str:
     """The help text of every command."""
     os.environ["COLUMNS"] = "110"  # argparse wraps its text at this width
     parser, sub = make_parser()
-    pages = [f"# Commands\n\n```\n{parser.format_help()}```\n"]
+    pages = [f"```\n{parser.format_help()}```\n"]
     pages += [f"## dimo {name}\n\n```\n{one.format_help()}```\n" for name, one in sub.items()]
     return "\n".join(pages)
 

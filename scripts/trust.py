@@ -29,6 +29,7 @@ from dimo.train.together import train_and_compare
 from dimo.train.trainer import Trainer
 from dimo.ursa import load_ursa, sample
 from dimo.ursa.loading import load_student
+from dimo.ursa.sampler import videos_at_once
 from dimo.worlds import SHIPPED_STUDENT, checkpoint_folder, load_world
 from dimo.worlds.exact import exact_teacher
 from dimo.worlds.oracle import coverage, score
@@ -78,7 +79,7 @@ class Bench:
         self.prompts, self.grid, self.device = prompts_to_score(self.world), self.world.latents_shape, device
         d, exact = config.distill, config.distill.teacher == "exact"
         self.network = exact_teacher(folder, self.ursa.path) if exact else self.ursa.transformer
-        self.batch = config.evaluation.batch_size
+        self.batch = config.evaluation.batch_size or videos_at_once(math.prod(self.grid), device)
         self.guidance = {"guidance_scale": d.guidance_scale, "guidance_trunc": d.guidance_trunc}
         ships = folder / SHIPPED_STUDENT.name
         self.ships = ships if ships.is_dir() else None

@@ -60,8 +60,11 @@ def test_config_lists_keys_and_resolves_presets(capsys):
         (["sample", "--prompt", "x", "--sed", "1"], "dimo sample does not take --sed 1; see dimo sample --help"),
         (["report", "nowhere"], "nowhere; "),
         (["evaluate", "runs/nowhere"], "there is no run in "),
+        (["evaluate", "sprite"], "sprite is neither a run nor a world whose student ships; did you mean 'sprites'?"),
+        (["sample", "--student_ckpt", "shape", "--prompt", "x"], "student ships; did you mean 'shapes'?"),
         (["sample", "--student_ckpt", "runs/nowhere", "--prompt", "x"], "runs has no runs. Train it with"),
         (["replay", "nowhere.json"], "nowhere.json"),
+        (["replay", "."], ". is a folder; give the .json of a slice"),
         (["ablate", "--lrs", "big"], "--lrs must be numbers"),
         (["ablate", "--grid", "p2"], "p2 is neither a grid that ships nor an existing YAML file"),
         (["ablate", "--seeds", "0"], "--seeds must be at least 1, got 0"),
@@ -179,6 +182,12 @@ def test_evaluate_takes_key_value_with_and_without_a_student(tmp_path, monkeypat
         evaluation, weights, out = asked.pop()
         assert evaluation.seed == 1 and out == ("x" if "x" in words else "runs/evaluation")
         assert weights == student if student else weights.endswith("shapes/student")
+    for words, preset in (([], "shapes"), (["sprites"], "sprites")):
+        capsys.readouterr()
+        assert main(["evaluate", *words]) == 0
+        out = capsys.readouterr().out
+        assert f" run -c {preset} " in out and ("sample --student_ckpt sprites --prompt" in out) == bool(words)
+    asked.clear()
     (tmp_path / "lr=1").mkdir()
     assert main(["evaluate", "lr=1"]) == 0 and asked.pop()[1] == "lr=1"  # a folder may be called so
 
@@ -197,7 +206,7 @@ def test_flags_have_one_spelling_and_the_other_is_read():
     [
         (["train", "-c", "smoke"], "dimo.commands.train.train", True),
         (["run", "-c", "smoke"], "dimo.commands.notebooks.run_notebooks", True),
-        (["evaluate"], "dimo.evaluation.evaluate.evaluate_to_folder", False),
+        (["evaluate"], "dimo.evaluation.evaluate.evaluate_to_folder", True),
         (["sample", "--prompt", "x"], "dimo.commands.cli.sample_to_folder", False),
         (["runs"], "dimo.run.overview.list_runs", False),
     ],

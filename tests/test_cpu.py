@@ -71,7 +71,9 @@ def test_the_transformer_gives_the_same_either_way(monkeypatch, generator):
 
 def test_what_it_does_not_serve():
     x = torch.zeros(1, 4)
-    assert cpu.serves(x) and cpu.serves(x, cpu.SCORES)
-    assert not cpu.serves(x, cpu.SCORES + 1) and not cpu.serves(x.bfloat16()) and not cpu.serves(x.to("meta"))
+    assert cpu.serves(x) and not cpu.serves(x.bfloat16()) and not cpu.serves(x.to("meta"))
     with torch.autocast("cpu", torch.bfloat16):
-        assert not cpu.serves(x)
+        assert not cpu.serves(x) and not cpu.attends(torch.zeros(1, 2, 3, 4))
+    short, long = (torch.zeros(1, length, 4, 1) for length in (64, cpu.LONG))  # 2^14 scores a video of 64
+    assert cpu.attends(short) and not cpu.attends(long)
+    assert cpu.attends(short.expand(2**10, -1, -1, -1)) and not cpu.attends(short.expand(2**10 + 1, -1, -1, -1))

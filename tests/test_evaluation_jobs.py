@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,9 +20,9 @@ from dimo.config import load_config
 from dimo.errors import DimoError
 from dimo.evaluation.comparison import Job
 from dimo.evaluation.evaluate import PARTS, evaluate_to_folder, open_comparison, parts_of
-from dimo.evaluation.jobs import Parts, alone_in, run_in_processes, take_share
+from dimo.evaluation.jobs import FEWEST, Parts, alone_in, announce, run_in_processes, take_share
 from dimo.ursa import load_ursa, save_student
-from dimo.worlds import SHIPPED_STUDENT
+from dimo.worlds import SHIPPED_STUDENT, student_of
 
 TINY = notebook_folder().parent / "tests" / "data" / "tiny-ursa"
 JOBS = [Job("student_1", 0, 1), Job("student_1", 1, 1), Job("teacher_2", 0, 2)]
@@ -117,6 +118,22 @@ def test_of_a_world_too_half_of_the_jobs_by_another_process_change_nothing(tmp_p
         evaluate_to_folder(config, SHIPPED_STUDENT, tmp_path / "shared", progress=False)
     rows = json.loads((tmp_path / "shared/report.json").read_text())
     assert figures(rows) == figures(whole) and rows["student_1"]["validity"] > 0.9
+
+
+def test_what_takes_hours_on_a_cpu_is_told_with_what_is_quicker(capsys):
+    """Nothing is sampled: jobs know what they cost."""
+    student, costs = student_of("sprites"), []
+    for words in ([], shlex.split(FEWEST)):
+        comparison, _ = open_comparison(load_config("sprites", ["model.device=cpu", *words]), student)
+        jobs = comparison.jobs()
+        costs.append(sum(job.cost for job in jobs))
+        announce(comparison, jobs, jobs, 1, None)
+        assert all(len(batch) == 1 for batch in comparison.videos)  # the bar moves with every video
+        err = capsys.readouterr().err
+        assert f"{costs[-1]} passes" in err and ("may take hours" in err) == (not words)
+    assert costs[1] == 64 * (4 + 2) and costs[0] > 200 * costs[1]  # one pass of each unguided row, two of the teacher
+    comparison, _ = open_comparison(load_config("sprites", ["model.device=cpu", "evaluation.batch_size=9"]), student)
+    assert len(comparison.videos[0]) == 9
 
 
 def test_what_another_student_or_setting_has_left_is_not_taken_up(student, tmp_path):

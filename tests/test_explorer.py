@@ -1,6 +1,7 @@
 """The explorer without a browser: requests and answers, its figure, and what a report stores."""
 
 import base64
+import gzip
 import io
 import json
 import re
@@ -15,7 +16,7 @@ from dimo.errors import DimoError
 from dimo.views import explorer as front
 from dimo.views import explorer_view
 from dimo.views.explorer_data import token_maps
-from dimo.views.explorer_stored import stored
+from dimo.views.explorer_stored import Arrays, Tiles, stored
 from dimo.views.explorer_twin import end_of_bars, twin
 from dimo.views.explorer_view import ExplorerView, colours_of, named, scale_of
 from dimo.views.models import open_models
@@ -146,26 +147,54 @@ def test_pictures_are_of_the_codes_and_are_made_smaller_if_large(view, monkeypat
     assert small["size"] == [3, 16, 16]
 
 
-def test_what_a_report_stores_is_what_the_explorer_says(view):
+def test_what_a_report_stores_is_what_the_explorer_says(view, capsys):
     data = json.loads(json.dumps(stored(view, most=200_000)))
-    choices = data["about"]["choices"]
+    choices, arrays = data["about"]["choices"], gzip.decompress(base64.b64decode(data["arrays"]))
     assert len(data["states"]) == np.prod([len(c) for c in choices.values()]) <= 200_000 / 420 / 48
+
+    def array(place, kind):
+        return np.frombuffer(arrays[place[0] : sum(place)], kind)
+
     pane = data["first"]["panes"][0]
     state = data["states"]["|".join(f"{pane[k]:g}" if k != "prompt" else pane[k]
                                     for k in ("model", "prompt", "seed", "t", "guidance_scale"))]  # fmt: skip
     models, setting, answer = view.answer(pane)
+    said = {}
     for name, kept in state["maps"].items():
-        levels = np.frombuffer(base64.b64decode(kept["data"]), np.uint16)
-        got = kept["low"] + levels.astype(float) * (kept["high"] - kept["low"]) / 65535
+        step = (kept["high"] - kept["low"]) / 65535
+        said[name] = kept["low"] + array(kept["data"], np.uint16).astype(float) * step, step
+    for top in state["top"]:  # the page draws these two maps by what the panels say
+        said[f"entropy|{top['of']}"] = array(top["entropy"], "<f4"), 1e-6
+        said[f"rank|{top['of']}"] = array(top["rank"], np.uint32), 0
+    assert said.keys() == {f"{name}|{of}" for name, those in data["about"]["offered"][0].items() for of in those}
+    for name, (got, step) in said.items():
         statistic, of = name.split("|")
         want = token_maps(models, answer, setting, statistic, of)[statistic].numpy().flatten()
-        assert np.abs(got - want).max() <= (kept["high"] - kept["low"]) / 65535
-    codes = np.frombuffer(base64.b64decode(state["top"][0]["codes"]), np.uint16).reshape(48, -1)
+        assert np.abs(got - want).max() <= step, name
+    codes = array(state["top"][0]["codes"], np.uint16).reshape(48, -1)
     assert codes[0].tolist() == view.view(data["first"])["panes"][0]["top"][0]["codes"]
-    at_size = stored(ExplorerView(view.models), most=1)
+    tiles = array(data["tiles"]["rgb"], np.uint8).reshape(-1, *data["tiles"]["size"], 3)
+    for name, kept in state["pictures"].items():
+        picture = tiles[array(kept["tiles"], np.uint32)].reshape(3, 4, 4, 8, 8, 3).swapaxes(2, 3).reshape(3, 32, 32, 3)
+        assert np.array_equal(picture, view.picture_of(models, pane, answer, name)) and kept["size"] == [3, 32, 32]
+    at_size = stored(ExplorerView(view.models), most=1, progress=True)
     assert len(at_size["states"]) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].startswith("report 0/2 settings of the explorer  t ") and said[-1].startswith("report 2/2 ")
     both = stored(ExplorerView([*view.models, open_models("shapes")]), most=420 * 48 * 5)
     assert len(both["states"]) == 4 and {key[0] for key in both["states"]} == {"0", "1"}
+
+
+def test_what_a_report_stores_twice_is_in_the_page_once():
+    arrays, tiles = Arrays(), Tiles()
+    places = [arrays.add(np.arange(5, dtype=np.uint16)), arrays.add(b"ab"), arrays.add(np.arange(5, dtype=np.uint16))]
+    assert places == [[0, 10], [10, 2], [0, 10]]
+    assert gzip.decompress(base64.b64decode(arrays.text())) == np.arange(5, dtype=np.uint16).tobytes() + b"ab"
+    picture = np.zeros((2, 16, 8, 3), np.uint8)
+    picture[1, :8] = 7
+    assert tiles.add(picture).tolist() == [0, 0, 1, 0] and tiles.size == (8, 8)
+    odd = np.zeros((2, 15, 8, 3), np.uint8)  # of a large video, which is shown smaller
+    assert Tiles().add(odd).tolist() == [0, 0]
 
 
 def test_models_of_different_sizes_are_refused(view):

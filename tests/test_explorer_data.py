@@ -13,7 +13,7 @@ from dimo.errors import DimoError
 from dimo.train.trainer import Trainer
 from dimo.ursa import Chunked, Dense, MetricPath, MixturePath, chunks, predict, visual_logits
 from dimo.views import models as opening
-from dimo.views.explorer_data import STATISTICS, Setting, ask, offered, token_at, token_maps, top_codes
+from dimo.views.explorer_data import STATISTICS, Setting, ask, offered, one_pass, token_at, token_maps, top_codes
 from dimo.views.models import checkpoints_of, open_models
 from dimo.views.noise_maps import entropies_over, noises_of
 from dimo.worlds import SHIPPED_STUDENT
@@ -217,6 +217,7 @@ def test_only_prompt_noise_and_t_change_what_is_asked(models):
     other = ask(models, "a red ball", 4, 0.1)
     assert not torch.equal(a.x_init, other.x_init)
     assert torch.equal(ask(models, "a red ball", 3, 0.1).x_t, a.x_t)
+    assert torch.equal(one_pass(models, "a red ball", 3).x_hat, a.x_hat)  # the clips of a report are made by it
     kept = (b.x_t == b.x_hat).float().mean()
     assert kept > (a.x_t == a.x_hat).float().mean()
 

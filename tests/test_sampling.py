@@ -33,6 +33,19 @@ def noise_and_codes(ursa, prompt, seed, steps, grid):
     return sample(ursa.transformer, ursa.path, ids, grid, steps, generator=g).view(1, *grid)
 
 
+def test_what_takes_longer_than_a_pass_says_what_it_is_at(tmp_path, capsys):
+    one = PROMPTS[0]
+    for prompts, steps, told in (
+        ([one], 1, []),
+        ([one], 2, [(0, 1, one), (1, 1, "done")]),
+        (PROMPTS, 1, [(0, 2, one)]),
+    ):
+        sample_to_folder(Request(steps=steps), prompts, tmp_path)
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) >= len(told) and (lines != []) == (told != [])
+        assert all(line.startswith(f"sample {i}/{n} videos  {what}") for line, (i, n, what) in zip(lines, told))
+
+
 def test_videos_are_those_of_the_sampler_and_the_json_says_how(ursa, world, tmp_path):
     files = sample_to_folder(Request(seed=5, steps=4), PROMPTS, tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["0000.json", "0000.mp4", "0001.json", "0001.mp4"]

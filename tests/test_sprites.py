@@ -383,6 +383,8 @@ def test_an_evaluation_reports_what_the_reader_sees_in_the_judged_videos(sprites
     assert measured["read"] == 7 / 8 and measured["adherence"] == pytest.approx(10 / 12)
     low, high = measured["intervals"]["read"]
     assert low < 7 / 8 <= high <= 1
+    alone = measure(videos_of(SimpleNamespace(**about), {"codes": row["codes"], "seconds": torch.ones(1)}, sprites))
+    assert alone["read"] == 3 / 4 and "teacher_nll" not in alone  # no judge: the first video of each prompt
     shown = format_summary({"student_1": measured})
     assert "read" in shown.splitlines()[0] and "0.875" in shown
 

@@ -375,12 +375,18 @@ def test_a_network_may_predict_by_itself_and_a_transformer_reads_no_t(ursa, gene
     assert torch.equal(logits, visual_logits(ursa.transformer, ids, x, (3, 4, 4)))
 
 
-def test_the_command_trains_its_teacher(tmp_path):
+def test_the_command_trains_its_teacher(tmp_path, monkeypatch, capsys):
+    made = []
+    monkeypatch.setattr("dimo.worlds.teacher.videos_at_once", lambda tokens, device: 7)
+    count = lambda *a, **k: (made.append(len(a[2]) * a[4]), sample(*a, **k))[1]  # noqa: E731
+    monkeypatch.setattr("dimo.worlds.teacher.sample", count)
     flags = "--frames 2 --codes 16 --layers 1 --hidden 32 --heads 2 --batch_size 4 --steps 2"
     args = parse(["world", "train", "tiles", "-o", str(tmp_path / "t"), *flags.split()])
     world = TilesWorld(**{name: getattr(args, name) for name in ("frames", "height", "width", "codes")})
     recipe = TeacherRecipe(layers=args.layers, hidden=args.hidden, heads=args.heads, steps=args.steps, batch_size=4)
     assert "validity" in make_teacher(world, recipe, args.out, videos_per_prompt=1)
+    guided = sum(made[-len(made) // 5 :])  # the last of five samplers, whose passes are two each
+    assert max(made) == 7 * 25 and f" {sum(made) + guided}/{sum(made) + guided} " in capsys.readouterr().err
     assert load_world(tmp_path / "t") == TilesWorld(frames=2, codes=16)
     book = load_ursa(tmp_path / "t").path.codebook
     assert torch.equal(book, torch.nn.functional.normalize(fsq_codebook((2, 2, 2, 2)), dim=-1, eps=1e-5))

@@ -109,6 +109,14 @@ def test_a_step_looks_at_few_values(tmp_path, monkeypatch, precision, most):
         visual_logits(trainer.networks.student, step.txt_ids, step.x_hat + 16, trainer.grid)
 
 
+def test_of_bf16_on_a_cpu_it_is_said_what_is_faster(tmp_path, capsys):
+    for precision, told in (("no", 0), ("bf16", 1)):
+        more = [f"training.mixed_precision={precision}", "training.max_train_steps=1"]
+        Trainer(config_for(tmp_path / precision, *more)).train()
+        err = capsys.readouterr().err
+        assert "steps 0 to 1 of" in err and err.count("most CPUs are slow at bf16") == told
+
+
 def test_weights_that_are_not_finite_are_not_saved_and_not_a_finished_run(tmp_path):
     trainer = Trainer(config_for(tmp_path, "training.max_train_steps=2"))
     inner = trainer.student.update

@@ -29,6 +29,8 @@ NAMES = (
     "student_ckpt", "teacher_ckpt",
 )  # fmt: skip
 RESUMING = ("train", "run", "ablate")
+GOES_ON = dict.fromkeys(RESUMING, "; the same command resumes from the last checkpoint")
+GOES_ON |= {"evaluate": "; the same command resumes: what is finished is kept"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -64,8 +66,7 @@ def _main(argv: list[str]) -> int:
         print(f"dimo: {stopped}", file=sys.stderr)
         return PREEMPTED
     except KeyboardInterrupt:
-        again = "; the same command resumes from the last checkpoint" if argv and argv[0] in RESUMING else ""
-        print(f"dimo: interrupted{again}", file=sys.stderr)
+        print(f"dimo: interrupted{GOES_ON.get(argv[0], '') if argv else ''}", file=sys.stderr)
         return 130
 
 
@@ -163,9 +164,11 @@ def _evaluate(args) -> None:
     rows = evaluate_to_folder(config, weights, out)
     weak = [weak_ones(columns_of(rows), world_title(rows))] if args.all else []
     print(format_table(rows) if args.all else format_summary(rows), *filter(None, weak), "", sep="\n")
-    after = {sampling(None if source == SHIPPED_STUDENT else source, config.distill.teacher_ckpt): "a video of it"}
+    named = None if source == SHIPPED_STUDENT else Path(ships) if ships else source
+    after = {sampling(named, config.distill.teacher_ckpt): "a video of it"}
     report = f"report {quoted(source)}"
-    after |= {report: "the run as one page"} if is_run else {"run -c shapes": "distil a student yourself"}
+    again = {f"run -c {ships or DEFAULT_WORLD}": "distil a student yourself"}
+    after |= {report: "the run as one page"} if is_run else again
     print(ending(out, ["report.json", "sheet.png", "clips.mp4", "codes.safetensors"], after))
 
 
@@ -182,6 +185,9 @@ def _student(given: str | None) -> Path:
             raise DimoError(f"the world {source} ships without a student: `dimo train -c {source}` distils one")
         source = shipped
     if not source.exists() and not source.suffix:
+        meant = nearest(str(source), filter(student_of, WORLDS))
+        if "did you mean" in meant:
+            raise DimoError(f"{source} is neither a run nor a world whose student ships{meant}")
         existing_run(source)
     return source
 

@@ -24,6 +24,7 @@ from dimo.views.clips import write_frames
 from dimo.views.dashboard import named
 from dimo.views.dashboard_stored import stored_dashboard
 from dimo.views.explorer import HERE, PAGE, STYLE
+from dimo.views.explorer_data import one_pass
 from dimo.views.explorer_stored import BYTES, stored
 from dimo.views.explorer_view import ExplorerView
 from dimo.views.models import checkpoints_of, open_models
@@ -78,7 +79,7 @@ def write_run_report(run: RunFolder, most: int = BYTES) -> Path:
             f"<h2>Explorer: {html.escape(explorer.models[0].label)}</h2>"
             "<p>Click a token, or move it by the arrow keys; page keys change the frame, comma and full stop t, "
             "s the statistic, n the network, l the scale; a keeps this state beside the next.</p>"
-            f'<div id="explorer"></div>{_data("stored", stored(explorer, most))}'
+            f'<div id="explorer"></div>{_data("stored", stored(explorer, most, progress=True))}'
         )
         parts.append(_clips(explorer))
     parts += [_curves(run, at), _pictures(run), _about(run)]
@@ -159,11 +160,11 @@ def _clips(explorer: ExplorerView) -> str:
     models = explorer.models[0]
     if models.ursa.vae is None:
         return f"<h2>Clips</h2><p>There are none: {html.escape(models.ursa.no_vae)}.</p>"
-    shown, first = [], explorer.first_request()["panes"][0]
+    shown = []
     with tempfile.TemporaryDirectory() as folder:
         for prompt in models.some_prompts(CLIPS):
-            answer = explorer.answer(first | {"prompt": prompt})[2]
-            frames = models.ursa.decode(answer.x_hat.view(-1, *models.grid))[0].cpu()
+            codes = one_pass(models, prompt).x_hat
+            frames = models.ursa.decode(codes.view(-1, *models.grid))[0].cpu()
             try:
                 file = write_frames(Path(folder) / "clip", frames)
             except (DimoError, ImportError) as error:

@@ -27,7 +27,14 @@ from dimo.ursa import Ursa, UrsaTransformer, load_ursa, sample
 from dimo.ursa.attention import use_for_sampling
 from dimo.ursa.device import pick_device, pick_dtype
 from dimo.ursa.loading import DTYPES, load_student
-from dimo.ursa.sampler import require_passes, student_times, timesteps, warn_if_guided_again, warn_if_other_passes
+from dimo.ursa.sampler import (
+    MOST_PASSES,
+    require_passes,
+    student_times,
+    timesteps,
+    warn_if_guided_again,
+    warn_if_other_passes,
+)
 from dimo.views.clips import FFMPEG, write_frames
 from dimo.worlds import DEFAULT_WORLD, checkpoint_folder, is_world, load_world, require_world, video_size, world_of
 from dimo.worlds.protocol import prompt_index
@@ -54,8 +61,8 @@ class Request:
     width: int | None = _flag(None, "in pixels; default: the run's or world's, 64 tokens for image models, else 256")
     steps: int | None = _flag(
         None,
-        "number of sampling steps, at most 1000; default: the student's own, else 1, or as a suite is published for a "
-        "teacher",
+        f"number of sampling steps, at most {MOST_PASSES}; default: the student's own, else 1, or as a suite is "
+        "published for a teacher",
     )
     guidance_scale: float | None = _flag(
         None,
@@ -206,10 +213,12 @@ def sample_to_folder(request: Request, prompts: list[str], out: str | Path) -> l
     if sampler.ursa.vae is None:
         log.warning("codes will be written instead of frames: %s", sampler.ursa.no_vae)
     written = []
-    with CostBar("sample", len(prompts), "videos", shown=len(prompts) > 1) as bar:
+    passes = len(prompts) * (sampler.request.steps or 1)
+    with CostBar("sample", len(prompts), "videos", shown=passes > 1) as bar:
         for i, prompt in enumerate(prompts):
+            bar.show(i, prompt)
             written.append(_sample_one(sampler, prompt, Path(out) / f"{i:04d}"))
-            bar.show(i + 1, prompt)
+        bar.show(len(prompts), "done")
     return written
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from dimo.config.values import read_value
 from dimo.errors import DimoError
+from dimo.ursa.sampler import MOST_PASSES
 
 BETA = {"forward": 0.0, "jeffreys": 0.5, "reverse": 1.0}
 
@@ -117,8 +118,8 @@ class Distill:
     negative_prompt: str = _key("", "negative prompt of the teacher's guidance; empty: the empty prompt")
     student_steps: int = _key(
         1,
-        "passes of the student per video, at most 1000; each but the first learns from its own draft, re-noised as by "
-        "the sampler",
+        f"passes of the student per video, at most {MOST_PASSES}; each but the first learns from its own draft, "
+        "re-noised as by the sampler",
     )
     empty_prompt_share: float = _key(
         0.1, "fraction of empty prompts when the auxiliary is fitted; with guidance_scale > 1, for the student too"
@@ -296,12 +297,19 @@ class Training:
 class Evaluation:
     videos_per_prompt: int | None = _key(None, "videos per prompt; null: 64 in a world with an oracle, else 2")
     teacher_steps: list[int] = _key(
-        [1, 2, 4, 8, 25], "numbers of sampling steps, at most 1000, at which the teacher is evaluated for comparison"
+        [1, 2, 4, 8, 25],
+        f"numbers of sampling steps, at most {MOST_PASSES}, at which the teacher is evaluated for comparison",
     )
     seed: int = _key(1234, "seed of initial noise and sampling, the same for every row of the table")
-    batch_size: int = _key(512, "videos sampled per batch")
+    batch_size: int | None = _key(
+        None,
+        "videos sampled per batch in a world with an oracle (of others always 1); null: 512 short ones, or as few long "
+        "ones as the device is fast with",
+    )
     judged_videos: int = _key(
-        256, "videos of each row, spread over the prompts, that the teacher judges and compares with its own; 0: none"
+        256,
+        "videos of each row, spread over the prompts but at least one of each, that the teacher judges and compares "
+        "with its own; 0: none",
     )
     held_out: int = _key(8, "captions excluded from training and used to evaluate a student without an oracle; 0: none")
 

@@ -20,7 +20,7 @@ import torch
 from dimo.config import Config, device_of, to_flat, to_yaml
 from dimo.errors import DimoError
 from dimo.evaluation.comparison import AGAIN, Comparison
-from dimo.evaluation.jobs import Job, Parts, alone_in, run_here, run_in_processes
+from dimo.evaluation.jobs import Parts, alone_in, announce, run_here, run_in_processes
 from dimo.evaluation.kept import kept_beside, kept_in
 from dimo.evaluation.metrics import columns_of, measure
 from dimo.evaluation.reference_free import save_codes
@@ -34,6 +34,7 @@ from dimo.ursa import Ursa, UrsaTransformer, load_ursa
 from dimo.ursa.attention import use_for_sampling
 from dimo.ursa.layout import student_file
 from dimo.ursa.loading import load_student
+from dimo.ursa.sampler import videos_at_once
 from dimo.worlds import checkpoint_folder, is_world, load_world, require_world
 from dimo.worlds.exact import exact_teacher
 from dimo.worlds.oracle import score
@@ -95,8 +96,8 @@ def videos_of(comparison: Comparison, row: dict[str, torch.Tensor], world: World
         decode_seconds=row["decode_seconds"].sum().item() if "decode_seconds" in row else None,
         peak_bytes=int(row["peak_bytes"].max()) if "peak_bytes" in row else 0,
     )  # fmt: skip
-    if world and videos.judged and world.name in READERS:
-        some = videos.by_prompt[:, : videos.judged_videos // len(different)]
+    if world and world.name in READERS:  # of videos that no teacher judges it reads one of each prompt
+        some = videos.by_prompt[:, : videos.judged_videos // len(different) if videos.judged else 1]
         index = prompt_index(world, different).repeat_interleave(some.shape[1])
         videos.judged["read"] = READERS[world.name](world, some.flatten(0, 1), index)
     return videos
@@ -170,7 +171,7 @@ def _evaluate_alone(
     most = processes_for(config)
     processes = max(1, min(most, len(missing)))
     if progress:
-        _announce(comparison, jobs, missing, processes, kept)
+        announce(comparison, jobs, missing, processes, kept)
     opened = time.perf_counter()
     if most == 1:
         run_here(comparison, jobs, parts, progress)
@@ -236,15 +237,6 @@ def _count_overlap(rows: dict, config: Config, weights: str | Path, comparison: 
         row |= {"prompts_held_out": held_out, "prompts_trained_on": known}
 
 
-def _announce(comparison: Comparison, jobs: list[Job], missing: list[Job], processes: int, kept: Path | None) -> None:
-    text = f"evaluate: {comparison.count()} videos in {len(comparison.rows)} rows, "
-    text += f"{sum(job.cost for job in missing)} passes" + (f" in {processes} processes" if processes > 1 else "")
-    if len(missing) < len(jobs):
-        text += f"; {len(jobs) - len(missing)} of {len(jobs)} jobs were finished before"
-        text += f", the teacher's are kept in {kept}" if kept else ""
-    print(text, file=sys.stderr, flush=True)
-
-
 def open_comparison(
     config: Config, weights: str | Path | None, networks: bool = True
 ) -> tuple[Comparison, World | None]:
@@ -271,9 +263,10 @@ def open_comparison(
         use_for_sampling(ursa.transformer, math.prod(grid), config.model.attention)
     prompts, held_out = (prompts_to_score(world), None) if world else evaluation_prompts(config, ursa, str(weights))
     student = None if weights is None else load_student(ursa, weights) if networks else ursa.transformer
+    batch = (e.batch_size or videos_at_once(math.prod(grid), ursa.path.device)) if world else 1
     return Comparison(
         ursa, student, prompts, grid,
-        videos_per_prompt=e.videos_per_prompt or (64 if world else 2), batch_size=e.batch_size if world else 1,
+        videos_per_prompt=e.videos_per_prompt or (64 if world else 2), batch_size=batch,
         teacher_steps=tuple(sorted({1, *e.teacher_steps})), seed=e.seed, max_prompt_length=d.max_prompt_length,
         guidance_scale=d.guidance_scale, guidance_trunc=d.guidance_trunc, negative_prompt=d.negative_prompt,
         judged=e.judged_videos, held_out=held_out,

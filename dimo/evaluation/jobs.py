@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +29,8 @@ from dimo.run.progress import CostBar
 
 log = logging.getLogger(__name__)
 ABOUT = "about.json"
+LONG = 10**13  # multiplications, from which on a CPU core is busy for an hour or so
+FEWEST = 'evaluation.videos_per_prompt=1 evaluation.judged_videos=0 "evaluation.teacher_steps=[1]"'
 OWN = OWN_INSIDE["evaluation_jobs"]  # patterns of the files written to that folder
 
 
@@ -117,6 +121,20 @@ def alone_in(out: Path) -> Iterator[None]:
     refusal = f"another process is writing an evaluation to {out}; wait for it, or give another --out_dir"
     with locked(out, refusal):
         yield
+
+
+def announce(comparison: Comparison, jobs: list[Job], missing: list[Job], processes: int, kept: Path | None) -> None:
+    """Print how much there is to do, and of what takes long on a CPU, what there is to leave out."""
+    passes = sum(job.cost for job in missing)
+    text = f"evaluate: {comparison.count()} videos in {len(comparison.rows)} rows, "
+    text += f"{passes} passes" + (f" in {processes} processes" if processes > 1 else "")
+    if len(missing) < len(jobs):
+        text += f"; {len(jobs) - len(missing)} of {len(jobs)} jobs were finished before"
+        text += f", the teacher's are kept in {kept}" if kept else ""
+    weights = sum(weight.numel() for weight in comparison.ursa.transformer.parameters())
+    if comparison.ursa.path.device.type == "cpu" and passes * math.prod(comparison.grid) * weights > LONG:
+        text += f"\nOn a CPU this may take hours; with the fewest videos that there can be it is quicker: {FEWEST}"
+    print(text, file=sys.stderr, flush=True)
 
 
 def run_here(comparison: Comparison, jobs: list[Job], parts: Parts, progress: bool = True) -> None:

@@ -30,7 +30,7 @@ class Videos:
         judged: of the first V' videos of every prompt, what `dimo.evaluation.judging.judge` returns, (P V', ...), and
             for rows of one pass "entropy" (P V',), the mean of `pass_entropy` in nats per token; with a VAE also what
             `dimo.evaluation.decoding.in_pixels` measures, and "read", whether a world's reader sees the prompt, all
-            (P V',). Empty: none is judged.
+            (P V',). If none is judged: "read" alone, of the first video of every prompt, where there is a reader.
         reference: the teacher's videos of the same P prompts with which these are compared.
         decode_seconds: time to decode the P V' judged videos, if there is a VAE.
         peak_bytes: GPU memory for sampling and decoding, the most of all jobs; 0: not measured.

@@ -29,6 +29,10 @@ from dimo.train.watch import Watch
 if TYPE_CHECKING:
     from dimo.train.trainer import Trainer
 
+SLOW = (
+    "these settings are meant for a GPU: most CPUs are slow at bf16; for a look at a few steps: "
+    "training.mixed_precision=no distill.batch_size_per_gpu=1 experiment.name=look"
+)
 FAILED = ".failed-rank-{}"  # the error of a rank other than 0
 SEEN_WITHIN_S = 60.0  # a network file system may show new files with a delay
 # keys that may differ between the machines of a run; with different values of log_every, say, ranks would deadlock
@@ -105,6 +109,8 @@ def _train(
         grid = "x".join(map(str, trainer.grid))
         begin = f"steps {first} to {last} of {run.path}, each of {trainer.tokens_per_step:,} tokens ({grid} a video)"
         print(f"dimo: {begin}; Ctrl-C saves and stops, the same command goes on", file=sys.stderr, flush=True)
+        if trainer.device.type == "cpu" and trainer.config.training.mixed_precision == "bf16":
+            print(f"dimo: {SLOW}", file=sys.stderr, flush=True)
     if trainer.prompts.about:
         run.say(trainer.prompts.about)
     run.say(trainer.attention.about, aloud=trainer.attention.surprises)

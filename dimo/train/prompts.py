@@ -229,8 +229,9 @@ def _kept(file: Path) -> dict[str, list[str]]:
 def require_prompts_fit(ursa: Ursa, prompts: list[str], max_prompt_length: int) -> None:
     """Raise unless all of a world's prompts fit into `max_prompt_length` tokens and have different token ids."""
     ids, cut = ursa.tokenize_and_count(prompts, max_prompt_length)
-    different, needed = len(ids.unique(dim=0)), max(len(one) for one in ursa.tokenizer(prompts).input_ids)
+    different = len(ids.unique(dim=0))
     if cut:
+        needed = max(len(one) for one in ursa.tokenizer(prompts).input_ids)
         raise DimoError(
             f"distill.max_prompt_length must be at least {needed}, the length of the world's longest prompt in tokens, "
             f"got {max_prompt_length}: {cut} of {len(prompts)} prompts would be truncated, leaving {different} "

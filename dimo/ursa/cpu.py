@@ -11,15 +11,22 @@ import ctypes
 import torch
 
 SCORES = 2**24  # maximum attention scores per layer held in memory, 64 MiB
+LONG = 256  # positions of a sequence, from which PyTorch's fused attention takes half as long
 CACHED = 2**18  # scores per chunk, small enough for a core's cache
 UNUSED = torch.empty(())  # baddbmm's first argument at beta = 0
 
 
-def serves(x: torch.Tensor, scores: int = 0) -> bool:
-    """Whether to use this module for `x`: float32 on a CPU, no autocast or compilation, and not too many scores."""
-    if x.device.type != "cpu" or x.dtype != torch.float32 or scores > SCORES:
+def serves(x: torch.Tensor) -> bool:
+    """Whether to use this module for `x`: float32 on a CPU, no autocast or compilation."""
+    if x.device.type != "cpu" or x.dtype != torch.float32:
         return False
     return not (torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
+
+
+def attends(q: torch.Tensor) -> bool:
+    """Whether to use `Attend` for q (B, S, H, D): if served, of a short sequence, and not too many scores."""
+    batch, length, heads, _ = q.shape
+    return length < LONG and batch * heads * length**2 <= SCORES and serves(q)
 
 
 class Norm(torch.autograd.Function):

@@ -19,6 +19,10 @@ from dimo.ursa.transformer import UrsaTransformer
 log = logging.getLogger(__name__)
 MOST_PASSES = round(1 / (1 - T_MAX))  # the last of so many is at t = .999, and no network is trained beyond it
 
+# of videos sampled at a time: the most; of tokens on a GPU; of squares of a video's tokens on a CPU, where long videos
+# are not faster together, and who waits sees one after the other finished
+MOST_VIDEOS, TOKENS, SQUARES = 512, 64 * 1280, 2**21
+
 
 @dataclasses.dataclass
 class Trajectory:
@@ -33,6 +37,12 @@ def require_passes(name: str, passes: int) -> None:
     """Refuse a number of passes that no video should be asked for; `name` is the flag or key that holds it."""
     if not 1 <= passes <= MOST_PASSES:
         raise DimoError(f"{name} must lie in [1, {MOST_PASSES}], got {passes}")
+
+
+def videos_at_once(tokens: int, device: torch.device) -> int:
+    """How many videos of so many tokens are sampled at a time, unless somebody asks for another number."""
+    fit = SQUARES // tokens**2 if device.type == "cpu" else TOKENS // tokens
+    return max(1, min(MOST_VIDEOS, fit))
 
 
 def timesteps(steps: int, shift: float = 1.0) -> list[float]:

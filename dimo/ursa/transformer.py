@@ -147,7 +147,7 @@ class Attention(Products):
         q, k, v = (
             F.linear(x, into).unflatten(-1, (-1, self.head_dim)).split([self.heads, self.kv_heads, self.kv_heads], 2)
         )
-        if split is None and self.kernels == "auto" and cpu.serves(q, scores=q.shape[0] * self.heads * q.shape[1] ** 2):
+        if split is None and self.kernels == "auto" and cpu.attends(q):
             q = cpu.NormRotate.apply(q, self.q_norm.weight, cos, sin, NORM_EPS)
             k = cpu.NormRotate.apply(k, self.k_norm.weight, cos, sin, NORM_EPS)
             out = cpu.Attend.apply(q, k, v.transpose(1, 2))

@@ -30,6 +30,7 @@ TITLES = {
 }
 GUIDED = ("conditional", "unconditional")  # passes behind the guided teacher
 OTHERS = ("auxiliary", "student")  # compared with the guided teacher at the same x_t
+GAPS = ("kl_from_teacher", "kl_to_teacher", "tv")  # which one comparison gives together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,18 +127,35 @@ def ask(models: Models, prompt: str, seed: int = 0, t: float = 0.5) -> Answer:
         DimoError: t outside [0, 1), or a seed out of range.
     """
     Setting(prompt, seed, t)
-    txt_ids, uncond_ids = (
-        models.ursa.tokenize([p], models.max_prompt_length) for p in (prompt, models.negative_prompt)
-    )
-    g = torch.Generator(models.device).manual_seed(seed)
-    n = math.prod(models.grid)
-    x_init = torch.randint(models.ursa.path.codebook_size, (1, n), generator=g, device=models.device)
+    uncond_ids = models.ursa.tokenize([models.negative_prompt], models.max_prompt_length)
+    first = one_pass(models, prompt, seed)
+    with without_compiling():
+        x_t = models.ursa.path.sample(first.x_hat, t, first.generator)
+        passes = answers_at(models, first.txt_ids, uncond_ids, x_t, t)
+    passes["one_pass"] = first.prediction
+    return Answer(first.txt_ids, uncond_ids, first.x_init, first.x_hat, x_t, t, passes)
+
+
+@dataclasses.dataclass
+class OnePass:
+    """The student's pass at x_init and its x_hat; codes (1, N). `generator` goes on with the draws of x_t."""
+
+    txt_ids: torch.Tensor
+    x_init: torch.Tensor
+    prediction: Pass
+    x_hat: torch.Tensor
+    generator: torch.Generator
+
+
+@torch.no_grad()
+def one_pass(models: Models, prompt: str, seed: int = 0) -> OnePass:
+    """Stages 2 and 3 for one video."""
+    txt_ids = models.ursa.tokenize([prompt], models.max_prompt_length)
+    g, size = torch.Generator(models.device).manual_seed(seed), (1, math.prod(models.grid))
+    x_init = torch.randint(models.ursa.path.codebook_size, size, generator=g, device=models.device)
     with without_compiling():  # somebody waits for a few passes
-        one_pass = predict(models.networks["student"], txt_ids, x_init, models.grid, t=0.0).detach()
-        x_hat = one_pass.sample(g)[0]
-        x_t = models.ursa.path.sample(x_hat, t, g)
-        passes = answers_at(models, txt_ids, uncond_ids, x_t, t)
-    return Answer(txt_ids, uncond_ids, x_init, x_hat, x_t, t, {**passes, "one_pass": one_pass})
+        prediction = predict(models.networks["student"], txt_ids, x_init, models.grid, t=0.0).detach()
+        return OnePass(txt_ids, x_init, prediction, prediction.sample(g)[0], g)
 
 
 @torch.no_grad()
@@ -165,9 +183,9 @@ def offered(models: Models) -> dict[str, list[str]]:
 def token_maps(models: Models, answer: Answer, setting: Setting, statistic: str, name: str) -> dict[str, torch.Tensor]:
     """A statistic of a prediction for every token, {statistic: (T, H, W) float32 on the CPU}.
 
-    Of those over noises, which need new passes, both. Differences to the teacher are those to the guided teacher at
-    `setting.guidance_scale`, as in training; the gradient is that of D_beta with the run's beta, with respect to the
-    auxiliary's logits (arXiv 2503.15457, eq. 8-10).
+    Of those over noises, which need new passes, both, and of GAPS all. Differences to the teacher are those to the
+    guided teacher at `setting.guidance_scale`, as in training; the gradient is that of D_beta with the run's beta, with
+    respect to the auxiliary's logits (arXiv 2503.15457, eq. 8-10).
 
     Raises:
         DimoError: an unknown statistic, or one that this prediction does not have.
@@ -187,22 +205,23 @@ def token_maps(models: Models, answer: Answer, setting: Setting, statistic: str,
         function = _Distance(models.ursa.path)
     else:
         predictions = [answer.prediction("guided", setting.guidance_scale), *predictions]
-        function = _Gap(statistic, setting.t if models.beta == "time" else float(models.beta))
+        function = _gaps if statistic in GAPS else _Gradient(setting.t if models.beta == "time" else float(models.beta))
     values = in_chunks(function, predictions, answer.x_hat, setting.temperature)
-    return {statistic: values.view(models.grid).cpu()}
+    made = dict(zip(GAPS, values.unbind(-1))) if statistic in GAPS else {statistic: values}
+    return {one: values.view(models.grid).cpu() for one, values in made.items()}
 
 
 def in_chunks(
     function: Callable, predictions: Sequence[Pass], x: torch.Tensor, temperature: float = 1.0
 ) -> torch.Tensor:
-    """function(logits (n, K) of each prediction, x (n,)) -> (n,), for all tokens (B, N), in chunks: (B, N) float32."""
+    """function(logits (n, K) of each prediction, x (n,)) -> (n, ...) for all tokens, in chunks: (B, N, ...) float32."""
     require_shape("x", x, predictions[0].shape)
     require_ids("x", x, predictions[0].codebook_size)
     fixed, flat = [p.detach() for p in predictions], x.flatten()
     parts = [
         function(*(p.logits(rows) / temperature for p in fixed), flat[rows]) for rows in predictions[0].row_chunks()
     ]
-    return torch.cat(parts).float().view(x.shape)
+    return torch.cat(parts).float().unflatten(0, x.shape)
 
 
 def _entropy(z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -227,18 +246,20 @@ class _Distance:
         return (p @ self.square + self.square[x] - 2 * cross).clamp(min=0)
 
 
-class _Gap:
-    """One of the differences between teacher and network, or the norm of stage 8's gradient."""
+def _gaps(z_teacher: torch.Tensor, z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """GAPS, (n, 3)."""
+    return compare_logits(z_teacher, z, x, None, torch.float32)[1][: len(GAPS)].T.clamp(min=0)
 
-    def __init__(self, statistic: str, beta: float):
-        self.statistic, self.beta = statistic, beta
+
+class _Gradient:
+    """The norm of stage 8's gradient."""
+
+    def __init__(self, beta: float):
+        self.beta = beta
 
     def __call__(self, z_teacher: torch.Tensor, z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        beta = torch.full((len(z),), self.beta, device=z.device) if self.statistic == "gradient" else None
-        gradient, rows = compare_logits(z_teacher, z, x, beta, torch.float32)
-        if gradient is not None:
-            return gradient.norm(dim=-1)
-        return rows[("kl_from_teacher", "kl_to_teacher", "tv").index(self.statistic)].clamp(min=0)
+        beta = torch.full((len(z),), self.beta, device=z.device)
+        return compare_logits(z_teacher, z, x, beta, torch.float32)[0].norm(dim=-1)
 
 
 @dataclasses.dataclass

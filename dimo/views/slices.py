@@ -97,6 +97,8 @@ def replay(file: str | Path, models: Models | None = None, **how: Any) -> Replay
     Raises:
         DimoError: the files are damaged, or belong to another model than these networks.
     """
+    if Path(file).is_dir():
+        raise DimoError(f"{file} is a folder; give the .json of a slice, which the explorer saves to slices/ of a run")
     alone = not Path(file).with_suffix(".json").exists() and Path(file).with_suffix(".safetensors").exists()
     if alone and "step" in (batch := _read_tensors(Path(file))):
         return _replay_of_step(Path(file), batch, models, how)

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,17 +16,17 @@ from tqdm import tqdm
 
 from dimo.errors import DimoError, are_finite
 from dimo.files import locked, require_place, save_torch, whole_folder
-from dimo.ursa import UrsaConfig, UrsaTransformer, load_ursa, sample, save_student
+from dimo.ursa import Ursa, UrsaConfig, UrsaTransformer, load_ursa, sample, save_student
 from dimo.ursa.cuda_graph import on_stream
 from dimo.ursa.loading import load_transformer
 from dimo.ursa.probability_path import T_PER
+from dimo.ursa.sampler import videos_at_once
 from dimo.worlds import WORLD_FILE, checkpoint_folder, is_world, load_world
 from dimo.worlds.denoising import DenoisingSteps, TrainingState, rank
 from dimo.worlds.oracle import score
 from dimo.worlds.protocol import World, prompt_index, prompt_length, prompts_to_score
 
 PAD, UNKNOWN, BOV = "<pad>", "<unk>", "<bov>"
-TOKENS = 2**18  # sampled at a time when a new teacher is scored
 SCORED = 2**20  # tokens of all videos with which a new teacher is scored, about
 GUIDANCE = 3.0  # of the last row of a new teacher's scores
 KEEP_EVERY = 500  # steps
@@ -245,29 +246,32 @@ def _make_alone(world: World, recipe: TeacherRecipe, folder: Path, videos_per_pr
         kept.unlink(missing_ok=True)  # there is nothing to go on from
         raise DimoError(f"the teacher's weights are not finite after {recipe.steps} steps; try a lower lr")
     write_checkpoint(folder, world, transformer, recipe.alpha, recipe.c)
-    ursa = load_ursa(folder, recipe.device)
-    asked = prompts_to_score(world)
-    videos_per_prompt = max(1, min(videos_per_prompt, SCORED // (len(asked) * math.prod(world.latents_shape))))
+    print(f"{folder} is written; now it is scored", file=sys.stderr, flush=True)
+    scores = _scores(world, load_ursa(folder, recipe.device), recipe, videos_per_prompt)
+    kept.unlink(missing_ok=True)  # only now: who is stopped while it is scored does not train it again
+    return scores
+
+
+def _scores(world: World, ursa: Ursa, recipe: TeacherRecipe, videos_per_prompt: int) -> str:
+    """The table of `make_teacher`."""
+    asked, tokens = prompts_to_score(world), math.prod(world.latents_shape)
+    videos_per_prompt = max(1, min(videos_per_prompt, SCORED // (len(asked) * tokens)))
     prompts = [p for p in asked for _ in range(videos_per_prompt)]
-    rows = max(1, TOKENS // math.prod(world.latents_shape))
-    batches = ursa.tokenize(prompts, prompt_length(world)).split(rows)
+    batches = ursa.tokenize(prompts, prompt_length(world)).split(videos_at_once(tokens, ursa.path.device))
     lines = [f"{'passes':>6} {'guidance':>9} {'validity':>9} {'adherence':>10}"]
     samplers = ((1, 1.0), (4, 1.0), (8, 1.0), (25, 1.0), (25, GUIDANCE))
-    passes = len(batches) * sum(steps * (1 + (guidance > 1)) for steps, guidance in samplers)
-    bar = tqdm(desc="score", total=passes, unit="pass", mininterval=1)
-    for steps, guidance in samplers:
-        made, generator = [], torch.Generator(recipe.device).manual_seed(recipe.seed)
-        for ids in batches:
-            guide = {"guidance_scale": guidance, "uncond_ids": torch.full_like(ids, words(world).index(PAD))}
-            shape = world.latents_shape
-            made.append(sample(ursa.transformer, ursa.path, ids, shape, steps, generator=generator, **guide))
-            bar.update(steps * (1 + (guidance > 1)))
-        codes = torch.cat(made)
-        scores = score(world, codes, prompts)
-        shares = scores.valid.float().mean(), scores.adherent.float().mean()
-        lines.append(f"{steps:6} {guidance:9g} {shares[0]:9.4f} {shares[1]:10.4f}")
-    bar.close()
-    kept.unlink(missing_ok=True)  # only now: who is stopped while it is scored does not train it again
+    passes = len(prompts) * sum(steps * (1 + (guidance > 1)) for steps, guidance in samplers)
+    with tqdm(desc="score", total=passes, unit="pass", mininterval=1) as bar:
+        for steps, guidance in samplers:
+            made, generator = [], torch.Generator(recipe.device).manual_seed(recipe.seed)
+            for ids in batches:
+                guide = {"guidance_scale": guidance, "uncond_ids": torch.full_like(ids, words(world).index(PAD))}
+                shape = world.latents_shape
+                made.append(sample(ursa.transformer, ursa.path, ids, shape, steps, generator=generator, **guide))
+                bar.update(len(ids) * steps * (1 + (guidance > 1)))
+            scores = score(world, torch.cat(made), prompts)
+            shares = scores.valid.float().mean(), scores.adherent.float().mean()
+            lines.append(f"{steps:6} {guidance:9g} {shares[0]:9.4f} {shares[1]:10.4f}")
     return "\n".join(lines)
 
 
