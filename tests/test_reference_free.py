@@ -25,8 +25,8 @@ from dimo.worlds.tiles import TilesWorld
 TINY = Path(__file__).parent / "data" / "tiny-ursa"
 GRID = (2, 4, 8)
 COLUMNS = ["seconds_per_video", "spread", "distinct", "codes_used", "diversity", "token_entropy", "teacher_nll"]
-COLUMNS += ["nll_difference", "guided_nll", "guided_nll_difference", "prompt_gain", "retrieval", "frechet"]
-COLUMNS += ["feature_coverage", "spread_ratio", "motion", "flicker", "sharpness"]
+COLUMNS += ["nll_difference", "guided_nll", "guided_nll_difference", "recovered", "prompt_gain", "retrieval"]
+COLUMNS += ["frechet", "feature_coverage", "spread_ratio", "motion", "flicker", "sharpness"]
 DETAILS = {"nll_by_t", "retrieval_prompts", "frechet_dimension", "intervals"}
 PROMPTS = ["a red ball", "a dog that jumps over the wall", "rain"]
 SIZES = ["distill.num_frames=1", "distill.height=8", "distill.width=16", "distill.max_prompt_length=9"]
