@@ -118,7 +118,7 @@ def test_of_a_world_too_half_of_the_jobs_by_another_process_change_nothing(tmp_p
     assert figures(rows) == figures(whole) and rows["student_1"]["validity"] > 0.9
 
 
-def test_what_another_student_or_setting_has_left_is_not_taken_up(student, tmp_path):
+def test_what_another_student_setting_or_version_has_left_is_not_taken_up(student, tmp_path, monkeypatch):
     config = load_config("distill_dimo", overrides(student))
     parts = parts_of(config, student / "student", tmp_path, ["rain"])
     parts.save(JOBS[0], {"codes": torch.zeros(1, 4)})
@@ -131,7 +131,11 @@ def test_what_another_student_or_setting_has_left_is_not_taken_up(student, tmp_p
     parts = parts_of(other, student / "student", tmp_path, ["rain"])
     assert parts.missing(JOBS) == JOBS
     parts.save(JOBS[0], {"codes": torch.zeros(1, 4)})
-    assert parts_of(other, student / "student", tmp_path, ["snow"]).missing(JOBS) == JOBS  # the captions were edited
+    parts = parts_of(other, student / "student", tmp_path, ["snow"])
+    assert parts.missing(JOBS) == JOBS  # the captions were edited
+    parts.save(JOBS[0], {"codes": torch.zeros(1, 4)})
+    monkeypatch.setattr("dimo.evaluation.evaluate.own_code", lambda: "what the judge says was defined otherwise")
+    assert parts_of(other, student / "student", tmp_path, ["snow"]).missing(JOBS) == JOBS
 
 
 def test_what_another_teacher_of_the_same_name_has_left_is_not_taken_up(student, tmp_path):
