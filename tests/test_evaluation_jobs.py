@@ -78,8 +78,8 @@ def test_two_processes_give_the_figures_of_one_and_a_third_loads_nothing(student
     done = python.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert_as_alone(tmp_path, json.loads((tmp_path / "report.json").read_text()), alone)
-    assert "evaluate: 39 videos in 7 rows, 378 passes in 2 processes" in done.stderr
-    assert done.stderr.count("378/378 passes  done") == 1
+    assert "evaluate: 39 videos in 7 rows, 462 passes in 2 processes" in done.stderr
+    assert done.stderr.count("462/462 passes  done") == 1
 
 
 def test_a_killed_evaluation_goes_on(student, alone, tmp_path):
