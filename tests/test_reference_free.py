@@ -128,7 +128,7 @@ def test_rows(tiny):
     assert legend(rows)[-1].startswith("teacher_3_again: the teacher from other noise, which differs from teacher_3 by")
     said = {line.split(" (")[0]: line for line in legend(rows)}
     assert "two videos of a prompt differ; undefined of a single one." in said["diversity"]
-    assert rows["student_1"]["retrieval_prompts"] == 3 and "by the teacher; 1/3 by chance, among 3" in said["retrieval"]
+    assert rows["student_1"]["retrieval_prompts"] == 3 and "fewer); 1/3 by chance, among 3" in said["retrieval"]
     assert rows["student_1"]["frechet"] is None and "undefined below 16 videos, where chance" in said["frechet"]
     lines = format_table(rows).splitlines()
     assert max(len(line) for line in lines) <= 140 and " ".join(lines).split().count("teacher_3") > 2
