@@ -42,7 +42,7 @@ ARMS = {  # good ones, and what is known to be slow, blurred or to collapse
     "gain 1": ["model.logit_gain=1", "model.final_logit_gain=1"],
     "reinforce": ["distill.estimator=reinforce"],
 }
-ORACLE = ("token_accuracy", "right_prompt", "coverage", trust.ALL)
+ORACLE = ("token_accuracy", "right_prompt", "coverage", trust.BOTH)
 HEALTHY = 0.5  # the oracle's coverage of a student that has not collapsed
 KNOWN = REFERENCE_FREE | JUDGED
 STEPS = 25  # of the teacher
@@ -139,7 +139,7 @@ class Bench:
             for labels, bins in free.values()
         ]
         found["coverage"] = max(0.0, min(covered))  # the estimate of an entropy of 0 may be below it
-        return found | {trust.ALL: math.prod(found.values())}
+        return found | {trust.BOTH: found["token_accuracy"] * found["coverage"]}
 
 
 def failures(good: torch.Tensor, grid: tuple[int, int, int], codes: int) -> dict[str, dict[str, torch.Tensor]]:
@@ -211,7 +211,7 @@ def measure_all(args, runs: dict[str, Config]) -> list[dict]:
 
 
 def correlations(rows: list[dict]) -> dict[str, dict]:
-    """{metric: its correlation with the figure that it stands for, and with all of the oracle's}.
+    """{metric: its correlation with the figure that it stands for, and with each of the oracle's}.
 
     "healthy": that of trained students which have not collapsed, among which checkpoints are chosen.
     """

@@ -80,8 +80,8 @@ def test_two_processes_give_the_figures_of_one_and_a_third_loads_nothing(student
     done = python.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert_as_alone(tmp_path, json.loads((tmp_path / "report.json").read_text()), alone)
-    assert "evaluate: 39 videos in 7 rows, 378 passes in 2 processes" in done.stderr
-    assert done.stderr.count("378/378 passes  done") == 1
+    assert "evaluate: 39 videos in 7 rows, 462 passes in 2 processes" in done.stderr
+    assert done.stderr.count("462/462 passes  done") == 1
 
 
 def test_a_killed_evaluation_goes_on(student, alone, tmp_path):
@@ -136,7 +136,7 @@ def test_what_takes_hours_on_a_cpu_is_told_with_what_is_quicker(capsys):
     assert len(comparison.videos[0]) == 9
 
 
-def test_what_another_student_or_setting_has_left_is_not_taken_up(student, tmp_path):
+def test_what_another_student_setting_or_version_has_left_is_not_taken_up(student, tmp_path, monkeypatch):
     config = load_config("distill_dimo", overrides(student))
     parts = parts_of(config, student / "student", tmp_path, ["rain"])
     parts.save(JOBS[0], {"codes": torch.zeros(1, 4)})
@@ -149,7 +149,11 @@ def test_what_another_student_or_setting_has_left_is_not_taken_up(student, tmp_p
     parts = parts_of(other, student / "student", tmp_path, ["rain"])
     assert parts.missing(JOBS) == JOBS
     parts.save(JOBS[0], {"codes": torch.zeros(1, 4)})
-    assert parts_of(other, student / "student", tmp_path, ["snow"]).missing(JOBS) == JOBS  # the captions were edited
+    parts = parts_of(other, student / "student", tmp_path, ["snow"])
+    assert parts.missing(JOBS) == JOBS  # the captions were edited
+    parts.save(JOBS[0], {"codes": torch.zeros(1, 4)})
+    monkeypatch.setattr("dimo.evaluation.evaluate.own_code", lambda: "what the judge says was defined otherwise")
+    assert parts_of(other, student / "student", tmp_path, ["snow"]).missing(JOBS) == JOBS
 
 
 def test_what_another_teacher_of_the_same_name_has_left_is_not_taken_up(student, tmp_path):

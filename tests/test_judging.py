@@ -51,18 +51,22 @@ def test_the_judge_is_what_plain_logits_say(tiny, videos):
     g, network = noise(7), tiny.transformer
 
     def log_prob(logits):
-        return logits.double().log_softmax(-1).gather(-1, codes[..., None]).mean((1, 2))
+        return logits.double().log_softmax(-1).gather(-1, codes[..., None])[..., 0]
 
+    choice = []  # at the two times that are not after RETRIEVAL_UNTIL
     for i, t in enumerate(TIMES):
         x_t = tiny.path.sample(codes, t, g)
         cond = visual_logits(network, prompt_ids[:, 0], x_t, GRID)
         uncond = visual_logits(network, empty.expand(3, -1), x_t, GRID)
         guided = uncond + 3 * (cond - uncond) if t < 0.9 else cond
-        for name, logits in (("nll", cond), ("nll_uncond", uncond), ("nll_guided", guided)):
-            assert torch.allclose(got[name][:, i].double(), -log_prob(logits), atol=1e-4)
-        if t == 0.5:
-            choice = [-log_prob(visual_logits(network, prompt_ids[:, j], x_t, GRID)) for j in range(3)]
-            assert torch.allclose(got["choice_nll"].double(), torch.stack(choice, 1), atol=1e-4)
+        for name, logits in (("nll", cond), ("nll_guided", guided)):
+            assert torch.allclose(got[name][:, i].double(), -log_prob(logits).mean(1), atol=1e-4)
+        for name, logits in (("recovered", cond), ("recovered_uncond", uncond)):
+            assert torch.allclose(got[name][:, i].double(), log_prob(logits).exp().mean(1), rtol=1e-3, atol=0)
+        if t < 0.9:
+            each = [log_prob(visual_logits(network, prompt_ids[:, j], x_t, GRID)).exp().mean(1) for j in range(3)]
+            choice.append(torch.stack(each, 1))
+    assert torch.allclose(got["choice_recovered"].double(), (choice[0] + choice[1]) / 2, rtol=1e-3, atol=0)
     assert got["features"].shape == (3, tiny.transformer.config.hidden_size)
     # the head is linear: features give the mean of the unconditional logits at the last time
     head = tiny.transformer.lm_head.weight[-tiny.path.codebook_size :]
@@ -80,6 +84,7 @@ def test_an_indifferent_teacher_says_log_k(videos):
     row = measure(Videos(videos[0].view(3, *GRID), PROMPTS, 1, 1.0, path=other.path, judged=got))
     assert row["prompt_gain"] == 0 and row["retrieval"] == pytest.approx(1 / 3)  # all three are equally good
     assert row["teacher_nll"] == pytest.approx(math.log(240)) and row["frechet"] is None
+    assert row["recovered"] == pytest.approx(1 / 240)
 
 
 def test_the_noise_is_the_same_whatever_the_codes(tiny, videos):
@@ -146,6 +151,7 @@ def off(metric, value):
     [
         ("noisy", "teacher_nll", True),
         ("noisy", "nll_difference", True),
+        ("noisy", "recovered", True),
         ("noisy", "frechet", False),
         ("noisy", "flicker", True),
         ("noisy", "sharpness", True),
@@ -159,6 +165,7 @@ def off(metric, value):
         ("static", "frechet", False),
         ("late", "teacher_nll", True),
         ("late", "nll_difference", True),
+        ("late", "recovered", True),
         ("late", "prompt_gain", True),
         ("late", "motion", False),
     ],
@@ -174,6 +181,8 @@ def test_what_was_made_to_fail_ranks_below_the_shipped_student(ranked, failed, m
 def test_what_fails_in_one_way_may_be_fine_in_another(ranked):
     """Why no single figure suffices."""
     assert ranked["collapsed"]["teacher_nll"] == pytest.approx(ranked["good"]["teacher_nll"], abs=0.05)
+    for unmoved in ("retrieval", "prompt_gain"):  # wrong tokens are not a wrong prompt
+        assert ranked["noisy"][unmoved] == pytest.approx(ranked["good"][unmoved], abs=0.03)
     assert ranked["ignores"]["frechet"] == pytest.approx(ranked["good"]["frechet"], rel=0.2)
     for unseen in ("ignores", "late", "static"):
         assert ranked[unseen]["feature_coverage"] == ranked["good"]["feature_coverage"]

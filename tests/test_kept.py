@@ -118,7 +118,7 @@ def test_whatever_changes_it_is_made_again(runs, monkeypatch):
         assert is_new(), change
     (folder / "captions.txt").write_text("a red ball\nfog\nrain\n", encoding="utf-8")
     assert is_new()
-    monkeypatch.setattr(kept, "_code", lambda: "edited")
+    monkeypatch.setattr(kept, "own_code", lambda: "edited")
     assert is_new()
     monkeypatch.setattr(torch, "__version__", "2.99")
     assert is_new() and not is_new()
@@ -151,9 +151,9 @@ def test_code_that_is_edited_after_its_import_does_not_count(monkeypatch, tmp_pa
     spec = importlib.util.find_spec("dimo.evaluation.kept")
     imported = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(imported)
-    want = kept._code()
+    want = kept.own_code()
     monkeypatch.setattr(dimo, "__file__", str(tmp_path / "__init__.py"))
-    assert imported._code() == want
+    assert imported.own_code() == want
 
 
 def test_where_it_cannot_be_kept_it_is_made(runs, tmp_path):

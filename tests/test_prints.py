@@ -105,7 +105,7 @@ def test_the_summary_of_a_world_fits_a_terminal_and_says_what_the_report_says():
 
 
 def test_the_summary_without_an_oracle_has_the_judges_figures_and_the_floor():
-    judged = {"nll_difference": 0.25, "retrieval": 0.5, "feature_coverage": None, "spread_ratio": 0.9, "spread": 1.0}
+    judged = {"recovered": 0.25, "retrieval": 0.5, "feature_coverage": None, "spread_ratio": 0.9, "spread": 1.0}
     lines = format_summary({name: judged for name in ("student_1", "student_2", "teacher_25", "teacher_25_again")})
     assert max(map(len, lines.splitlines()[:5])) <= 100
     assert lines.splitlines()[2].split() == ["student,", "2", "passes", "0.250", "0.500", "undefined", "0.900"]

@@ -25,8 +25,8 @@ from dimo.worlds.tiles import TilesWorld
 TINY = Path(__file__).parent / "data" / "tiny-ursa"
 GRID = (2, 4, 8)
 COLUMNS = ["seconds_per_video", "spread", "distinct", "codes_used", "diversity", "token_entropy", "teacher_nll"]
-COLUMNS += ["nll_difference", "guided_nll", "guided_nll_difference", "prompt_gain", "retrieval", "frechet"]
-COLUMNS += ["feature_coverage", "spread_ratio", "motion", "flicker", "sharpness"]
+COLUMNS += ["nll_difference", "guided_nll", "guided_nll_difference", "recovered", "prompt_gain", "retrieval"]
+COLUMNS += ["frechet", "feature_coverage", "spread_ratio", "motion", "flicker", "sharpness"]
 DETAILS = {"nll_by_t", "retrieval_prompts", "frechet_dimension", "intervals"}
 PROMPTS = ["a red ball", "a dog that jumps over the wall", "rain"]
 SIZES = ["distill.num_frames=1", "distill.height=8", "distill.width=16", "distill.max_prompt_length=9"]
@@ -128,7 +128,7 @@ def test_rows(tiny):
     assert legend(rows)[-1].startswith("teacher_3_again: the teacher from other noise, which differs from teacher_3 by")
     said = {line.split(" (")[0]: line for line in legend(rows)}
     assert "two videos of a prompt differ; undefined of a single one." in said["diversity"]
-    assert rows["student_1"]["retrieval_prompts"] == 3 and "by the teacher; 1/3 by chance, among 3" in said["retrieval"]
+    assert rows["student_1"]["retrieval_prompts"] == 3 and "fewer); 1/3 by chance, among 3" in said["retrieval"]
     assert rows["student_1"]["frechet"] is None and "undefined below 16 videos, where chance" in said["frechet"]
     lines = format_table(rows).splitlines()
     assert max(len(line) for line in lines) <= 140 and " ".join(lines).split().count("teacher_3") > 2

@@ -182,7 +182,7 @@ class Distill:
     )
     t_per: str = _key(
         "sample",
-        "draw one t per sample, which keeps modes, or per latent frame: sample, frame, or mixed (a coin for every sample)",
+        "draw one t per sample, which keeps modes, or per latent frame: sample, frame, or mixed (a coin per sample)",
     )
     t_shift: str = _key(
         "1",

@@ -34,23 +34,28 @@ def nll_difference(videos: Videos, name: str = "nll") -> Estimate | None:
     return bootstrap.mean(own - other)
 
 
+def recovered(videos: Videos) -> Estimate | None:
+    """Mean over times of the judge's "recovered"."""
+    return bootstrap.mean(per_prompt(videos.judged_by_prompt("recovered")))
+
+
 def prompt_gain(videos: Videos) -> Estimate | None:
-    with_prompt, without = (videos.judged_by_prompt(name) for name in ("nll", "nll_uncond"))
-    return bootstrap.mean(per_prompt(without.double() - with_prompt.double()))
+    with_prompt, without = (videos.judged_by_prompt(name) for name in ("recovered", "recovered_uncond"))
+    return bootstrap.mean(per_prompt(with_prompt.double() - without.double()))
 
 
 def retrieval(videos: Videos) -> Estimate | None:
-    """Share of videos whose own prompt, the first of k, has the least nll; m equal ones count 1/m. None if k is 1."""
-    found = videos.judged_by_prompt("choice_nll")  # (P, V', k)
+    """Share of videos whose own prompt, the first of k, recovers most; m equal ones count 1/m. None if k is 1."""
+    found = videos.judged_by_prompt("choice_recovered")  # (P, V', k)
     if found.shape[-1] < 2:
         return None
-    best = found == found.amin(-1, keepdim=True)
+    best = found == found.amax(-1, keepdim=True)
     return bootstrap.mean(per_prompt(best[..., 0] / best.sum(-1)))
 
 
 def retrieval_prompts(videos: Videos) -> int:
     """k, the prompts among which `retrieval` looks for a video's own: 1/k is chance."""
-    return videos.judged["choice_nll"].shape[-1]
+    return videos.judged["choice_recovered"].shape[-1]
 
 
 def frechet_of(videos: Videos) -> Estimate | None:

@@ -21,7 +21,7 @@ from dimo.config import Config, device_of, to_flat, to_yaml
 from dimo.errors import DimoError
 from dimo.evaluation.comparison import AGAIN, Comparison
 from dimo.evaluation.jobs import Parts, alone_in, announce, run_here, run_in_processes
-from dimo.evaluation.kept import kept_beside, kept_in
+from dimo.evaluation.kept import kept_beside, kept_in, own_code
 from dimo.evaluation.metrics import columns_of, measure
 from dimo.evaluation.reference_free import save_codes
 from dimo.evaluation.spent import format_spent, seconds_of_jobs
@@ -292,7 +292,7 @@ def processes_for(config: Config) -> int:
 
 
 def parts_of(config: Config, weights: str | Path, out: Path, prompts: list[str], kept: Path | None = None) -> Parts:
-    """The finished jobs in `out`; they are valid for the same settings, prompts and weight files of both networks.
+    """The finished jobs in `out`; valid for the same settings, prompts, code and weight files of both networks.
 
     Those of the teacher are in `kept`, if that is given.
     """
@@ -302,7 +302,8 @@ def parts_of(config: Config, weights: str | Path, out: Path, prompts: list[str],
     seen = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in networks]
     keys = [key for key in flat if key.startswith(("distill.", "evaluation."))]
     keys += ["model.device", "model.backend", "model.attention", "training.mixed_precision"]
-    return Parts(out / PARTS, {key: flat[key] for key in keys} | {"networks": seen, "prompts": prompts}, kept)
+    about = {key: flat[key] for key in keys} | {"networks": seen, "prompts": prompts, "code": own_code()}
+    return Parts(out / PARTS, about, kept)
 
 
 def _write_pictures(out: Path, ursa: Ursa, codes: dict[str, torch.Tensor], prompts: list[str], most_steps: int) -> None:

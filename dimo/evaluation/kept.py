@@ -86,7 +86,7 @@ def depends_on(comparison: Comparison, config: Config) -> dict:
         "network": [config.distill.teacher, config.model.backend, config.model.attention, fa4_version()],
         "precision": config.training.mixed_precision,
         "device": torch.cuda.get_device_name(device) if on_gpu else [platform.machine(), torch.get_num_threads()],
-        "code": [dimo.__version__, _code(), torch.__version__, version_of("transformers"), version_of("diffusers")],
+        "code": [dimo.__version__, own_code(), torch.__version__, version_of("transformers"), version_of("diffusers")],
         "prompts": [c.prompts[:: c.copies], c.choice_ids.tolist(), [ids.shape[1] for ids in c.txt_ids]],
         "videos": [c.copies, c.judged_copies, [len(batch) for batch in c.videos], c.grid],
         "seed": c.seed,
@@ -95,7 +95,7 @@ def depends_on(comparison: Comparison, config: Config) -> dict:
 
 
 @functools.cache
-def _code() -> str:
+def own_code() -> str:
     """A digest of dimo's own source: a version may be edited."""
     root, digest = Path(dimo.__file__).parent, hashlib.sha256()
     for file in sorted(root.rglob("*.py")):
@@ -103,4 +103,4 @@ def _code() -> str:
     return digest.hexdigest()
 
 
-_code()  # now: a notebook's kernel goes on with what it has imported, whatever is edited since
+own_code()  # now: a notebook's kernel goes on with what it has imported, whatever is edited since

@@ -129,13 +129,17 @@ JUDGED: dict[str, Metric] = {
         lambda v: beside_teacher.nll_difference(v, "nll_guided"), "nll_guided",
     ),
     "nll_by_t": Metric(None, "teacher_nll at t = .1, .3, .5, .7 and .9", beside_teacher.nll_by_t),
+    "recovered": Metric(
+        "higher", "share of tokens that the teacher would draw again as they were, after re-noising; as high as can be "
+        "of a single valid video, repeated", beside_teacher.recovered,
+    ),
     "prompt_gain": Metric(
-        "higher", "log-likelihood under the teacher with the prompt less that without, in nats per token",
+        "higher", "recovered less the share of tokens that the teacher would draw again without the prompt",
         beside_teacher.prompt_gain,
     ),
     "retrieval": Metric(
-        "higher", "share of videos that are likelier under their own prompt than under 7 others (or all, if there are "
-        "fewer), by the teacher", beside_teacher.retrieval,
+        "higher", "share of videos of which the teacher recovers more tokens under their own prompt than under 7 "
+        "others (or all, if there are fewer)", beside_teacher.retrieval,
     ),
     "retrieval_prompts": Metric(
         None, "number of prompts k among which retrieval looks for a video's own; 1/k is chance",

@@ -17,8 +17,8 @@ ORACLE = {
 }
 READ = {"read": "share of videos in whose frames a reader sees their prompt"}  # in worlds that have one
 JUDGE = {
-    "nll_difference": "how much less likely the teacher finds them than its own videos, nats per token; best 0",
-    "retrieval": "share of videos that fit their own prompt better than others; best 1",
+    "recovered": "share of tokens that the teacher would draw again as they were; best the teacher's",
+    "retrieval": "share of videos that fit their own prompt better than others; best the teacher's",
     "feature_coverage": "share of the teacher's videos that have one of these near them; best the last row's",
     "spread_ratio": "how far the videos of a prompt differ, relative to the teacher's; best 1, near 0 a collapse",
 }

@@ -18,15 +18,16 @@ FILE = Path(__file__).with_name("trust.json")
 WEAK = 0.8  # a correlation below it
 RESAMPLES = 2000
 # The figure of the oracle that each metric stands in for where there is none. Chosen beforehand, but for right_prompt:
-# adherence, which was tried first, counts ties in favour, and calls the plain videos of a collapsed student right.
-ALL = "all three"  # their product
+# adherence, which was tried first, counts ties in favour, and calls the plain videos of a collapsed student right. And
+# but for BOTH, in which right_prompt was a factor, too: features that do not know the prompt cannot tell a wrong one.
+BOTH = "token_accuracy x coverage"
 STANDS_FOR = (
-    dict.fromkeys(("token_entropy", "teacher_nll", "nll_difference"), "token_accuracy")
+    dict.fromkeys(("token_entropy", "teacher_nll", "nll_difference", "recovered"), "token_accuracy")
     | dict.fromkeys(("guided_nll", "guided_nll_difference", "motion", "flicker", "sharpness"), "token_accuracy")
     | dict.fromkeys(("pixel_motion", "pixel_flicker", "pixel_sharpness"), "token_accuracy")
     | dict.fromkeys(("prompt_gain", "retrieval"), "right_prompt")
     | dict.fromkeys(("spread", "spread_ratio", "distinct", "diversity", "codes_used"), "coverage")
-    | dict.fromkeys(("frechet", "feature_coverage"), ALL)
+    | dict.fromkeys(("frechet", "feature_coverage"), BOTH)
 )
 
 
