@@ -44,8 +44,8 @@ RUNS = {
     "tiny-ursa": [
         "-c", "distill_dimo", "distill.teacher_ckpt=tests/data/tiny-ursa", "distill.prompt_source=CAPTIONS",
         "distill.num_frames=5", "distill.height=16", "distill.width=16", "distill.max_prompt_length=16",
-        "distill.batch_size_per_gpu=2", "distill.w_kd=0.1", "distill.t_power_start=0", "optim.warmup_steps=2",
-        "optim.ema_every=1",
+        "distill.batch_size_per_gpu=2", "distill.w_kd=0.1", "distill.t_power_start=0", "distill.t_per=frame",
+        "optim.warmup_steps=2", "optim.ema_every=1",
     ],
     "parts": [*SMALL, "training.gradient_accumulation_steps=2"],
     "processes": [*SMALL, "training.num_processes=2"],

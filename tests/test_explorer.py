@@ -1,6 +1,7 @@
 """The explorer without a browser: requests and answers, its figure, and what a report stores."""
 
 import base64
+import dataclasses
 import gzip
 import io
 import json
@@ -183,6 +184,16 @@ def test_what_a_report_stores_is_what_the_explorer_says(view, capsys):
     assert said[0].startswith("report 0/2 settings of the explorer  t ") and said[-1].startswith("report 2/2 ")
     both = stored(ExplorerView([*view.models, open_models("shapes")]), most=420 * 48 * 5)
     assert len(both["states"]) == 4 and {key[0] for key in both["states"]} == {"0", "1"}
+
+
+def test_a_report_of_a_guided_run_opens_at_its_guidance(view, monkeypatch):
+    for name, few in (("PROMPTS", 1), ("SEEDS", (0,)), ("TIMES", (0.5,))):
+        monkeypatch.setattr(f"dimo.views.explorer_stored.{name}", few)
+    guided = ExplorerView([dataclasses.replace(view.models[0], guidance_scale=2.0)])
+    for most, choices in ((1, [2.0]), (10**6, [1.0, 2.0])):
+        data = stored(guided, most)
+        assert data["about"]["choices"]["guidance_scale"] == choices
+        assert data["first"]["panes"][0]["guidance_scale"] == 2.0
 
 
 def test_what_a_report_stores_twice_is_in_the_page_once():

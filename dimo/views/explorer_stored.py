@@ -68,7 +68,8 @@ def stored(explorer: ExplorerView, most: int = BYTES, progress: bool = False) ->
     choices = _choices(explorer, most)
     about: dict[str, Any] = explorer.about()
     first = explorer.first_request()
-    pane = first["panes"][0] | {key: values[len(values) // 3 if key == "t" else 0] for key, values in choices.items()}
+    begin = {"prompt": 0, "seed": 0, "t": len(choices["t"]) // 3}  # guidance is the run's, which is among the choices
+    pane = first["panes"][0] | {key: choices[key][at] for key, at in begin.items()}
     arrays, tiles, made, codes = Arrays(), Tiles(), {}, set[int]()
     settings = [choices[key] for key in ("prompt", "seed", "t", "guidance_scale")]
     asked = list(itertools.product(range(len(explorer.models)), *settings))
@@ -109,7 +110,8 @@ def _choices(explorer: ExplorerView, most: int) -> dict[str, list[Any]]:
     states = max(1, most // (PER_TOKEN * math.prod(models.grid) * len(explorer.models)))
     for key in ("seed", "guidance_scale", "prompt", "t"):
         while len(choices[key]) > 1 and math.prod(map(len, choices.values())) > states:
-            choices[key] = choices[key][:-1] if key != "t" else choices[key][1::2]
+            fewer = {"guidance_scale": [models.guidance_scale], "t": choices[key][1::2]}
+            choices[key] = fewer.get(key, choices[key][:-1])
     return choices
 
 
