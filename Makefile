@@ -26,11 +26,13 @@ docs: .venv/installed
 lab: .venv/installed
 	$(BIN)/jupyter lab --notebook-dir=. notebooks/01_inputs.ipynb
 
-# torch first and pinned: a looser range pulls gigabytes of CUDA. Not compiled: of 14,000 modules a fifth is ever imported
+# torch first and pinned: a looser range pulls gigabytes of CUDA. Not compiled: of 14,000 modules a fifth is ever imported.
+# pip itself before all: Python 3.11's takes half a minute longer to choose among versions
 .venv/installed: pyproject.toml
 	@$(PYTHON) -c "import sys; sys.version_info < (3, 11) and sys.exit('dimo needs Python 3.11: make demo PYTHON=python3.11')"
 	@echo "installing into .venv, once: PyTorch first, which is large, then dimo with its notebooks"
 	@$(PYTHON) -m venv .venv
+	@$(BIN)/pip install --disable-pip-version-check --no-compile --quiet --upgrade pip
 	@$(BIN)/pip install --disable-pip-version-check --no-compile torch==2.13.0
 	@echo "PyTorch is there; now 100 smaller packages, which takes about a minute"
 	@$(BIN)/pip install --disable-pip-version-check --no-compile --quiet -e ".[notebooks,dev,docs]"
