@@ -27,7 +27,8 @@ lab: .venv/installed
 	$(BIN)/jupyter lab --notebook-dir=. notebooks/01_inputs.ipynb
 
 # torch first and pinned: a looser range pulls gigabytes of CUDA. Not compiled: of 14,000 modules a fifth is ever imported.
-# pip itself before all: Python 3.11's takes half a minute longer to choose among versions
+# pip itself before all: Python 3.11's takes half a minute longer to choose among versions. While it installs the rest,
+# another core compiles what commands import of torch
 .venv/installed: pyproject.toml
 	@$(PYTHON) -c "import sys; sys.version_info < (3, 11) and sys.exit('dimo needs Python 3.11: make demo PYTHON=python3.11')"
 	@echo "installing into .venv, once: PyTorch first, which is large, then dimo with its notebooks"
@@ -35,7 +36,8 @@ lab: .venv/installed
 	@$(BIN)/pip install --disable-pip-version-check --no-compile --quiet --upgrade pip
 	@$(BIN)/pip install --disable-pip-version-check --no-compile torch==2.13.0
 	@echo "PyTorch is there; now 100 smaller packages, which takes about a minute"
-	@$(BIN)/pip install --disable-pip-version-check --no-compile --quiet -e ".[notebooks,dev,docs]"
+	@$(BIN)/python -c "import torch._inductor.compile_fx, torch.distributed.fsdp" 2> /dev/null & \
+		$(BIN)/pip install --disable-pip-version-check --no-compile --quiet -e ".[notebooks,dev,docs]"
 	@touch $@
 
 # beside URSA's own code: make test-upstream SOURCE=folder, one of baaivision/URSA at 29284bb
