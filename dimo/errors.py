@@ -31,12 +31,17 @@ class Diverged(DimoError):
     """A run that cannot go on since its values are not finite any more: a result, where rates are compared."""
 
 
+def similar(name: str, known: Iterable[str]) -> str:
+    """A hint for an unknown name: `; did you mean 'beta'?`, or "" if no known one is similar."""
+    close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint for an unknown name: `; did you mean 'beta'?`, or the list of known names if none is similar."""
+    """The hint of `similar`, or the list of known names."""
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     listed = map(repr, known) if any("," in other for other in known) else known
-    return f"; did you mean {close[0]!r}?" if close else f"; choose from {', '.join(listed)}"
+    return similar(name, known) or f"; choose from {', '.join(listed)}"
 
 
 def reason(error: BaseException) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from dimo.config import Config
-from dimo.errors import DimoError, nearest
+from dimo.errors import DimoError, similar
 from dimo.train.passes import LEARNING, passes_of, passes_shared
 from dimo.train.prompts import WorldPrompts
 from dimo.ursa import MetricPath, Ursa, UrsaConfig, UrsaTransformer
@@ -39,9 +39,7 @@ class RandomIds:
 def require_size(size: str) -> None:
     """Raise DimoError for an unknown size."""
     if size not in SIZES:
-        hint = nearest(size, SIZES)
-        hint = hint if "did you mean" in hint else ""
-        raise DimoError(f"size must be one of {', '.join(SIZES)}, got {size!r}{hint}")
+        raise DimoError(f"size must be one of {', '.join(SIZES)}, got {size!r}{similar(size, SIZES)}")
 
 
 def require_size_alone(size: str, overrides: Sequence[str]) -> None:

@@ -16,7 +16,7 @@ from dimo.commands.suite_files import SuiteRequest
 from dimo.commands.world_train import world_train
 from dimo.config.flags import split_flags
 from dimo.config.values import read_value
-from dimo.errors import DimoError, nearest, out_of_memory, reason
+from dimo.errors import DimoError, nearest, out_of_memory, reason, similar
 from dimo.output import lasting_output
 from dimo.paths import quoted, user_path
 from dimo.run.overview import existing_run
@@ -185,9 +185,8 @@ def _student(given: str | None) -> Path:
             raise DimoError(f"the world {source} ships without a student: `dimo train -c {source}` distils one")
         source = shipped
     if not source.exists() and not source.suffix:
-        meant = nearest(str(source), filter(student_of, WORLDS))
-        if "did you mean" in meant:
-            raise DimoError(f"{source} is neither a run nor a world whose student ships{meant}")
+        if hint := similar(str(source), filter(student_of, WORLDS)):
+            raise DimoError(f"{source} is neither a run nor a world whose student ships{hint}")
         existing_run(source)
     return source
 

@@ -24,7 +24,7 @@ from dimo.config import Config, config_keys, load_config, to_yaml
 from dimo.config.flags import as_override, flags
 from dimo.config.older import as_begun
 from dimo.config.values import read_value, unquoted
-from dimo.errors import DimoError, nearest, reason
+from dimo.errors import DimoError, nearest, reason, similar
 from dimo.evaluation.summary import format_summary, read_report
 from dimo.files import write_text
 from dimo.paths import quoted
@@ -172,8 +172,7 @@ def _parse_parameters(parameters: Sequence[str], overrides: list[str], known: di
         elif name in keys or name in short:
             overrides.append(as_override(short.get(name, name), value))
         else:
-            hint = nearest(name, {*own, *keys, *short})
-            hint = hint if "did you mean" in hint else f"; the notebooks have {', '.join(sorted(own))}"
+            hint = similar(name, {*own, *keys, *short}) or f"; the notebooks have {', '.join(sorted(own))}"
             raise DimoError(f"{name!r} is neither a parameter of a notebook nor a configuration key{hint}")
     return extra
 

@@ -19,7 +19,7 @@ from dimo.config.consistent import require_consistent
 from dimo.config.schema import Config, config_keys, default_of, kind_of, to_flat
 from dimo.config.served import require_captioned_video, with_protocol
 from dimo.config.values import read_value, read_yaml, unquoted, write_yaml, yaml_text
-from dimo.errors import DimoError, nearest
+from dimo.errors import DimoError, nearest, similar
 from dimo.paths import user_path
 from dimo.ursa.attention import KERNELS
 from dimo.ursa.inputs import latents_shape_for
@@ -321,5 +321,5 @@ def _check_known(key: str) -> None:
     if key in known:
         return
     same = [k for k in known if k.split(".")[1] == key.split(".")[-1]]
-    hint = f"; did you mean {same[0]!r}?" if same else nearest(key, known)
-    raise DimoError(f"unknown key {key!r}{hint if 'did you mean' in hint else '; `dimo config` lists them all'}")
+    hint = f"; did you mean {same[0]!r}?" if same else similar(key, known)
+    raise DimoError(f"unknown key {key!r}{hint or '; `dimo config` lists them all'}")

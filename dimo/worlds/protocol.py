@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 
-from dimo.errors import DimoError, nearest
+from dimo.errors import DimoError, similar
 
 
 @dataclasses.dataclass
@@ -129,8 +129,7 @@ def prompt_index(world: World, prompts: list[str]) -> torch.Tensor:
     known = {prompt: i for i, prompt in enumerate(world.prompts)}
     for prompt in prompts:
         if prompt not in known:
-            hint = nearest(prompt, known)
-            hint = hint if "did you mean" in hint else f"; prompts read like {world.prompts[0]!r}"
+            hint = similar(prompt, known) or f"; prompts read like {world.prompts[0]!r}"
             raise DimoError(f"the {world.name} world does not know the prompt {prompt!r}{hint}")
     return torch.tensor([known[prompt] for prompt in prompts], dtype=torch.long)
 
