@@ -258,14 +258,14 @@ def _scores(world: World, ursa: Ursa, recipe: TeacherRecipe, videos_per_prompt: 
     videos_per_prompt = max(1, min(videos_per_prompt, SCORED // (len(asked) * tokens)))
     prompts = [p for p in asked for _ in range(videos_per_prompt)]
     batches = ursa.tokenize(prompts, prompt_length(world)).split(videos_at_once(tokens, ursa.path.device))
-    lines = [f"{'passes':>6} {'guidance':>9} {'validity':>9} {'adherence':>10}"]
+    pad, lines = words(world).index(PAD), [f"{'passes':>6} {'guidance':>9} {'validity':>9} {'adherence':>10}"]
     samplers = ((1, 1.0), (4, 1.0), (8, 1.0), (25, 1.0), (25, GUIDANCE))
     passes = len(prompts) * sum(steps * (1 + (guidance > 1)) for steps, guidance in samplers)
     with tqdm(desc="score", total=passes, unit="pass", mininterval=1) as bar:
         for steps, guidance in samplers:
             made, generator = [], torch.Generator(recipe.device).manual_seed(recipe.seed)
             for ids in batches:
-                guide = {"guidance_scale": guidance, "uncond_ids": torch.full_like(ids, words(world).index(PAD))}
+                guide = {"guidance_scale": guidance, "uncond_ids": torch.full_like(ids, pad)}
                 shape = world.latents_shape
                 made.append(sample(ursa.transformer, ursa.path, ids, shape, steps, generator=generator, **guide))
                 bar.update(len(ids) * steps * (1 + (guidance > 1)))
