@@ -35,6 +35,10 @@ def cells(name):
     return json.loads((notebook_folder() / f"{name}.ipynb").read_text())["cells"]
 
 
+def printed_in(notebook):
+    return "".join(t for c in notebook["cells"] for o in c.get("outputs", []) for t in o.get("text", []))
+
+
 def test_there_are_five_and_a_tour():
     assert sorted(p.stem for p in notebook_folder().glob("*.ipynb")) == [TOUR, *NAMES]
 
@@ -75,7 +79,7 @@ def test_all_five_execute_and_leave_a_report(executed):
     assert f'src="data:video/mp4;base64,{clips}"' in page
     assert run.status()["state"] == "finished" and (run.path / "curves.png").exists()
     last = json.loads((run.path / "notebooks" / "05_evaluation.ipynb").read_text())
-    printed = "".join(t for c in last["cells"] for o in c.get("outputs", []) for t in o.get("text", []))
+    printed = printed_in(last)
     assert "ok   the teacher needs its passes" in printed and "FAIL" not in printed
     assert "?    the student has not collapsed" in printed and "-> evaluation.videos_per_prompt=2 or more" in printed
     assert "(reported, not checked: min_share is 0)" in printed and "the student reaches" not in printed
@@ -157,8 +161,7 @@ def test_all_five_take_it_as_training_does_in_bf16_from_hidden_states(tmp_path):
     assert "skipped: " in pages["04_diagnostics"] or "samples/" in (run.path / "report.html").read_text()
     assert "ok   every figure is finite" in pages["05_evaluation"]
     assert "ok   the student has not collapsed" in pages["05_evaluation"]
-    text = pages["05_evaluation"].replace('\\n",', "").replace('"', "")  # lines are strings of their own
-    assert "1/2 by chance" in " ".join(text.split())
+    assert "1/2 by chance" in " ".join(printed_in(json.loads(pages["05_evaluation"])).split())
     report = (run.path / "report.html").read_text()
     assert "<th>teacher_nll</th>" in report and "teacher_2" in report and "validity" not in report
 

@@ -13,13 +13,13 @@ from dimo.evaluation.bootstrap import Estimate
 from dimo.evaluation.videos import Videos, per_prompt
 
 
-def token_entropy(videos: Videos) -> Estimate | None:
-    return bootstrap.mean(per_prompt(videos.judged_by_prompt("entropy"))) if "entropy" in videos.judged else None
-
-
-def nll(videos: Videos, name: str = "nll") -> Estimate | None:
-    """Mean over times of the judge's "nll" or "nll_guided", in nats per token."""
+def mean(videos: Videos, name: str) -> Estimate | None:
+    """Mean over videos, and over times if there are several, of what was judged under this name."""
     return bootstrap.mean(per_prompt(videos.judged_by_prompt(name)))
+
+
+def token_entropy(videos: Videos) -> Estimate | None:
+    return mean(videos, "entropy") if "entropy" in videos.judged else None
 
 
 def nll_by_t(videos: Videos) -> list[float]:
@@ -27,16 +27,11 @@ def nll_by_t(videos: Videos) -> list[float]:
 
 
 def nll_difference(videos: Videos, name: str = "nll") -> Estimate | None:
-    """`nll` less that of the reference, paired by prompt."""
+    """`mean` less that of the reference, paired by prompt."""
     if videos.reference is None:
         return None
     own, other = (per_prompt(one.judged_by_prompt(name)) for one in (videos, videos.reference))
     return bootstrap.mean(own - other)
-
-
-def recovered(videos: Videos) -> Estimate | None:
-    """Mean over times of the judge's "recovered"."""
-    return bootstrap.mean(per_prompt(videos.judged_by_prompt("recovered")))
 
 
 def prompt_gain(videos: Videos) -> Estimate | None:

@@ -17,7 +17,7 @@ from dimo.evaluation.bootstrap import Estimate
 from dimo.evaluation.comparison import AGAIN
 from dimo.evaluation.reference_free import diversity
 from dimo.evaluation.scored import coverage_detail, estimate_coverage
-from dimo.evaluation.videos import Videos, per_prompt
+from dimo.evaluation.videos import Videos
 from dimo.views.collapse import distinct
 
 
@@ -115,14 +115,15 @@ JUDGED: dict[str, Metric] = {
     "teacher_nll": Metric(
         "lower", "denoising cross-entropy: negative log-likelihood under the teacher after re-noising, in nats per "
         "token",
-        beside_teacher.nll,
+        lambda v: beside_teacher.mean(v, "nll"),
     ),
     "nll_difference": Metric(
         "nearer to 0", "teacher_nll less that of the teacher's own videos; below 0 where videos are plainer than its",
         beside_teacher.nll_difference,
     ),
     "guided_nll": Metric(
-        "lower", "as teacher_nll, under the guided teacher", lambda v: beside_teacher.nll(v, "nll_guided"), "nll_guided"
+        "lower", "as teacher_nll, under the guided teacher",
+        lambda v: beside_teacher.mean(v, "nll_guided"), "nll_guided",
     ),
     "guided_nll_difference": Metric(
         "nearer to 0", "guided_nll less that of the teacher's own videos",
@@ -131,7 +132,7 @@ JUDGED: dict[str, Metric] = {
     "nll_by_t": Metric(None, "teacher_nll at t = .1, .3, .5, .7 and .9", beside_teacher.nll_by_t),
     "recovered": Metric(
         "higher", "share of tokens that the teacher would draw again as they were, after re-noising; as high as can be "
-        "of a single valid video, repeated", beside_teacher.recovered,
+        "of a single valid video, repeated", lambda v: beside_teacher.mean(v, "recovered"),
     ),
     "prompt_gain": Metric(
         "higher", "recovered less the share of tokens that the teacher would draw again without the prompt",
@@ -157,7 +158,7 @@ JUDGED: dict[str, Metric] = {
     ),
     "read": Metric(
         "higher", "share of videos in whose frames a reader that knows the world, but nothing of its tokens, sees "
-        "their prompt", lambda v: bootstrap.mean(per_prompt(v.judged_by_prompt("read"))), "read",
+        "their prompt", lambda v: beside_teacher.mean(v, "read"), "read",
     ),
     "spread_ratio": Metric("nearer to 1", "spread relative to the teacher's", beside_teacher.spread_ratio),
     "motion": Metric(
